@@ -1,0 +1,1 @@
+"""How usp is built: setuptools does the packaging, this adds the compiled extension."""

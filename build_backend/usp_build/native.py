@@ -1,0 +1,149 @@
+"""Compiles `csrc/` with ninja: the torch ops (stable ABI) and the pybind11 module."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .torch_install import TorchInstall
+
+# Ops compiled for this version of torch's stable ABI load in it and in everything newer.
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+
+
+class BuildFailed(Exception):
+    """The extension could not be compiled; the message says why."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source file and the flags that only it needs."""
+
+    source: Path
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library: what it is called on disk, its sources, what it links."""
+
+    filename: str
+    units: tuple[Unit, ...]
+    link_flags: tuple[str, ...] = ()
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler: `CXX`, else what Python was built with, else the usual names."""
+    named = os.environ.get("CXX")
+    candidates = [named] if named else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    for candidate in filter(None, candidates):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    raise BuildFailed(f"no C++ compiler found (looked for {', '.join(filter(None, candidates))})")
+
+
+def compiler_version(compiler: Sequence[str]) -> str:
+    """The first line of `--version`."""
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or [" ".join(compiler)])[0]
+
+
+def ops_library(root: Path, torch: TorchInstall) -> Library:
+    """The torch ops: only `ops.cpp` sees torch, the kernels are plain C++."""
+    csrc = root / "csrc"
+    torch_flags = (*STABLE_ABI, f"-isystem{torch.include}")
+    units = [Unit(csrc / "ops.cpp", torch_flags)]
+    units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
+    # No rpath: usp imports torch first, and the loader then knows libtorch_cpu by its name.
+    return Library("_ops.so", tuple(units), (f"-L{torch.lib}", "-ltorch_cpu"))
+
+
+def python_module(root: Path, version: str) -> Library:
+    """The pybind11 module `usp._C`."""
+    import pybind11
+
+    flags = (
+        f"-I{sysconfig.get_path('include')}",
+        f"-isystem{pybind11.get_include()}",
+        f'-DUSP_VERSION="{version}"',
+    )
+    units = [Unit(root / "csrc" / "module.cpp", flags)]
+    return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tuple(units))
+
+
+def _quote(text: object) -> str:
+    """A path as ninja wants it in a build line."""
+    return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Arguments as ninja wants them in a variable that a shell will read."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library], out: Path) -> str:
+    """The text of `build.ninja` that puts every library into `out`."""
+    cxx = _command(compiler)
+    undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        "rule link",
+        f"  command = {cxx} -shared{undefined} $in $flags -o $out",
+        "  description = link $out",
+    ]
+    for library in libraries:
+        objects = []
+        for unit in library.units:
+            stem = unit.source.relative_to(root / "csrc").with_suffix(".o")
+            objects.append(_quote(Path(library.filename.split(".")[0], stem)))
+            flags = _command([*COMMON, f"-I{root / 'csrc'}", *unit.flags])
+            lines += [f"build {objects[-1]}: compile {_quote(unit.source)}", f"  flags = {flags}"]
+        lines += [
+            f"build {_quote(out / library.filename)}: link {' '.join(objects)}",
+            f"  flags = {_command(library.link_flags)}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _ninja() -> list[str]:
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise BuildFailed("ninja is missing: pip install ninja") from None
+        return [found]
+    return [str(Path(ninja.BIN_DIR, "ninja"))]
+
+
+def compile_libraries(
+    root: Path, compiler: Sequence[str], libraries: Sequence[Library], objects: Path, out: Path
+) -> None:
+    """Compile and link `libraries` into `out`, reusing what is up to date in `objects`.
+
+    Raises:
+        BuildFailed: a source is missing, or ninja failed; its output was shown.
+    """
+    missing = [str(u.source) for lib in libraries for u in lib.units if not u.source.is_file()]
+    if missing:
+        raise BuildFailed(f"sources are missing: {', '.join(missing)}")
+    objects.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text(ninja_file(root, compiler, libraries, out))
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run([*_ninja(), "-C", str(objects), *jobs], check=False).returncode:
+        raise BuildFailed("the compiler refused csrc/ (its messages stand above)")
