@@ -67,4 +67,4 @@ class BuildNative(build_ext):
             f"usp: USP_BUILD=cpu makes this an error, USP_BUILD=none makes it silent.\n{bar}",
             file=sys.stderr,
         )
-        self.extensions = []  # what is not there must not be copied
+        self.extensions: list[Extension] = []  # what is not there must not be copied

@@ -1,0 +1,34 @@
+# Thin on purpose: the work is in scripts/.
+PYTHON ?= python3
+VENV ?= .venv
+SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
+
+.PHONY: help demo test lint sanitize clean
+
+help:
+	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
+	@echo "make test      set up $(VENV) and run every test      (ARGS='-k ring -x' goes to pytest)"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make sanitize  the extension's tests under AddressSanitizer and UBSan"
+	@echo "make clean     remove what was built; keeps $(VENV)"
+	@echo "PYTHON=$(PYTHON) and VENV=$(VENV) can be set."
+
+demo:
+	@$(SETUP) --extras demo
+	@$(VENV)/bin/usp demo $(ARGS)
+
+test:
+	@$(SETUP) --extras dev,demo
+	@scripts/test.sh $(VENV) $(ARGS)
+
+lint:
+	@$(SETUP) --extras dev,demo
+	@scripts/lint.sh $(VENV)
+
+sanitize:
+	@$(SETUP) --extras dev,demo
+	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/sanitize.sh
+
+clean:
+	rm -rf build dist *.egg-info usp/_build.json usp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

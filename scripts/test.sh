@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every test: C++ where CMake and GoogleTest are there, then pytest on the installed package.
+# usage: scripts/test.sh VENV [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:?usage: scripts/test.sh VENV [pytest arguments]}
+shift
+
+scripts/cpp_tests.sh
+
+# The program, not `python -m pytest`: that would put this folder first on sys.path, and the tests
+# would run on the sources here, which hold no compiled extension, instead of what was installed.
+exec "$venv/bin/pytest" "$@"
