@@ -1,0 +1,91 @@
+#pragma once
+
+// The inputs of one block of attention as raw pointers, sizes and strides: what every device's
+// kernels take. Free of torch.
+//
+// B batch, Lq / Lk rows of queries / keys in this block, H query heads and G key/value heads held
+// here, D head dim of q and k, Dv head dim of v. T is the dtype of the arithmetic.
+
+#include <cstdint>
+
+#include "macros.h"
+#include "span.h"
+
+namespace usp {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// (batch, row, head, head_dim), contiguous in the last dim; strides in elements.
+struct TensorView {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+// (B|1, H|1, Lq|1, Lk) with stride 0 where broadcast. `Pointer` is const T* or T*.
+template <typename Pointer>
+struct BiasView {
+  Pointer data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t query_stride = 0;
+  int64_t key_stride = 0;
+
+  USP_HOST_DEVICE Pointer at(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return data + b * batch_stride + h * head_stride + i * query_stride + j * key_stride;
+  }
+};
+
+template <typename T>
+struct Attention {
+  int64_t B = 0, Lq = 0, Lk = 0, H = 0, G = 0, D = 0, Dv = 0;
+  TensorView q, k, v;
+  Span span;
+  BiasView<const T*> bias;          // data null: none
+  const T* alibi_slopes = nullptr;  // (B|1, H), null: none
+  int64_t alibi_batch_stride = 0;
+  int64_t alibi_head_stride = 0;
+  const int32_t* q_pos = nullptr;  // (Lq,) global positions, given with ALiBi or dropout
+  const int32_t* k_pos = nullptr;  // (Lk,)
+  int64_t head_offset = 0;         // global index of query head 0
+  int64_t num_heads = 0;           // query heads of the whole model
+  int64_t group_size = 1;          // query heads that share one key head
+  double softmax_scale = 1.0;
+  double softcap = 0.0;    // 0: off
+  double dropout_p = 0.0;  // 0: off
+  uint64_t dropout_seed = 0;
+
+  USP_HOST_DEVICE int64_t key_head(int64_t h) const {
+    return (h + head_offset) / group_size - head_offset / group_size;
+  }
+
+  // The query heads held here that read key head g.
+  USP_HOST_DEVICE Range query_heads(int64_t g) const {
+    const int64_t begin = (head_offset / group_size + g) * group_size - head_offset;
+    return intersect({begin, begin + group_size}, {0, H});
+  }
+};
+
+// The running softmax, updated in place: out (B, Lq, H, Dv) and lse (B, H, Lq), contiguous.
+template <typename T>
+struct AttentionState {
+  T* out;
+  T* lse;
+};
+
+// What the backward pass takes beyond the inputs, and what it adds to. dq, dk, dv are contiguous
+// in the shapes of q, k, v; dbias has the shape of bias (data null: not wanted).
+template <typename T>
+struct AttentionGradients {
+  TensorView dout;
+  const T* delta;  // (B, H, Lq)
+  const T* lse;    // (B, H, Lq), final
+  T* dq;
+  T* dk;
+  T* dv;
+  BiasView<T*> dbias;
+};
+
+}  // namespace usp

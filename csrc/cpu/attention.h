@@ -1,0 +1,21 @@
+#pragma once
+
+// The CPU kernels of one block of attention. Free of torch; see docs/design.md, "The kernel
+// contract". T is float or double.
+
+#include "../attention.h"
+#include "parallel.h"
+
+namespace usp::cpu {
+
+// Lets the block's keys into the running softmax `state`, in place.
+template <typename T>
+void attention_forward(const Attention<T>& inputs, const AttentionState<T>& state,
+                       const ParallelFor& parallel);
+
+// Adds the block's share to dq, dk, dv and dbias.
+template <typename T>
+void attention_backward(const Attention<T>& inputs, const AttentionGradients<T>& gradients,
+                        const ParallelFor& parallel);
+
+}  // namespace usp::cpu

@@ -1,0 +1,115 @@
+#pragma once
+
+// The arithmetic on tiles, behind one table of functions per instruction set.
+//
+// The algorithms (attention_forward.cpp, attention_backward.cpp) are compiled once and reach
+// vectors only through this table. A score tile is key-major: row j holds one key's scores for all
+// query rows of the tile, so what belongs to a query (max, lse, delta, its interval of keys) is a
+// vector, and no reduction runs along one. Query columns are padded to a whole number of vectors.
+
+#include <cstdint>
+
+#include "../attention.h"
+#include "../philox.h"
+#include "../softmax.h"
+#include "capability.h"
+
+namespace usp::cpu {
+
+// Tiles are padded to this many elements along vectors: 64 bytes of the narrowest type.
+inline constexpr int64_t kPad = 16;
+
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t ld;               // elements from one row to the next
+  bool transposed = false;  // as the left operand of gemm: use the transpose of what is stored
+};
+
+// (keys, queries) scores or gradients of scores; `queries` includes the padding.
+template <typename T>
+struct Tile {
+  T* data;
+  int64_t keys;
+  int64_t queries;
+
+  T* row(int64_t j) const { return data + j * queries; }
+};
+
+// Visible keys of the tile's query rows, relative to nothing: local key indices.
+struct TileMask {
+  const int32_t* first;
+  const int32_t* stop;
+  int64_t num_rows;
+  int64_t first_key;  // local index of the tile's row 0
+};
+
+struct TileDropout {
+  const int32_t* q_pos;  // padded like the tile
+  const int32_t* k_pos;
+  uint32_t row_of_heads;  // b * num_heads + global head
+  PhiloxKey key;
+  uint32_t threshold;
+  double kept_scale;  // 1 / (1 - dropout_p)
+};
+
+template <typename T>
+struct Kernels {
+  // c (m, n) = or += a (m, k) b (k, n). n is a multiple of kPad, the other two are any number.
+  void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
+               bool accumulate);
+
+  // dst (rows, ld) = src (rows, cols) converted, zero in the padding columns.
+  void (*load_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                    Matrix<T> dst);
+  // dst (cols, ld) = scale * the transpose of src (rows, cols), zero in the padding columns.
+  void (*transpose)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, Matrix<T> dst);
+  // dst (rows, cols) += scale * src.
+  void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
+                   int64_t dst_stride);
+  // Multiplies row i of m (rows, cols) by factor[i].
+  void (*scale_rows)(Matrix<T> m, int64_t rows, int64_t cols, const T* factor);
+
+  // s = cap * tanh(s / cap); derivative (where not null) = 1 - tanh^2.
+  void (*softcap)(Tile<T> s, T cap, T* derivative);
+  // s += bias; `bias` points at (query 0, key 0) of the tile.
+  void (*add_bias)(Tile<T> s, int64_t num_rows, const T* bias, int64_t query_stride,
+                   int64_t key_stride);
+  // s -= slope * |q_pos - k_pos|.
+  void (*add_alibi)(Tile<T> s, T slope, const int32_t* q_pos, const int32_t* k_pos);
+  // s = -inf where the row does not see the key.
+  void (*mask)(Tile<T> s, TileMask mask);
+  // m = keep / (1 - dropout_p) for every element.
+  void (*dropout)(Tile<T> m, TileDropout dropout);
+
+  // Lets the tile into the running softmax: s becomes exp(s - max), max and sum move on, and
+  // `factor` says by how much what was accumulated before must shrink.
+  void (*softmax_update)(Tile<T> s, T* max, T* sum, T* factor);
+  // s = exp(s - lse).
+  void (*probabilities)(Tile<T> s, const T* lse);
+  // dp = p * (dp - delta).
+  void (*score_gradient)(Tile<T> dp, const T* p, const T* delta);
+  // x *= y.
+  void (*multiply)(Tile<T> x, const T* y);
+  // dbias += ds; summed over the queries first where query_stride is 0.
+  void (*add_bias_gradient)(Tile<T> ds, int64_t num_rows, T* dbias, int64_t query_stride,
+                            int64_t key_stride);
+};
+
+// The table in use now, by capability_in_use().
+template <typename T>
+const Kernels<T>& kernels();
+
+// The table of one instruction set, whatever the machine has; for tests.
+template <typename T>
+const Kernels<T>& kernels_of(Capability capability);
+
+// One per object file.
+template <typename T>
+const Kernels<T>& default_kernels();
+template <typename T>
+const Kernels<T>& avx2_kernels();
+template <typename T>
+const Kernels<T>& avx512_kernels();
+
+}  // namespace usp::cpu

@@ -1,0 +1,100 @@
+#pragma once
+
+// Tiles in and out of memory: converted to the arithmetic's dtype, transposed, added to.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace usp::cpu {
+namespace {
+
+USP_SIMD float float_of_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+USP_SIMD float convert_bfloat16(uint16_t x) { return float_of_bits(uint32_t{x} << 16); }
+
+// Without branches or subnormal floats, so that the loop over it vectorises and flush-to-zero
+// modes do not change it.
+USP_SIMD float convert_float16(uint16_t x) {
+  const uint32_t sign = uint32_t{x & 0x8000u} << 16;
+  const uint32_t magnitude = x & 0x7FFFu;
+  const uint32_t exponent_shift = magnitude >= 0x7C00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
+  const uint32_t normal = (magnitude << 13) + exponent_shift;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  uint32_t subnormal_bits;
+  __builtin_memcpy(&subnormal_bits, &subnormal, sizeof(subnormal));
+  return float_of_bits((magnitude < 0x0400u ? subnormal_bits : normal) | sign);
+}
+
+USP_SIMD float convert_same(float x) { return x; }
+USP_SIMD double convert_same(double x) { return x; }
+
+template <typename T, typename Source, typename Convert>
+USP_SIMD void load_rows_as(const Source* src, int64_t src_stride, int64_t rows, int64_t cols,
+                           Matrix<T> dst, Convert convert) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const Source* __restrict from = src + i * src_stride;
+    T* __restrict to = dst.data + i * dst.ld;
+    for (int64_t d = 0; d < cols; ++d) to[d] = convert(from[d]);
+    for (int64_t d = cols; d < dst.ld; ++d) to[d] = T(0);
+  }
+}
+
+template <typename T>
+void load_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+               Matrix<T> dst) {
+  const auto* halves = static_cast<const uint16_t*>(src);
+  if (dtype == DType::kBFloat16) {
+    load_rows_as(halves, src_stride, rows, cols, dst,
+                 [](uint16_t x) { return convert_bfloat16(x); });
+  } else if (dtype == DType::kFloat16) {
+    load_rows_as(halves, src_stride, rows, cols, dst,
+                 [](uint16_t x) { return convert_float16(x); });
+  } else {
+    load_rows_as(static_cast<const T*>(src), src_stride, rows, cols, dst,
+                 [](T x) { return convert_same(x); });
+  }
+}
+
+template <typename T>
+void transpose(Matrix<const T> src, int64_t rows, int64_t cols, T scale, Matrix<T> dst) {
+  constexpr int64_t kBlock = kLanes<T>;
+  for (int64_t i0 = 0; i0 < dst.ld; i0 += kBlock) {
+    for (int64_t d = 0; d < cols; ++d) {
+      T* __restrict to = dst.data + d * dst.ld + i0;
+      const T* __restrict from = src.data + i0 * src.ld + d;
+      if (i0 + kBlock <= rows) {
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = scale * from[i * src.ld];
+      } else {
+        for (int64_t i = 0; i < kBlock; ++i)
+          to[i] = i0 + i < rows ? scale * from[i * src.ld] : T(0);
+      }
+    }
+  }
+}
+
+template <typename T>
+void add_rows(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
+              int64_t dst_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* __restrict from = src.data + i * src.ld;
+    T* __restrict to = dst + i * dst_stride;
+    for (int64_t d = 0; d < cols; ++d) to[d] += scale * from[d];
+  }
+}
+
+template <typename T>
+void scale_rows(Matrix<T> m, int64_t rows, int64_t cols, const T* factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T f = factor[i];
+    if (f == T(1)) continue;
+    T* __restrict row = m.data + i * m.ld;
+    for (int64_t d = 0; d < cols; ++d) row[d] *= f;
+  }
+}
+
+}  // namespace
+}  // namespace usp::cpu

@@ -1,0 +1,162 @@
+#pragma once
+
+// Element-wise work on score tiles (keys, queries), and the softmax along their columns.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace usp::cpu {
+namespace {
+
+template <typename T>
+void softcap(Tile<T> s, T cap, T* derivative) {
+  const T inverse = T(1) / cap;
+  const int64_t count = s.keys * s.queries;
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> t = tanh<T>(load(s.data + i) * inverse);
+    store<T>(s.data + i, cap * t);
+    if (derivative != nullptr) store<T>(derivative + i, T(1) - t * t);
+  }
+}
+
+template <typename T>
+void add_bias(Tile<T> s, int64_t num_rows, const T* bias, int64_t query_stride,
+              int64_t key_stride) {
+  if (query_stride == 0) {
+    for (int64_t j = 0; j < s.keys; ++j) {
+      const T b = bias[j * key_stride];
+      T* __restrict row = s.row(j);
+      for (int64_t i = 0; i < s.queries; ++i) row[i] += b;
+    }
+    return;
+  }
+  // Few query rows at a time, so that the cache lines of the row-major bias are used whole.
+  for (int64_t i0 = 0; i0 < num_rows; i0 += kPad) {
+    const int64_t i1 = i0 + kPad < num_rows ? i0 + kPad : num_rows;
+    for (int64_t j = 0; j < s.keys; ++j) {
+      T* __restrict row = s.row(j);
+      const T* __restrict from = bias + j * key_stride;
+      for (int64_t i = i0; i < i1; ++i) row[i] += from[i * query_stride];
+    }
+  }
+}
+
+template <typename T>
+void add_alibi(Tile<T> s, T slope, const int32_t* q_pos, const int32_t* k_pos) {
+  for (int64_t j = 0; j < s.keys; ++j) {
+    T* __restrict row = s.row(j);
+    const int32_t key_position = k_pos[j];
+    for (int64_t i = 0; i < s.queries; ++i) {
+      const int32_t distance = q_pos[i] - key_position;
+      row[i] -= slope * static_cast<T>(distance < 0 ? -distance : distance);
+    }
+  }
+}
+
+// The rows that see a key are an interval whose ends move up with the key.
+template <typename T>
+void mask(Tile<T> s, TileMask m) {
+  int64_t begin = 0, end = 0;
+  for (int64_t j = 0; j < s.keys; ++j) {
+    const int64_t key = m.first_key + j;
+    while (begin < m.num_rows && m.stop[begin] <= key) ++begin;
+    while (end < m.num_rows && m.first[end] <= key) ++end;
+    T* __restrict row = s.row(j);
+    for (int64_t i = 0; i < begin; ++i) row[i] = minus_infinity<T>();
+    for (int64_t i = end; i < s.queries; ++i) row[i] = minus_infinity<T>();
+  }
+}
+
+// Four keys share a counter where their positions are neighbours.
+template <typename T>
+void dropout(Tile<T> m, TileDropout d) {
+  const T kept = static_cast<T>(d.kept_scale);
+  for (int64_t j = 0; j < m.keys;) {
+    const uint32_t counter = static_cast<uint32_t>(d.k_pos[j]) >> 2;
+    int64_t stop = j + 1;
+    while (stop < m.keys && static_cast<uint32_t>(d.k_pos[stop]) >> 2 == counter) ++stop;
+    for (int64_t i = 0; i < m.queries; ++i) {
+      const PhiloxWords words =
+          philox4x32_10({{counter, static_cast<uint32_t>(d.q_pos[i]), d.row_of_heads, 0u}}, d.key);
+      for (int64_t key = j; key < stop; ++key) {
+        m.row(key)[i] = words.word[d.k_pos[key] & 3] >= d.threshold ? kept : T(0);
+      }
+    }
+    j = stop;
+  }
+}
+
+template <typename T>
+void softmax_update(Tile<T> s, T* max, T* sum, T* factor) {
+  for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
+    const Vec<T> old_max = load(max + i);
+    Vec<T> new_max = old_max;
+    for (int64_t j = 0; j < s.keys; ++j) {
+      const Vec<T> score = load(s.row(j) + i);
+      new_max = score > new_max ? score : new_max;
+    }
+    const Vec<T> empty = broadcast<T>(minus_infinity<T>());
+    const Vec<T> subtracted = new_max == empty ? Vec<T>{} : new_max;
+    Vec<T> tile_sum = {};
+    for (int64_t j = 0; j < s.keys; ++j) {
+      const Vec<T> weight = exp<T>(load(s.row(j) + i) - subtracted);
+      store<T>(s.row(j) + i, weight);
+      tile_sum += weight;
+    }
+    const Vec<T> shrink = exp<T>(old_max - subtracted);
+    store<T>(factor + i, shrink);
+    store<T>(sum + i, load(sum + i) * shrink + tile_sum);
+    store<T>(max + i, new_max);
+  }
+}
+
+template <typename T>
+void probabilities(Tile<T> s, const T* lse) {
+  for (int64_t j = 0; j < s.keys; ++j) {
+    for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
+      store<T>(s.row(j) + i, exp<T>(load(s.row(j) + i) - load(lse + i)));
+    }
+  }
+}
+
+template <typename T>
+void score_gradient(Tile<T> dp, const T* p, const T* delta) {
+  for (int64_t j = 0; j < dp.keys; ++j) {
+    T* __restrict row = dp.row(j);
+    const T* __restrict weight = p + j * dp.queries;
+    for (int64_t i = 0; i < dp.queries; ++i) row[i] = weight[i] * (row[i] - delta[i]);
+  }
+}
+
+template <typename T>
+void multiply(Tile<T> x, const T* __restrict y) {
+  T* __restrict data = x.data;
+  const int64_t count = x.keys * x.queries;
+  for (int64_t i = 0; i < count; ++i) data[i] *= y[i];
+}
+
+template <typename T>
+void add_bias_gradient(Tile<T> ds, int64_t num_rows, T* dbias, int64_t query_stride,
+                       int64_t key_stride) {
+  if (query_stride == 0) {
+    for (int64_t j = 0; j < ds.keys; ++j) {
+      Vec<T> sums = {};
+      for (int64_t i = 0; i < ds.queries; i += kLanes<T>) sums += load(ds.row(j) + i);
+      T total = 0;
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) total += sums[lane];
+      dbias[j * key_stride] += total;
+    }
+    return;
+  }
+  for (int64_t i0 = 0; i0 < num_rows; i0 += kPad) {
+    const int64_t i1 = i0 + kPad < num_rows ? i0 + kPad : num_rows;
+    for (int64_t j = 0; j < ds.keys; ++j) {
+      const T* __restrict row = ds.row(j);
+      T* __restrict to = dbias + j * key_stride;
+      for (int64_t i = i0; i < i1; ++i) to[i * query_stride] += row[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace usp::cpu

@@ -1,0 +1,115 @@
+#pragma once
+
+// What forward and backward share: tile sizes, loading of query and key rows, and the scores of a
+// tile before its softmax.
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace usp::cpu {
+
+inline constexpr int64_t kQueryTile = 64;
+inline constexpr int64_t kKeyTile = 128;
+
+inline int64_t padded(int64_t count) { return round_up(count, kPad); }
+
+inline int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// Address of (b, row, h, 0).
+inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int64_t h) {
+  const int64_t offset = b * x.batch_stride + row * x.row_stride + h * x.head_stride;
+  return static_cast<const char*>(x.data) + offset * element_size(x.dtype);
+}
+
+template <typename T>
+void load_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
+               int64_t cols, Matrix<T> dst) {
+  kernels.load_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
+                    dst);
+}
+
+template <typename T>
+Matrix<const T> as_const(Matrix<T> m) {
+  return {m.data, m.ld, m.transposed};
+}
+
+// The transpose of a tile (keys, queries) as a left operand of gemm.
+template <typename T>
+Matrix<const T> by_query(const Tile<T>& tile) {
+  return {tile.data, tile.queries, true};
+}
+
+template <typename T>
+Matrix<const T> by_key(const Tile<T>& tile) {
+  return {tile.data, tile.queries};
+}
+
+// Which tile of which head is being computed.
+struct TileIndex {
+  int64_t b;
+  int64_t h;
+  Range rows;
+  Range keys;
+  bool masked;  // some row may not see some key
+};
+
+// Padded copies of what belongs to the query rows of a tile.
+struct QueryPositions {
+  int32_t* q_pos;
+
+  void carve(Carver& carver) { q_pos = carver.take<int32_t>(kQueryTile); }
+
+  template <typename T>
+  void load(const Attention<T>& a, Range rows) {
+    if (a.q_pos == nullptr) return;
+    for (int64_t i = 0; i < padded(rows.size()); ++i) {
+      q_pos[i] = i < rows.size() ? a.q_pos[rows.begin + i] : 0;
+    }
+  }
+};
+
+// s (keys, queries) = the scores of a tile: scaled products (q_t is scaled already), softcap, bias,
+// ALiBi, -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
+template <typename T>
+void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
+                    Matrix<const T> k, Matrix<const T> q_t, const QueryPositions& positions,
+                    Tile<T> s, T* softcap_derivative) {
+  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, false);
+  if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
+  if (a.bias.data != nullptr) {
+    kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),
+                     a.bias.query_stride, a.bias.key_stride);
+  }
+  if (a.alibi_slopes != nullptr) {
+    const T slope = a.alibi_slopes[at.b * a.alibi_batch_stride + at.h * a.alibi_head_stride];
+    kernels.add_alibi(s, slope, positions.q_pos, a.k_pos + at.keys.begin);
+  }
+  if (at.masked) {
+    kernels.mask(s, {a.span.first + at.rows.begin, a.span.stop + at.rows.begin, at.rows.size(),
+                     at.keys.begin});
+  }
+}
+
+// m (keys, queries) = keep / (1 - dropout_p).
+template <typename T>
+void dropout_multiplier(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
+                        const QueryPositions& positions, Tile<T> m) {
+  kernels.dropout(m,
+                  {.q_pos = positions.q_pos,
+                   .k_pos = a.k_pos + at.keys.begin,
+                   .row_of_heads = static_cast<uint32_t>(at.b * a.num_heads + a.head_offset + at.h),
+                   .key = philox_key(a.dropout_seed),
+                   .threshold = dropout_threshold(a.dropout_p),
+                   .kept_scale = 1.0 / (1.0 - a.dropout_p)});
+}
+
+}  // namespace usp::cpu
