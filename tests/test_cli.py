@@ -1,0 +1,151 @@
+"""The ``usp`` command: what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import usp
+from usp import cli
+from usp._version import __version__
+
+ROOT = Path(usp.__file__).resolve().parents[1]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(argv)
+    except SystemExit as end:  # argparse
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[\d.]+", line)]
+
+
+def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert __version__ in out and str(torch.__version__) in out
+    for name, state in usp.backends().items():
+        assert re.search(rf"^  {name} +{re.escape(state)}", out, re.MULTILINE), name
+
+
+def test_info_says_whether_the_extension_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "info")[1]
+    try:
+        from usp import _C
+    except ImportError:
+        assert re.search(r"^extension +not built: \S", out, re.MULTILINE)
+    else:
+        assert re.search(r"^extension +built for cpu", out, re.MULTILINE)
+        assert re.search(rf"^CPU kernels use +{_C.cpu_capability()}", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_plan_counts_every_visible_pair_once(
+    layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seq_len, left, ring = 1009, 200, 3
+    argv = f"plan --seq-len {seq_len} --ring {ring} --layout {layout} --causal --window {left} none"
+    code, out, _ = run(capsys, *argv.split(), "--show")
+    assert code == 0
+    table, *ranks = re.split(r"^ring rank \d+$", out, flags=re.MULTILINE)
+    lines = [numbers(line) for line in table.splitlines() if re.match(r" +\d+ ", line)]
+    pairs = sum(min(p, left) + 1 for p in range(seq_len))
+    assert [line[0] for line in lines] == [0, 1, 2]
+    assert sum(line[1] for line in lines) == seq_len
+    assert sum(line[4] for line in lines) == pairs
+    assert sum(line[5] for line in lines) == pytest.approx(ring, abs=2e-3)
+    # with --show the steps of a rank add up to its line
+    assert len(ranks) == ring
+    for line, steps in zip(lines, ranks, strict=True):
+        shown = [numbers(step) for step in steps.splitlines() if re.match(r" +\d+ ", step)]
+        assert sum(step[-1] for step in shown) == line[4]
+
+
+def test_plan_of_packed_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "plan --seq-len 101 --ring 2 --layout document-zigzag --cu-seqlens 0,0,30,101 --causal"
+    code, out, _ = run(capsys, *argv.split())
+    assert code == 0
+    lines = [numbers(line) for line in out.splitlines() if re.match(r" +\d+ ", line)]
+    assert sum(line[4] for line in lines[:2]) == 30 * 31 / 2 + 71 * 72 / 2
+
+
+def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "plan", "--seq-len", "0", "--ring", "2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("plan --seq-len 8 --layout spiral", "unknown layout 'spiral'.*zigzag"),
+        ("plan --seq-len -3", "--seq-len must be 0 or more, got -3"),
+        ("plan --seq-len 8 --ring 0", "--ring must be 1 or more, got 0"),
+        ("plan --seq-len 8 --causal --window -1 none", "got left=-1"),
+        ("plan --seq-len 8 --cu-seqlens 0,5", "ends at 5, but --seq-len is 8"),
+        ("plan --seq-len 8 --cu-seqlens 0,5,3,8", "must not decrease"),
+        ("plan --seq-len 8 --layout document-zigzag", "--cu-seqlens"),
+        ("plan --seq-len 8 --prefix-len 3", "causal"),
+        ("bench no-such-program", "no benchmark"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(
+    argv: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    code, out, err = run(capsys, *argv.split())
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(rf"usp: error: .*{said}.*\n", err), err
+
+
+@pytest.mark.parametrize(
+    "argv", [(), ("dance",), ("plan",), ("plan", "--seq-len", "x"), ("info", "--loud")]
+)
+def test_what_argparse_refuses_is_exit_code_2(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert "error:" in err
+
+
+def test_bench_lists_programs_and_hands_them_their_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "block.py").write_text(
+        '"""Times one block.\n\nMore."""\nimport sys\nprint(sys.argv[1:])\nsys.exit(3)\n'
+    )
+    monkeypatch.setattr(cli, "benchmark_folder", lambda: folder)
+    assert run(capfd, "bench") == (0, "  block  Times one block.\n", "")
+    code, out, _ = run(capfd, "bench", "block", "--size", "7")
+    assert (code, out) == (3, "['--size', '7']\n")
+
+
+def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    import usp.demo
+
+    got: list[list[str]] = []
+    monkeypatch.setattr(usp.demo, "main", lambda argv: got.append(list(argv)) or 0)
+    assert cli.main(["demo", "--help", "--tokens", "64"]) == 0
+    assert got == [["--help", "--tokens", "64"]]
+
+
+def test_python_m_usp_is_the_same_command(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; "
+    code += "sys.argv = ['usp', '--version']; runpy.run_module('usp', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"usp {__version__}\n", "")

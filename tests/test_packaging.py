@@ -1,0 +1,265 @@
+"""Building and installing: one version, honest refusals, and never a second torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import setup_env
+import torch
+from usp_build import hooks, native, targets, torch_install
+
+import usp
+from usp._version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSION = __version__
+
+
+def fake_torch(folder: Path, version: str, headers: bool = True) -> Path:
+    """A site folder that holds as much of a torch as the build looks at."""
+    info = folder / f"torch-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    if headers:
+        (folder / "torch" / "include").mkdir(parents=True)
+    return folder
+
+
+# -- one version, true metadata
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """Everything else reads it: pyproject, CMake, the C++ module, the command line."""
+    suffixes = {".py", ".toml", ".txt", ".cpp", ".h", ".in", ".cfg"}
+    skipped = {"build", "dist", ".git"}
+    holders = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*")
+        if path.suffix in suffixes
+        and not any(part in skipped or part.startswith(".venv") for part in path.parts)
+        and VERSION in path.read_text()
+    ]
+    assert holders == ["usp/_version.py"]
+
+
+def test_installed_metadata() -> None:
+    try:
+        installed = metadata.distribution("usp")
+    except metadata.PackageNotFoundError:
+        pytest.skip("usp runs from its sources here, it is not installed")
+    assert installed.version == VERSION
+    assert installed.metadata["License-Expression"] == "Apache-2.0"
+    required = installed.requires or []
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
+    assert set(installed.metadata.get_all("Provides-Extra") or []) == {
+        *("demo", "dev", "flash", "integrations", "triton")
+    }
+    assert any(entry.name == "usp" for entry in installed.entry_points)
+
+
+def test_the_installed_package_is_what_is_tested() -> None:
+    """The sources in this folder must not hide an installed usp with its compiled extension."""
+    try:
+        installed = metadata.distribution("usp")
+    except metadata.PackageNotFoundError:
+        pytest.skip("usp runs from its sources here, it is not installed")
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    editable = origin.get("dir_info", {}).get("editable", False)
+    expected = ROOT / "usp" if editable else Path(str(installed.locate_file("usp")))
+    assert Path(usp.__file__).parent == expected.resolve()
+    assert (expected / "py.typed").is_file()
+
+
+# -- which torch
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [("2.13.0+cpu", (2, 13, 0)), ("2.9.1", (2, 9, 1)), ("2.10.0a0+git1", (2, 10, 0)), ("x", ())],
+)
+def test_release(version: str, numbers: tuple[int, ...]) -> None:
+    assert torch_install.release(version) == numbers
+
+
+def test_installed_torch_is_the_nearest_one_that_serves(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    old = fake_torch(tmp_path / "old", "2.9.1")  # as text, "2.9.1" > "2.10": a trap
+    bare = fake_torch(tmp_path / "bare", "2.13.0", headers=False)
+    good = fake_torch(tmp_path / "good", "2.10.0+cu130")
+    other = fake_torch(tmp_path / "other", "2.13.0+cpu")
+    found = torch_install.installed_torch([empty, old, bare, good, other])
+    assert found == torch_install.TorchInstall(good / "torch", "2.10.0+cu130")
+    assert torch_install.installed_torch([empty, old, bare]) is None
+
+
+def test_the_build_finds_the_torch_beside_it_and_asks_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("USP_BUILD", raising=False)
+    found = torch_install.installed_torch()
+    assert found is not None
+    assert found.version == metadata.version("torch")
+    assert found.folder.samefile(Path(torch.__file__).parent)
+    assert hooks.torch_requirement() == []
+
+
+def test_the_build_asks_for_torch_only_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("USP_BUILD", raising=False)
+    monkeypatch.setattr(hooks, "installed_torch", lambda: None)
+    assert hooks.torch_requirement() == ["torch>=2.10"]
+    monkeypatch.setenv("USP_BUILD", "none")  # nothing is compiled: no headers needed
+    assert hooks.torch_requirement() == []
+
+
+LISTING = """torch (2.15.0)
+Available versions: 2.15.0, 2.14.1, 2.11.0+cpu, 2.13.0, 2.13.0+cpu, 2.9.1+cpu
+  INSTALLED: 2.8.0
+"""
+
+
+def test_cpu_builds_are_those_new_enough_newest_first() -> None:
+    assert setup_env.cpu_builds(LISTING) == ["2.13.0+cpu", "2.11.0+cpu"]
+    assert setup_env.cpu_builds("ERROR: No matching distribution found for torch") == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "gpu", "listing", "wanted"),
+    [
+        ("linux", False, LISTING, "torch==2.13.0+cpu"),
+        ("linux", False, "Available versions: 2.15.0, 2.9.1+cpu", "torch>=2.10"),
+        ("linux", True, LISTING, "torch>=2.10"),
+        ("darwin", False, LISTING, "torch>=2.10"),
+    ],
+)
+def test_choose_torch(
+    monkeypatch: pytest.MonkeyPatch, platform: str, gpu: bool, listing: str, wanted: str
+) -> None:
+    listed = subprocess.CompletedProcess([], 0, stdout=listing)
+    monkeypatch.setattr(setup_env.subprocess, "run", lambda *_, **__: listed)
+    monkeypatch.setattr(setup_env.sys, "platform", platform)
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: gpu)
+    assert setup_env.choose_torch(Path("python")) == wanted
+
+
+def test_an_installed_torch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_torch(tmp_path / "lib" / "python3.11" / "site-packages", "2.10.0+cu130")
+    monkeypatch.setattr(setup_env, "run_pip", lambda *_: pytest.fail("pip was called"))
+    assert setup_env.ensure_torch(Path("python"), tmp_path) == "2.10.0+cu130"
+
+
+# -- what is built
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "explicit"),
+    [(None, ("cpu",), False), ("", ("cpu",), False), ("cpu", ("cpu",), True), ("none", (), True)],
+)
+def test_targets(value: str | None, names: tuple[str, ...], explicit: bool) -> None:
+    environ = {} if value is None else {"USP_BUILD": value}
+    assert targets.choose(environ) == targets.Targets(names, explicit)
+
+
+@pytest.mark.parametrize("value", ["cuda", "hip"])
+def test_gpu_builds_are_refused_without_gpu_sources(value: str, tmp_path: Path) -> None:
+    with pytest.raises(targets.BuildRefused, match=rf"USP_BUILD={value} .*csrc/gpu.*USP_BUILD=cpu"):
+        targets.choose({"USP_BUILD": value}, root=tmp_path)
+
+
+def test_unknown_targets_are_refused() -> None:
+    with pytest.raises(targets.BuildRefused, match=r"'gpu' is not one of cpu, cuda, hip, none"):
+        targets.choose({"USP_BUILD": "gpu"})
+
+
+def test_the_ops_are_compiled_for_the_stable_abi_and_the_kernels_without_torch() -> None:
+    found = torch_install.TorchInstall(Path("/site/torch"), "2.13.0")
+    library = native.ops_library(ROOT, found)
+    flags = {unit.source.name: unit.flags for unit in library.units}
+    assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags["ops.cpp"]
+    kernels = [unit for unit in library.units if unit.source.parent.name == "cpu"]
+    assert kernels
+    assert not any("torch" in flag for unit in kernels for flag in unit.flags)
+
+
+def test_ninja_runs_in_folders_with_spaces(tmp_path: Path) -> None:
+    root, out = tmp_path / "a b$c:d", tmp_path / "o ut"
+    (root / "csrc").mkdir(parents=True)
+    (root / "csrc" / "f.cpp").write_text('extern "C" int f() { return VALUE; }\n')
+    unit = native.Unit(root / "csrc" / "f.cpp", ('-DVALUE=sizeof("$x y")',))
+    library = native.Library("f.so", (unit,))
+    native.compile_libraries(root, native.find_compiler(), [library], root / "build", out)
+    assert (out / "f.so").is_file()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources to build wheels in."""
+    copy = tmp_path_factory.mktemp("sources") / "usp"
+    copy.mkdir()
+    built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
+    for name in ("usp", "csrc", "build_backend"):
+        shutil.copytree(ROOT / name, copy / name, ignore=built)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build_wheel(sources: Path, out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The wheel as pip would have it built, by the hook, in a process of its own."""
+    code = f"from usp_build import hooks; print(hooks.build_wheel({str(out)!r}))"
+    path = {"PYTHONPATH": str(sources / "build_backend")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sources,
+        env={**os.environ, "USP_BUILD": "", **path, **environ},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def wheel_names(out: Path) -> tuple[str, zipfile.ZipFile]:
+    (wheel,) = out.glob("*.whl")
+    return wheel.name, zipfile.ZipFile(wheel)
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
+    sources: Path, tmp_path: Path
+) -> None:
+    done = build_wheel(sources, tmp_path, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "NOT built: no C++ compiler found (looked for no-such-compiler)" in done.stderr
+    _, wheel = wheel_names(tmp_path)
+    names = wheel.namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert "no-such-compiler" in json.loads(wheel.read("usp/_build.json"))["reason"]
+    assert {"usp/__init__.py", "usp/py.typed"} <= set(names)
+    assert not [name for name in names if re.match(r"(csrc|tests|build_backend)/", name)]
+
+
+def test_a_compiler_that_fails_is_no_error_unless_asked_for(sources: Path, tmp_path: Path) -> None:
+    done = build_wheel(sources, tmp_path, CXX="false")
+    assert done.returncode == 0, done.stderr
+    assert "NOT built: the compiler refused csrc/" in done.stderr
+    asked = build_wheel(sources, tmp_path / "asked", CXX="false", USP_BUILD="cpu")
+    assert asked.returncode != 0
+    assert "USP_BUILD=cpu failed: the compiler refused csrc/" in asked.stderr
+    assert "Traceback" not in asked.stderr
+
+
+def test_none_builds_a_wheel_for_every_platform(sources: Path, tmp_path: Path) -> None:
+    done = build_wheel(sources, tmp_path, USP_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    name, wheel = wheel_names(tmp_path)
+    assert name == f"usp-{VERSION}-py3-none-any.whl"
+    assert not [name for name in wheel.namelist() if name.endswith((".so", "_build.json"))]

@@ -1,0 +1,153 @@
+"""``usp plan``: what each ring rank computes, in which order, and what it sends."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from usp.layout import DocumentZigzag, Layout
+from usp.mask import make_mask
+from usp.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def bound(text: str) -> int | None:
+    """A side of a window: a number of keys, or "none"."""
+    return None if text.lower() == "none" else int(text)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Comma-separated integers."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def add_arguments(commands: Commands) -> argparse.ArgumentParser:
+    """Describe ``usp plan`` to the parser of the command line."""
+    parser = commands.add_parser("plan", help="what each ring rank computes, and what it sends")
+    parser.add_argument("--seq-len", type=int, required=True, metavar="N", help="all tokens")
+    parser.add_argument("--key-len", type=int, metavar="N", help="all keys; default: --seq-len")
+    parser.add_argument("--ring", type=int, default=1, metavar="R", help="ring degree")
+    parser.add_argument("--ulysses", type=int, default=1, metavar="U", help="Ulysses degree")
+    parser.add_argument(
+        "--layout",
+        default="contiguous",
+        help="contiguous, zigzag, striped or document-zigzag (which needs --cu-seqlens)",
+    )
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=bound,
+        default=(None, None),
+        metavar=("LEFT", "RIGHT"),
+        help="visible keys on each side, or none",
+    )
+    parser.add_argument("--cu-seqlens", type=integers, metavar="0,...,N", help="document bounds")
+    parser.add_argument("--prefix-len", type=int, metavar="N", help="keys that causal leaves open")
+    parser.add_argument("--show", action="store_true", help="every step of every ring rank")
+    wire = parser.add_argument_group("for the bytes on the wire")
+    wire.add_argument("--heads", type=int, default=32, metavar="H", help="default: %(default)s")
+    wire.add_argument("--kv-heads", type=int, metavar="G", help="default: --heads")
+    wire.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    wire.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="default: %(default)s",
+    )
+    return parser
+
+
+def chosen_layout(arguments: argparse.Namespace) -> Layout:
+    """The layout that the arguments name."""
+    if arguments.layout != "document-zigzag":
+        return str(arguments.layout)
+    if arguments.cu_seqlens is None:
+        raise ValueError("--layout document-zigzag cuts documents: give them as --cu-seqlens 0,...")
+    return DocumentZigzag(arguments.cu_seqlens)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what the planner is never asked otherwise: its callers have real meshes."""
+    for name in ("seq_len", "ring", "ulysses", "heads", "head_dim"):
+        value, least = getattr(arguments, name), 0 if name == "seq_len" else 1
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if arguments.cu_seqlens and arguments.cu_seqlens[-1] != arguments.seq_len:
+        raise ValueError(
+            f"--cu-seqlens ends at {arguments.cu_seqlens[-1]}, but --seq-len is {arguments.seq_len}"
+        )
+
+
+def make_plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The plan of every ring rank."""
+    mask = make_mask(
+        causal=arguments.causal,
+        window_size=tuple(arguments.window),
+        cu_seqlens=arguments.cu_seqlens,
+        prefix_len=arguments.prefix_len,
+    )
+    layout, query_len = chosen_layout(arguments), arguments.seq_len
+    key_len = query_len if arguments.key_len is None else arguments.key_len
+    return [
+        make_plan(mask, layout, query_len, key_len, arguments.ring, rank)
+        for rank in range(arguments.ring)
+    ]
+
+
+def table(rows: Iterable[Sequence[object]], indent: str = "  ") -> str:
+    """Columns of equal width; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: list[str]) -> str:
+        number = [cell.replace(".", "").replace("%", "").isdigit() for cell in row]
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, number, strict=True)
+        ]
+        return indent + "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, cells))
+
+
+def balance(plans: list[Plan]) -> str:
+    """One line for each ring rank: its tokens, its work, and its work against the mean."""
+    mean = sum(plan.pairs for plan in plans) / len(plans)
+    rows: list[tuple[object, ...]] = [
+        ("ring rank", "tokens", "steps", "to compute", "visible pairs", "of the mean")
+    ]
+    for plan in plans:
+        share = f"{plan.pairs / mean:.3f}" if mean else "-"
+        busy = sum(step.kind != "none" for step in plan.steps)
+        rows.append((plan.ring_rank, len(plan.queries), len(plan.steps), busy, plan.pairs, share))
+    return table(rows)
+
+
+def steps(plan: Plan) -> str:
+    """One line for each step of one ring rank."""
+    rows: list[tuple[object, ...]] = [("step", "owner", "queries", "keys", "sees", "visible pairs")]
+    for index, step in enumerate(plan.steps):
+        rows.append((index, step.owner, step.num_queries, step.num_keys, step.kind, step.pairs))
+    return f"ring rank {plan.ring_rank}\n{table(rows)}"
+
+
+def report(arguments: argparse.Namespace) -> str:
+    """Everything ``usp plan`` prints.
+
+    Raises:
+        ValueError: arguments that no plan can be made for; names the values.
+    """
+    check(arguments)
+    plans = make_plans(arguments)
+    parts = [
+        f"{arguments.seq_len} tokens, ring {arguments.ring} x ulysses {arguments.ulysses} = "
+        f"{arguments.ring * arguments.ulysses} ranks, layout {arguments.layout}",
+        balance(plans),
+    ]
+    if arguments.show:
+        parts += [steps(plan) for plan in plans]
+    return "\n\n".join(parts)
