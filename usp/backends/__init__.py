@@ -1,0 +1,89 @@
+"""The kernel families, in order of preference, and the choice among them.
+
+A backend is a module. Each says in plain sentences why it cannot take a problem; ``"auto"``
+takes the first without reasons, a named backend never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from usp.backends import native, reference, sdpa
+from usp.problem import Block, Gradients, Saved, State, Traits
+
+Partial = tuple[slice, Tensor, Tensor]
+
+
+class Backend(Protocol):
+    """One kernel family."""
+
+    NAME: str
+    CARRIES_STATE: bool
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine at all, or None."""
+
+    def reasons_against(self, traits: Traits) -> tuple[str, ...]:
+        """Why it cannot take a problem; empty where it can."""
+
+    def attention_backward(self, block: Block, saved: Saved, grads: Gradients) -> None:
+        """Add the gradients of ``block`` to ``grads``."""
+
+
+class StateBackend(Backend, Protocol):
+    """A family whose kernels carry the running softmax in and out."""
+
+    def attention_forward(self, block: Block, state: State) -> None:
+        """Let ``block`` into ``state``, in place."""
+
+
+class PartialBackend(Backend, Protocol):
+    """A family that computes rows on their own; ``block.py`` merges them."""
+
+    def attention_partials(self, block: Block) -> Iterator[Partial]:
+        """``(rows, out, lse)`` of runs of rows: (B, n, H, Dv) and (B, H, n) of this block."""
+
+
+TABLE: tuple[StateBackend | PartialBackend, ...] = (native, sdpa, reference)
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with "can run here" or the reason why not."""
+    return {backend.NAME: backend.unavailable() or "can run here" for backend in TABLE}
+
+
+def check_name(name: str) -> None:
+    """Refuse an unknown backend.
+
+    Raises:
+        ValueError: names it and those there are.
+    """
+    names = [backend.NAME for backend in TABLE]
+    if name != "auto" and name not in names:
+        raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
+
+
+def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
+    """The backend for a problem.
+
+    Args:
+        name: "auto" for the first that takes it, or one by name, which never falls back.
+        traits: The problem.
+
+    Raises:
+        ValueError: no backend has that name.
+        NotImplementedError: none, or not the named one, takes the problem; gives every reason.
+    """
+    check_name(name)
+    against = []
+    for backend in TABLE:
+        if name not in ("auto", backend.NAME):
+            continue
+        reasons = backend.reasons_against(traits)
+        if not reasons:
+            return backend
+        against += [f"{backend.NAME}: {reason}" for reason in reasons]
+    raise NotImplementedError(f"backend={name!r} cannot take this problem: " + "; ".join(against))

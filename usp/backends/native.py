@@ -1,0 +1,71 @@
+"""The compiled extension's own kernels, which carry the running softmax in and out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from usp import ops
+from usp.problem import Block, Gradients, Saved, State, Traits
+
+NAME = "native"
+CARRIES_STATE = True
+
+
+def unavailable() -> str | None:
+    error = ops.load_error()
+    return None if error is None else f"the compiled extension is not there: {error}"
+
+
+def reasons_against(traits: Traits) -> tuple[str, ...]:
+    reasons = []
+    missing = unavailable()
+    if missing is not None:
+        reasons.append(missing)
+    if traits.device_type != "cpu":
+        reasons.append(f"its kernels run on CPU, the tensors are on {traits.device_type}")
+    return tuple(reasons)
+
+
+def attention_forward(block: Block, state: State) -> None:
+    torch.ops.usp.attention_forward(
+        block.q, block.k, block.v, *_shared(block), state.out, state.lse
+    )
+
+
+def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
+    torch.ops.usp.attention_backward(
+        saved.dout,
+        block.q,
+        block.k,
+        block.v,
+        saved.delta,
+        saved.lse,
+        *_shared(block),
+        grads.dq,
+        grads.dk,
+        grads.dv,
+        grads.dbias,
+    )
+
+
+def _shared(block: Block) -> tuple[Any, ...]:
+    """The arguments that both ops have in common, in the order of their schemas."""
+    first, stop = block.span or (None, None)
+    heads, scoring = block.heads, block.scoring
+    return (
+        first,
+        stop,
+        block.bias,
+        block.alibi_slopes,
+        block.q_pos,
+        block.k_pos,
+        heads.offset,
+        heads.total,
+        heads.group_size,
+        scoring.softmax_scale,
+        scoring.softcap,
+        scoring.dropout_p,
+        scoring.dropout_seed,
+    )

@@ -1,0 +1,146 @@
+"""What one block of attention is made of: plain data for ``block.py`` and the backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from usp.plan import Step
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a score is made of ``<q, k>``, and which weights are dropped.
+
+    Attributes:
+        softmax_scale: Factor of the scores, dimensionless.
+        softcap: ``softcap * tanh(score / softcap)`` before any bias; 0 is off.
+        dropout_p: Probability that a weight is dropped.
+        dropout_seed: 64-bit key of the random numbers.
+    """
+
+    softmax_scale: float
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The run of query heads that this rank holds, and the key heads that they read.
+
+    Attributes:
+        offset, count: First query head and number of them.
+        total: Query heads of the whole attention.
+        group_size: Query heads that share a key head, in the whole attention.
+    """
+
+    offset: int
+    count: int
+    total: int
+    group_size: int
+
+    @property
+    def kv_range(self) -> tuple[int, int]:
+        """First and one past the last key head that the query heads read."""
+        first = self.offset // self.group_size
+        return first, first if not self.count else (
+            self.offset + self.count - 1
+        ) // self.group_size + 1
+
+    @cached_property
+    def kv_index(self) -> tuple[int, ...]:
+        """For each query head here the key head it reads, counted from the first one here."""
+        first = self.offset // self.group_size
+        return tuple((self.offset + h) // self.group_size - first for h in range(self.count))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Queries of this rank against the keys of one owner.
+
+    Attributes:
+        q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). Last dim contiguous.
+        step: The visible pairs.
+        bias: (B|1, H|1, Lq|1, Lk) added to the scores, in the dtype of the state, or None.
+        alibi_slopes: (B|1, H) in the dtype of the state, or None.
+        q_pos, k_pos: (Lq,), (Lk,) int32 global positions where ALiBi or dropout needs them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    step: Step
+    heads: Heads
+    scoring: Scoring
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+
+    @property
+    def span(self) -> tuple[Tensor, Tensor] | None:
+        """``first, stop`` (Lq,) int32 on the device of q; None where every row sees every key."""
+        return None if self.step.span is None else self.step.span.on(self.q.device)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The running softmax of this rank's queries.
+
+    Attributes:
+        out: (B, Lq, H, Dv) normalised, fp32 (fp64 for fp64 inputs).
+        lse: (B, H, Lq) natural log of the sum of exp(score), -inf for a row that saw nothing.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What the backward of a block needs from the whole pass.
+
+    Attributes:
+        dout, out: (B, Lq, H, Dv), dtype of q; the final output and its gradient.
+        lse: (B, H, Lq), the final one.
+        delta: (B, H, Lq), sum of dout * out over Dv, less the gradient of lse.
+    """
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Sums to add a block's gradients to, in the dtype of the state; shapes of q, k, v, bias."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a backend has to know of a problem to say whether it takes it."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    value_head_dim: int
+    bias: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    returns_lse: bool = False
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of softmax, sums and gradients: fp32, and fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
