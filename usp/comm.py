@@ -187,6 +187,37 @@ def global_rank() -> int:
     return dist.get_rank()
 
 
-def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A group that only its members have to create."""
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+def mesh_groups(
+    table: Sequence[Sequence[int]], group: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's column and row of a table of global ranks, as process groups.
+
+    Args:
+        table: Ranks of the mesh, row by row.
+        group: Who calls this: the whole world (None), or just the ranks of the table.
+
+    Raises:
+        ValueError: the ranks of ``group`` have made different numbers of groups before; torch
+            would name the new ones differently and wait forever.
+    """
+    if group is not None:
+        _compare_group_counts(group)
+    mine = {}
+    for kind, lines in (("column", list(zip(*table, strict=True))), ("row", table)):
+        for line in lines:
+            # All the world makes every group in the same order; a smaller group only its own.
+            if group is None or global_rank() in line:
+                made = dist.new_group(list(line), use_local_synchronization=group is not None)
+                mine[kind] = made if global_rank() in line else mine.get(kind)
+    return mine["column"], mine["row"]
+
+
+def _compare_group_counts(group: dist.ProcessGroup) -> None:
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=group)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the ranks of the group have made {counts} process groups so far, and torch can only "
+            "make groups among some ranks where these numbers are equal: make the same groups on "
+            "all of them, or build one DeviceMesh and use SequenceMesh.from_device_mesh"
+        )

@@ -5,7 +5,7 @@ The tests count what is really sent and compare; ``usp plan`` and ``usp demo`` p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -67,7 +67,7 @@ class Place:
     ring_rank: int
     ulysses_rank: int
     layout: Layout = "contiguous"
-    mask: Mask = Mask()
+    mask: Mask = field(default_factory=Mask)
     transport: str = "ring"
 
 

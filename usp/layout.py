@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class DocumentZigzag:
         object.__setattr__(self, "cu_seqlens", check_cu_seqlens(self.cu_seqlens))
 
 
-Layout = Union[str, DocumentZigzag]
+Layout = str | DocumentZigzag
 
 
 @dataclass(frozen=True, eq=False)

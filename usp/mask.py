@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -171,7 +172,7 @@ def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:
             f"cu_seqlens must be (0, ..., total) with at least two boundaries, got {len(bounds)} "
             f"starting with {bounds[:1]}"
         )
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(bounds)):
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, but [{i}]={a} and [{i + 1}]={b}")
     return bounds

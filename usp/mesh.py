@@ -98,8 +98,8 @@ def init_mesh(
 ) -> SequenceMesh:
     """Make the mesh of the ranks that share one sequence.
 
-    Every member calls it, with the same degrees. Without a process group it starts the default
-    one from torchrun's environment.
+    Every rank of the group calls it, with the same degrees. Without a process group it starts the
+    default one from torchrun's environment.
 
     Args:
         ulysses_degree: Ranks that share the heads of a row; neighbours in the group.
@@ -126,16 +126,13 @@ def init_mesh(
     if rank not in ranks:
         raise ValueError(f"rank {rank} is not in the group {ranks} and cannot make its mesh")
     table = torch.tensor(ranks).view(ring_degree, ulysses_degree)
-    return SequenceMesh(_device_mesh(table, rank, device_type or _default_device_type()))
+    return SequenceMesh(_device_mesh(table, group, device_type or _default_device_type()))
 
 
-def _device_mesh(table: torch.Tensor, rank: int, device_type: str) -> DeviceMesh:
+def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
-    ring_rank, ulysses_rank = (table == rank).nonzero()[0].tolist()
-    # Each rank makes just its own row and column: other ranks of the world need not take part.
-    row = comm.new_group(table[ring_rank].tolist())
-    column = comm.new_group(table[:, ulysses_rank].tolist())
+    column, row = comm.mesh_groups(table.tolist(), group)
     return DeviceMesh.from_group(
         [column, row], device_type, mesh=table, mesh_dim_names=("ring", "ulysses")
     )

@@ -70,6 +70,7 @@ class LongContextAttention(nn.Module):
         }
         self.seq_len = seq_len
         self.cu_seqlens = cu_seqlens
+        self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self._compared = False
 

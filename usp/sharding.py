@@ -92,8 +92,9 @@ def unshard_sequence(
     if mesh is None:
         return x
     if seq_len is None:
-        is_packed = isinstance(layout, DocumentZigzag)
-        seq_len = layout.cu_seqlens[-1] if is_packed else x.shape[dim] * mesh.size
+        seq_len = x.shape[dim] * mesh.size
+        if isinstance(layout, DocumentZigzag):
+            seq_len = layout.cu_seqlens[-1]
     mine = len(positions(seq_len, mesh, layout))
     if x.shape[dim] != mine:
         raise ValueError(

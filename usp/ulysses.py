@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def split_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[Heads, 
 def kv_heads_shared(heads: Sequence[Heads]) -> bool:
     """Whether some key head is read on several ranks."""
     held = [rank.kv_range for rank in heads if rank.count]
-    return any(later[0] < earlier[1] for earlier, later in zip(held, held[1:], strict=False))
+    return any(later[0] < earlier[1] for earlier, later in pairwise(held))
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def scatter_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) ->
         [t[:, :, slice(*cut.heads[rank])] for t, cut in zip(tensors, cuts, strict=True)]
         for rank in range(axis.size)
     ]
-    incoming = [
+    incoming: list[list[tuple[int, ...]]] = [
         [
             (t.shape[0], cut.lengths[rank], _count(cut.heads[axis.rank]), t.shape[3])
             for t, cut in zip(tensors, cuts, strict=True)
@@ -98,7 +99,7 @@ def gather_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> 
         return list(tensors)
     split = [t.split(cut.lengths, 1) for t, cut in zip(tensors, cuts, strict=True)]
     outgoing = [[parts[rank] for parts in split] for rank in range(axis.size)]
-    incoming = [
+    incoming: list[list[tuple[int, ...]]] = [
         [
             (t.shape[0], cut.lengths[axis.rank], _count(cut.heads[rank]), t.shape[3])
             for t, cut in zip(tensors, cuts, strict=True)
@@ -128,7 +129,7 @@ def _exchange(
 
 def _join(parts: Sequence[Tensor], heads: Sequence[tuple[int, int]]) -> Tensor:
     """The heads of all ranks in order; where runs overlap, their sum."""
-    if all(a[1] == b[0] for a, b in zip(heads, heads[1:], strict=False)):
+    if all(a[1] == b[0] for a, b in pairwise(heads)):
         return torch.cat(list(parts), 2)
     batch, length, _, width = parts[0].shape
     out = parts[0].new_zeros((batch, length, max(stop for _, stop in heads), width))
