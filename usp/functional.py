@@ -40,6 +40,7 @@ def long_context_attention(
     key_padding_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     transport: str = "ring",
@@ -75,6 +76,7 @@ def long_context_attention(
         dropout_p: Probability to drop a weight. The pattern depends on global positions and
             heads and one number of torch's default CPU generator: seed all ranks alike, or
             call inside ``usp.rng.replicated(mesh)``.
+        dropout_seed: That number, 64 bits, the same on all ranks; drawn by default.
         softcap: Scores become ``softcap * tanh(score / softcap)``, before bias and ALiBi.
         alibi_slopes: (H,) or (B, H): minus slope times distance of global positions is added.
         transport: "ring" passes blocks of keys, "allgather" gathers them in one collective.
@@ -114,7 +116,9 @@ def long_context_attention(
     )
     q, k, v = _autocast(q, k, v)
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    request = _agree(tensors, options, mesh, _seed() if dropout_p else 0, validate)
+    if dropout_seed is None:
+        dropout_seed = draw_dropout_seed() if dropout_p else 0
+    request = _agree(tensors, options, mesh, dropout_seed, validate)
     call = _call(tensors, request, mesh)
     out, lse = cast(Any, _Attention).apply(
         q, k, v, attn_bias, key_padding_mask, slopes_of(tensors), call
@@ -131,7 +135,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
 
 
-def _seed() -> int:
+def draw_dropout_seed() -> int:
+    """One number of torch's default CPU generator."""
     return int(torch.randint(2**62, (), device="cpu"))
 
 
