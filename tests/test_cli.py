@@ -67,6 +67,7 @@ def test_plan_counts_every_visible_pair_once(
     # with --show the steps of a rank add up to its line
     assert len(ranks) == ring
     for line, steps in zip(lines, ranks, strict=True):
+        steps = steps.partition("bytes sent")[0]
         shown = [numbers(step) for step in steps.splitlines() if re.match(r" +\d+ ", step)]
         assert sum(step[-1] for step in shown) == line[4]
 
@@ -77,6 +78,21 @@ def test_plan_of_packed_documents(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     lines = [numbers(line) for line in out.splitlines() if re.match(r" +\d+ ", line)]
     assert sum(line[4] for line in lines[:2]) == 30 * 31 / 2 + 71 * 72 / 2
+
+
+def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures by hand: 1000 tokens, 8 heads of 16, bf16; forward, backward, ring gradients fp32."""
+    argv = "plan --seq-len 1000 --heads 8 --head-dim 16"
+    whole = 1000 * 8 * 16 * 2  # one tensor
+    for mesh, expected in {
+        "": [0, 0, 0, 0, 0],
+        "--ulysses 2": [whole, 0, whole, 0, 0],  # a quarter of q, k, v and out each
+        "--ring 2": [0, whole, 0, whole, 4 * whole],  # half of k and v; gradients go home too
+        "--ring 2 --transport allgather": [0, whole, 0, whole, 2 * whole],
+    }.items():
+        code, out, _ = run(capsys, *argv.split(), *mesh.split())
+        assert code == 0
+        assert numbers(out.splitlines()[-1]) == [0, *expected, sum(expected)], mesh
 
 
 def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +110,7 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("plan --seq-len 8 --cu-seqlens 0,5,3,8", "must not decrease"),
         ("plan --seq-len 8 --layout document-zigzag", "--cu-seqlens"),
         ("plan --seq-len 8 --prefix-len 3", "causal"),
+        ("plan --seq-len 8 --heads 7 --kv-heads 2", "--heads 7 is not a multiple of --kv-heads 2"),
         ("bench no-such-program", "no benchmark"),
     ],
 )

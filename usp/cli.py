@@ -32,8 +32,9 @@ def build_lines() -> list[tuple[str, str]]:
     except ImportError as error:
         reason = record.get("reason") or f"{error} (USP_BUILD=none, or run from plain sources)"
         return [("extension", f"not built: {reason}")]
-    built = ", ".join(name for name in ("cpu", "cuda", "hip") if extension.build_info().get(name))
-    lines = [("extension", f"built for {built or 'nothing'}")]
+    targets = extension.build_info()["targets"]
+    built = ", ".join(name for name, there in targets.items() if there)
+    lines = [("extension", f"built for {built}")]
     if record:
         lines.append(("", f"by {record['compiler']}, beside torch {record['torch']}"))
     lines.append(("CPU kernels use", extension.cpu_capability()))
@@ -101,7 +102,9 @@ def bench(arguments: argparse.Namespace) -> int:
         print(table((name, (text or "").partition("\n")[0]) for name, text in documented.items()))
         return 0
     if arguments.name not in programs:
-        raise UserError(f"no benchmark {arguments.name!r}: there are {', '.join(programs) or 'none'}")
+        raise UserError(
+            f"no benchmark {arguments.name!r}: there are {', '.join(programs) or 'none'}"
+        )
     command = [sys.executable, str(programs[arguments.name]), *arguments.rest]
     return subprocess.run(command, check=False).returncode
 

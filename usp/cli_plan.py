@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
+import torch
+
+from usp.cost import Place, Shape, bytes_sent
 from usp.layout import DocumentZigzag, Layout
-from usp.mask import make_mask
+from usp.mask import Mask, make_mask
 from usp.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -49,6 +53,8 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--prefix-len", type=int, metavar="N", help="keys that causal leaves open")
     parser.add_argument("--show", action="store_true", help="every step of every ring rank")
     wire = parser.add_argument_group("for the bytes on the wire")
+    wire.add_argument("--batch", type=int, default=1, metavar="B", help="default: %(default)s")
+    wire.add_argument("--transport", default="ring", choices=("ring", "allgather"))
     wire.add_argument("--heads", type=int, default=32, metavar="H", help="default: %(default)s")
     wire.add_argument("--kv-heads", type=int, metavar="G", help="default: --heads")
     wire.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
@@ -72,29 +78,41 @@ def chosen_layout(arguments: argparse.Namespace) -> Layout:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what the planner is never asked otherwise: its callers have real meshes."""
-    for name in ("seq_len", "ring", "ulysses", "heads", "head_dim"):
-        value, least = getattr(arguments, name), 0 if name == "seq_len" else 1
-        if value < least:
+    least_of = {"seq_len": 0, "key_len": 0}
+    for name in ("seq_len", "key_len", "ring", "ulysses", "batch", "heads", "kv_heads", "head_dim"):
+        value, least = getattr(arguments, name), least_of.get(name, 1)
+        if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if arguments.kv_heads and arguments.heads % arguments.kv_heads:
+        raise ValueError(
+            f"--heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}"
+        )
     if arguments.cu_seqlens and arguments.cu_seqlens[-1] != arguments.seq_len:
         raise ValueError(
             f"--cu-seqlens ends at {arguments.cu_seqlens[-1]}, but --seq-len is {arguments.seq_len}"
         )
 
 
-def make_plans(arguments: argparse.Namespace) -> list[Plan]:
-    """The plan of every ring rank."""
-    mask = make_mask(
+def key_len(arguments: argparse.Namespace) -> int:
+    return int(arguments.seq_len if arguments.key_len is None else arguments.key_len)
+
+
+def chosen_mask(arguments: argparse.Namespace) -> Mask:
+    """The mask that the arguments describe."""
+    return make_mask(
         causal=arguments.causal,
         window_size=tuple(arguments.window),
         cu_seqlens=arguments.cu_seqlens,
         prefix_len=arguments.prefix_len,
     )
-    layout, query_len = chosen_layout(arguments), arguments.seq_len
-    key_len = query_len if arguments.key_len is None else arguments.key_len
+
+
+def make_plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The plan of every ring rank."""
+    mask, layout = chosen_mask(arguments), chosen_layout(arguments)
+    lengths = arguments.seq_len, key_len(arguments)
     return [
-        make_plan(mask, layout, query_len, key_len, arguments.ring, rank)
-        for rank in range(arguments.ring)
+        make_plan(mask, layout, *lengths, arguments.ring, rank) for rank in range(arguments.ring)
     ]
 
 
@@ -135,6 +153,35 @@ def steps(plan: Plan) -> str:
     return f"ring rank {plan.ring_rank}\n{table(rows)}"
 
 
+def wire(arguments: argparse.Namespace) -> str:
+    """The bytes that leave each rank in one layer, by formula; the busiest rank, or all."""
+    heads, dim = arguments.heads, arguments.head_dim
+    kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
+    dtype = getattr(torch, arguments.dtype)
+    lengths = arguments.seq_len, key_len(arguments)
+    shape = Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype)
+    mask, layout = chosen_mask(arguments), chosen_layout(arguments)
+    sent: list[tuple[int, ...]] = []
+    for ranks in product(range(arguments.ring), range(arguments.ulysses)):
+        degrees = arguments.ring, arguments.ulysses
+        place = Place(*degrees, *ranks, layout, mask, arguments.transport)
+        there, back = bytes_sent(shape, place), bytes_sent(shape, place, backward=True)
+        parts = there.exchange, there.blocks, back.exchange, back.blocks, back.gradients
+        sent.append((len(sent), *parts, there.total + back.total))
+    shown = sent if arguments.show else [max(sent, key=lambda line: line[-1])]
+    rows: list[Sequence[object]] = [
+        ("", "forward", "", "backward", "", "", ""),
+        ("rank", "heads", "blocks", "heads", "blocks", "gradients", "both"),
+        *shown,
+    ]
+    which = "every rank" if arguments.show else "the busiest rank"
+    return (
+        f"bytes sent in one layer, {which}: batch {arguments.batch}, {heads} heads, {kv_heads} "
+        f"key/value heads of {dim}, {arguments.dtype}, {arguments.transport} transport\n"
+        f"{table(rows)}"
+    )
+
+
 def report(arguments: argparse.Namespace) -> str:
     """Everything ``usp plan`` prints.
 
@@ -150,4 +197,5 @@ def report(arguments: argparse.Namespace) -> str:
     ]
     if arguments.show:
         parts += [steps(plan) for plan in plans]
+    parts.append(wire(arguments))
     return "\n\n".join(parts)
