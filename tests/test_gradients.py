@@ -1,0 +1,227 @@
+"""The gradient rule: sequence ranks add, data ranks average, whoever used a parameter."""
+
+from __future__ import annotations
+
+import pool as workers
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from usp import gradients
+from usp.gradients import all_reduce_gradients
+from usp.mesh import init_mesh
+
+TOKENS, FEATURES = 23, 5
+
+
+class Net(nn.Module):
+    """Its `first_token` is used by the rank of token 0 alone, `idle` by nobody.
+
+    With `touch_all` every rank uses `first_token`, though it matters to token 0 alone.
+    """
+
+    def __init__(self, touch_all=False) -> None:
+        super().__init__()
+        self.touch_all = touch_all
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 7), nn.GELU(), nn.Linear(7, FEATURES))
+        self.first_token = nn.Parameter(torch.randn(FEATURES))
+        self.idle = nn.Parameter(torch.randn(3))
+        self.frozen = nn.Parameter(torch.randn(FEATURES), requires_grad=False)
+
+    def forward(self, x, positions):
+        if self.touch_all or (len(positions) and positions[0] == 0):
+            x = x + (positions == 0)[:, None] * self.first_token
+        return self.layers(x) * self.frozen
+
+
+def net(dtype=torch.float64, touch_all=False):
+    torch.manual_seed(1)
+    return Net(touch_all).to(dtype)
+
+
+def loss_of(model, sample, positions, dtype=torch.float64):
+    """This rank's part of the mean over all tokens of one sample."""
+    generator = torch.Generator().manual_seed(sample)
+    x = torch.randn(TOKENS, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    target = torch.randn(TOKENS, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    error = model(x[positions], positions) - target[positions]
+    return error.square().sum() / (TOKENS * FEATURES)
+
+
+def gradients_of(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def whole(samples, dtype=torch.float64):
+    """One process: the mean of the samples' losses."""
+    model = net(dtype)
+    for sample in samples:
+        (loss_of(model, sample, torch.arange(TOKENS), dtype) / len(samples)).backward()
+    return gradients_of(model)
+
+
+def assert_same(actual, expected, tolerance=1e-9):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert actual[name] is None, name
+        else:
+            scale = gradient.abs().max()
+            assert scale > 0
+            assert actual[name].dtype == gradient.dtype
+            assert (actual[name].double() - gradient).abs().max() <= tolerance * scale, name
+
+
+def mine(rank, ranks):
+    """Uneven pieces, the last of them empty when there are more than two ranks."""
+    cuts = [0, 11, *([19] if ranks > 2 else []), *[TOKENS] * (ranks - 2)]
+    return torch.arange(TOKENS)[cuts[rank] : cuts[rank + 1] if rank + 1 < ranks else TOKENS]
+
+
+def _sequence(ulysses_degree, ring_degree, accumulate, as_parameters, bucket_elements):
+    gradients._BUCKET_ELEMENTS = bucket_elements
+    mesh = workers.mesh(ulysses_degree, ring_degree)
+    model = net()
+    for sample in range(accumulate):
+        positions = mine(mesh.rank, mesh.size)
+        if len(positions):
+            (loss_of(model, sample, positions) / accumulate).backward()
+    unused = model.first_token.grad is None
+    parameters = [*model.parameters(), model.first_token] if as_parameters else model
+    all_reduce_gradients(parameters, mesh)
+    return gradients_of(model), unused
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 3), (2, 1)])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_equals_one_process(pool, shape, accumulate):
+    expected = whole(range(accumulate))
+    ranks = shape[0] * shape[1]
+    for options in ((False, 8 * 2**20), (True, 8 * 2**20), (False, 1)):
+        answers = pool.run(_sequence, *shape, accumulate, *options, ranks=ranks)
+        assert [unused for _, unused in answers] == [False] + [True] * (ranks - 1)
+        for actual, _ in answers:
+            assert_same(actual, expected)
+
+
+def _sequence_and_data():
+    """Ranks 0 1 hold sample 0, ranks 2 3 sample 1; 0 2 and 1 3 the same tokens."""
+    sample, part = divmod(dist.get_rank(), 2)
+    sequence, data = (
+        dist.new_group(ranks, use_local_synchronization=True)
+        for ranks in ([2 * sample, 2 * sample + 1], [part, part + 2])
+    )
+    mesh = init_mesh(1, 2, device_type="cpu", group=sequence)
+    model = net()
+    loss_of(model, sample, mine(mesh.rank, 2)).backward()
+    all_reduce_gradients(model, mesh, data)
+    return gradients_of(model)
+
+
+def test_data_ranks_average(pool):
+    expected = whole(range(2))
+    for actual in pool.run(_sequence_and_data, ranks=4):
+        assert_same(actual, expected)
+
+
+def _ddp(ulysses_degree, ring_degree):
+    mesh = workers.mesh(ulysses_degree, ring_degree)
+    model = net()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    loss = loss_of(wrapped, 0, mine(mesh.rank, mesh.size))
+    # DDP averages over all ranks, the rule wants the sum
+    (loss * mesh.size).backward()
+    return gradients_of(model)
+
+
+def test_ddp_with_the_documented_factor(pool):
+    expected = whole([0])
+    for actual in pool.run(_ddp, 2, 2, ranks=4):
+        # under find_unused_parameters DDP leaves what nobody used without a gradient, as we do
+        assert_same(actual, expected)
+
+
+def _fsdp(ulysses_degree, ring_degree):
+    mesh = workers.mesh(ulysses_degree, ring_degree)
+    # FSDP hangs over a parameter that some ranks use and others do not
+    model = net(touch_all=True)
+    fully_shard(model, mesh=DeviceMesh.from_group(dist.group.WORLD, "cpu"))
+    loss = loss_of(model, 0, mine(mesh.rank, mesh.size))
+    # as DDP, FSDP averages over all ranks
+    (loss * mesh.size).backward()
+    return {name: None if g is None else g.full_tensor() for name, g in gradients_of(model).items()}
+
+
+def test_fsdp_with_the_documented_factor(pool):
+    expected = whole([0])
+    for actual in pool.run(_fsdp, 2, 2, ranks=4):
+        assert_same(actual, expected)
+
+
+def _fsdp_over_data_ranks():
+    """FSDP shards and averages over data ranks 0 2 and 1 3; the helper adds 0 1 and 2 3."""
+    sample, part = divmod(dist.get_rank(), 2)
+    sequence, data = (
+        dist.new_group(ranks, use_local_synchronization=True)
+        for ranks in ([2 * sample, 2 * sample + 1], [part, part + 2])
+    )
+    mesh = init_mesh(1, 2, device_type="cpu", group=sequence)
+    model = net(touch_all=True)
+    fully_shard(model, mesh=DeviceMesh.from_group(data, "cpu"))
+    loss_of(model, sample, mine(mesh.rank, 2)).backward()
+    all_reduce_gradients(model, mesh)
+    return {name: None if g is None else g.full_tensor() for name, g in gradients_of(model).items()}
+
+
+def test_fsdp_over_data_ranks_alone(pool):
+    expected = whole(range(2))
+    for actual in pool.run(_fsdp_over_data_ranks, ranks=4):
+        assert_same(actual, expected)
+
+
+def _half(accumulate_in_fp32):
+    mesh = workers.mesh(1, 6)
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    # 1 + five times 2^-8 is lost addend by addend in bf16, not in fp32
+    weight.grad = torch.tensor([1.0 if mesh.rank == 0 else 2.0**-8, 1.0]).bfloat16()
+    all_reduce_gradients([weight], mesh, accumulate_in_fp32=accumulate_in_fp32)
+    return weight.grad.dtype, weight.grad.tolist()
+
+
+def test_bf16_gradients_are_added_in_fp32(pool):
+    expected = torch.tensor(1 + 5 * 2.0**-8).bfloat16().item()
+    for dtype, (first, second) in pool.run(_half, True, ranks=6):
+        assert (dtype, first, second) == (torch.bfloat16, expected, 6.0)
+    # in their own dtype small addends may be lost
+    for dtype, (first, second) in pool.run(_half, False, ranks=6):
+        assert (dtype, second) == (torch.bfloat16, 6.0)
+        assert 1 <= first <= expected
+
+
+def _sparse_and_mixed():
+    mesh = workers.mesh(2, 2)
+    table = nn.Embedding(5, 2, sparse=True, dtype=torch.float64)
+    scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+    nn.init.constant_(table.weight, 1)
+    if mesh.rank != 3:
+        (table(torch.tensor([mesh.rank, 4])).sum() * scale.double()).sum().backward()
+    all_reduce_gradients([table.weight, scale], mesh)
+    return table.weight.grad, scale.grad
+
+
+def test_sparse_gradients_and_mixed_dtypes(pool):
+    for table, scale in pool.run(_sparse_and_mixed, ranks=4):
+        assert table[:, 0].tolist() == [1, 1, 1, 0, 3]
+        assert scale.dtype == torch.float32 and scale.tolist() == [12]
+
+
+def test_one_device_is_left_alone():
+    model = net()
+    loss_of(model, 0, torch.arange(TOKENS)).backward()
+    before = {name: g if g is None else g.clone() for name, g in gradients_of(model).items()}
+    all_reduce_gradients(model, None)
+    assert_same(gradients_of(model), before, 0)
