@@ -49,6 +49,11 @@ class RemoteError(Exception):
         super().__init__(f"rank {rank}: {kind}: {message}\n{details}")
         self.rank, self.kind, self.message, self.details = rank, kind, message, details
 
+    @property
+    def is_consequence(self) -> bool:
+        """Whether another rank's failure may be the cause: waiting for it, or losing it."""
+        return self.kind == "Hang" or "by peer" in self.message
+
 
 @dataclass
 class _Worker:
@@ -95,7 +100,7 @@ class Pool:
         outcomes = self.outcomes(function, *args, ranks=ranks, timeout=timeout)
         errors = [outcome for outcome in outcomes if isinstance(outcome, RemoteError)]
         if errors:
-            raise min(errors, key=lambda error: (error.kind == "Hang", error.rank))
+            raise min(errors, key=lambda error: (error.is_consequence, error.rank))
         return outcomes
 
     def outcomes(
