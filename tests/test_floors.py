@@ -163,7 +163,7 @@ blocked = ("numpy", "triton", "flash_attn", "torchvision", "timm", "transformers
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in blocked:
-            raise ImportError(f"{name} is blocked")
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 if BLOCKING:
     sys.meta_path.insert(0, Block())
