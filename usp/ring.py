@@ -74,7 +74,7 @@ def ring_forward(inputs: Inputs, ring: Ring) -> State:
     state = block.new_state(inputs.q, inputs.v.shape[-1])
     transport = _transport(inputs.travelling, ring)
     for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
-        if step.pairs:
+        if step.pairs and inputs.q.numel():
             block.attention_forward(_block(inputs, held, step, ring), state, ring.backend)
     return state
 
@@ -98,7 +98,7 @@ def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool)
     sums = transport.sums(_parcels([inputs.k, inputs.v], ring, dtype), device)
     for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
         dk, dv = sums.fresh(step.owner)
-        if step.pairs:
+        if step.pairs and inputs.q.numel():
             piece = _block(inputs, held, step, ring)
             step_dbias = None
             if dbias is not None:
