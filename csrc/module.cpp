@@ -1,0 +1,73 @@
+// The Python module usp._C: what was built, and what of it this machine uses.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/capability.h"
+
+#ifndef USP_VERSION
+#define USP_VERSION "unknown"
+#endif
+
+namespace {
+
+namespace py = pybind11;
+
+constexpr bool kWithCuda =
+#ifdef USP_WITH_CUDA
+    true;
+#else
+    false;
+#endif
+
+constexpr bool kWithHip =
+#ifdef USP_WITH_HIP
+    true;
+#else
+    false;
+#endif
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+py::dict build_info() {
+  py::dict targets;
+  targets["cpu"] = true;
+  targets["cuda"] = kWithCuda;
+  targets["hip"] = kWithHip;
+  py::dict info;
+  info["version"] = USP_VERSION;
+  info["compiler"] = compiler();
+  info["targets"] = targets;
+  return info;
+}
+
+std::vector<std::string> cpu_capabilities_built() {
+  std::vector<std::string> names;
+  for (const auto capability : usp::cpu::capabilities_built()) {
+    names.emplace_back(usp::cpu::name(capability));
+  }
+  return names;
+}
+
+std::string cpu_capability() { return usp::cpu::name(usp::cpu::capability_in_use()); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What usp's compiled extension was built with.";
+  m.def("build_info", &build_info,
+        "{'version': str, 'compiler': str, 'targets': {'cpu': bool, 'cuda': bool, 'hip': bool}}");
+  m.def("cpu_capability", &cpu_capability,
+        "The instruction set that the CPU kernels use now: default, avx2 or avx512. "
+        "USP_CPU_CAPABILITY forces a lower one.");
+  m.def("cpu_capabilities_built", &cpu_capabilities_built,
+        "Every instruction set that the CPU kernels were built for.");
+}
