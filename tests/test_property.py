@@ -100,7 +100,11 @@ def cases(draw: st.DrawFn) -> Case:
 def for_sdpa(case: Case) -> Case:
     """The nearest case that torch's own kernel takes."""
     plain = dict.fromkeys(("padding", "bias", "softcap", "alibi"))
-    return replace(case, **plain, dropout_p=0.0, return_lse=False, value_dim=case.head_dim)
+    scale = case.softmax_scale
+    if scale is not None and scale <= 0:
+        scale = None
+    case = replace(case, **plain, dropout_p=0.0, return_lse=False, softmax_scale=scale)
+    return replace(case, value_dim=case.head_dim)
 
 
 @settings(max_examples=4 * settings.default.max_examples)
