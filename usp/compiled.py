@@ -39,7 +39,7 @@ def one_device_attention(
     if options.dropout_p and dropout_seed is None:
         seed = torch.randint(2**62, (), device="cpu")
     elif options.dropout_p:
-        seed = torch.tensor(dropout_seed)
+        seed = torch.tensor(dropout_seed, device="cpu")
     cu_seqlens = options.cu_seqlens
     if isinstance(cu_seqlens, Tensor):
         raise ValueError(

@@ -18,6 +18,8 @@ from torch import Tensor
 from usp.mask import check_cu_seqlens
 
 Runs = list[tuple[Tensor, Tensor]]
+# Said everywhere, because a user may have set another default device.
+_HOST = torch.device("cpu")
 
 
 def chunk(length: Tensor, parts: int, i: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,7 @@ class Row:
         counts = self.counts.flatten()
         before = counts.cumsum(0) - counts
         base = (self.start.flatten() - self.stride * before).repeat_interleave(counts)
-        return base + self.stride * torch.arange(len(self))
+        return base + self.stride * torch.arange(len(self), device=base.device)
 
     @cached_property
     def _on_device(self) -> dict[torch.device, Tensor]:
@@ -180,9 +182,9 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
     if isinstance(layout, DocumentZigzag):
         return _document_rows(layout, seq_len, ring_degree)
     runs_of = LAYOUTS[layout]
-    bounds = torch.tensor([0, seq_len])
+    bounds = torch.tensor([0, seq_len], device=_HOST)
     stride = ring_degree if runs_of in STRIDED else 1
-    ranks = torch.arange(ring_degree)[:, None]
+    ranks = torch.arange(ring_degree, device=_HOST)[:, None]
     return tuple(_row(bounds, runs_of(bounds[1:], ring_degree, r), stride) for r in ranks)
 
 
@@ -192,8 +194,8 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
             f"layout DocumentZigzag holds {layout.cu_seqlens[-1]} tokens (cu_seqlens[-1]), "
             f"but the sequence has {seq_len}"
         )
-    bounds = torch.tensor(layout.cu_seqlens)
-    length, document = bounds.diff(), torch.arange(len(bounds) - 1)
+    bounds = torch.tensor(layout.cu_seqlens, device=_HOST)
+    length, document = bounds.diff(), torch.arange(len(bounds) - 1, device=_HOST)
     # The first chunks of a document are the longer ones: rotate which rank gets them.
     return tuple(
         _row(bounds, zigzag(length, ring_degree, (r + document) % ring_degree), 1)

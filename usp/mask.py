@@ -55,7 +55,7 @@ class Documents:
     cu_seqlens: tuple[int, ...]
 
     def interval(self, positions: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        bounds = torch.tensor(self.cu_seqlens, dtype=torch.int64)
+        bounds = torch.tensor(self.cu_seqlens, device=positions.device)
         document = torch.searchsorted(bounds, positions, right=True) - 1
         return torch.maximum(first, bounds[document]), torch.minimum(stop, bounds[document + 1])
 

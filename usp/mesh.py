@@ -125,7 +125,7 @@ def init_mesh(
     rank = comm.global_rank()
     if rank not in ranks:
         raise ValueError(f"rank {rank} is not in the group {ranks} and cannot make its mesh")
-    table = torch.tensor(ranks).view(ring_degree, ulysses_degree)
+    table = torch.tensor(ranks, device="cpu").view(ring_degree, ulysses_degree)
     return SequenceMesh(_device_mesh(table, group, device_type or _default_device_type()))
 
 

@@ -1,0 +1,83 @@
+"""Layouts: every token exactly once, in order, balanced, and found again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usp.layout import DocumentZigzag, Layout, check_layout, local_positions, pieces, rows
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[Layout, int, int]:
+    seq_len, ring_degree = draw(st.integers(0, 60)), draw(st.integers(1, 6))
+    name = draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents"]))
+    if name != "documents":
+        return name, seq_len, ring_degree
+    inner = sorted(draw(st.lists(st.integers(0, seq_len), max_size=5)))
+    return DocumentZigzag((0, *inner, seq_len)), seq_len, ring_degree
+
+
+@given(tables())
+def test_every_token_is_held_once_and_rows_are_sorted(table: tuple[Layout, int, int]) -> None:
+    layout, seq_len, ring_degree = table
+    held = [row.positions for row in rows(layout, seq_len, ring_degree)]
+    assert len(held) == ring_degree
+    assert sorted(torch.cat(held).tolist()) == list(range(seq_len))
+    for row, positions in zip(rows(layout, seq_len, ring_degree), held, strict=True):
+        assert (positions.diff() > 0).all()
+        assert len(row) == len(positions)
+        assert row.ends.tolist() == ([int(positions[0]), int(positions[-1])] if len(row) else [])
+
+
+@given(tables(), st.lists(st.integers(-3, 70), max_size=20))
+def test_count_below_counts(table: tuple[Layout, int, int], asked: list[int]) -> None:
+    layout, seq_len, ring_degree = table
+    asked_for = torch.tensor(sorted(asked), dtype=torch.int64).clamp(0, seq_len)
+    for row in rows(layout, seq_len, ring_degree):
+        expected = [int((row.positions < p).sum()) for p in asked_for]
+        assert row.count_below(asked_for, row.segment_of(asked_for)).tolist() == expected
+
+
+@given(tables(), st.integers(1, 4))
+def test_pieces_of_a_row_join_in_order(table: tuple[Layout, int, int], ulysses: int) -> None:
+    layout, seq_len, ring_degree = table
+    for r, row in enumerate(rows(layout, seq_len, ring_degree)):
+        parts = [
+            local_positions(layout, seq_len, ring_degree, ulysses, (r, u)) for u in range(ulysses)
+        ]
+        assert torch.cat(parts).tolist() == row.positions.tolist()
+        assert [len(part) for part in parts] == list(pieces(len(row), ulysses))
+
+
+def test_known_tables() -> None:
+    def table(layout: Layout, seq_len: int, ring_degree: int) -> list[list[int]]:
+        return [row.positions.tolist() for row in rows(layout, seq_len, ring_degree)]
+
+    assert table("contiguous", 7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
+    assert table("zigzag", 8, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert table("striped", 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert table(DocumentZigzag((0, 4, 8)), 8, 2) == [[0, 3, 5, 6], [1, 2, 4, 7]]
+
+
+@given(st.integers(0, 500), st.integers(1, 8))
+def test_rows_differ_by_at_most_one_token_per_run(seq_len: int, ring_degree: int) -> None:
+    for layout, slack in (("contiguous", 1), ("striped", 1), ("zigzag", 1)):
+        sizes = [len(row) for row in rows(layout, seq_len, ring_degree)]
+        assert max(sizes) - min(sizes) <= slack
+
+
+def test_many_short_documents_do_not_pile_up_on_one_rank() -> None:
+    sizes = [len(row) for row in rows(DocumentZigzag(tuple(range(0, 701, 7))), 700, 3)]
+    assert max(sizes) - min(sizes) <= 7
+
+
+def test_unknown_or_unfitting_layouts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'spiral'.*contiguous, zigzag, striped"):
+        check_layout("spiral")
+    with pytest.raises(ValueError, match=r"holds 5 tokens.*has 6"):
+        rows(DocumentZigzag((0, 5)), 6, 2)
+    with pytest.raises(ValueError, match="must not decrease"):
+        DocumentZigzag((0, 5, 4))

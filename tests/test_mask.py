@@ -1,0 +1,101 @@
+"""Masks against the plain reading of each option, position by position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usp.mask import Mask, ValidLength, make_mask
+
+lengths = st.integers(0, 23)
+
+
+@st.composite
+def boundaries(draw: st.DrawFn, total: int) -> tuple[int, ...]:
+    inner = draw(st.lists(st.integers(0, total), max_size=4))
+    return (0, *sorted(inner), total)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, int, dict]:
+    query_len, key_len = draw(lengths), draw(lengths)
+    options: dict = {"causal": draw(st.booleans())}
+    bound = st.none() | st.integers(0, 8)
+    options["window_size"] = (draw(bound), draw(bound))
+    if options["causal"]:
+        options["prefix_len"] = draw(st.none() | st.integers(0, 9))
+    if draw(st.booleans()):
+        key_len = query_len
+        options["cu_seqlens"] = draw(boundaries(query_len))
+    if draw(st.booleans()):
+        options["seq_len"] = draw(st.integers(0, 25))
+    return query_len, key_len, options
+
+
+def sees(q: int, k: int, options: dict) -> bool:
+    """The public options, one by one, as DESIGN and the docstring say them."""
+    left, right = options["window_size"]
+    if options["causal"] and k > q and k >= (options.get("prefix_len") or 0):
+        return False
+    if (left is not None and k < q - left) or (right is not None and k > q + right):
+        return False
+    cu_seqlens = options.get("cu_seqlens")
+    if cu_seqlens is not None:
+        document = [sum(p >= bound for bound in cu_seqlens) for p in (q, k)]
+        if document[0] != document[1]:
+            return False
+    return k < options.get("seq_len", k + 1)
+
+
+@given(problems())
+def test_intervals_are_exactly_what_the_options_say(problem: tuple[int, int, dict]) -> None:
+    query_len, key_len, options = problem
+    first, stop = make_mask(**options).intervals(torch.arange(query_len), key_len)
+    for q in range(query_len):
+        visible = {k for k in range(key_len) if sees(q, k, options)}
+        assert set(range(int(first[q]), int(stop[q]))) == visible
+
+
+@given(problems())
+def test_both_ends_never_decrease_and_stay_inside(problem: tuple[int, int, dict]) -> None:
+    query_len, key_len, options = problem
+    first, stop = make_mask(**options).intervals(torch.arange(query_len), key_len)
+    assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
+    assert (first <= stop).all() and (first >= 0).all() and (stop <= key_len).all()
+
+
+@given(problems(), st.integers(0, 25))
+def test_intersection_is_closed(problem: tuple[int, int, dict], valid: int) -> None:
+    query_len, key_len, options = problem
+    mask, positions = make_mask(**options), torch.arange(query_len)
+    first, stop = (mask & Mask((ValidLength(valid),))).intervals(positions, key_len)
+    alone = mask.intervals(positions, key_len)
+    for q in range(query_len):
+        expected = {k for k in range(int(alone[0][q]), int(alone[1][q])) if k < valid}
+        assert set(range(int(first[q]), int(stop[q]))) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prefix_len": -1, "causal": True}, "-1"),
+        ({"prefix_len": 3}, "causal=True"),
+        ({"window_size": (-2, None)}, "left=-2"),
+        ({"window_size": (None, -3)}, "right=-3"),
+        ({"window_size": (1, 2, 3)}, "pair"),
+        ({"cu_seqlens": (1, 4)}, "0, ..., total"),
+        ({"cu_seqlens": (0,)}, "two boundaries"),
+        ({"cu_seqlens": (0, 5, 3)}, r"\[1\]=5 and \[2\]=3"),
+    ],
+)
+def test_bad_options_are_named(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_mask(**options)
+
+
+def test_boundaries_may_be_a_host_tensor() -> None:
+    assert make_mask(cu_seqlens=torch.tensor([0, 2, 5])) == make_mask(cu_seqlens=[0, 2, 5])
+    with pytest.raises(ValueError, match="host integers"):
+        make_mask(cu_seqlens=torch.zeros(2, dtype=torch.int64, device="meta"))
