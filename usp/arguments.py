@@ -263,6 +263,7 @@ def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
         dtype=tensors.q.dtype,
         head_dim=tensors.q.shape[3],
         value_head_dim=tensors.v.shape[3],
+        softmax_scale=scoring.softmax_scale,
         bias=tensors.attn_bias is not None or tensors.key_padding_mask is not None,
         softcap=scoring.softcap > 0,
         alibi=tensors.alibi_slopes is not None,

@@ -134,6 +134,7 @@ class Traits:
     dtype: torch.dtype
     head_dim: int
     value_head_dim: int
+    softmax_scale: float
     bias: bool = False
     softcap: bool = False
     alibi: bool = False

@@ -30,6 +30,10 @@ def reasons_against(traits: Traits) -> tuple[str, ...]:
         reasons.append(f"it runs torch's CPU kernel, the tensors are on {traits.device_type}")
     if traits.head_dim != traits.value_head_dim:
         reasons.append(f"head_dim {traits.head_dim} and v's {traits.value_head_dim} must be equal")
+    if traits.softmax_scale <= 0:
+        reasons.append(
+            f"it hides keys before it scales, which softmax_scale {traits.softmax_scale} undoes"
+        )
     if traits.bias:
         reasons.append("a bias or key padding mask can hide a whole row, whose LSE it gives as 0")
     if traits.returns_lse:
