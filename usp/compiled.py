@@ -29,12 +29,8 @@ _TENSORS = (
 
 def one_device_attention(
     tensors: Tensors, options: Options, dropout_seed: int | None
-) -> tuple[Tensor, Tensor]:
-    """``long_context_attention`` on one device, traceable.
-
-    Returns:
-        out: (B, Lq, H, Dv). lse: (B, H, Lq).
-    """
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``long_context_attention`` on one device, traceable; arguments and result as there."""
     seed = None
     if options.dropout_p and dropout_seed is None:
         seed = torch.randint(2**62, (), device="cpu")
@@ -46,7 +42,7 @@ def one_device_attention(
             "under torch.compile cu_seqlens must be a tuple: a tensor's values are not known "
             "while the graph is made"
         )
-    return torch.ops.usp.attention(
+    out, lse = torch.ops.usp.attention(
         tensors.q,
         tensors.k,
         tensors.v,
@@ -64,6 +60,7 @@ def one_device_attention(
         options.return_lse,
         options.backend,
     )
+    return (out, lse) if options.return_lse else out
 
 
 def _call(tensors: Tensors, seed: Tensor | None, settings: Sequence[Any]) -> Call:

@@ -108,19 +108,28 @@ def long_context_attention(
     )
     q, k, v = _autocast(q, k, v)
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    lse: Tensor | None
-    if torch.compiler.is_compiling() and (mesh is None or mesh.size == 1):
-        out, lse = compiled.one_device_attention(tensors, options, dropout_seed)
-    else:
-        if dropout_p and dropout_seed is None:
-            dropout_seed = draw_dropout_seed()
-        request = _agree(tensors, options, mesh, dropout_seed or 0, validate)
-        tensors = replace(tensors, alibi_slopes=slopes_of(tensors))
-        out, lse = hybrid_attention(tensors, make_call(tensors, request, mesh))
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    attend = _attend
+    if torch.compiler.is_compiling():
+        if mesh is None or mesh.size == 1:
+            return compiled.one_device_attention(tensors, options, dropout_seed)
+        # Communication is not traced: one graph break here instead of many below.
+        attend = torch.compiler.disable(_attend)
+    return attend(tensors, options, mesh, dropout_seed, validate)
+
+
+def _attend(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if options.dropout_p and dropout_seed is None:
+        dropout_seed = draw_dropout_seed()
+    request = _agree(tensors, options, mesh, dropout_seed or 0, validate)
+    tensors = replace(tensors, alibi_slopes=slopes_of(tensors))
+    out, lse = hybrid_attention(tensors, make_call(tensors, request, mesh))
+    return out if lse is None else (out, lse)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
