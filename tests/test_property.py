@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cases import Case, judge
+from cases import Case
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
+from judge import judge
 
 import usp
 
@@ -112,7 +113,7 @@ def for_sdpa(case: Case) -> Case:
 def test_every_mesh_and_option_equals_dense_attention(pool, case: Case) -> None:
     event(f"ranks {case.ranks}")
     event(f"backend {case.backend}")
-    note(f"python tests/cases.py {str(case)!r}")
+    note(f"python tests/judge.py {str(case)!r}")
     judge(case, pool)
 
 

@@ -1,0 +1,179 @@
+"""How workers run a case, and how its results are judged: by the oracle, joined by position.
+
+``python tests/judge.py "Case(ring=2, seq_len=5)"`` replays a case that a test printed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from cases import DTYPES, Case, Tensors, local, shards, whole
+from torch import Tensor
+
+from usp.testing import dense_attention, dropout_multiplier
+
+# largest error of each dtype, as a share of the largest value or summand, or of 1 if that is less
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    """On a worker: this rank's results and gradients."""
+    import pool
+    import torch.distributed as dist
+
+    mesh = pool.mesh(case.ulysses, case.ring) if case.on_mesh else None
+    return attend(case, local(case, dist.get_rank()), mesh)
+
+
+def attend(case: Case, t: Tensors, mesh: Any) -> dict[str, Tensor]:
+    """The function under test, forward and backward."""
+    import usp
+
+    q, k, v = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v)]
+    if t.bias is not None:
+        t.bias.requires_grad_()
+        leaves.append(t.bias)
+    documents = case.layout == "documents"
+    result = usp.long_context_attention(
+        q,
+        k,
+        v,
+        mesh,
+        **case.masks,
+        layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+        seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
+        key_padding_mask=t.padding,
+        attn_bias=t.bias,
+        dropout_p=case.dropout_p,
+        dropout_seed=case.dropout_seed,
+        alibi_slopes=t.slopes,
+        transport=case.transport,
+        return_lse=case.return_lse,
+        backend=case.backend,
+    )
+    out, lse = result if case.return_lse else (result, None)
+    outputs, cotangents = ([out, lse], [t.dout, t.dlse]) if case.return_lse else ([out], [t.dout])
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
+    values = [out.detach(), None if lse is None else lse.detach(), *gradients]
+    return {name: x for name, x in zip(names, values, strict=False) if x is not None}
+
+
+def _leaf(case: Case, x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    if case.strided:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.requires_grad_()
+
+
+def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole results, put together from those of all ranks by position."""
+    queries, keys = shards(case, case.seq_len), shards(case, case.num_keys)
+    dims = {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1, "dbias": 2}
+    joined = {}
+    for name in results[0]:
+        parts = [result[name] for result in results]
+        if name == "dbias" and "q" not in case.bias:
+            # each rank holds its part of the sum
+            joined[name] = torch.stack([part.double() for part in parts]).sum(0)
+            continue
+        places = keys if name in ("dk", "dv") else queries
+        order = torch.tensor([i for place in places for i in place], dtype=torch.int64)
+        everything = torch.cat(parts, dims[name])
+        joined[name] = torch.empty_like(everything).index_copy_(dims[name], order, everything)
+    return joined
+
+
+def oracle(case: Case) -> dict[str, Tensor]:
+    """The same results by dense attention in fp64 over the whole sequences."""
+    t = whole(case)
+    leaves = [x.double().requires_grad_() for x in (t.q, t.k, t.v, t.bias) if x is not None]
+    keep = None
+    if case.dropout_p:
+        shape = case.batch, case.heads, case.seq_len, case.num_keys
+        keep = dropout_multiplier(case.dropout_p, case.dropout_seed, *shape)
+    out, lse = dense_attention(
+        *leaves[:3],
+        **case.masks,
+        key_padding_mask=t.padding,
+        attn_bias=leaves[3] if len(leaves) > 3 else None,
+        alibi_slopes=t.slopes,
+        dropout_keep=keep,
+    )
+    outputs, cotangents = [out], [t.dout.double()]
+    if case.return_lse:
+        outputs, cotangents = [out, lse], [t.dout.double(), t.dlse.double()]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    results = {"out": out.detach()}
+    if case.return_lse:
+        results["lse"] = lse.detach()
+    for name, leaf, gradient in zip(("dq", "dk", "dv", "dbias"), leaves, gradients, strict=False):
+        results[name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
+
+
+def assert_close(
+    case: Case, ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None
+) -> None:
+    """Every result within the tolerance of the case's dtype; names all that are not."""
+    tolerance = TOLERANCE[case.dtype] if tolerance is None else tolerance
+    assert list(ours) == list(expected)
+    wrong, sizes = [], summand_sizes(case, expected["out"])
+    for name, reference in expected.items():
+        result = ours[name].double()
+        assert result.shape == reference.shape, f"{name}: {result.shape} is not {reference.shape}"
+        if name == "lse":
+            assert torch.equal(result == -torch.inf, reference == -torch.inf), "empty rows differ"
+            result, reference = result.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0)
+        if reference.numel():
+            scale = max(1.0, sizes.get(name, 0.0), reference.abs().max().item())
+            error = (result - reference).abs().max().item() / scale
+            # a NaN is no success
+            if not error <= tolerance:
+                wrong.append(f"{name}: error {error:.2e} of {scale:.2g}, allowed {tolerance:.0e}")
+    assert not wrong, f"{'; '.join(wrong)}\nreplay: python tests/judge.py {str(case)!r}"
+
+
+def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
+    """How large the terms are whose difference is a gradient: what cancels leaves their rounding.
+
+    ``ds = p (dp - delta)`` may be 0 for any size of ``dp`` and ``delta``.
+    """
+    t = whole(case)
+    delta = (t.dout.double() * out).sum(-1).abs().max().item()
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
+    q, k = (x.double().abs().max().item() * scale for x in (t.q, t.k))
+    return {"dq": delta * k, "dk": delta * q, "dbias": delta}
+
+
+def judge(case: Case, pool: Any) -> None:
+    """Run a case on the pool and compare everything with the oracle."""
+    results = pool.run(run, case, ranks=case.ranks)
+    dtype, state_dtype = DTYPES[case.dtype], DTYPES[case.dtype]
+    if state_dtype != torch.float64:
+        state_dtype = torch.float32
+    for result in results:
+        for name, tensor in result.items():
+            assert tensor.dtype == (state_dtype if name == "lse" else dtype), name
+    assert_close(case, join(case, results), oracle(case))
+
+
+def main() -> None:
+    from pool import Pool
+
+    case = eval(sys.argv[1], {"Case": Case})
+    pool = Pool()
+    try:
+        judge(case, pool)
+    finally:
+        pool.close()
+    print(f"right: {case!r}")
+
+
+if __name__ == "__main__":
+    # by its importable name, so that workers can unpickle what it sends
+    import judge as importable
+
+    importable.main()

@@ -1,0 +1,106 @@
+"""Cutting and joining sequences: positions, round trips, gradients, uneven lengths."""
+
+from __future__ import annotations
+
+import pool as worker
+import pytest
+import torch
+from cases import Case, shards
+from torch import Tensor
+
+import usp
+
+CASES = [
+    Case(ulysses=2, ring=2, seq_len=16, layout="zigzag"),
+    Case(ulysses=1, ring=3, seq_len=13, layout="striped"),
+    Case(ulysses=3, ring=2, seq_len=17, layout="zigzag"),
+    Case(ulysses=2, ring=3, seq_len=4),
+    Case(ulysses=4, ring=1, seq_len=7),
+    Case(ring=5, seq_len=3, layout="zigzag"),
+    Case(ulysses=2, ring=2, seq_len=23, layout="documents", cu_seqlens=(0, 2, 2, 9, 23)),
+]
+EACH = pytest.mark.parametrize("case", CASES, ids=repr)
+
+
+def layout_of(case: Case) -> usp.DocumentZigzag | str:
+    return usp.DocumentZigzag(case.cu_seqlens) if case.layout == "documents" else case.layout
+
+
+def my_positions(case: Case) -> list[int]:
+    return usp.positions(
+        case.seq_len, worker.mesh(case.ulysses, case.ring), layout_of(case)
+    ).tolist()
+
+
+@EACH
+def test_positions(pool, case: Case) -> None:
+    held = pool.run(my_positions, case, ranks=case.ranks)
+    assert held == shards(case, case.seq_len)
+    assert sorted(position for place in held for position in place) == list(range(case.seq_len))
+
+
+def whole(case: Case, dim: int) -> Tensor:
+    shape = [2, 3]
+    shape.insert(dim, case.seq_len)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def round_trip(case: Case, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut and join, each with the gradient of a cotangent that differs on every rank."""
+    mesh, layout = worker.mesh(case.ulysses, case.ring), layout_of(case)
+    random = torch.Generator().manual_seed(10 + mesh.rank)
+    x = whole(case, dim).requires_grad_()
+    mine = usp.shard_sequence(x, mesh, dim, layout)
+    cotangent = torch.randn(mine.shape, generator=random, dtype=mine.dtype)
+    (dx,) = torch.autograd.grad(mine, x, cotangent)
+    leaf = mine.detach().requires_grad_()
+    joined = usp.unshard_sequence(leaf, mesh, dim, layout, seq_len=case.seq_len)
+    cotangent = torch.randn(joined.shape, generator=random, dtype=mine.dtype)
+    (dmine,) = torch.autograd.grad(joined, leaf, cotangent)
+    return mine.detach(), dx, joined.detach(), dmine
+
+
+@EACH
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_cut_and_join(pool, case: Case, dim: int) -> None:
+    dim = dim % 3
+    x, places = whole(case, dim), shards(case, case.seq_len)
+    results = pool.run(round_trip, case, dim, ranks=case.ranks)
+    cotangents, total = [], torch.zeros_like(x)
+    for rank, (mine, _, joined, _) in enumerate(results):
+        random = torch.Generator().manual_seed(10 + rank)
+        cotangents.append(torch.randn(mine.shape, generator=random, dtype=x.dtype))
+        total += torch.randn(joined.shape, generator=random, dtype=x.dtype)
+    for rank, (mine, dx, joined, dmine) in enumerate(results):
+        index = torch.tensor(places[rank], dtype=torch.int64)
+        assert torch.equal(mine, x.index_select(dim, index))
+        assert torch.equal(dx, torch.zeros_like(x).index_copy(dim, index, cotangents[rank]))
+        assert torch.equal(joined, x)
+        # the adjoint of a gather: every rank's cotangent reaches the tokens' owner
+        torch.testing.assert_close(dmine, total.index_select(dim, index), rtol=1e-12, atol=1e-12)
+
+
+def wrong_length(case: Case) -> None:
+    mesh = worker.mesh(case.ulysses, case.ring)
+    usp.unshard_sequence(torch.zeros(2, 5), mesh, 1, "contiguous", seq_len=11)
+
+
+def test_a_shard_that_is_not_this_ranks_is_refused(pool) -> None:
+    outcomes = pool.outcomes(wrong_length, Case(ring=2), ranks=2)
+    # 11 tokens are 6 and 5: rank 1 may have 5, and must not wait for rank 0 forever
+    assert outcomes[0].kind == "ValueError"
+    assert "5" in outcomes[0].message and "6 of 11" in outcomes[0].message
+
+
+def test_one_device_holds_everything() -> None:
+    x = torch.randn(2, 7)
+    assert usp.positions(7, None).tolist() == list(range(7))
+    assert torch.equal(usp.shard_sequence(x, None, 1), x)
+    assert torch.equal(usp.unshard_sequence(x, None, 1), x)
+
+
+def test_unknown_layouts_and_other_lengths() -> None:
+    with pytest.raises(ValueError, match=r"diagonal.*zigzag"):
+        usp.positions(7, None, "diagonal")
+    with pytest.raises(ValueError, match=r"8.*7|7.*8"):
+        usp.positions(7, None, usp.DocumentZigzag((0, 8)))
