@@ -130,7 +130,9 @@ class Arguments:
         if mask is None:
             return None
         mask = additive(mask, dtype)
-        return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
+        if mask.dim() == 2:
+            return mask[None, None]
+        return mask.unflatten(0, (len(mask) // self.num_heads, self.num_heads))
 
     def padding(self) -> Tensor | None:
         """``key_padding_mask`` as (N, S)."""

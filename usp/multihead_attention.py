@@ -246,11 +246,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             causal,
             lengths,
             self.dropout if self.training else 0.0,
-            draw_dropout_seed() if self.training and self.dropout else 0,
+            self._dropout_seed(arguments.need_weights),
         )
         if arguments.need_weights:
             multihead_forward.check_weights(call, self.placement)
         return call
+
+    def _dropout_seed(self, need_weights: bool) -> int | None:
+        """Drawn here where more than the attention itself drops by it."""
+        shared = need_weights or self.add_zero_attn or self.bias_k is not None
+        return draw_dropout_seed() if shared and self.training and self.dropout else None
 
     def _projections(self, arguments: Arguments) -> tuple[Tensor, ...]:
         """Query, key and value with E features each, by one product where they are one tensor."""

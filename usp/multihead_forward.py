@@ -30,7 +30,8 @@ class Projected:
         bias: (N|1, H|1, L, all keys) added to the scores, or None.
         causal: Whether keys after a query are hidden.
         lengths: Queries and keys of the whole sequence.
-        dropout_p, dropout_seed: Of the weights; 0 for none.
+        dropout_p: Of the weights.
+        dropout_seed: Its seed, or None where attention alone needs it and draws it.
     """
 
     q: Tensor
@@ -41,7 +42,7 @@ class Projected:
     causal: bool
     lengths: tuple[int, int]
     dropout_p: float
-    dropout_seed: int
+    dropout_seed: int | None
 
     @property
     def softmax_scale(self) -> float:
@@ -131,6 +132,7 @@ def _padded_bias(call: Projected, placement: Placement) -> Tensor:
 def _keep(call: Projected, placement: Placement, keys: range) -> Tensor:
     """(N, H, L, len(keys)) dropout factors of this rank's queries."""
     batch, _, num_heads, _ = call.q.shape
+    assert call.dropout_seed is not None
     q_pos = positions(call.lengths[0], placement.mesh, placement.layout, call.q.device)
     k_pos = torch.arange(keys.start, keys.stop, device=call.q.device)
     factors = dropout_factors(call.dropout_p, call.dropout_seed, (batch, num_heads), q_pos, k_pos)
