@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# ruff, mypy and clang-format, none of which changes a file.
+# ruff, mypy and clang-format, none of which changes a file. All of them run, whatever fails.
 # usage: scripts/lint.sh VENV
-set -euo pipefail
+set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=${1:?usage: scripts/lint.sh VENV}/bin
+failed=0
 
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy"
+"$bin/ruff" check . || failed=1
+"$bin/ruff" format --check . || failed=1
+"$bin/mypy" || failed=1
 find csrc tests/cpp \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 |
-  xargs -0 --no-run-if-empty "$bin/clang-format" --dry-run -Werror
-echo "[usp] lint: nothing to say"
+  xargs -0 --no-run-if-empty "$bin/clang-format" --dry-run -Werror || failed=1
+
+[ "$failed" = 0 ] && echo "[usp] lint: nothing to say"
+exit "$failed"

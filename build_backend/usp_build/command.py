@@ -53,8 +53,8 @@ class BuildNative(build_ext):
             native.ops_library(ROOT, torch),
             native.python_module(ROOT, self.distribution.get_version()),
         ]
-        tag = f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        native.compile_libraries(ROOT, compiler, libraries, ROOT / "build" / tag, out)
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.version}"
+        native.compile_libraries(ROOT, compiler, libraries, ROOT / "build" / f"native-{tag}", out)
         return {"torch": torch.version, "compiler": native.compiler_version(compiler)}
 
     def _give_up(self, targets: Targets, reason: str) -> None:
