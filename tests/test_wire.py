@@ -1,0 +1,227 @@
+"""Bytes that leave each rank equal the formula exactly: no padding, nothing sent twice."""
+
+from __future__ import annotations
+
+import pool as worker
+import pytest
+import torch
+import torch.distributed as dist
+from cases import DTYPES, Case, chunks, local, ring_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import usp
+from usp.cost import Place, Shape, bytes_sent
+from usp.mask import make_mask
+from usp.testing import WireBytes
+
+
+def counted(case: Case) -> tuple[int, int]:
+    """Bytes sent in one forward and in its backward."""
+    mesh = worker.mesh(case.ulysses, case.ring)
+    t = local(case, dist.get_rank())
+    leaves = [x.requires_grad_() for x in (t.q, t.k, t.v)]
+    documents = case.layout == "documents"
+    with WireBytes() as forward:
+        result = usp.long_context_attention(
+            *leaves,
+            mesh,
+            **case.masks,
+            layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+            seq_len=(case.seq_len, case.num_keys),
+            key_padding_mask=t.padding,
+            alibi_slopes=t.slopes,
+            dropout_p=case.dropout_p,
+            dropout_seed=1,
+            transport=case.transport,
+            return_lse=case.return_lse,
+            backend="reference",
+        )
+    outputs = list(result) if case.return_lse else [result]
+    cotangents = [t.dout, t.dlse][: len(outputs)]
+    with WireBytes() as backward:
+        torch.autograd.grad(outputs, leaves, cotangents)
+    return forward.sent, backward.sent
+
+
+def by_formula(case: Case, rank: int) -> tuple[int, int]:
+    """What usp.cost says, which `usp plan` and the demo print."""
+    documents = case.layout == "documents"
+    shape = Shape(
+        batch=case.batch,
+        query_len=case.seq_len,
+        key_len=case.num_keys,
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        value_head_dim=case.value_dim,
+        dtype=DTYPES[case.dtype],
+        key_padding_mask=case.padding is not None,
+        return_lse=case.return_lse,
+    )
+    place = Place(
+        ring_degree=case.ring,
+        ulysses_degree=case.ulysses,
+        ring_rank=rank // case.ulysses,
+        ulysses_rank=rank % case.ulysses,
+        layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+        mask=make_mask(
+            causal=case.causal,
+            window_size=case.window,
+            cu_seqlens=case.cu_seqlens,
+            prefix_len=case.prefix_len,
+        ),
+        transport=case.transport,
+    )
+    return bytes_sent(shape, place).total, bytes_sent(shape, place, backward=True).total
+
+
+def by_hand(case: Case, rank: int) -> tuple[int, int]:
+    """The same for full attention by ring and all-gather, from first principles.
+
+    Rank i owns n_i tokens and H_i heads: ``b n_i (H - H_i) d e`` for q and ``b (N - n_i) H_i d e``
+    for out along its row; each hop of the ring a block of K and V; fp32 gradients behind them.
+    """
+    r, u = divmod(rank, case.ulysses)
+    e = DTYPES[case.dtype].itemsize
+    wide = 8 if case.dtype == "float64" else 4
+    rows = [len(row) for row in ring_rows(case.layout, case.seq_len, case.ring)]
+    n = [len(piece) for piece in chunks(rows[r], case.ulysses)]
+    heads = [len(piece) for piece in chunks(case.heads, case.ulysses)]
+    others = case.heads - heads[u]
+    width = case.head_dim + case.value_dim
+    # heads == kv_heads here: q, k, v go out by heads, out comes back by tokens
+    q_k_v = n[u] * others * (case.head_dim + width) * e
+    out = (rows[r] - n[u]) * heads[u] * case.value_dim * e
+    block = heads[u] * width * e
+    hops = [rows[(r - hop) % case.ring] for hop in range(case.ring)]
+    forward = q_k_v + out + sum(hops[:-1]) * block
+    # mirrored: dout goes out, dq, dk, dv come back; gradients go one hop more, home
+    exchange = n[u] * others * case.value_dim * e
+    exchange += (rows[r] - n[u]) * heads[u] * (case.head_dim + width) * e
+    gradients = sum(hops) * heads[u] * width * wide if case.ring > 1 else 0
+    backward = exchange + sum(hops[:-1]) * block + gradients
+    return case.batch * forward, case.batch * backward
+
+
+UNEVEN = [
+    Case(ulysses=4, seq_len=13, heads=6, kv_heads=6, head_dim=5, value_dim=3, dtype="float32"),
+    Case(ring=4, seq_len=13, heads=3, kv_heads=3, dtype="bfloat16", batch=2),
+    Case(ulysses=2, ring=2, seq_len=17, heads=5, kv_heads=5, layout="zigzag", dtype="float32"),
+    Case(ulysses=2, ring=3, seq_len=5, heads=1, kv_heads=1, layout="striped", dtype="float64"),
+    Case(ulysses=3, ring=2, seq_len=16, heads=2, kv_heads=2, value_dim=7, dtype="float16"),
+    Case(ulysses=6, seq_len=4, heads=7, kv_heads=7, dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("case", UNEVEN, ids=repr)
+def test_bytes_counted_by_hand(pool, case: Case) -> None:
+    assert pool.run(counted, case, ranks=case.ranks) == [
+        by_hand(case, rank) for rank in range(case.ranks)
+    ]
+
+
+def test_the_textbook_formula_where_everything_divides(pool) -> None:
+    """U x R, H = G, bytes of one rank: 4 b N h e / P (U-1)/U + 2 b N h e / U (R-1)/R forward.
+
+    The backward adds fp32 dK, dV, which travel R hops: 8 b N h / U.
+    """
+    case = Case(ulysses=2, ring=3, seq_len=24, heads=4, kv_heads=4, batch=2, dtype="float32")
+    n_h_e = case.batch * case.seq_len * case.heads * case.head_dim * 4
+    exchange = 4 * n_h_e // 6 // 2
+    blocks = 2 * n_h_e // 2 * 2 // 3
+    gradients = 2 * n_h_e // 2
+    expected = exchange + blocks, exchange + blocks + gradients
+    assert pool.run(counted, case, ranks=6) == [expected] * 6
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    meshes = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (3, 2), (2, 3), (1, 3), (5, 1)]
+    ulysses, ring = draw(st.sampled_from(meshes))
+    kv_heads, group_size = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    seq_len = draw(st.integers(1, 29))
+    bound = st.one_of(st.none(), st.integers(0, 12))
+    case = Case(
+        ulysses=ulysses,
+        ring=ring,
+        layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents"])),
+        transport=draw(st.sampled_from(["ring", "allgather"])),
+        batch=draw(st.integers(1, 2)),
+        seq_len=seq_len,
+        heads=kv_heads * group_size,
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 5)),
+        value_dim=draw(st.integers(1, 5)),
+        dtype=draw(st.sampled_from(["float64", "float32", "bfloat16"])),
+        causal=draw(st.booleans()),
+        window=draw(st.tuples(bound, bound)),
+        padding=draw(st.sampled_from([None, 0.3])),
+        return_lse=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.2])),
+    )
+    if case.layout == "documents" or draw(st.booleans()):
+        cuts = sorted(draw(st.lists(st.integers(0, seq_len), max_size=3)))
+        case = Case(**{**vars(case), "cu_seqlens": (0, *cuts, seq_len)})
+    return case
+
+
+@settings(max_examples=settings.default.max_examples)
+@given(case=cases())
+def test_bytes_equal_the_formula(pool, case: Case) -> None:
+    assert pool.run(counted, case, ranks=case.ranks) == [
+        by_formula(case, rank) for rank in range(case.ranks)
+    ]
+
+
+def on_one_rank(case: Case, on_mesh: bool) -> tuple[int, dict[str, int]]:
+    mesh = worker.mesh(1, 1) if on_mesh else None
+    t = local(case, 0)
+    leaves = [x.requires_grad_() for x in (t.q, t.k, t.v)]
+    with WireBytes() as wire:
+        out = usp.long_context_attention(*leaves, mesh, causal=True)
+        torch.autograd.grad(out, leaves, t.dout)
+        module = usp.LongContextAttention(mesh, causal=True, validate="always")
+        torch.autograd.grad(module(*leaves), leaves, t.dout)
+        x = usp.shard_sequence(t.q, mesh, 1)
+        usp.unshard_sequence(x, mesh, 1)
+    return wire.sent, dict(wire.calls)
+
+
+@pytest.mark.parametrize("on_mesh", [True, False])
+def test_one_rank_sends_nothing(pool, on_mesh: bool) -> None:
+    """Not even an empty message."""
+    assert pool.run(on_one_rank, Case(seq_len=7), on_mesh, ranks=1) == [(0, {})]
+
+
+def bias_bytes(shape: tuple[int, ...], lengths: list[int]) -> int:
+    """Forward bytes of a bias alone, on a row of ranks."""
+    mesh = worker.mesh(len(lengths), 1)
+    rank = dist.get_rank()
+    q = torch.zeros(1, lengths[rank], 4, 2)
+    rows = lengths[rank] if shape[2] > 1 else 1
+    bias: Tensor = torch.zeros(shape[0], shape[1], rows, sum(lengths))
+    sent = []
+    for extra in ({}, {"attn_bias": bias}):
+        with WireBytes() as wire:
+            usp.long_context_attention(q, q, q, mesh, seq_len=sum(lengths), **extra)
+        sent.append(wire.sent)
+    return sent[1] - sent[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 1, 1, 10), [0, 0, 0]),  # the same for all: everyone has it
+        ((1, 4, 1, 10), [0, 0, 0]),
+        # rows for their heads: 4 heads dealt 2, 1, 1, rows 4, 3, 3, keys 10, fp32
+        ((1, 4, 10, 10), [4 * 10 * 4 * 2, 3 * 10 * 4 * 3, 3 * 10 * 4 * 3]),
+        ((1, 1, 10, 10), [4 * 10 * 4 * 2, 3 * 10 * 4 * 2, 3 * 10 * 4 * 2]),
+    ],
+    ids=str,
+)
+def test_a_bias_sends_only_rows_that_others_need(
+    pool, shape: tuple[int, ...], expected: list[int]
+) -> None:
+    assert pool.run(bias_bytes, shape, [4, 3, 3], ranks=3) == expected
