@@ -1,0 +1,10 @@
+"""`usp demo`: a vision transformer on a real picture, on one process and on several.
+
+The same weights run forward and backward twice: with `torch.nn.MultiheadAttention` in one
+process, and with `usp.MultiheadAttention` on a mesh of processes. A table says how far the two
+lie apart and what each took; a picture shows whom some patches look at.
+"""
+
+from usp.demo.command import main
+
+__all__ = ["main"]

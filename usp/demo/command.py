@@ -1,0 +1,166 @@
+"""The command line of the demo: train, run plain, run sharded, compare, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from usp.demo import work
+from usp.demo.attention_map import query_patches
+from usp.demo.compare import differences
+from usp.demo.image import choose_grid, load_photograph
+from usp.demo.processes import ProcessFailed, Tell, run
+from usp.demo.settings import TOLERANCES, Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+Stage = Callable[..., Any]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="usp demo",
+        description="A vision transformer on a real picture: one process with "
+        "nn.MultiheadAttention beside several with usp.MultiheadAttention, same weights.",
+    )
+    parser.add_argument("--ulysses", type=int, default=2, help="Ulysses degree (default 2)")
+    parser.add_argument("--ring", type=int, default=2, help="ring degree (default 2)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="at least so many patches (default 16384)"
+    )
+    parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
+    parser.add_argument("--dtype", default="float32", choices=sorted(TOLERANCES))
+    parser.add_argument(
+        "--train-steps",
+        type=int,
+        default=120,
+        help="before the comparison, on small windows of the picture (default 120)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("usp_demo.png"), help="the picture (default usp_demo.png)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        argv: Arguments after `usp demo`; those of the process by default.
+
+    Returns:
+        0: both runs agree. 1: they do not, or a process failed. 2: it could not start.
+    """
+    arguments = parser().parse_args(argv)
+    missing = [m for m in ("skimage", "matplotlib", "rich") if find_spec(m) is None]
+    if missing:
+        return _fail(2, f"the demo needs {', '.join(missing)}: pip install 'usp[demo]'")
+    for name, least in (("ulysses", 1), ("ring", 1), ("tokens", 1), ("train_steps", 0)):
+        value = getattr(arguments, name)
+        if value < least:
+            option = name.replace("_", "-")
+            return _fail(2, f"--{option} must be {least} or more, got {value}")
+    try:
+        height, width, _ = load_photograph().shape
+        grid = choose_grid(height, width, arguments.tokens)
+    except ValueError as error:
+        return _fail(2, str(error))
+    with tempfile.TemporaryDirectory(prefix="usp-demo-") as folder:
+        settings = Settings(
+            grid=grid,
+            folder=folder,
+            ulysses_degree=arguments.ulysses,
+            ring_degree=arguments.ring,
+            layout=arguments.layout,
+            dtype_name=arguments.dtype,
+            train_steps=arguments.train_steps,
+        )
+        try:
+            return _demo(settings, arguments.out)
+        except ProcessFailed as error:
+            print(error.details, file=sys.stderr)
+            return _fail(1, str(error))
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"usp demo: {message}", file=sys.stderr)
+    return code
+
+
+def _demo(settings: Settings, out: Path) -> int:
+    from rich.console import Console
+
+    from usp.demo.report import cost_table, difference_table, save_picture
+
+    start = time.monotonic()
+    console = Console()
+    console.print(_introduction(settings))
+    with _progress(console) as stage:
+        stage("train the weights", work.train_model, settings, 1)
+        (plain_cost,) = stage("plain step, 1 process", work.plain_step, settings, 1)
+        name = f"sharded step, {settings.processes} processes"
+        sharded_costs = stage(name, work.sharded_step, settings, settings.processes)
+    plain, sharded = (torch.load(settings.file(f)) for f in (work.PLAIN, work.SHARDED))
+    attention = sharded.pop("attention")
+    compared = differences(sharded, plain)
+    queries = query_patches(torch.load(settings.file(work.PATCHES)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(out, load_photograph(), settings.grid, attention, queries)
+    console.print(difference_table(settings, compared))
+    console.print(cost_table(settings, plain_cost, sharded_costs))
+    console.print(f"picture: {out}   ({time.monotonic() - start:.0f} s in all)", highlight=False)
+    far = [d for d in compared if not d.relative <= settings.tolerance]
+    if far:
+        worst = max(far, key=lambda d: d.relative)
+        return _fail(
+            1,
+            f"{worst.name} differs by {worst.relative:.1e} of its largest value, "
+            f"more than the {settings.tolerance:.0e} allowed in {settings.dtype_name}",
+        )
+    return 0
+
+
+def _introduction(settings: Settings) -> str:
+    grid = settings.grid
+    return (
+        f"Hubble eXtreme Deep Field, {grid.rows} x {grid.columns} = {grid.tokens} patches of "
+        f"{grid.patch_size} x {grid.patch_size} pixels, in {settings.processes} pieces "
+        f"({settings.layout}); {settings.depth} layers of {settings.num_heads} heads, "
+        f"{settings.embed_dim} features, {settings.dtype_name}"
+    )
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Stage]:
+    """`stage(title, work, settings, processes)` runs a stage of the demo and shows its progress."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    title = TextColumn("{task.description:30}")
+    columns = (SpinnerColumn(), title, BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        def stage(title: str, function: Callable[..., Any], settings: Settings, count: int) -> Any:
+            task = progress.add_task(title, total=None)
+            results = run(function, settings, count, _teller(progress, task))
+            progress.update(task, total=1, completed=1)
+            return results
+
+        yield stage
+
+
+def _teller(progress: Progress, task: Any) -> Tell:
+    def tell(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+
+    return tell

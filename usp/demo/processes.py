@@ -1,0 +1,96 @@
+"""Starts processes, listens to them, and ends them all when one fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# What a process does: (settings, rank, tell) -> its result; tell(done, total) reports progress.
+Work = Callable[..., Any]
+Tell = Callable[[int, int], None]
+
+
+class ProcessFailed(Exception):
+    """A process of the demo raised or died; `details` is its traceback."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass
+class _Process:
+    handle: Any
+    pipe: Connection
+    rank: int
+
+
+def run(work: Work, settings: Any, count: int, tell: Tell) -> list[Any]:
+    """`work(settings, rank, tell)` in `count` fresh processes: their results by rank.
+
+    Fresh means spawned: each has its own torch, threads and peak memory. Progress of rank 0 goes
+    to `tell`.
+
+    Raises:
+        ProcessFailed: one raised or died; the others have been ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    try:
+        for rank in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            handle = context.Process(target=_child, args=(work, settings, rank, theirs))
+            handle.start()
+            theirs.close()
+            processes.append(_Process(handle, ours, rank))
+        return _listen(processes, tell)
+    finally:
+        for process in processes:
+            if process.handle.is_alive():
+                process.handle.terminate()
+            process.handle.join()
+            process.pipe.close()
+
+
+def _child(work: Work, settings: Any, rank: int, pipe: Connection) -> None:
+    def tell(done: int, total: int) -> None:
+        if rank == 0:
+            pipe.send(("progress", (done, total)))
+
+    try:
+        answer = ("result", work(settings, rank, tell))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        answer = ("failed", (message, traceback.format_exc()))
+    pipe.send(answer)
+
+
+def _listen(processes: list[_Process], tell: Tell) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {process.pipe: process for process in processes}
+    while waiting:
+        for pipe in wait(list(waiting)):
+            process = waiting[pipe]  # type: ignore[index]
+            try:
+                kind, content = process.pipe.recv()
+            except EOFError:
+                process.handle.join()
+                raise ProcessFailed(
+                    f"process {process.rank} of {len(processes)} ended with exit code "
+                    f"{process.handle.exitcode} and no result (out of memory?)"
+                ) from None
+            if kind == "progress":
+                tell(*content)
+            elif kind == "failed":
+                message, details = content
+                raise ProcessFailed(
+                    f"process {process.rank} of {len(processes)} failed: {message}", details
+                )
+            else:
+                results[process.rank] = content
+                del waiting[process.pipe]
+    return [results[process.rank] for process in processes]

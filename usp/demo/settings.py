@@ -1,0 +1,53 @@
+"""What the demo's processes have to agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from usp.demo.image import PatchGrid
+from usp.demo.model import PatchTransformer, hidden_patches
+
+# Largest difference that counts as the same result, relative to the largest value of a tensor.
+TOLERANCES = {"float64": 1e-9, "float32": 5e-5, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo; `folder` is where its processes leave their results."""
+
+    grid: PatchGrid
+    folder: str
+    ulysses_degree: int = 2
+    ring_degree: int = 2
+    layout: str = "contiguous"
+    dtype_name: str = "float32"
+    embed_dim: int = 96
+    num_heads: int = 4
+    depth: int = 2
+    train_steps: int = 120
+    hidden_fraction: float = 0.2
+
+    @property
+    def processes(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.dtype_name]
+
+    def file(self, name: str) -> Path:
+        return Path(self.folder) / name
+
+    def model(self) -> PatchTransformer:
+        return PatchTransformer(self.grid.patch_dim, self.embed_dim, self.num_heads, self.depth)
+
+    def hidden(self) -> torch.Tensor:
+        """(1, tokens) bool, True = hidden, the same in every process."""
+        return hidden_patches(self.grid, self.hidden_fraction, seed=1)
