@@ -202,13 +202,14 @@ def mesh_groups(
     """
     if group is not None:
         _compare_group_counts(group)
-    mine = {}
+    mine: dict[str, dist.ProcessGroup] = {}
     for kind, lines in (("column", list(zip(*table, strict=True))), ("row", table)):
         for line in lines:
             # All the world makes every group in the same order; a smaller group only its own.
             if group is None or global_rank() in line:
                 made = dist.new_group(list(line), use_local_synchronization=group is not None)
-                mine[kind] = made if global_rank() in line else mine.get(kind)
+                if global_rank() in line:
+                    mine[kind] = made
     return mine["column"], mine["row"]
 
 
