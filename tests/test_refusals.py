@@ -1,0 +1,248 @@
+"""What cannot be computed is refused with both values, on every rank, at once: never a hang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pool as worker
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case
+from judge import judge
+from pool import RemoteError
+
+import usp
+
+
+def call(mesh: usp.SequenceMesh | None = None, attention: Any = None, **changed: Any) -> Any:
+    """A call that would succeed on (2, 6, 4, 8) tensors but for what is changed."""
+    tensors = {
+        "q": torch.randn(2, 6, 4, 8),
+        "k": torch.randn(2, 6, 2, 8),
+        "v": torch.randn(2, 6, 2, 5),
+    }
+    tensors = {name: changed.pop(name, x) for name, x in tensors.items()}
+    if attention is not None:
+        return attention(*tensors.values(), **changed)
+    return usp.long_context_attention(*tensors.values(), mesh, **changed)
+
+
+def test_the_unchanged_call_succeeds() -> None:
+    assert call().shape == (2, 6, 4, 5)
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None, device: str | None = None) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# what is changed, and what the message must say: the value, and what it should be
+WRONG = {
+    "q of three dims": ({"q": zeros(2, 6, 8)}, ["q", "(2, 6, 8)", "heads"]),
+    "dtype that is none": ({"q": zeros(2, 6, 4, 8, dtype=torch.int64)}, ["int64", "fp32"]),
+    "dtypes that differ": ({"k": zeros(2, 6, 2, 8).double()}, ["float32", "float64"]),
+    "devices that differ": ({"v": zeros(2, 6, 2, 5, device="meta")}, ["cpu", "meta"]),
+    "batch sizes": ({"k": zeros(3, 6, 2, 8), "v": zeros(3, 6, 2, 5)}, ["2", "3"]),
+    "key tokens": ({"v": zeros(2, 7, 2, 5)}, ["6", "7"]),
+    "key heads": ({"v": zeros(2, 6, 4, 5)}, ["k has", "2", "4"]),
+    "head dims": ({"k": zeros(2, 6, 2, 9)}, ["8", "9"]),
+    "head dim 0": ({"q": zeros(2, 6, 4, 0), "k": zeros(2, 6, 2, 0)}, ["head_dim", "0"]),
+    "heads that do not divide": ({"q": zeros(2, 6, 3, 8)}, ["multiple", "3", "2"]),
+    "no key heads": ({"k": zeros(2, 6, 0, 8), "v": zeros(2, 6, 0, 5)}, ["heads", "4", "0"]),
+    "seq_len": ({"seq_len": 7}, ["6", "7", "seq_len"]),
+    "seq_len of keys": ({"seq_len": (6, 9)}, ["6", "9"]),
+    "seq_len of three": ({"seq_len": (6, 6, 6)}, ["(6, 6, 6)"]),
+    "seq_len below 0": ({"seq_len": -6}, ["-6"]),
+    "layout": ({"layout": "diagonal"}, ["diagonal", "zigzag"]),
+    "layout of another length": ({"layout": usp.DocumentZigzag((0, 9))}, ["6", "9"]),
+    "transport": ({"transport": "pigeon"}, ["pigeon", "allgather"]),
+    "backend": ({"backend": "abacus"}, ["abacus", "reference"]),
+    "window below 0": ({"window_size": (-1, 0)}, ["-1", "None"]),
+    "window of three": ({"window_size": (1, 2, 3)}, ["(1, 2, 3)"]),
+    "documents too long": ({"cu_seqlens": (0, 3, 8)}, ["8", "6"]),
+    "documents backwards": ({"cu_seqlens": (0, 4, 3, 6)}, ["4", "3"]),
+    "documents from 1": ({"cu_seqlens": (1, 6)}, ["0", "1"]),
+    "prefix below 0": ({"prefix_len": -2, "causal": True}, ["-2"]),
+    "prefix of what is open": ({"prefix_len": 2}, ["2", "causal"]),
+    "dropout of everything": ({"dropout_p": 1.0}, ["1.0", "[0, 1)"]),
+    "dropout below 0": ({"dropout_p": -0.1}, ["-0.1"]),
+    "softcap below 0": ({"softcap": -3.0}, ["-3.0"]),
+    "scale that is none": ({"softmax_scale": float("nan")}, ["nan"]),
+    "mask of floats": ({"key_padding_mask": zeros(2, 6)}, ["bool", "float32"]),
+    "mask of a wrong shape": (
+        {"key_padding_mask": zeros(2, 7, dtype=torch.bool)},
+        ["(2, 6)", "(2, 7)"],
+    ),
+    "bias of bools": ({"attn_bias": zeros(1, 1, 6, 6, dtype=torch.bool)}, ["bool", "-inf"]),
+    "bias of a wrong shape": ({"attn_bias": zeros(2, 3, 6, 6)}, ["(2, 3, 6, 6)", "(2|1, 4|1"]),
+    "bias of local keys": ({"attn_bias": zeros(1, 1, 6, 5)}, ["5", "6"]),
+    "bias of two dims": ({"attn_bias": zeros(6, 6)}, ["(6, 6)"]),
+    "slopes": ({"alibi_slopes": zeros(3)}, ["(3,)", "(4,)"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_on_one_device(name: str) -> None:
+    changed, fragments = WRONG[name]
+    with pytest.raises(ValueError) as caught:
+        call(**changed)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+def test_what_no_backend_does_is_not_implemented() -> None:
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        call(alibi_slopes=torch.ones(4, requires_grad=True))
+    with pytest.raises(NotImplementedError, match=r"sdpa.*softcap"):
+        call(backend="sdpa", softcap=2.0, v=zeros(2, 6, 2, 8))
+    with pytest.raises(NotImplementedError, match=r"sdpa.*8.*5"):
+        call(backend="sdpa")
+
+
+def everywhere(name: str) -> None:
+    call(worker.mesh(2, 2), **WRONG[name][0])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_on_every_rank(pool, name: str) -> None:
+    """The same mistake on all ranks, and nobody compares: each finds it by itself."""
+    assert_refused(pool, everywhere, name, ranks=4)
+
+
+def started() -> None:
+    """Nothing to do."""
+
+
+def assert_refused(pool, function: Callable, *args: Any, ranks: int) -> list[str]:
+    """Every rank raises, within seconds; the ranks can go on afterwards."""
+    pool.run(started, ranks=ranks)  # starting workers takes time, refusing none
+    began = time.monotonic()
+    outcomes = pool.outcomes(function, *args, ranks=ranks, timeout=20)
+    assert time.monotonic() - began < 5
+    for outcome in outcomes:
+        assert isinstance(outcome, RemoteError), "a rank saw nothing wrong"
+        assert outcome.kind in ("ValueError", "TypeError", "NotImplementedError"), str(outcome)
+    return [outcome.message for outcome in outcomes]
+
+
+# one rank of four deviates: what it changes, and both values, which every rank must hear
+DEVIATIONS = {
+    "causal": ({"causal": True}, {}, ["Causal"]),
+    "window": ({"window_size": (3, None)}, {"window_size": (4, None)}, ["3", "4"]),
+    "documents": ({"cu_seqlens": (0, 9, 24)}, {"cu_seqlens": (0, 8, 24)}, ["9", "8"]),
+    "prefix": ({"causal": True, "prefix_len": 3}, {"causal": True}, ["3", "0"]),
+    "scale": ({"softmax_scale": 0.25}, {"softmax_scale": 0.5}, ["0.25", "0.5"]),
+    "softcap": ({"softcap": 2.5}, {}, ["2.5", "0.0"]),
+    "layout": ({"layout": "zigzag"}, {"layout": "striped"}, ["zigzag", "striped"]),
+    "transport": ({"transport": "allgather"}, {}, ["allgather", "ring"]),
+    "return_lse": ({"return_lse": True}, {}, ["True", "False"]),
+    "backend": ({"backend": "reference"}, {"backend": "sdpa", "same_dims": True}, ["reference"]),
+    "seq_len": ({"seq_len": (24, 25)}, {"seq_len": (24, 24)}, ["25"]),
+    "dtype": ({"dtype": torch.bfloat16}, {}, ["bfloat16", "float32"]),
+    "batch": ({"batch": 3}, {}, ["2", "3"]),
+    "local tokens": ({"tokens": 7}, {}, ["24", "28"]),
+    "query heads": ({"heads": 6}, {}, ["4", "6"]),
+    "key heads": ({"kv_heads": 1}, {}, ["1", "2"]),
+    "head_dim": ({"head_dim": 9}, {}, ["8", "9"]),
+    "rank of q": ({"flat": True}, {}, ["(2, 6, 32)"]),
+    "mask": ({"key_padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, {}, ["True", "False"]),
+    "mask shape": ({"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}, {}, ["(2, 5)"]),
+    "bias": ({"attn_bias": torch.zeros(1, 1, 6, 24)}, {}, ["24", "None"]),
+    "bias rows": (
+        {"attn_bias": torch.zeros(1, 1, 6, 24)},
+        {"attn_bias": torch.zeros(1, 1, 1, 24)},
+        ["one each", "one for all"],
+    ),
+    "slopes": ({"alibi_slopes": torch.ones(4)}, {}, ["True", "False"]),
+    "slope values": (
+        {"alibi_slopes": torch.ones(4)},
+        {"alibi_slopes": torch.full((4,), 0.5)},
+        ["0.5", "1.0"],
+    ),
+    "dropout": ({"dropout_p": 0.25}, {"dropout_p": 0.5}, ["0.25", "0.5"]),
+    "dropout or not": ({"dropout_p": 0.25}, {}, ["0.25", "0.0"]),
+    "gradients": ({"requires_grad": True}, {}, ["True", "False"]),
+    "unknown layout": ({"layout": "diagonal"}, {}, ["diagonal", "zigzag"]),
+    "unknown backend": ({"backend": "abacus"}, {}, ["abacus", "reference"]),
+    "no tensor": ({"no_tensor": True}, {}, ["q"]),
+    "no pair": ({"window_size": 3}, {}, ["3", "pair"]),
+}
+
+
+def shaped(
+    *,
+    batch: int = 2,
+    tokens: int = 6,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+    same_dims: bool = True,
+    flat: bool = False,
+    no_tensor: bool = False,
+    requires_grad: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    q = torch.randn(batch, tokens, heads, head_dim, dtype=dtype, requires_grad=requires_grad)
+    k = torch.randn(batch, tokens, kv_heads, head_dim, dtype=dtype)
+    if flat:
+        q = q.flatten(2)
+    return {"q": None if no_tensor else q, "k": k, "v": k.clone()}, options
+
+
+def deviates(name: str, deviant: int) -> None:
+    """A module's first call, in which one rank is told something else."""
+    changed = DEVIATIONS[name][0 if dist.get_rank() == deviant else 1]
+    tensors, options = shaped(**changed)
+    passed = ("key_padding_mask", "attn_bias", "cu_seqlens", "seq_len", "alibi_slopes")
+    at_call = {key: options.pop(key) for key in passed if key in options}
+    attention = usp.LongContextAttention(worker.mesh(2, 2), **options)
+    call(attention=attention, **tensors, **at_call)
+
+
+@pytest.mark.parametrize("deviant", [0, 3])
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_one_rank_differs_and_all_hear_of_it(pool, name: str, deviant: int) -> None:
+    for message in assert_refused(pool, deviates, name, deviant, ranks=4):
+        assert all(value in message for value in DEVIATIONS[name][2]), message
+
+
+def seeds_differ() -> None:
+    torch.manual_seed(dist.get_rank())
+    call(attention=usp.LongContextAttention(worker.mesh(2, 2), dropout_p=0.5))
+
+
+def test_ranks_that_draw_different_dropout_seeds(pool) -> None:
+    for message in assert_refused(pool, seeds_differ, ranks=4):
+        assert "seed" in message and "replicated" in message
+
+
+def function_validates(validate: bool) -> Any:
+    causal = dist.get_rank() == 2
+    return call(worker.mesh(2, 2), causal=causal, validate=validate).shape
+
+
+def test_the_function_compares_on_request(pool) -> None:
+    for message in assert_refused(pool, function_validates, True, ranks=4):
+        assert "rank 2" in message and "disagree" in message
+
+
+def test_workers_go_on_after_refusals(pool) -> None:
+    judge(Case(ulysses=2, ring=2, seq_len=13, heads=3, kv_heads=3, causal=True), pool)
+
+
+def later_calls(validate: str) -> str:
+    attention = usp.LongContextAttention(worker.mesh(1, 2), validate=validate)
+    tensors, _ = shaped()
+    attention(*tensors.values())
+    # the same on all ranks: fine; then one rank changes what all must agree on
+    attention(*(x[:1] for x in tensors.values()))
+    tensors, _ = shaped(dtype=torch.float32 if dist.get_rank() else torch.float64)
+    attention(*tensors.values())
+    return "done"
+
+
+def test_always_compares_every_call(pool) -> None:
+    for message in assert_refused(pool, later_calls, "always", ranks=2):
+        assert "float32" in message and "float64" in message
