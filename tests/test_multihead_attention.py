@@ -19,7 +19,7 @@ from usp import attention_weights
 PLAIN = Case()
 
 
-@settings(max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 @given(cases())
 def test_equals_torch(case: Case) -> None:
     assert_same(by_us(case), by_torch(case))

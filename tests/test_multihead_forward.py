@@ -9,7 +9,7 @@ from dataclasses import replace
 import pool as workers
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from multihead_cases import (
     Case,
@@ -47,7 +47,6 @@ def run(pool, case: Case, place: Place):
     return join(case, place, pool.run(on_worker, case, place, ranks=place.ranks))
 
 
-@settings(max_examples=150)
 @given(data=st.data())
 def test_equals_torch_on_one_device(pool, data) -> None:
     case = data.draw(cases())

@@ -130,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _place(self, placement: Placement) -> None:
         self.placement = placement
-        self._compared = False
+        self._compared: Placement | None = None
         self._bypass_fused_paths()
 
     def _bypass_fused_paths(self) -> None:
@@ -196,7 +196,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.num_heads,
         )
         validate = self.placement.validate
-        compared = validate == "always" or (validate == "first" and not self._compared)
+        compared = validate == "always" or (
+            validate == "first" and self._compared is not self.placement
+        )
         call = self._agreed(arguments) if compared else self._prepare(arguments)
         call = multihead_forward.with_columns(call, self.placement)
         # scores are sums in fp32 and more: autocast has had its say in the projections
@@ -210,7 +212,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = multihead_forward.weights(call, self.placement, extra)
                 weights = weights.mean(1) if average_attn_weights else weights
                 weights = weights if arguments.is_batched else weights[0]
-        self._compared = True
+        self._compared = self.placement
         return self._joined(out, arguments), weights
 
     def _agreed(self, arguments: Arguments) -> Projected:
