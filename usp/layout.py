@@ -135,9 +135,13 @@ class Row:
         """How many of this row's tokens lie below each of ``positions``, int32.
 
         Args:
-            positions: (n,) int64.
+            positions: (n,) int64, ascending, n > 0.
             segment: ``segment_of(positions)``.
         """
+        if len(positions) > 1 and positions[0] == positions[-1]:
+            # One end of a causal or full mask is the same for every row.
+            alone = None if segment is None else segment[:1]
+            return self.count_below(positions[:1], alone).repeat(len(positions))
         if segment is None:
             runs = zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)
             parts = [self._within(positions, start, count) for start, count in runs]

@@ -32,7 +32,7 @@ class Span:
     @cached_property
     def pairs(self) -> int:
         """Number of visible (query, key) pairs."""
-        return int((self.stop.long() - self.first.long()).sum())
+        return int((self.stop - self.first).sum(dtype=torch.int64))
 
     @cached_property
     def _on_device(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
