@@ -16,17 +16,21 @@ USP_SIMD float float_of_bits(uint32_t bits) {
 
 USP_SIMD float convert_bfloat16(uint16_t x) { return float_of_bits(uint32_t{x} << 16); }
 
-// Without branches or subnormal floats, so that the loop over it vectorises and flush-to-zero
-// modes do not change it.
+// All ones where true: selects by arithmetic, for a loop over ternaries is not always vectorised.
+USP_SIMD uint32_t mask_if(bool condition) { return uint32_t{0} - uint32_t{condition}; }
+
+// Without subnormal floats on the way, so that flush-to-zero modes do not change it.
 USP_SIMD float convert_float16(uint16_t x) {
   const uint32_t sign = uint32_t{x & 0x8000u} << 16;
   const uint32_t magnitude = x & 0x7FFFu;
-  const uint32_t exponent_shift = magnitude >= 0x7C00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
-  const uint32_t normal = (magnitude << 13) + exponent_shift;
+  const uint32_t is_special = mask_if(magnitude >= 0x7C00u);  // infinity, NaN
+  const uint32_t is_subnormal = mask_if(magnitude < 0x0400u);
+  constexpr uint32_t kRebias = (127u - 15u) << 23;
+  const uint32_t normal = (magnitude << 13) + kRebias + (is_special & kRebias);
   const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t subnormal_bits;
   __builtin_memcpy(&subnormal_bits, &subnormal, sizeof(subnormal));
-  return float_of_bits((magnitude < 0x0400u ? subnormal_bits : normal) | sign);
+  return float_of_bits((subnormal_bits & is_subnormal) | (normal & ~is_subnormal) | sign);
 }
 
 USP_SIMD float convert_same(float x) { return x; }

@@ -67,22 +67,35 @@ void mask(Tile<T> s, TileMask m) {
   }
 }
 
-// Four keys share a counter where their positions are neighbours.
+// The four words of kPad queries at one counter of key positions.
+struct PhiloxRows {
+  uint32_t word[4][kPad];
+};
+
+USP_SIMD void philox_rows(uint32_t key_counter, const int32_t* q_pos, uint32_t row_of_heads,
+                          PhiloxKey key, PhiloxRows& rows) {
+  for (int64_t i = 0; i < kPad; ++i) {
+    const PhiloxWords words =
+        philox4x32_10({{key_counter, static_cast<uint32_t>(q_pos[i]), row_of_heads, 0u}}, key);
+    for (int w = 0; w < 4; ++w) rows.word[w][i] = words.word[w];
+  }
+}
+
+// Keys share a counter, and so its four words, where their positions are neighbours.
 template <typename T>
 void dropout(Tile<T> m, TileDropout d) {
   const T kept = static_cast<T>(d.kept_scale);
-  for (int64_t j = 0; j < m.keys;) {
-    const uint32_t counter = static_cast<uint32_t>(d.k_pos[j]) >> 2;
-    int64_t stop = j + 1;
-    while (stop < m.keys && static_cast<uint32_t>(d.k_pos[stop]) >> 2 == counter) ++stop;
-    for (int64_t i = 0; i < m.queries; ++i) {
-      const PhiloxWords words =
-          philox4x32_10({{counter, static_cast<uint32_t>(d.q_pos[i]), d.row_of_heads, 0u}}, d.key);
-      for (int64_t key = j; key < stop; ++key) {
-        m.row(key)[i] = words.word[d.k_pos[key] & 3] >= d.threshold ? kept : T(0);
+  PhiloxRows rows;
+  for (int64_t i0 = 0; i0 < m.queries; i0 += kPad) {
+    for (int64_t j = 0; j < m.keys; ++j) {
+      const uint32_t counter = static_cast<uint32_t>(d.k_pos[j]) >> 2;
+      if (j == 0 || counter != static_cast<uint32_t>(d.k_pos[j - 1]) >> 2) {
+        philox_rows(counter, d.q_pos + i0, d.row_of_heads, d.key, rows);
       }
+      const uint32_t* words = rows.word[d.k_pos[j] & 3];
+      T* __restrict row = m.row(j) + i0;
+      for (int64_t i = 0; i < kPad; ++i) row[i] = words[i] >= d.threshold ? kept : T(0);
     }
-    j = stop;
   }
 }
 
