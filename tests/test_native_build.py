@@ -1,0 +1,65 @@
+"""How the compiled extension is found, what it says of itself, and what is said where it is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from usp import ops
+
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+def load_error_with(library: Path) -> str:
+    """What a fresh interpreter says of an ops library; it is loaded once, at import."""
+    program = "from usp import ops; print(ops.load_error())"
+    environment = {**os.environ, "USP_OPS_LIBRARY": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.strip()
+
+
+def test_a_broken_library_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    broken = tmp_path / "_ops.so"
+    broken.write_text("not a library")
+    assert load_error_with(broken).startswith(f"{broken} does not load: ")
+    assert load_error_with(tmp_path / "missing.so").startswith(f"{tmp_path}/missing.so does not")
+
+
+def test_a_package_without_the_library_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("USP_OPS_LIBRARY", raising=False)
+    monkeypatch.setattr(ops, "_PACKAGE", tmp_path)
+    assert ops.library_path() is None
+    assert ops._load() == "it was not built"
+    (tmp_path / "_build.json").write_text('{"reason": "no C++ compiler found"}')
+    assert ops._load() == "it was not built: no C++ compiler found"
+
+
+def test_the_module_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = pytest.importorskip("usp._C")
+    info = extension.build_info()
+    assert info["targets"]["cpu"] is True and info["compiler"] and info["version"] != "unknown"
+    built = extension.cpu_capabilities_built()
+    assert built == CAPABILITIES[: len(built)]
+    monkeypatch.delenv("USP_CPU_CAPABILITY", raising=False)
+    machine = extension.cpu_capability()
+    assert machine in built
+    for wanted in CAPABILITIES:
+        monkeypatch.setenv("USP_CPU_CAPABILITY", wanted)
+        lower = min(wanted, machine, key=CAPABILITIES.index)
+        assert extension.cpu_capability() == lower
+    monkeypatch.setenv("USP_CPU_CAPABILITY", "sse9")
+    with pytest.raises(RuntimeError, match="'sse9'; expected default, avx2 or avx512"):
+        extension.cpu_capability()
