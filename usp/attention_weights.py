@@ -81,7 +81,7 @@ def visible_keys(mask: Mask, q_pos: Tensor, key_len: int) -> Tensor:
         key_len: S.
     """
     first, stop = mask.intervals(q_pos, key_len)
-    k_pos = torch.arange(key_len)
+    k_pos = torch.arange(key_len, device=q_pos.device)
     return (k_pos >= first[:, None]) & (k_pos < stop[:, None])
 
 
@@ -100,5 +100,4 @@ def dropout_factors(
     """
     batch, num_heads = shape
     streams = torch.arange(batch * num_heads, device=q_pos.device).view(batch, num_heads, 1, 1)
-    words = philox.words(streams, q_pos[:, None], k_pos, seed)
-    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+    return philox.dropout_factors(dropout_p, streams, q_pos[:, None], k_pos, seed)

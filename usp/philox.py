@@ -39,6 +39,19 @@ def words(streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int) -> Tensor:
     )
 
 
+def dropout_factors(
+    dropout_p: float, streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int
+) -> Tensor:
+    """What a weight is multiplied with: 0, or 1 / (1 - dropout_p); fp64.
+
+    Args:
+        dropout_p: Probability to drop, in [0, 1).
+        streams, q_pos, k_pos, seed: As in ``words``.
+    """
+    keep = words(streams, q_pos, k_pos, seed) >= int(dropout_p * 2**32)
+    return keep.double() / (1 - dropout_p)
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """Low and high 32 bits of a product; int64 wraps, its bits are those of the true product."""
     product = a * b

@@ -126,11 +126,11 @@ def _kept(block: Block, rows: slice, keys: slice) -> Tensor:
     heads, scoring = block.heads, block.scoring
     batch = torch.arange(block.q.shape[0], device=block.q.device)[:, None] * heads.total
     streams = batch + (heads.offset + torch.arange(heads.count, device=block.q.device))
-    words = philox.words(
+    factors = philox.dropout_factors(
+        scoring.dropout_p,
         streams[:, :, None, None],
         block.q_pos[rows].long()[:, None],
         block.k_pos[keys].long(),
         scoring.dropout_seed,
     )
-    keep = words >= int(scoring.dropout_p * 2**32)
-    return keep.to(state_dtype(block.q.dtype)) / (1 - scoring.dropout_p)
+    return factors.to(state_dtype(block.q.dtype))
