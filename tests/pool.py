@@ -30,6 +30,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,9 @@ import torch.distributed as dist
 WORKERS = 6
 # how long the others may take to return once one rank has failed: they often wait for it in vain
 GRACE_SECONDS = 5.0
+# what every worker would import: use_deterministic_algorithms reads inductor's settings, and test
+# modules import pytest and hypothesis. Not usp: the template process has not the parent's path.
+PRELOADED = ["torch", "torch._inductor.config", "pytest", "hypothesis"]
 TESTS = Path(__file__).resolve().parent
 # an orderly refusal leaves nothing in flight, so the workers can be kept
 REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
@@ -84,10 +88,9 @@ class Pool:
 
     def prepare(self) -> None:
         """Starts the template process, which imports torch while the tests are collected."""
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # use_deterministic_algorithms imports inductor's settings, which takes a second
-        self._context.set_forkserver_preload(["torch", "torch._inductor.config"])
-        forkserver.ensure_running()
+        self._context.set_forkserver_preload(PRELOADED)
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            forkserver.ensure_running()
 
     def run(
         self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0

@@ -119,7 +119,7 @@ def assert_refused(pool, function: Callable, *args: Any, ranks: int) -> list[str
     pool.run(started, ranks=ranks)  # starting workers takes time, refusing none
     began = time.monotonic()
     outcomes = pool.outcomes(function, *args, ranks=ranks, timeout=20)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     for outcome in outcomes:
         assert isinstance(outcome, RemoteError), "a rank saw nothing wrong"
         assert outcome.kind in ("ValueError", "TypeError", "NotImplementedError"), str(outcome)
