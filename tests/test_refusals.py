@@ -154,7 +154,7 @@ DEVIATIONS = {
         {"attn_bias": torch.zeros(1, 1, 1, 24)},
         ["one each", "one for all"],
     ),
-    "slopes": ({"alibi_slopes": torch.ones(4)}, {}, ["True", "False"]),
+    "slopes": ({"alibi_slopes": torch.ones(4)}, {}, ["None", "1.0"]),
     "slope values": (
         {"alibi_slopes": torch.ones(4)},
         {"alibi_slopes": torch.full((4,), 0.5)},

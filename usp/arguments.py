@@ -113,6 +113,8 @@ def check(
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
@@ -296,10 +298,10 @@ def facts(tensors: Tensors, options: Options, request: Request) -> dict[str, str
         "scoring (softmax_scale, softcap, dropout_p, dropout seed)": request.scoring,
         "transport": options.transport,
         "return_lse": options.return_lse,
-        "backend": request.backend.NAME,
         "key_padding_mask": tensors.key_padding_mask is not None,
         "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
-        "alibi_slopes": tensors.alibi_slopes is not None,
+        "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
+        "backend": request.backend.NAME,
         "gradients needed": [
             torch.is_grad_enabled() and x is not None and x.requires_grad
             for x in (q, tensors.k, v, bias)

@@ -106,7 +106,7 @@ def long_context_attention(
         return_lse,
         backend,
     )
-    q, k, v = _autocast(q, k, v)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
     attend = _attend
     if torch.compiler.is_compiling():
@@ -132,13 +132,13 @@ def _attend(
     return out if lse is None else (out, lse)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as torch's own attention does."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+def _autocast(x: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where it is on, as torch's own attention does."""
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def draw_dropout_seed() -> int:

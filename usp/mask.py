@@ -130,8 +130,9 @@ def make_mask(
             )
     if causal:
         terms.append(Causal(prefix_len or 0))
-    if tuple(window_size) != (None, None):
-        terms.append(_window(window_size))
+    window = _window(window_size)
+    if window != Window():
+        terms.append(window)
     if cu_seqlens is not None:
         terms.append(Documents(check_cu_seqlens(cu_seqlens)))
     if seq_len is not None:
@@ -140,7 +141,7 @@ def make_mask(
 
 
 def _window(window_size: Sequence[int | None]) -> Window:
-    if len(window_size) != 2:
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     for side, size in zip(("left", "right"), window_size, strict=True):
         if size is not None and size < 0:

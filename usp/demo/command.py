@@ -152,6 +152,8 @@ def _progress(console: Any) -> Iterator[Stage]:
 
         def stage(title: str, function: Callable[..., Any], settings: Settings, count: int) -> Any:
             task = progress.add_task(title, total=None)
+            if not console.is_terminal:
+                console.print(f"{title} ...")
             results = run(function, settings, count, _teller(progress, task))
             progress.update(task, total=1, completed=1)
             return results

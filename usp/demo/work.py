@@ -41,7 +41,8 @@ def train_model(settings: Settings, rank: int, tell: Tell) -> list[float]:
 
 def plain_step(settings: Settings, rank: int, tell: Tell) -> Cost:
     """Forward and backward with `nn.MultiheadAttention` in one process."""
-    model, patches = _load(settings, torch.device(_device_type(1)))
+    # On a GPU only if the sharded run has one for each process: the two are compared.
+    model, patches = _load(settings, torch.device(_device_type(settings.processes)))
     cost, values = measured_step(settings, model, patches, None, tell)
     values |= _parameter_gradients(model)
     torch.save({name: value.cpu() for name, value in values.items()}, settings.file(PLAIN))
