@@ -53,7 +53,7 @@ def make_venv(venv: Path) -> Path:
 
 
 def site_packages(venv: Path) -> list[Path]:
-    return sorted(venv.glob("lib*/python*/site-packages"))
+    return sorted({path.resolve() for path in venv.glob("lib*/python*/site-packages")})
 
 
 def run_pip(python: Path, arguments: Sequence[str]) -> None:
@@ -62,7 +62,12 @@ def run_pip(python: Path, arguments: Sequence[str]) -> None:
     started = time.monotonic()
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environ
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=environ,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -154,11 +159,11 @@ def install_usp(python: Path, venv: Path, torch: str, extras: set[str]) -> None:
     if before.get("fingerprint") == now and set(before["extras"]) == extras:
         return
     stamp.unlink(missing_ok=True)
-    target = f"{ROOT}[{','.join(sorted(extras))}]"
-    say(f"installing usp[{','.join(sorted(extras))}] and compiling its kernels")
+    listed = f"[{','.join(sorted(extras))}]" if extras else ""
+    say(f"installing usp{listed} and compiling its kernels")
     constraint = venv / "usp-constraint.txt"
     constraint.write_text(f"torch=={torch}\n")
-    run_pip(python, ["-c", str(constraint), *(["-e"] if editable else []), target])
+    run_pip(python, ["-c", str(constraint), *(["-e"] if editable else []), f".{listed}"])
     stamp.write_text(json.dumps({"fingerprint": now, "extras": sorted(extras)}) + "\n")
 
 
