@@ -200,7 +200,8 @@ def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
 
 def test_a_difference_beyond_the_tolerance_is_a_failure(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setitem(TOLERANCES, "float32", 0.0)
+    # on one device the two may agree to the last bit
+    monkeypatch.setitem(TOLERANCES, "float32", -1.0)
     code = main([*SMALL, "--ring", "1", "--ulysses", "1", "--out", str(tmp_path / "x.png")])
     printed = capsys.readouterr()
     assert code == 1

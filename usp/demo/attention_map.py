@@ -52,6 +52,7 @@ def attention_rows(
     layout, tokens = settings.layout, settings.grid.tokens
     w_q, w_k, _ = attention.in_proj_weight.chunk(3)
     b_q, b_k, _ = attention.in_proj_bias.chunk(3)
+    local = local.to(w_q.dtype)
     whole = usp.unshard_sequence(local, mesh, 1, layout, tokens)
     q = (whole[0, queries] @ w_q.T + b_q).unflatten(-1, (settings.num_heads, -1))
     k = (local[0] @ w_k.T + b_k).unflatten(-1, (settings.num_heads, -1))

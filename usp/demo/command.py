@@ -40,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
         "--tokens", type=int, default=16384, help="at least so many patches (default 16384)"
     )
     parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
-    parser.add_argument("--dtype", default="float32", choices=sorted(TOLERANCES))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=sorted(TOLERANCES),
+        help="default float32; bfloat16 is autocast over float32 weights",
+    )
     parser.add_argument(
         "--train-steps",
         type=int,

@@ -79,7 +79,8 @@ def measured_step(
     before = _memory(patches.device)["now"]
 
     def forward() -> Tensor:
-        return model(x, coordinates, hidden)
+        with settings.autocast(patches.device.type):
+            return model(x, coordinates, hidden)
 
     output, forward_seconds, forward_bytes = _timed(forward, patches.device)
     loss = reconstruction_loss(output, x.detach(), hidden, values_hidden)
@@ -107,7 +108,7 @@ def _bytes_expected(settings: Settings, mesh: usp.SequenceMesh | None, backward:
         return 0
     heads, head_dim = settings.num_heads, settings.embed_dim // settings.num_heads
     tokens = settings.grid.tokens
-    shape = Shape(1, tokens, tokens, heads, heads, head_dim, head_dim, settings.dtype)
+    shape = Shape(1, tokens, tokens, heads, heads, head_dim, head_dim, settings.attention_dtype)
     place = Place(
         mesh.ring_degree, mesh.ulysses_degree, mesh.ring_rank, mesh.ulysses_rank, settings.layout
     )

@@ -35,8 +35,25 @@ class Settings:
         return self.ulysses_degree * self.ring_degree
 
     @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype_name)
+    def attention_dtype(self) -> torch.dtype:
+        """Of the queries, keys and values."""
+        dtype = getattr(torch, self.dtype_name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of the weights: bf16 means autocast over fp32 weights, as one trains.
+
+        In bf16 throughout, sums over the tokens in plain layers (the gradient of a LayerNorm's
+        weight) are off by tens of percent in either run and would hide what is to be seen.
+        """
+        return torch.promote_types(self.attention_dtype, torch.float32)
+
+    def autocast(self, device_type: str) -> torch.autocast:
+        """The context in which the model runs forward."""
+        mixed = self.attention_dtype != self.parameter_dtype
+        return torch.autocast(device_type, self.attention_dtype, enabled=mixed)
 
     @property
     def tolerance(self) -> float:

@@ -117,7 +117,7 @@ def _load(settings: Settings, device: torch.device) -> tuple[PatchTransformer, T
     model = settings.model()
     model.load_state_dict(torch.load(settings.file(WEIGHTS)))
     patches = torch.load(settings.file(PATCHES))[None]
-    return model.to(device, settings.dtype), patches.to(device, settings.dtype)
+    return model.to(device, settings.parameter_dtype), patches.to(device, settings.parameter_dtype)
 
 
 def _parameter_gradients(model: PatchTransformer) -> dict[str, Tensor]:
