@@ -144,8 +144,10 @@ class Row:
             return self.count_below(positions[:1], alone).repeat(len(positions))
         if segment is None:
             runs = zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)
-            parts = [self._within(positions, start, count) for start, count in runs]
-            return sum(parts[1:], parts[0]).int()
+            below = torch.zeros_like(positions)
+            for start, count in runs:
+                below += self._within(positions, start, count)
+            return below.int()
         per_segment = self.counts.sum(1)
         below = (per_segment.cumsum(0) - per_segment)[segment]
         for start, count in zip(self.start.unbind(1), self.counts.unbind(1), strict=True):
@@ -158,8 +160,8 @@ class Row:
         if self.stride > 1:
             offset = (offset + (self.stride - 1)) // self.stride
         if isinstance(count, Tensor):
-            return torch.minimum(offset.clamp_min(0), count)
-        return offset.clamp(0, count)
+            return torch.minimum(offset.clamp_min_(0), count)
+        return offset.clamp_(0, count)
 
 
 def check_layout(layout: Layout) -> Layout:
