@@ -60,24 +60,6 @@ struct RunningSoftmax {
   USP_HOST_DEVICE T nan_or_empty() const { return sum == T(0) ? minus_infinity<T>() : sum; }
 };
 
-// Two finished states over disjoint keys: out = a_weight * a.out + b_weight * b.out.
-template <typename T>
-struct Merged {
-  T lse;
-  T a_weight;
-  T b_weight;
-};
-
-template <typename T>
-USP_HOST_DEVICE Merged<T> merge(T a_lse, T b_lse) {
-  const T max = finite_max(a_lse > b_lse ? a_lse : b_lse);
-  const T a = std::exp(a_lse - max);
-  const T b = std::exp(b_lse - max);
-  const T sum = a + b;
-  if (sum == T(0)) return {minus_infinity<T>(), T(0), T(0)};
-  return {max + std::log(sum), a / sum, b / sum};
-}
-
 // The lse to subtract in a backward pass, where p = exp(score - lse) must be 0 in empty rows.
 template <typename T>
 USP_HOST_DEVICE T backward_lse(T lse) {

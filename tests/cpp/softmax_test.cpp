@@ -78,35 +78,6 @@ TEST(RunningSoftmax, NaNStaysVisible) {
   EXPECT_TRUE(std::isnan(running.lse()));
 }
 
-TEST(Merge, EqualsDense) {
-  const std::vector<double> a{0.1, 3.0}, b{-2.0, 90.0, 5.0}, all{0.1, 3.0, -2.0, 90.0, 5.0};
-  const Row left = dense(a, {1, 2}), right = dense(b, {3, 4, 5}),
-            both = dense(all, {1, 2, 3, 4, 5});
-  const auto merged = merge(left.lse, right.lse);
-  EXPECT_NEAR(merged.lse, both.lse, 1e-12);
-  EXPECT_NEAR(merged.a_weight * left.out + merged.b_weight * right.out, both.out, 1e-12);
-}
-
-TEST(Merge, WithAnEmptyPieceIsTheOther) {
-  const auto merged = merge(2.5f, minus_infinity<float>());
-  EXPECT_EQ(merged.lse, 2.5f);
-  EXPECT_EQ(merged.a_weight, 1.0f);
-  EXPECT_EQ(merged.b_weight, 0.0f);
-}
-
-TEST(Merge, OfTwoEmptyPiecesIsEmpty) {
-  const auto merged = merge(minus_infinity<float>(), minus_infinity<float>());
-  EXPECT_EQ(merged.lse, minus_infinity<float>());
-  EXPECT_EQ(merged.a_weight, 0.0f);
-  EXPECT_EQ(merged.b_weight, 0.0f);
-}
-
-TEST(Merge, FarApartDoesNotOverflow) {
-  const auto merged = merge(-500.0f, 500.0f);
-  EXPECT_EQ(merged.lse, 500.0f);
-  EXPECT_EQ(merged.b_weight, 1.0f);
-}
-
 TEST(BackwardLse, MakesProbabilitiesOfEmptyRowsZero) {
   EXPECT_EQ(std::exp(3.0f - backward_lse(minus_infinity<float>())), 0.0f);
   EXPECT_EQ(std::exp(minus_infinity<float>() - backward_lse(minus_infinity<float>())), 0.0f);
