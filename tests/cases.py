@@ -28,7 +28,10 @@ class Case:
         padding: Share of the keys that the padding mask ignores; None for no mask.
         bias: Letters of the dims in which the bias is not broadcast, out of "bhq"; None for none.
         alibi: "h" or "bh", the dims of the slopes.
-        strided: Whether q, k, v lie in memory as (B, H, L, D).
+        bias_hides: Share of the bias that is -inf.
+        bias_dtype: Another dtype of the bias than ``dtype``.
+        strided: How q, k, v and the bias lie in memory: "heads" before tokens, or with the "last"
+            dim not contiguous.
         magnitude: Factor of q: large ones make one key win.
     """
 
@@ -53,11 +56,13 @@ class Case:
     softmax_scale: float | None = None
     padding: float | None = None
     bias: str | None = None
+    bias_hides: float = 0.0
+    bias_dtype: str | None = None
     softcap: float | None = None
     alibi: str | None = None
     dropout_p: float = 0.0
     return_lse: bool = False
-    strided: bool = False
+    strided: str | None = None
     magnitude: float = 1.0
     seed: int = 0
 
@@ -125,7 +130,10 @@ def whole(case: Case) -> Tensors:
     dout, dlse = normal(b, sq, h, case.value_dim), normal(b, h, sq, dtype=state_dtype)
     if case.bias is not None:
         sizes = zip("bhq", (b, h, sq), strict=True)
-        bias = normal(*(size if dim in case.bias else 1 for dim, size in sizes), sk)
+        shape = (*(size if dim in case.bias else 1 for dim, size in sizes), sk)
+        bias = normal(*shape, dtype=DTYPES[case.bias_dtype or case.dtype])
+        hidden = torch.rand(shape, generator=random) < case.bias_hides
+        bias = bias.masked_fill(hidden, -torch.inf)
     if case.padding is not None:
         padding = torch.rand(b, sk, generator=random) < case.padding
     if case.alibi is not None:

@@ -31,10 +31,7 @@ def attend(case: Case, t: Tensors, mesh: Any) -> dict[str, Tensor]:
     """The function under test, forward and backward."""
     import usp
 
-    q, k, v = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v)]
-    if t.bias is not None:
-        t.bias.requires_grad_()
-        leaves.append(t.bias)
+    q, k, v, *rest = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v, t.bias) if x is not None]
     documents = case.layout == "documents"
     result = usp.long_context_attention(
         q,
@@ -45,7 +42,7 @@ def attend(case: Case, t: Tensors, mesh: Any) -> dict[str, Tensor]:
         layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
         seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
         key_padding_mask=t.padding,
-        attn_bias=t.bias,
+        attn_bias=rest[0] if rest else None,
         dropout_p=case.dropout_p,
         dropout_seed=case.dropout_seed,
         alibi_slopes=t.slopes,
@@ -62,10 +59,10 @@ def attend(case: Case, t: Tensors, mesh: Any) -> dict[str, Tensor]:
 
 
 def _leaf(case: Case, x: Tensor) -> Tensor:
-    x = x.detach().clone()
-    if case.strided:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.requires_grad_()
+    """A copy to differentiate by, which lies in memory as the case wants it."""
+    first, second = {None: (0, 0), "heads": (1, 2), "last": (1, 3)}[case.strided]
+    x = x.detach().transpose(first, second).clone(memory_format=torch.contiguous_format)
+    return x.transpose(first, second).requires_grad_()
 
 
 def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -114,13 +111,10 @@ def oracle(case: Case) -> dict[str, Tensor]:
     return results
 
 
-def assert_close(
-    case: Case, ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None
-) -> None:
+def assert_close(case: Case, ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Every result within the tolerance of the case's dtype; names all that are not."""
-    tolerance = TOLERANCE[case.dtype] if tolerance is None else tolerance
     assert list(ours) == list(expected)
-    wrong, sizes = [], summand_sizes(case, expected["out"])
+    wrong, sizes, tolerance = [], summand_sizes(case, expected["out"]), TOLERANCE[case.dtype]
     for name, reference in expected.items():
         result = ours[name].double()
         assert result.shape == reference.shape, f"{name}: {result.shape} is not {reference.shape}"
@@ -151,12 +145,12 @@ def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
 def judge(case: Case, pool: Any) -> None:
     """Run a case on the pool and compare everything with the oracle."""
     results = pool.run(run, case, ranks=case.ranks)
-    dtype, state_dtype = DTYPES[case.dtype], DTYPES[case.dtype]
-    if state_dtype != torch.float64:
-        state_dtype = torch.float32
+    dtype = DTYPES[case.dtype]
+    wide = {"lse": torch.float64 if dtype == torch.float64 else torch.float32}
+    wide["dbias"] = DTYPES[case.bias_dtype or case.dtype]
     for result in results:
         for name, tensor in result.items():
-            assert tensor.dtype == (state_dtype if name == "lse" else dtype), name
+            assert tensor.dtype == wide.get(name, dtype), name
     assert_close(case, join(case, results), oracle(case))
 
 
