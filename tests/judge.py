@@ -122,12 +122,16 @@ def assert_close(case: Case, ours: dict[str, Tensor], expected: dict[str, Tensor
             assert torch.equal(result == -torch.inf, reference == -torch.inf), "empty rows differ"
             result, reference = result.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0)
         if reference.numel():
-            scale = max(1.0, sizes.get(name, 0.0), reference.abs().max().item())
-            error = (result - reference).abs().max().item() / scale
+            scale = max(1.0, sizes.get(name, 0.0), largest(reference))
+            error = largest(result - reference) / scale
             # a NaN is no success
             if not error <= tolerance:
                 wrong.append(f"{name}: error {error:.2e} of {scale:.2g}, allowed {tolerance:.0e}")
     assert not wrong, f"{'; '.join(wrong)}\nreplay: python tests/judge.py {str(case)!r}"
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
@@ -136,9 +140,9 @@ def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
     ``ds = p (dp - delta)`` may be 0 for any size of ``dp`` and ``delta``.
     """
     t = whole(case)
-    delta = (t.dout.double() * out).sum(-1).abs().max().item()
+    delta = largest((t.dout.double() * out).sum(-1))
     scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
-    q, k = (x.double().abs().max().item() * scale for x in (t.q, t.k))
+    q, k = (largest(x.double()) * scale for x in (t.q, t.k))
     return {"dq": delta * k, "dk": delta * q, "dbias": delta}
 
 
