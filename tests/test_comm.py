@@ -36,6 +36,15 @@ def test_a_parcel_unpacks_what_it_packed(items: list[tuple[list[int], torch.dtyp
         assert received.dtype == sent.dtype and torch.equal(received, sent)
 
 
+def test_a_parcel_takes_the_odd_stride_of_a_dim_of_size_one() -> None:
+    """Torch calls it contiguous, and yet it cannot be viewed as bytes."""
+    askew = torch.zeros(3, dtype=torch.bool)
+    odd = torch.tensor([7.0, 8.0], dtype=torch.float64).as_strided((1, 1), (2, 2))
+    assert odd.is_contiguous()
+    parcel = Parcel.of([askew, odd])
+    assert parcel.unpack(parcel.pack([askew, odd]))[1].tolist() == [[7.0]]
+
+
 def test_an_axis_of_one_keeps_everything_at_home() -> None:
     message, out = torch.arange(5.0), torch.empty(5)
     assert torch.equal(ALONE.shift(message, out)(), message)

@@ -136,6 +136,7 @@ CORNERS = [
     Case(ring=2, ulysses=3, seq_len=5, padding=1.0, return_lse=True),
     Case(ring=4, seq_len=37, layout="documents", cu_seqlens=(0, 0, 3, 3, 20, 37), causal=True),
     Case(ring=5, seq_len=29, window=(0, 0), return_lse=True, dtype="float32"),
+    Case(ulysses=2, seq_len=1, heads=2, kv_heads=2, head_dim=1, padding=0.0, strided="last"),
     Case(batch=0, ring=2, ulysses=2, heads=3, kv_heads=3, bias="h"),
     Case(batch=0, backend="sdpa"),
     Case(seq_len=0, ring=2, return_lse=True, padding=0.0),

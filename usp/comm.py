@@ -52,7 +52,9 @@ class Parcel:
             out = torch.empty(self.nbytes, dtype=torch.uint8, device=tensors[0].device)
         for part, tensor in zip(out.split(self.sizes), tensors, strict=True):
             if part.storage_offset() % tensor.dtype.itemsize:
-                part.copy_(tensor.contiguous().flatten().view(torch.uint8))
+                # contiguous() would leave the odd stride of a dim of size 1, which no view takes
+                flat = tensor.flatten().clone(memory_format=torch.contiguous_format)
+                part.copy_(flat.view(torch.uint8))
             else:
                 part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return out
