@@ -169,4 +169,5 @@ def test_a_mesh_breaks_the_graph_once_and_is_right(pool) -> None:
     case = Case(ulysses=2, ring=2, seq_len=13, heads=3, kv_heads=3, causal=True)
     parts = pool.run(compiled_on_a_mesh, case, ranks=4, timeout=120)
     assert_close(case, join(case, [results for results, _ in parts]), oracle(case))
-    assert [graphs for _, graphs in parts] == [2] * 4
+    # one before and one after; torch 2.10 breaks once more, at `torch.compiler.disable` itself
+    assert all(2 <= graphs <= 3 for _, graphs in parts), parts

@@ -134,9 +134,7 @@ def _attend(
 
 def _autocast(x: Tensor) -> Tensor:
     """The tensor in autocast's dtype where it is on, as torch's own attention does."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
-        return x
-    if not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
