@@ -1,0 +1,103 @@
+"""Timing that stands noise: candidates in turn, ratios inside one round, medians of rounds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MATMUL_SIZE = 1024
+# Time waiting for a core counts on a wall clock only; time spinning for another thread on both.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each candidate in each round; round i of all was taken within one stretch."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, over: str, under: str) -> float:
+        """Median over rounds of time(over) / time(under)."""
+        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], rounds: int, budget: float, clock: str = "wall"
+) -> Times:
+    """Time candidates in turn, in both orders, after one call of each that does not count.
+
+    Args:
+        rounds: At most so many; at least 3.
+        budget: Seconds after which no further round begins.
+        clock: One of CLOCKS.
+    """
+    now = CLOCKS[clock]
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    for index in range(rounds):
+        if index >= 3 and time.perf_counter() - begin > budget:
+            break
+        order = list(candidates)
+        for name in order if index % 2 == 0 else reversed(order):
+            start = now()
+            candidates[name]()
+            seconds[name].append(now() - start)
+    return Times(seconds)
+
+
+def matmul(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """torch's matrix product as the measure of the machine: the call, and its FLOPs."""
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * MATMUL_SIZE**3
+
+
+def environment() -> dict[str, Any]:
+    """Where and when a result was measured."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "cpu": _cpu_name(),
+        "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = {
+        name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)
+    }
+    names = ("model name", "cpu family", "model")
+    return " / ".join(found[name] for name in names if name in found) or platform.machine()
