@@ -12,7 +12,7 @@ from torch import Tensor
 from usp.backends import Backend, check_name, select
 from usp.layout import DocumentZigzag, Layout, check_layout, pieces, row_lengths
 from usp.mask import Mask, make_mask
-from usp.mesh import SequenceMesh
+from usp.mesh import SequenceMesh, degrees_and_place
 from usp.problem import Scoring, Traits, state_dtype
 from usp.transport import TRANSPORTS
 
@@ -167,15 +167,7 @@ def _row_pieces(
     """Local tokens of each rank of this rank's row; this rank must have its share."""
     if seq_len < 0:
         raise ValueError(f"seq_len must be 0 or more, got {seq_len}")
-    ring, ulysses, place = (
-        (1, 1, (0, 0))
-        if mesh is None
-        else (
-            mesh.ring_degree,
-            mesh.ulysses_degree,
-            (mesh.ring_rank, mesh.ulysses_rank),
-        )
-    )
+    (ring, ulysses), place = degrees_and_place(mesh)
     row = pieces(row_lengths(layout, seq_len, ring)[place[0]], ulysses)
     if length != row[place[1]]:
         raise ValueError(

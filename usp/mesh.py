@@ -89,6 +89,13 @@ class SequenceMesh:
         return f"SequenceMesh(ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree})"
 
 
+def degrees_and_place(mesh: SequenceMesh | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(ring, ulysses) degrees, and this process's (ring, ulysses) ranks; None is one device."""
+    if mesh is None:
+        return (1, 1), (0, 0)
+    return (mesh.ring_degree, mesh.ulysses_degree), (mesh.ring_rank, mesh.ulysses_rank)
+
+
 def init_mesh(
     ulysses_degree: int,
     ring_degree: int,

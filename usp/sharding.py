@@ -10,7 +10,7 @@ from torch import Tensor
 
 from usp.comm import Axis
 from usp.layout import DocumentZigzag, Layout, local_positions, pieces, row_lengths, rows
-from usp.mesh import SequenceMesh
+from usp.mesh import SequenceMesh, degrees_and_place
 
 
 def positions(
@@ -33,15 +33,7 @@ def positions(
     Raises:
         ValueError: the layout is unknown or made for another length.
     """
-    ring, ulysses, rank = (
-        (1, 1, (0, 0))
-        if mesh is None
-        else (
-            mesh.ring_degree,
-            mesh.ulysses_degree,
-            (mesh.ring_rank, mesh.ulysses_rank),
-        )
-    )
+    (ring, ulysses), rank = degrees_and_place(mesh)
     return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
 
 
