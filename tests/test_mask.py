@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn) -> tuple[int, int, dict]:
 
 
 def sees(q: int, k: int, options: dict) -> bool:
-    """The public options, one by one, as DESIGN and the docstring say them."""
+    """The public options, one by one, as the docstring says them."""
     left, right = options["window_size"]
     if options["causal"] and k > q and k >= (options.get("prefix_len") or 0):
         return False
