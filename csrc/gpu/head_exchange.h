@@ -1,0 +1,16 @@
+#pragma once
+
+#include <vector>
+
+#include "../piece.h"
+
+namespace usp::gpu {
+
+struct Stream;
+
+// Copies pieces into `message`, or out of it; as many as fit the arguments of a kernel (32) in one
+// launch. Returns null, or what went wrong.
+const char* head_exchange(Direction direction, const std::vector<Piece>& pieces, char* message,
+                          Stream stream);
+
+}  // namespace usp::gpu
