@@ -3,10 +3,9 @@
 #include <vector>
 
 #include "../piece.h"
+#include "stream.h"
 
 namespace usp::gpu {
-
-struct Stream;
 
 // Copies pieces into `message`, or out of it; as many as fit the arguments of a kernel (32) in one
 // launch. Returns null, or what went wrong.

@@ -1,10 +1,9 @@
 #pragma once
 
 #include "../state_merge.h"
+#include "stream.h"
 
 namespace usp::gpu {
-
-struct Stream;
 
 // Joins a library's partial softmax into the running one, in one pass over memory. more_out is
 // fp32, bf16 or fp16. Returns null, or what went wrong.
