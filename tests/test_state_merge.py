@@ -1,0 +1,115 @@
+"""``usp::state_merge``: the compiled merge of a partial softmax, against the one formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from usp import block, ops
+from usp.testing import dense_attention
+
+pytestmark = pytest.mark.skipif(
+    ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"
+)
+B, L, H, D = 2, 71, 5, 13  # more rows than one task of a thread takes
+TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-15}
+DTYPES = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+def parts(dtype: torch.dtype, more_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two partial results with rows that saw nothing in the one, the other and both."""
+    generator = torch.Generator().manual_seed(5)
+    out, more_out = (torch.randn(B, L, H, D, generator=generator, dtype=dtype) for _ in range(2))
+    lse, more_lse = (8 * torch.randn(B, H, L, generator=generator, dtype=dtype) for _ in range(2))
+    more_lse[0, 0, :9] += 200  # one side decides
+    for rows, a, b in ((slice(10, 14), out, lse), (slice(12, 17), more_out, more_lse)):
+        a[:, rows], b[:, :, rows] = 0, -torch.inf
+    return out, lse, more_out.to(more_dtype), more_lse
+
+
+def assert_merged(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -> None:
+    empty = want_lse == -torch.inf
+    assert empty.any()
+    assert torch.equal(lse == -torch.inf, empty)
+    assert torch.all(out[empty.transpose(1, 2)] == 0)
+    tolerance = TOLERANCE[lse.dtype]
+    assert (out - want_out).abs().max() <= 4 * tolerance
+    assert torch.where(empty, 0, (lse - want_lse) / want_lse.abs()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES)
+def test_it_is_the_formula_of_block(dtype: torch.dtype, more_dtype: torch.dtype) -> None:
+    out, lse, more_out, more_lse = parts(dtype, more_dtype)
+    want = block.merge(out, lse, more_out.to(dtype), more_lse)
+    kept = more_out.clone(), more_lse.clone()
+    torch.ops.usp.state_merge(out, lse, more_out, more_lse)
+    assert_merged(out, lse, *want)
+    assert torch.equal(more_out, kept[0])
+    assert torch.equal(more_lse, kept[1])
+
+
+@pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES)
+def test_strided_views_are_updated_in_place(dtype: torch.dtype, more_dtype: torch.dtype) -> None:
+    """Some rows of a state, and a result whose heads come first, as libraries give it."""
+    out, lse, more_out, more_lse = parts(dtype, more_dtype)
+    want = block.merge(out, lse, more_out.to(dtype), more_lse)
+    rows = slice(3, 3 + L)
+    whole_out = torch.full((B, L + 7, H, D), torch.nan, dtype=dtype)
+    whole_lse = torch.full((B, H, L + 7), torch.nan, dtype=dtype)
+    whole_out[:, rows], whole_lse[:, :, rows] = out, lse
+    heads_first = more_out.transpose(1, 2).contiguous().transpose(1, 2)
+    rows_first = more_lse.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.ops.usp.state_merge(whole_out[:, rows], whole_lse[:, :, rows], heads_first, rows_first)
+    assert_merged(whole_out[:, rows], whole_lse[:, :, rows], *want)
+    untouched = [*range(3), *range(3 + L, L + 7)]
+    assert whole_out[:, untouched].isnan().all()
+    assert whole_lse[:, :, untouched].isnan().all()
+
+
+def test_two_halves_are_the_whole() -> None:
+    """Against dense attention: nothing of the formula above is used."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (
+        torch.randn(1, n, 3, 8, generator=generator, dtype=torch.float64) for n in (17, 29, 29)
+    )
+    want_out, want_lse = dense_attention(q, k, v)
+    out, lse = dense_attention(q, k[:, :11], v[:, :11])
+    more_out, more_lse = dense_attention(q, k[:, 11:], v[:, 11:])
+    torch.ops.usp.state_merge(out, lse, more_out, more_lse)
+    assert (out - want_out).abs().max() < 1e-14
+    assert (lse - want_lse).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)])
+def test_nothing_is_merged_with_nothing(shape: tuple[int, ...]) -> None:
+    out, lse = torch.zeros(shape), torch.zeros(shape[0], shape[2], shape[1])
+    torch.ops.usp.state_merge(out, lse, out.clone(), lse.clone())
+    assert lse.numel() == 0 or (lse - torch.tensor(2.0).log()).abs().max() < 1e-6
+
+
+def test_refusals() -> None:
+    out, lse = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 3)
+    merge = torch.ops.usp.state_merge
+    with pytest.raises(RuntimeError, match=r"more_out: dim 3 \(Dv\) is 6, but out has Dv = 5"):
+        merge(out, lse, torch.zeros(2, 3, 4, 6), lse)
+    with pytest.raises(RuntimeError, match=r"more_lse: dim 2 \(L\) is 4, but out has L = 3"):
+        merge(out, lse, out, torch.zeros(2, 4, 4))
+    with pytest.raises(RuntimeError, match="more_out is Double, but out is Float"):
+        merge(out, lse, out.double(), lse)
+    with pytest.raises(RuntimeError, match="out is BFloat16, expected Float"):
+        merge(out.bfloat16(), lse, out, lse)
+    with pytest.raises(RuntimeError, match="more_lse is Double, expected Float"):
+        merge(out, lse, out, lse.double())
+    with pytest.raises(RuntimeError, match=r"more_out has stride 4 in its last dim, expected 1"):
+        merge(out, lse, torch.zeros(2, 3, 5, 4).transpose(2, 3), lse)
+
+
+def test_opcheck() -> None:
+    out, lse, more_out, more_lse = parts(torch.float32, torch.bfloat16)
+    torch.library.opcheck(torch.ops.usp.state_merge.default, (out, lse, more_out, more_lse))
