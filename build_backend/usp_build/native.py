@@ -131,7 +131,7 @@ def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library]
         objects = []
         for unit in library.units:
             suffix = ".o" if unit.device is None else f".{unit.device.kind}.o"
-            stem = unit.source.relative_to(root / "csrc").with_suffix(suffix)
+            stem = unit.source.relative_to(root).with_suffix(suffix)
             objects.append(Path(library.filename.split(".")[0], stem))
             lines += _build_lines(root, unit, compiler, objects[-1])
         lines += [

@@ -13,7 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kUnitsPerThread = 4;
 constexpr uint32_t kUnitsPerBlock = kThreads * kUnitsPerThread;
 constexpr int kMaxPieces = 32;
-constexpr int64_t kMaxUnits = int64_t{1} << 30;  // of one piece; larger ones are cut
+constexpr uint32_t kMaxUnit = 16;                // bytes
+constexpr int64_t kMaxUnits = int64_t{1} << 30;  // of one job: 32-bit arithmetic does
 
 // Division by a number known before the launch: n / d = (mulhi(n, m) + n) >> s for n < 2^31.
 // Source: Granlund & Montgomery 1994, "Division by invariant integers using multiplication".
@@ -115,29 +116,9 @@ uint32_t unit_of(const Piece& piece, const char* message) {
   for (int d = 0; d < Piece::kDims; ++d) {
     if (piece.sizes[d] > 1) bits |= static_cast<uint64_t>(piece.strides[d]);
   }
-  uint32_t unit = 16;
+  uint32_t unit = kMaxUnit;
   while (bits % unit != 0) unit /= 2;
   return unit;
-}
-
-// Halves a piece until each part has few enough units for 32-bit arithmetic.
-void cut(const Piece& piece, int64_t max_bytes, std::vector<Piece>& parts) {
-  if (piece.bytes() <= max_bytes) return parts.push_back(piece);
-  Piece head = piece, tail = piece;
-  int d = 0;
-  while (d < Piece::kDims && piece.sizes[d] == 1) ++d;
-  if (d < Piece::kDims) {
-    head.sizes[d] = piece.sizes[d] / 2;
-    tail.sizes[d] = piece.sizes[d] - head.sizes[d];
-    tail.data += head.sizes[d] * piece.strides[d];
-  } else {
-    head.run = piece.run / 2 / 16 * 16;
-    tail.run = piece.run - head.run;
-    tail.data += head.run;
-  }
-  tail.offset += head.bytes();
-  cut(head, max_bytes, parts);
-  cut(tail, max_bytes, parts);
 }
 
 Job job_of(const Piece& piece, char* message) {
@@ -159,7 +140,7 @@ const char* head_exchange(Direction direction, const std::vector<Piece>& pieces,
                           Stream stream) {
   std::vector<Piece> parts;
   for (const Piece& piece : pieces) {
-    cut(piece, kMaxUnits * unit_of(piece, message), parts);
+    cut(piece, kMaxUnits * unit_of(piece, message), kMaxUnit, parts);
   }
   const auto kernel = direction == Direction::kPack ? copy_kernel<Direction::kPack>
                                                     : copy_kernel<Direction::kUnpack>;

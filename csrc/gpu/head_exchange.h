@@ -1,7 +1,5 @@
 #pragma once
 
-#include <vector>
-
 #include "../piece.h"
 #include "stream.h"
 
