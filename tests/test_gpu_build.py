@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from device_code import (
     hip_kernels,
     table,
 )
-from usp_build import toolchains
+from usp_build import native, toolchains
 from wheels import ROOT, build_wheel, copy_sources, open_wheel
 
 BUILD_TIMEOUT_S = 1500
@@ -127,11 +128,13 @@ def test_the_table_names_files_that_are_there() -> None:
 # -- what was built, on a machine without a GPU
 
 
-def test_the_build_says_what_it_built(built: Built) -> None:
+def test_the_build_says_what_it_built(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((built.folder / "usp" / "_build.json").read_text())
     assert record["targets"] == ["cpu", built.kind]
     assert set(ARCHITECTURES[built.kind]) <= set(record["architectures"])
     shown = run(built, "from usp.cli import main; main(['info'])")
+    with capsys.disabled():
+        print(f"\n{shown}")
     assert f"built for cpu, {built.kind}" in shown
     assert f"{', '.join(record['architectures'])}, by {record['device_compiler']}" in shown
     assert f"usp: built cpu, {built.kind} kernels with" in built.log
@@ -178,6 +181,27 @@ with FakeTensorMode():
     print(out.device)
 """
     assert run(built, program) == "cuda:0\n"
+
+
+def test_cmake_compiles_the_device_files_alone(built: Built, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    ninja = native.find_ninja()
+    options = [
+        f"-DUSP_GPU={built.kind}",
+        "-DCMAKE_DISABLE_FIND_PACKAGE_Torch=ON",
+        "-DUSP_TESTS=OFF",
+    ]
+    options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    options += [f"-DPython3_EXECUTABLE={sys.executable}"]
+    subprocess.run([cmake, "-S", str(ROOT), "-B", str(tmp_path), *options], check=True)
+    one = f"csrc/gpu/state_merge.{built.kind}.o"
+    subprocess.run([ninja, "-C", str(tmp_path), one], check=True)
+    assert (tmp_path / one).stat().st_size > 0
+    commands = [ninja, "-C", str(tmp_path), "-t", "commands", "usp_gpu"]
+    listed = subprocess.run(commands, check=True, capture_output=True, text=True).stdout
+    assert [name for name in SOURCES if f"/csrc/gpu/{name}.cu -o" in listed] == SOURCES
 
 
 # -- the readers themselves

@@ -141,15 +141,16 @@ def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library]
     return "\n".join(lines) + "\n"
 
 
-def _ninja() -> list[str]:
+def find_ninja() -> str:
+    """The ninja that pip installed, else the one on the PATH."""
     try:
         import ninja
     except ImportError:
         found = shutil.which("ninja")
         if found is None:
             raise BuildFailed("ninja is missing: pip install ninja") from None
-        return [found]
-    return [str(Path(ninja.BIN_DIR, "ninja"))]
+        return found
+    return str(Path(ninja.BIN_DIR, "ninja"))
 
 
 def compile_libraries(
@@ -167,5 +168,5 @@ def compile_libraries(
     out.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(ninja_file(root, compiler, libraries, out))
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-    if subprocess.run([*_ninja(), "-C", str(objects), *jobs], check=False).returncode:
+    if subprocess.run([find_ninja(), "-C", str(objects), *jobs], check=False).returncode:
         raise BuildFailed("the compiler refused csrc/ (its messages stand above)")

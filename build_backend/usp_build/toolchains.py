@@ -18,6 +18,11 @@ CUDA_DEFAULT = "8.0;9.0+PTX"
 HIP_KNOWN = ("gfx90a", "gfx942")
 OLDEST_NVCC = (12, 0)  # C++20
 COMMON = ("-std=c++20", "-O3")
+# What decides which compiler is taken and what it compiles for.
+VARIABLES = (
+    *("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"),
+    *("ROCM_PATH", "HIPCXX", "PYTORCH_ROCM_ARCH", "HCC_AMDGPU_TARGET"),
+)
 
 
 class Missing(Exception):
