@@ -20,15 +20,19 @@ namespace {
 
 template <typename T>
 struct Workspace {
-  Matrix<T> q, q_t;        // (rows, D) (D, rows), the second scaled
+  Matrix<T> q, q_t;        // (rows, D) (D, rows)
   Matrix<T> dout, dout_t;  // (rows, Dv) (Dv, rows)
   Matrix<T> k, v;          // (keys, D) (keys, Dv)
   Matrix<T> dq;            // (rows, D)
   Matrix<T> dk, dv;        // (keys, D) (keys, Dv)
-  T *p, *ds;               // (keys, rows)
-  T* derivative;           // (keys, rows), softcap only
-  T* multiplier;           // (keys, rows), dropout only
-  T *lse, *delta;          // (rows,)
+  // In words along a column, where that differs: as right operands.
+  Matrix<T> q_room, dout_room, k_room;
+  Matrix<const T> q_words, dout_words, k_words;
+  T *p, *ds;       // (keys, rows)
+  T* left;         // one of them as left operand
+  T* derivative;   // (keys, rows), softcap only
+  T* multiplier;   // (keys, rows), dropout only
+  T *lse, *delta;  // (rows,)
   QueryPositions positions;
 
   Workspace(const Attention<T>& a, Carver& carver) {
@@ -45,8 +49,12 @@ struct Workspace {
     dq = matrix(kQueryTile, padded(a.D));
     dk = matrix(kKeyTile, padded(a.D));
     dv = matrix(kKeyTile, padded(a.Dv));
+    q_room = matrix(kQueryTile, padded(a.D));
+    dout_room = matrix(kQueryTile, padded(a.Dv));
+    k_room = matrix(kKeyTile, padded(a.D));
     p = carver.take<T>(kTile);
     ds = carver.take<T>(kTile);
+    left = carver.take<T>(kTile);
     derivative = a.softcap > 0 ? carver.take<T>(kTile) : nullptr;
     multiplier = a.dropout_p > 0 ? carver.take<T>(kTile) : nullptr;
     lse = carver.take<T>(kQueryTile);
@@ -78,7 +86,7 @@ class BackwardTask {
       if (masked && !sees_any(a_.span, rows, keys)) return;
       load_keys(b, a_.key_head(h), keys);
       const Tile<T> ds = score_gradients(at, false);
-      kernels_.gemm(rows.size(), w_.dq.ld, keys.size(), by_query(ds), as_const(w_.k), w_.dq, true);
+      add_product(rows.size(), keys.size(), kernels_.tile_by_query(ds, w_.left), w_.k_words, w_.dq);
     });
     add_dq(b, h, rows);
   }
@@ -110,11 +118,17 @@ class BackwardTask {
     load_queries(at.b, at.h, at.rows);
     const Tile<T> ds = score_gradients(at, grads_.dbias.data != nullptr);
     const Tile<T> p{w_.p, ds.keys, ds.queries};
-    kernels_.gemm(num_keys, w_.dv.ld, num_rows, by_key(p), as_const(w_.dout), w_.dv, true);
-    kernels_.gemm(num_keys, w_.dk.ld, num_rows, by_key(ds), as_const(w_.q), w_.dk, true);
+    add_product(num_keys, num_rows, kernels_.tile_by_key(p, w_.left), w_.dout_words, w_.dv);
+    add_product(num_keys, num_rows, kernels_.tile_by_key(ds, w_.left), w_.q_words, w_.dk);
     if (!with_dq) return;
-    kernels_.gemm(num_rows, w_.dq.ld, num_keys, by_query(ds), as_const(w_.k), w_.dq, false);
+    set_zero(w_.dq, num_rows);
+    add_product(num_rows, num_keys, kernels_.tile_by_query(ds, w_.left), w_.k_words, w_.dq);
     add_dq(at.b, at.h, at.rows);
+  }
+
+  void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
+                   Matrix<T> sum) {
+    kernels_.gemm(m, sum.ld, k, left, right, sum, T(1), true);
   }
 
   // Leaves P * m in w.p and returns dS, ready for its products with Q and K.
@@ -125,7 +139,7 @@ class BackwardTask {
                       w_.derivative);
     kernels_.probabilities(p, w_.lse);
     kernels_.gemm(ds.keys, ds.queries, a_.Dv, as_const(w_.v), as_const(w_.dout_t),
-                  {ds.data, ds.queries}, false);
+                  {ds.data, ds.queries}, T(1), false);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, p.keys, p.queries});
       kernels_.multiply(ds, w_.multiplier);
@@ -147,8 +161,10 @@ class BackwardTask {
     w_.q_t.ld = w_.dout_t.ld = padded(num_rows);
     load_rows(kernels_, a_.q, b, h, rows, a_.D, w_.q);
     load_rows(kernels_, grads_.dout, b, h, rows, a_.Dv, w_.dout);
-    kernels_.transpose(as_const(w_.q), num_rows, a_.D, scale(), w_.q_t);
-    kernels_.transpose(as_const(w_.dout), num_rows, a_.Dv, T(1), w_.dout_t);
+    kernels_.transpose(as_const(w_.q), num_rows, a_.D, w_.q_t);
+    kernels_.transpose(as_const(w_.dout), num_rows, a_.Dv, w_.dout_t);
+    w_.q_words = kernels_.by_row_words(as_const(w_.q), num_rows, a_.D, w_.q_room);
+    w_.dout_words = kernels_.by_row_words(as_const(w_.dout), num_rows, a_.Dv, w_.dout_room);
     for (int64_t i = 0; i < padded(num_rows); ++i) {
       const bool exists = i < num_rows;
       w_.lse[i] = backward_lse(exists ? grads_.lse[row_of_lse + i] : minus_infinity<T>());
@@ -160,6 +176,7 @@ class BackwardTask {
   void load_keys(int64_t b, int64_t g, Range keys) {
     load_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k);
     load_rows(kernels_, a_.v, b, g, keys, a_.Dv, w_.v);
+    w_.k_words = kernels_.by_row_words(as_const(w_.k), keys.size(), a_.D, w_.k_room);
   }
 
   void add_dq(int64_t b, int64_t h, Range rows) {
@@ -228,7 +245,7 @@ void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grad
   Workspace<T>(a, measure);
   const int64_t tasks = std::max(key_major.count(), query_major_tasks);
   Scratch scratch(parallel.workers_for(tasks), measure.used());
-  const Kernels<T>& table = kernels<T>();
+  const Kernels<T>& table = kernels<T>(a.q.dtype);
   const auto with_task = [&](int64_t worker, auto&& body) {
     Carver carver(scratch.of(worker));
     Workspace<T> workspace(a, carver);

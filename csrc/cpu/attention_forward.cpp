@@ -18,14 +18,16 @@ namespace {
 
 template <typename T>
 struct Workspace {
-  Matrix<T> q;    // (rows, D)
-  Matrix<T> q_t;  // (D, rows)
-  Matrix<T> k;    // (keys, D)
-  Matrix<T> v;    // (keys, Dv)
-  Matrix<T> out;  // (rows, Dv), not normalised
-  T* scores;      // (keys, rows)
-  T* multiplier;  // (keys, rows), dropout only
-  T* max;         // (rows,), and so on
+  Matrix<T> q;        // (rows, D)
+  Matrix<T> q_t;      // (D, rows)
+  Matrix<T> k;        // (keys, D)
+  Matrix<T> v;        // (keys, Dv)
+  Matrix<T> v_words;  // the same in words along a column
+  Matrix<T> out;      // (rows, Dv), not normalised
+  T* scores;          // (keys, rows)
+  T* weights;         // the same as left operand
+  T* multiplier;      // (keys, rows), dropout only
+  T* max;             // (rows,), and so on
   T* sum;
   T* factor;
   QueryPositions positions;
@@ -35,8 +37,10 @@ struct Workspace {
     q_t = {carver.take<T>(a.D * kQueryTile), kQueryTile};
     k = {carver.take<T>(kKeyTile * padded(a.D)), padded(a.D)};
     v = {carver.take<T>(kKeyTile * padded(a.Dv)), padded(a.Dv)};
+    v_words = {carver.take<T>(kKeyTile * padded(a.Dv)), padded(a.Dv)};
     out = {carver.take<T>(kQueryTile * padded(a.Dv)), padded(a.Dv)};
     scores = carver.take<T>(kKeyTile * kQueryTile);
+    weights = carver.take<T>(kKeyTile * kQueryTile);
     multiplier = a.dropout_p > 0 ? carver.take<T>(kKeyTile * kQueryTile) : nullptr;
     max = carver.take<T>(kQueryTile);
     sum = carver.take<T>(kQueryTile);
@@ -68,7 +72,7 @@ class ForwardTask {
   void load_queries(int64_t b, int64_t h, Range rows) {
     load_rows(kernels_, a_.q, b, h, rows, a_.D, w_.q);
     w_.q_t.ld = padded(rows.size());
-    kernels_.transpose(as_const(w_.q), rows.size(), a_.D, static_cast<T>(a_.softmax_scale), w_.q_t);
+    kernels_.transpose(as_const(w_.q), rows.size(), a_.D, w_.q_t);
     w_.positions.load(a_, rows);
   }
 
@@ -79,8 +83,12 @@ class ForwardTask {
       w_.max[i] = row.max;
       w_.sum[i] = row.sum;
     }
-    kernels_.load_rows(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32,
-                       out_row(b, h, rows.begin), a_.H * a_.Dv, rows.size(), a_.Dv, w_.out);
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const T* from = out_row(b, h, rows.begin + i);
+      T* to = w_.out.data + i * w_.out.ld;
+      std::copy(from, from + a_.Dv, to);
+      std::fill(to + a_.Dv, to + w_.out.ld, T(0));
+    }
   }
 
   void add_keys(const TileIndex& at) {
@@ -95,7 +103,9 @@ class ForwardTask {
       kernels_.multiply(s, w_.multiplier);
     }
     kernels_.scale_rows(w_.out, num_rows, w_.out.ld, w_.factor);
-    kernels_.gemm(num_rows, w_.out.ld, num_keys, by_query(s), as_const(w_.v), w_.out, true);
+    const auto v = kernels_.by_row_words(as_const(w_.v), num_keys, a_.Dv, w_.v_words);
+    kernels_.gemm(num_rows, w_.out.ld, num_keys, kernels_.tile_by_query(s, w_.weights), v, w_.out,
+                  T(1), true);
   }
 
   void store_state(int64_t b, int64_t h, Range rows) {
@@ -131,7 +141,7 @@ void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
   Carver measure(nullptr);
   Workspace<T>(a, measure);
   Scratch scratch(parallel.workers_for(tasks), measure.used());
-  const Kernels<T>& table = kernels<T>();
+  const Kernels<T>& table = kernels<T>(a.q.dtype);
   parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
     Carver carver(scratch.of(worker));
     Workspace<T> workspace(a, carver);

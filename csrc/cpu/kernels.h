@@ -6,6 +6,10 @@
 // vectors only through this table. A score tile is key-major: row j holds one key's scores for all
 // query rows of the tile, so what belongs to a query (max, lse, delta, its interval of keys) is a
 // vector, and no reduction runs along one. Query columns are padded to a whole number of vectors.
+//
+// Operands of gemm are made of words. A word is an element, or, in the tables for bf16 inputs, two
+// bf16 elements that are neighbours along the dim that gemm sums over, the second 0 past an odd
+// end. A word is as large as a T either way, so that operands take room of T.
 
 #include <cstdint>
 
@@ -55,15 +59,21 @@ struct TileDropout {
 
 template <typename T>
 struct Kernels {
-  // c (m, n) = or += a (m, k) b (k, n). n is a multiple of kPad, the other two are any number.
+  // c (m, n) = or += alpha a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad,
+  // the other two are any number.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-               bool accumulate);
+               T alpha, bool accumulate);
 
-  // dst (rows, ld) = src (rows, cols) converted, zero in the padding columns.
+  // dst (rows, ld) = src (rows, cols) in words along a row, zero in the padding columns.
   void (*load_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
                     Matrix<T> dst);
-  // dst (cols, ld) = scale * the transpose of src (rows, cols), zero in the padding columns.
-  void (*transpose)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, Matrix<T> dst);
+  // dst (cols, ld) = the transpose of loaded rows (rows, cols), zero in the padding columns.
+  void (*transpose)(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst);
+  // Loaded rows (rows, cols) in words along a column: src itself, or what was written to `room`.
+  Matrix<const T> (*by_row_words)(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> room);
+  // A tile (keys, queries), or its transpose, as left operand: in place, or written to `room`.
+  Matrix<const T> (*tile_by_key)(Tile<T> tile, T* room);
+  Matrix<const T> (*tile_by_query)(Tile<T> tile, T* room);
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);
@@ -96,13 +106,13 @@ struct Kernels {
                             int64_t key_stride);
 };
 
-// The table in use now, by capability_in_use().
+// The table in use now for inputs of a dtype, by capability_in_use().
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels(DType inputs);
 
 // The table of one instruction set, whatever the machine has; for tests.
 template <typename T>
-const Kernels<T>& kernels_of(Capability capability);
+const Kernels<T>& kernels_of(Capability capability, DType inputs);
 
 // One per object file.
 template <typename T>
@@ -111,5 +121,6 @@ template <typename T>
 const Kernels<T>& avx2_kernels();
 template <typename T>
 const Kernels<T>& avx512_kernels();
+const Kernels<float>& avx512_bf16_kernels();  // for bf16 inputs only: a word is a pair
 
 }  // namespace usp::cpu

@@ -64,20 +64,35 @@ void load_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows, i
 }
 
 template <typename T>
-void transpose(Matrix<const T> src, int64_t rows, int64_t cols, T scale, Matrix<T> dst) {
+void transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
   constexpr int64_t kBlock = kLanes<T>;
   for (int64_t i0 = 0; i0 < dst.ld; i0 += kBlock) {
     for (int64_t d = 0; d < cols; ++d) {
       T* __restrict to = dst.data + d * dst.ld + i0;
       const T* __restrict from = src.data + i0 * src.ld + d;
       if (i0 + kBlock <= rows) {
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = scale * from[i * src.ld];
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = from[i * src.ld];
       } else {
-        for (int64_t i = 0; i < kBlock; ++i)
-          to[i] = i0 + i < rows ? scale * from[i * src.ld] : T(0);
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = i0 + i < rows ? from[i * src.ld] : T(0);
       }
     }
   }
+}
+
+// Where a word is one element, every matrix is its own operand.
+template <typename T>
+Matrix<const T> by_row_words(Matrix<const T> src, int64_t, int64_t, Matrix<T>) {
+  return src;
+}
+
+template <typename T>
+Matrix<const T> tile_by_query(Tile<T> tile, T*) {
+  return {tile.data, tile.queries, true};
+}
+
+template <typename T>
+Matrix<const T> tile_by_key(Tile<T> tile, T*) {
+  return {tile.data, tile.queries};
 }
 
 template <typename T>

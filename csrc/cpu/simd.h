@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#define USP_SIMD static inline __attribute__((always_inline))
+#define USP_SIMD_MEMBER inline __attribute__((always_inline))
+#define USP_SIMD static USP_SIMD_MEMBER
 
 namespace usp::cpu {
 namespace {

@@ -14,9 +14,12 @@ namespace {
 template <typename T>
 constexpr Kernels<T> make_kernels() {
   return {
-      .gemm = gemm<T>,
+      .gemm = gemm<SingleWords, T>,
       .load_rows = load_rows<T>,
       .transpose = transpose<T>,
+      .by_row_words = by_row_words<T>,
+      .tile_by_key = tile_by_key<T>,
+      .tile_by_query = tile_by_query<T>,
       .add_rows = add_rows<T>,
       .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,

@@ -42,17 +42,6 @@ Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.ld, m.transposed};
 }
 
-// The transpose of a tile (keys, queries) as a left operand of gemm.
-template <typename T>
-Matrix<const T> by_query(const Tile<T>& tile) {
-  return {tile.data, tile.queries, true};
-}
-
-template <typename T>
-Matrix<const T> by_key(const Tile<T>& tile) {
-  return {tile.data, tile.queries};
-}
-
 // Which tile of which head is being computed.
 struct TileIndex {
   int64_t b;
@@ -77,13 +66,14 @@ struct QueryPositions {
   }
 };
 
-// s (keys, queries) = the scores of a tile: scaled products (q_t is scaled already), softcap, bias,
+// s (keys, queries) = the scores of a tile: scaled products, softcap, bias,
 // ALiBi, -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
                     Matrix<const T> k, Matrix<const T> q_t, const QueryPositions& positions,
                     Tile<T> s, T* softcap_derivative) {
-  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, false);
+  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, static_cast<T>(a.softmax_scale),
+               false);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),

@@ -20,7 +20,7 @@ class TileKernels : public testing::Test {
     for (const Capability capability : capabilities_built()) {
       if (capability > capability_of_machine()) continue;
       SCOPED_TRACE(name(capability));
-      body(kernels_of<T>(capability));
+      body(kernels_of<T>(capability, DType::kFloat32));
     }
   }
 
@@ -51,12 +51,13 @@ TYPED_TEST(TileKernels, Gemm) {
             for (const bool accumulate : {false, true}) {
               auto c = before;
               table.gemm(m, n, k, {a.data(), lda, transposed}, {b.data(), ldb}, {c.data(), ldc},
-                         accumulate);
+                         T(0.5), accumulate);
               for (int64_t i = 0; i < m; ++i) {
                 for (int64_t j = 0; j < ldc; ++j) {
                   T expected = accumulate || j >= n ? before[i * ldc + j] : T(0);
                   for (int64_t p = 0; p < k && j < n; ++p) {
-                    expected += (transposed ? a[p * lda + i] : a[i * lda + p]) * b[p * ldb + j];
+                    expected +=
+                        T(0.5) * (transposed ? a[p * lda + i] : a[i * lda + p]) * b[p * ldb + j];
                   }
                   ASSERT_NEAR(c[i * ldc + j], expected, 50 * this->kEpsilon);
                 }
@@ -129,7 +130,7 @@ TEST(LoadRows, ConvertsEveryHalf) {
       const int mantissa_bits = brain ? 7 : 10, bias = brain ? 127 : 15;
       const int special = brain ? 255 : 31;
       std::vector<float> x(1 << 16);
-      kernels_of<float>(capability)
+      kernels_of<float>(capability, DType::kFloat32)
           .load_rows(brain ? DType::kBFloat16 : DType::kFloat16, halves.data(), 256, 256, 256,
                      {x.data(), 256});
       for (int bits = 0; bits < 1 << 16; ++bits) {
