@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -118,6 +119,113 @@ TYPED_TEST(TileKernels, SoftcapIsAccurateNearAndFarFromZero) {
       }
     }
   });
+}
+
+// (rows, dim) of small integers: exact in bf16, and so are sums of their products in fp32.
+struct Bf16Rows {
+  Bf16Rows(std::mt19937& random, int64_t rows, int64_t dim) : dim(dim) {
+    std::uniform_int_distribution<int> small(-8, 8);
+    for (int64_t i = 0; i < rows * dim; ++i) {
+      values.push_back(static_cast<float>(small(random)));
+      uint32_t bits;
+      std::memcpy(&bits, &values.back(), sizeof(bits));
+      halves.push_back(static_cast<uint16_t>(bits >> 16));
+    }
+  }
+  float at(int64_t i, int64_t d) const { return d < dim ? values[i * dim + d] : 0.0f; }
+
+  int64_t dim;
+  std::vector<float> values;
+  std::vector<uint16_t> halves;
+};
+
+int64_t up_to_pad(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
+
+// Memory that holds NaN wherever nothing was written.
+std::vector<float> room(int64_t count) { return std::vector<float>(count, NAN); }
+
+class Bf16Products : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (capability_of_machine() < Capability::kAvx512Bf16) GTEST_SKIP() << "no BF16 instructions";
+  }
+
+  std::vector<float> loaded(const Bf16Rows& x, int64_t rows) {
+    auto result = room(rows * up_to_pad(x.dim));
+    table().load_rows(DType::kBFloat16, x.halves.data(), x.dim, rows, x.dim,
+                      {result.data(), up_to_pad(x.dim)});
+    return result;
+  }
+
+  const Kernels<float>& table() {
+    return kernels_of<float>(Capability::kAvx512Bf16, DType::kBFloat16);
+  }
+
+  std::mt19937 random_{5};
+};
+
+TEST_F(Bf16Products, OfRowsWithRows) {
+  for (const int64_t keys : {1, 7, 33}) {
+    for (const int64_t queries : {1, 3, 16, 31}) {
+      for (const int64_t dim : {1, 5, 16, 37}) {
+        const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
+        const int64_t ld = up_to_pad(dim), columns = up_to_pad(queries);
+        const auto q_rows = loaded(q, queries), k_rows = loaded(k, keys);
+        auto q_t = room(ld * columns), s = room(keys * columns);
+        table().transpose({q_rows.data(), ld}, queries, dim, {q_t.data(), columns});
+        table().gemm(keys, columns, dim, {k_rows.data(), ld}, {q_t.data(), columns},
+                     {s.data(), columns}, 0.25f, false);
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int64_t i = 0; i < columns; ++i) {
+            float expected = 0;
+            for (int64_t d = 0; d < dim && i < queries; ++d) expected += k.at(j, d) * q.at(i, d);
+            ASSERT_EQ(s[j * columns + i], 0.25f * expected);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Bf16Products, OfTilesWithRows) {
+  for (const int64_t keys : {1, 2, 7, 33}) {
+    for (const int64_t queries : {1, 3, 16, 31}) {
+      for (const int64_t dim : {1, 16, 37}) {
+        const int64_t ld = up_to_pad(dim), columns = up_to_pad(queries);
+        const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
+        Bf16Rows s(random_, keys, columns);
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int64_t i = queries; i < columns; ++i) s.values[j * columns + i] = 0;  // padding
+        }
+        const Tile<float> tile{s.values.data(), keys, columns};
+        const auto product = [&](const Bf16Rows& x, int64_t rows, bool by_key) {
+          const int64_t m = by_key ? keys : queries;
+          const auto rows_of_x = loaded(x, rows);
+          auto left = room((keys + 1) * columns), words = room(rows * ld);
+          std::vector<float> sum(m * ld);
+          table().gemm(m, ld, rows,
+                       by_key ? table().tile_by_key(tile, left.data())
+                              : table().tile_by_query(tile, left.data()),
+                       table().by_row_words({rows_of_x.data(), ld}, rows, dim, {words.data(), ld}),
+                       {sum.data(), ld}, 1.0f, true);
+          return sum;
+        };
+        const auto by_query = product(k, keys, false), by_key = product(q, queries, true);
+        for (int64_t d = 0; d < ld; ++d) {
+          for (int64_t i = 0; i < queries; ++i) {
+            float expected = 0;
+            for (int64_t j = 0; j < keys; ++j) expected += s.at(j, i) * k.at(j, d);
+            ASSERT_EQ(by_query[i * ld + d], expected);
+          }
+          for (int64_t j = 0; j < keys; ++j) {
+            float expected = 0;
+            for (int64_t i = 0; i < queries; ++i) expected += s.at(j, i) * q.at(i, d);
+            ASSERT_EQ(by_key[j * ld + d], expected);
+          }
+        }
+      }
+    }
+  }
 }
 
 // Every 16-bit pattern, against the definition of the formats.
