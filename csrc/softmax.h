@@ -31,8 +31,9 @@ struct RunningSoftmax {
   T max;
   T sum;  // of exp(score - finite_max(max))
 
-  static USP_HOST_DEVICE RunningSoftmax from_lse(T lse) {
-    return {lse, lse == minus_infinity<T>() ? T(0) : T(1)};
+  // The maximum may start `headroom` below lse; what was accumulated must grow with the sum.
+  static USP_HOST_DEVICE RunningSoftmax from_lse(T lse, T headroom = T(0)) {
+    return {lse - headroom, lse == minus_infinity<T>() ? T(0) : std::exp(headroom)};
   }
 
   // Raises the maximum to at least `score`; returns the factor for what was accumulated so far.

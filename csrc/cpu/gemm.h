@@ -5,21 +5,10 @@
 //
 // `Words` says what a word of a and b is (kernels.h) and how two of them are multiplied.
 
-#include "kernels.h"
-#include "simd.h"
+#include "words.h"
 
 namespace usp::cpu {
 namespace {
-
-// A word is one element.
-struct SingleWords {
-  static constexpr int64_t kElements = 1;
-
-  template <typename T>
-  static USP_SIMD_MEMBER Vec<T> multiply_add(T left, Vec<T> right, Vec<T> sum) {
-    return sum + left * right;
-  }
-};
 
 template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
 void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __restrict b,
@@ -66,15 +55,19 @@ void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, i
   }
 }
 
+// Panels of at most kVectors vectors, about equally wide.
 template <typename Words, typename T, int kVectors, bool kTransposed>
 void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix<const T> b,
                   Matrix<T> c, T alpha, bool accumulate) {
   constexpr int64_t kWidth = kVectors * kLanes<T>;
-  for (; n >= kWidth; n -= kWidth) {
+  while (n > 0) {
+    const int64_t panels = (n + kWidth - 1) / kWidth;
+    if (n <= panels * (kWidth - kLanes<T>)) break;  // narrower ones suffice
     gemm_panel<Words, T, USP_GEMM_ROWS, kVectors, kTransposed>(m, words, a.data, a.ld, b.data, b.ld,
                                                                c.data, c.ld, alpha, accumulate);
     b.data += kWidth;
     c.data += kWidth;
+    n -= kWidth;
   }
   if constexpr (kVectors > 1) {
     if (n > 0) {

@@ -8,8 +8,8 @@
 // vector, and no reduction runs along one. Query columns are padded to a whole number of vectors.
 //
 // Operands of gemm are made of words. A word is an element, or, in the tables for bf16 inputs, two
-// bf16 elements that are neighbours along the dim that gemm sums over, the second 0 past an odd
-// end. A word is as large as a T either way, so that operands take room of T.
+// bf16 elements that are neighbours along the dim that gemm sums over; the left operand's second is
+// 0 past an odd end. A word is as large as a T either way, so that operands take room of T.
 
 #include <cstdint>
 
@@ -48,6 +48,14 @@ struct TileMask {
   int64_t first_key;  // local index of the tile's row 0
 };
 
+// What a tile's query rows have seen so far.
+template <typename T>
+struct SoftmaxRows {
+  T* max;
+  T* sum;  // of exp(score - max)
+  T* factor;
+};
+
 struct TileDropout {
   const int32_t* q_pos;  // padded like the tile
   const int32_t* k_pos;
@@ -59,18 +67,26 @@ struct TileDropout {
 
 template <typename T>
 struct Kernels {
+  int64_t word;  // elements in one
+  // How far below its lse the maximum of a carried row starts. Where weights are rounded for their
+  // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
+  T headroom;
+
   // c (m, n) = or += alpha a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad,
   // the other two are any number.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                T alpha, bool accumulate);
 
-  // dst (rows, ld) = src (rows, cols) in words along a row, zero in the padding columns.
-  void (*load_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
-                    Matrix<T> dst);
-  // dst (cols, ld) = the transpose of loaded rows (rows, cols), zero in the padding columns.
-  void (*transpose)(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst);
-  // Loaded rows (rows, cols) in words along a column: src itself, or what was written to `room`.
-  Matrix<const T> (*by_row_words)(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> room);
+  // Rows (rows, cols) of a tensor as left operand, in words along a row: in place, or copied to
+  // `room`.
+  Matrix<const T> (*left_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows,
+                               int64_t cols, Matrix<T> room);
+  // The same rows as right operand, in words along a column: dst (rows, ld), zero in the padding
+  // columns.
+  void (*right_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                     Matrix<T> dst);
+  // The transpose of left rows as right operand: dst (cols, ld), zero in the padding columns.
+  void (*right_transpose)(Matrix<const T> left, int64_t rows, int64_t cols, Matrix<T> dst);
   // A tile (keys, queries), or its transpose, as left operand: in place, or written to `room`.
   Matrix<const T> (*tile_by_key)(Tile<T> tile, T* room);
   Matrix<const T> (*tile_by_query)(Tile<T> tile, T* room);
@@ -92,9 +108,10 @@ struct Kernels {
   // m = keep / (1 - dropout_p) for every element.
   void (*dropout)(Tile<T> m, TileDropout dropout);
 
-  // Lets the tile into the running softmax: s becomes exp(s - max), max and sum move on, and
-  // `factor` says by how much what was accumulated before must shrink.
-  void (*softmax_update)(Tile<T> s, T* max, T* sum, T* factor);
+  // Lets the tile into the running softmax: max and sum move on, and `factor` says by how much what
+  // was accumulated before must shrink. Returns the transpose of exp(s - max), times `multiplier`
+  // where not null, as left operand: in place, or written to `room`.
+  Matrix<const T> (*softmax_update)(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room);
   // s = exp(s - lse).
   void (*probabilities)(Tile<T> s, const T* lse);
   // dp = p * (dp - delta).

@@ -1,7 +1,6 @@
 // AVX-512 with BF16: the products of bf16 inputs, two at a time. Everything else is AVX-512's.
 //
-// Products are exact and summed in fp32. Weights and gradients of scores are rounded to bf16 for
-// their products, to nearest even.
+// Weights and gradients of scores are rounded to bf16 for their products, to nearest even.
 
 #include "kernels.h"
 
@@ -22,111 +21,122 @@
 #define USP_VECTOR_BYTES 64
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 4
-#include "gemm.h"
-#include "rows.h"
+#include "tile_kernels.h"
 
 namespace usp::cpu {
 namespace {
 
-// A word is two bf16, the first in the low half.
+int64_t pairs(int64_t count) { return (count + 1) / 2; }
+
+// 32 bf16: lane by lane one of `first`, one of `second`.
+USP_SIMD Vec<float> rounded_pairs(Vec<float> first, Vec<float> second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)halves);
+}
+
+// A word is two bf16, the first in the low half. Products are exact and summed in fp32.
 struct PairWords {
   static constexpr int64_t kElements = 2;
+  static constexpr bool kRounds = true;
 
   static USP_SIMD_MEMBER Vec<float> multiply_add(float left, Vec<float> right, Vec<float> sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
   }
+
+  template <typename T>
+  static Matrix<const T> by_key(Tile<T> tile, T* room) {
+    const int64_t words = tile.queries / 2;
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      for (int64_t i = 0; i < tile.queries; i += kPad) {
+        const auto halves = _mm512_cvtneps_pbh((__m512)load(tile.row(j) + i));
+        __builtin_memcpy(room + j * words + i / 2, &halves, sizeof(halves));
+      }
+    }
+    return {room, words};
+  }
+
+  template <typename T>
+  static Matrix<const T> by_query(Tile<T> tile, T* room) {
+    for (int64_t j = 0; j < tile.keys; j += 2) {
+      for (int64_t i = 0; i < tile.queries; i += kPad) {
+        const bool paired = j + 1 < tile.keys;
+        const Vec<T> second = paired ? load(tile.row(j + 1) + i) : Vec<T>{};
+        store_by_query(tile, room, j, i, load(tile.row(j) + i), second);
+      }
+    }
+    return written_by_query(tile, room);
+  }
+
+  template <typename T>
+  static Matrix<const T> written_by_query(Tile<T> tile, T* room) {
+    return {room, tile.queries, true};
+  }
+
+  template <typename T>
+  static USP_SIMD_MEMBER void store_by_query(Tile<T> tile, T* room, int64_t j, int64_t i,
+                                             Vec<T> first, Vec<T> second) {
+    store<T>(room + j / 2 * tile.queries + i, rounded_pairs(first, second));
+  }
 };
 
-int64_t pairs(int64_t count) { return (count + 1) / 2; }
-
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-// 16 words, each of one bf16 of `low` and one of `high`.
-USP_SIMD Mask<float> interleave(Halves low, Halves high) {
-  return __builtin_convertvector(low, Mask<float>) |
-         (__builtin_convertvector(high, Mask<float>) << 16);
-}
-
-USP_SIMD Halves rounded(const float* p) { return (Halves)_mm512_cvtneps_pbh((__m512)load(p)); }
-
-USP_SIMD Halves load_halves(const uint16_t* p) {
-  Halves v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-uint16_t* halves(const Matrix<float>& m, int64_t row) {
-  return reinterpret_cast<uint16_t*>(m.data + row * m.ld);
-}
-
-// The padding reaches as far as by_row_words reads: a multiple of kPad bf16.
-void load_row_pairs(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
-                    Matrix<float> dst) {
-  const int64_t padding = (cols + kPad - 1) / kPad * kPad - cols;
-  for (int64_t i = 0; i < rows; ++i) {
-    uint16_t* to = halves(dst, i);
-    __builtin_memcpy(to, static_cast<const uint16_t*>(src) + i * src_stride,
-                     static_cast<size_t>(cols) * sizeof(*to));
-    __builtin_memset(to + cols, 0, static_cast<size_t>(padding) * sizeof(*to));
+Matrix<const float> left_row_pairs(DType, const void* src, int64_t src_stride, int64_t rows,
+                                   int64_t cols, Matrix<float> room) {
+  const auto* halves = static_cast<const uint16_t*>(src);
+  const bool aligned = reinterpret_cast<uintptr_t>(src) % alignof(float) == 0;
+  if (aligned && cols % 2 == 0 && src_stride % 2 == 0) {
+    return {static_cast<const float*>(src), src_stride / 2};
   }
-}
-
-void transpose_pairs(Matrix<const float> src, int64_t rows, int64_t cols, Matrix<float> dst) {
-  transpose<float>(src, rows, pairs(cols), dst);
-}
-
-Matrix<const float> by_row_pairs(Matrix<const float> src, int64_t rows, int64_t cols,
-                                 Matrix<float> room) {
-  for (int64_t i = 0; i < rows; i += 2) {
-    const auto* low = reinterpret_cast<const uint16_t*>(src.data + i * src.ld);
-    const auto* high = low + 2 * src.ld;
-    float* to = room.data + i / 2 * room.ld;
-    for (int64_t d = 0; d < cols; d += kPad) {
-      const Halves second = i + 1 < rows ? load_halves(high + d) : Halves{};
-      store<float>(to + d, (Vec<float>)interleave(load_halves(low + d), second));
-    }
+  for (int64_t i = 0; i < rows; ++i) {
+    auto* to = reinterpret_cast<uint16_t*>(room.data + i * room.ld);
+    __builtin_memcpy(to, halves + i * src_stride, static_cast<size_t>(cols) * sizeof(*to));
+    to[cols] = 0;  // of the last pair
   }
   return {room.data, room.ld};
 }
 
-Matrix<const float> tile_pairs_by_key(Tile<float> tile, float* room) {
-  const int64_t words = tile.queries / 2;
-  for (int64_t j = 0; j < tile.keys; ++j) {
-    for (int64_t i = 0; i < tile.queries; i += kPad) {
-      const Halves words_of_row = rounded(tile.row(j) + i);
-      __builtin_memcpy(room + j * words + i / 2, &words_of_row, sizeof(words_of_row));
-    }
-  }
-  return {room, words};
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+// 16 words, each of one bf16 of `low` and one of `high`.
+USP_SIMD Vec<float> interleave(Halves low, Halves high) {
+  return (Vec<float>)(__builtin_convertvector(low, Mask<float>) |
+                      (__builtin_convertvector(high, Mask<float>) << 16));
 }
 
-Matrix<const float> tile_pairs_by_query(Tile<float> tile, float* room) {
-  for (int64_t j = 0; j < tile.keys; j += 2) {
-    float* to = room + j / 2 * tile.queries;
-    for (int64_t i = 0; i < tile.queries; i += kPad) {
-      const bool paired = j + 1 < tile.keys;
-      const Halves second = paired ? rounded(tile.row(j + 1) + i) : Halves{};
-      store<float>(to + i, (Vec<float>)interleave(rounded(tile.row(j) + i), second));
+void right_row_pairs(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                     Matrix<float> dst) {
+  for (int64_t i = 0; i < rows; i += 2) {
+    const uint16_t* low = static_cast<const uint16_t*>(src) + i * src_stride;
+    const uint16_t* high = low + src_stride;
+    float* to = dst.data + i / 2 * dst.ld;
+    for (int64_t d = 0; d < dst.ld; d += kPad) {
+      const int64_t there = cols - d;
+      const __mmask16 some = there >= kPad ? 0xFFFF : there <= 0 ? 0 : (1 << there) - 1;
+      const __mmask16 in_pair = i + 1 < rows ? some : __mmask16{0};
+      store<float>(to + d, interleave((Halves)_mm256_maskz_loadu_epi16(some, low + d),
+                                      (Halves)_mm256_maskz_loadu_epi16(in_pair, high + d)));
     }
   }
-  return {room, tile.queries, true};
 }
 
-Kernels<float> make_bf16_kernels() {
-  Kernels<float> table = avx512_kernels<float>();
-  table.gemm = gemm<PairWords, float>;
-  table.load_rows = load_row_pairs;
-  table.transpose = transpose_pairs;
-  table.by_row_words = by_row_pairs;
-  table.tile_by_key = tile_pairs_by_key;
-  table.tile_by_query = tile_pairs_by_query;
+void right_transpose_pairs(Matrix<const float> left, int64_t rows, int64_t cols,
+                           Matrix<float> dst) {
+  right_transpose<float>(left, rows, pairs(cols), dst);
+}
+
+constexpr Kernels<float> make_bf16_kernels() {
+  Kernels<float> table = make_kernels<float, PairWords>();
+  table.left_rows = left_row_pairs;
+  table.right_rows = right_row_pairs;
+  table.right_transpose = right_transpose_pairs;
   return table;
 }
 
 }  // namespace
 
 const Kernels<float>& avx512_bf16_kernels() {
-  static const Kernels<float> table = make_bf16_kernels();
+  static constexpr Kernels<float> table = make_bf16_kernels();
   return table;
 }
 

@@ -48,8 +48,8 @@ USP_SIMD void load_rows_as(const Source* src, int64_t src_stride, int64_t rows, 
 }
 
 template <typename T>
-void load_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
-               Matrix<T> dst) {
+void right_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                Matrix<T> dst) {
   const auto* halves = static_cast<const uint16_t*>(src);
   if (dtype == DType::kBFloat16) {
     load_rows_as(halves, src_stride, rows, cols, dst,
@@ -64,7 +64,16 @@ void load_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows, i
 }
 
 template <typename T>
-void transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
+Matrix<const T> left_rows(DType dtype, const void* src, int64_t src_stride, int64_t rows,
+                          int64_t cols, Matrix<T> room) {
+  const bool converted = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  if (!converted) return {static_cast<const T*>(src), src_stride};
+  right_rows<T>(dtype, src, src_stride, rows, cols, room);
+  return {room.data, room.ld};
+}
+
+template <typename T>
+void right_transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
   constexpr int64_t kBlock = kLanes<T>;
   for (int64_t i0 = 0; i0 < dst.ld; i0 += kBlock) {
     for (int64_t d = 0; d < cols; ++d) {
@@ -77,22 +86,6 @@ void transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
       }
     }
   }
-}
-
-// Where a word is one element, every matrix is its own operand.
-template <typename T>
-Matrix<const T> by_row_words(Matrix<const T> src, int64_t, int64_t, Matrix<T>) {
-  return src;
-}
-
-template <typename T>
-Matrix<const T> tile_by_query(Tile<T> tile, T*) {
-  return {tile.data, tile.queries, true};
-}
-
-template <typename T>
-Matrix<const T> tile_by_key(Tile<T> tile, T*) {
-  return {tile.data, tile.queries};
 }
 
 template <typename T>

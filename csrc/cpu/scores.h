@@ -2,8 +2,7 @@
 
 // Element-wise work on score tiles (keys, queries), and the softmax along their columns.
 
-#include "kernels.h"
-#include "simd.h"
+#include "words.h"
 
 namespace usp::cpu {
 namespace {
@@ -99,35 +98,39 @@ void dropout(Tile<T> m, TileDropout d) {
   }
 }
 
-template <typename T>
-void softmax_update(Tile<T> s, T* max, T* sum, T* factor) {
+template <typename Words, typename T>
+Matrix<const T> softmax_update(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room) {
   for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
-    const Vec<T> old_max = load(max + i);
+    const Vec<T> old_max = load(rows.max + i);
     Vec<T> new_max = old_max;
-    for (int64_t j = 0; j < s.keys; ++j) {
-      const Vec<T> score = load(s.row(j) + i);
-      new_max = score > new_max ? score : new_max;
-    }
+    for (int64_t j = 0; j < s.keys; ++j) new_max = max_or_nan<T>(new_max, load(s.row(j) + i));
     const Vec<T> empty = broadcast<T>(minus_infinity<T>());
     const Vec<T> subtracted = new_max == empty ? Vec<T>{} : new_max;
+    const auto exp_below = [&](Vec<T> x) { return exp<T, Words::kRounds>(x - subtracted); };
     Vec<T> tile_sum = {};
-    for (int64_t j = 0; j < s.keys; ++j) {
-      const Vec<T> weight = exp<T>(load(s.row(j) + i) - subtracted);
-      store<T>(s.row(j) + i, weight);
-      tile_sum += weight;
+    for (int64_t j = 0; j < s.keys; j += 2) {
+      Vec<T> first = exp_below(load(s.row(j) + i)), second = {};
+      if (j + 1 < s.keys) second = exp_below(load(s.row(j + 1) + i));
+      tile_sum += first + second;
+      if (multiplier != nullptr) {
+        first *= load(multiplier + j * s.queries + i);
+        if (j + 1 < s.keys) second *= load(multiplier + (j + 1) * s.queries + i);
+      }
+      Words::store_by_query(s, room, j, i, first, second);
     }
-    const Vec<T> shrink = exp<T>(old_max - subtracted);
-    store<T>(factor + i, shrink);
-    store<T>(sum + i, load(sum + i) * shrink + tile_sum);
-    store<T>(max + i, new_max);
+    const Vec<T> shrink = exp_below(old_max);
+    store<T>(rows.factor + i, shrink);
+    store<T>(rows.sum + i, load(rows.sum + i) * shrink + tile_sum);
+    store<T>(rows.max + i, new_max);
   }
+  return Words::written_by_query(s, room);
 }
 
-template <typename T>
+template <typename Words, typename T>
 void probabilities(Tile<T> s, const T* lse) {
   for (int64_t j = 0; j < s.keys; ++j) {
     for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
-      store<T>(s.row(j) + i, exp<T>(load(s.row(j) + i) - load(lse + i)));
+      store<T>(s.row(j) + i, exp<T, Words::kRounds>(load(s.row(j) + i) - load(lse + i)));
     }
   }
 }

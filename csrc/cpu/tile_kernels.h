@@ -11,15 +11,17 @@
 namespace usp::cpu {
 namespace {
 
-template <typename T>
+template <typename T, typename Words = SingleWords>
 constexpr Kernels<T> make_kernels() {
   return {
-      .gemm = gemm<SingleWords, T>,
-      .load_rows = load_rows<T>,
-      .transpose = transpose<T>,
-      .by_row_words = by_row_words<T>,
-      .tile_by_key = tile_by_key<T>,
-      .tile_by_query = tile_by_query<T>,
+      .word = Words::kElements,
+      .headroom = Words::kRounds ? T(16) : T(0),
+      .gemm = gemm<Words, T>,
+      .left_rows = left_rows<T>,
+      .right_rows = right_rows<T>,
+      .right_transpose = right_transpose<T>,
+      .tile_by_key = Words::template by_key<T>,
+      .tile_by_query = Words::template by_query<T>,
       .add_rows = add_rows<T>,
       .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,
@@ -27,8 +29,8 @@ constexpr Kernels<T> make_kernels() {
       .add_alibi = add_alibi<T>,
       .mask = mask<T>,
       .dropout = dropout<T>,
-      .softmax_update = softmax_update<T>,
-      .probabilities = probabilities<T>,
+      .softmax_update = softmax_update<Words, T>,
+      .probabilities = probabilities<Words, T>,
       .score_gradient = score_gradient<T>,
       .multiply = multiply<T>,
       .add_bias_gradient = add_bias_gradient<T>,

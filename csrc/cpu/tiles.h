@@ -3,6 +3,8 @@
 // What forward and backward share: tile sizes, loading of query and key rows, and the scores of a
 // tile before its softmax.
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "scratch.h"
 
@@ -31,10 +33,17 @@ inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int6
 }
 
 template <typename T>
-void load_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
-               int64_t cols, Matrix<T> dst) {
-  kernels.load_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
-                    dst);
+Matrix<const T> left_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h,
+                          Range rows, int64_t cols, Matrix<T> room) {
+  return kernels.left_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(),
+                           cols, room);
+}
+
+template <typename T>
+void right_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
+                int64_t cols, Matrix<T> dst) {
+  kernels.right_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
+                     dst);
 }
 
 template <typename T>
@@ -50,6 +59,16 @@ struct TileIndex {
   Range keys;
   bool masked;  // some row may not see some key
 };
+
+// The tiles that a task holds while it walks past those of the other side: what it loads of these
+// serves all it holds.
+inline constexpr int64_t kTilesHeld = 4;
+
+// As many as leave several tasks to each thread.
+inline int64_t tiles_held(int64_t tiles, int64_t threads) {
+  constexpr int64_t kTasksPerThread = 4;
+  return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
+}
 
 // Padded copies of what belongs to the query rows of a tile.
 struct QueryPositions {

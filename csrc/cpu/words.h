@@ -1,0 +1,48 @@
+#pragma once
+
+// What operands of gemm are made of (kernels.h): how two words are multiplied, and how a score tile
+// is written as words.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace usp::cpu {
+namespace {
+
+// A word is one element: every matrix is its own operand.
+struct SingleWords {
+  static constexpr int64_t kElements = 1;
+  static constexpr bool kRounds = false;
+
+  template <typename T>
+  static USP_SIMD_MEMBER Vec<T> multiply_add(T left, Vec<T> right, Vec<T> sum) {
+    return sum + left * right;
+  }
+
+  template <typename T>
+  static Matrix<const T> by_key(Tile<T> tile, T*) {
+    return {tile.data, tile.queries};
+  }
+
+  template <typename T>
+  static Matrix<const T> by_query(Tile<T> tile, T*) {
+    return {tile.data, tile.queries, true};
+  }
+
+  // What store_by_query() has written.
+  template <typename T>
+  static Matrix<const T> written_by_query(Tile<T> tile, T* room) {
+    return by_query(tile, room);
+  }
+
+  // Puts keys j and j + 1 of a vector of queries of the tile in their place.
+  template <typename T>
+  static USP_SIMD_MEMBER void store_by_query(Tile<T> tile, T*, int64_t j, int64_t i, Vec<T> first,
+                                             Vec<T> second) {
+    store<T>(tile.row(j) + i, first);
+    if (j + 1 < tile.keys) store<T>(tile.row(j + 1) + i, second);
+  }
+};
+
+}  // namespace
+}  // namespace usp::cpu
