@@ -31,14 +31,15 @@ struct Workspace {
   Matrix<T> k;                        // (keys held, D)
   Matrix<T> dq;                       // (rows, D)
   Matrix<T> dk, dv;                   // (keys held, D) (keys held, Dv)
-  T *p, *ds;                          // (keys, rows)
-  T* left;                            // one of them as left operand
+  T *s, *dp;                          // (keys, rows)
+  T* operands[3];                     // (keys, rows), see GradientOperands
   T* derivative;                      // (keys, rows), softcap only
   T* multiplier;                      // (keys, rows), dropout only
+  T* ds;                              // (keys, rows), with a gradient of the bias only
   T *lse, *delta;                     // (rows,)
   QueryPositions positions;
 
-  Workspace(const Attention<T>& a, Carver& carver) {
+  Workspace(const Attention<T>& a, bool with_dbias, Carver& carver) {
     const auto matrix = [&](int64_t rows, int64_t ld) {
       return Matrix<T>{carver.take<T>(rows * ld), ld};
     };
@@ -55,11 +56,12 @@ struct Workspace {
     dq = matrix(kQueryTile, padded(a.D));
     dk = matrix(kKeysHeld, padded(a.D));
     dv = matrix(kKeysHeld, padded(a.Dv));
-    p = carver.take<T>(kTile);
-    ds = carver.take<T>(kTile);
-    left = carver.take<T>(kTile);
+    s = carver.take<T>(kTile);
+    dp = carver.take<T>(kTile);
+    for (T*& operand : operands) operand = carver.take<T>(kTile);
     derivative = a.softcap > 0 ? carver.take<T>(kTile) : nullptr;
     multiplier = a.dropout_p > 0 ? carver.take<T>(kTile) : nullptr;
+    ds = with_dbias ? carver.take<T>(kTile) : nullptr;
     lse = carver.take<T>(kQueryTile);
     delta = carver.take<T>(kQueryTile);
     positions.carve(carver);
@@ -119,14 +121,13 @@ class Walk {
   void add_tile(const TileIndex& at) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
     const int64_t skipped = at.keys.begin - keys_.begin;
-    const Tile<T> p{w_.p, num_keys, padded(num_rows)}, ds{w_.ds, p.keys, p.queries};
-    compute_gradients(at, {k_.data + skipped * k_.ld, k_.ld}, {v_.data + skipped * v_.ld, v_.ld}, p,
-                      ds);
-    add_product(num_keys, num_rows, kernels_.tile_by_key(p, w_.left), as_const(w_.dout),
+    const auto gradients = compute_gradients(at, {k_.data + skipped * k_.ld, k_.ld},
+                                             {v_.data + skipped * v_.ld, v_.ld});
+    add_product(num_keys, num_rows, gradients.weights_by_key, as_const(w_.dout),
                 {w_.dv.data + skipped * w_.dv.ld, w_.dv.ld});
-    add_product(num_keys, num_rows, kernels_.tile_by_key(ds, w_.left), as_const(w_.q),
+    add_product(num_keys, num_rows, gradients.scores_by_key, as_const(w_.q),
                 {w_.dk.data + skipped * w_.dk.ld, w_.dk.ld});
-    add_product(num_rows, num_keys, kernels_.tile_by_query(ds, w_.left),
+    add_product(num_rows, num_keys, gradients.scores_by_query,
                 {w_.k.data + skipped / kernels_.word * w_.k.ld, w_.k.ld}, w_.dq);
   }
 
@@ -135,26 +136,30 @@ class Walk {
     kernels_.gemm(m, sum.ld, k, left, right, sum, T(1), true);
   }
 
-  // p = P^T * m, ds = dS^T ready for its products with Q and K.
-  void compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v, Tile<T> p,
-                         Tile<T> ds) {
-    compute_scores<T>(a_, kernels_, at, k, as_const(w_.q_t), w_.positions, p, w_.derivative);
-    kernels_.probabilities(p, w_.lse);
-    kernels_.gemm(ds.keys, ds.queries, a_.Dv, v, as_const(w_.dout_t), {ds.data, ds.queries}, T(1),
+  GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
+    const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
+    compute_scores<T>(a_, kernels_, at, k, as_const(w_.q_t), w_.positions, s, w_.derivative);
+    kernels_.gemm(s.keys, s.queries, a_.Dv, v, as_const(w_.dout_t), {dp.data, s.queries}, T(1),
                   false);
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, p.keys, p.queries});
-      kernels_.multiply(ds, w_.multiplier);
+      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, s.keys, s.queries});
     }
-    kernels_.score_gradient(ds, p.data, w_.delta);
-    if (a_.dropout_p > 0) kernels_.multiply(p, w_.multiplier);
-    if (grads_.dbias.data != nullptr) {
+    const auto [weights, by_key, by_query] = w_.operands;
+    const auto operands = kernels_.gradients({s,
+                                              dp,
+                                              w_.lse,
+                                              w_.delta,
+                                              w_.multiplier,
+                                              w_.derivative,
+                                              w_.ds,
+                                              {weights, by_key, by_query}});
+    if (w_.ds != nullptr) {
       const auto& dbias = grads_.dbias;
-      kernels_.add_bias_gradient(ds, at.rows.size(),
+      kernels_.add_bias_gradient({w_.ds, s.keys, s.queries}, at.rows.size(),
                                  dbias.at(at.b, at.h, at.rows.begin, at.keys.begin),
                                  dbias.query_stride, dbias.key_stride);
     }
-    if (a_.softcap > 0) kernels_.multiply(ds, w_.derivative);
+    return operands;
   }
 
   void load_queries(int64_t h, Range rows) {
@@ -241,11 +246,11 @@ template <typename T>
 class Team {
  public:
   Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers)
-      : scratch_(workers, workspace_size(a)) {
+      : scratch_(workers, workspace_size(a, grads)) {
     workspaces_.reserve(static_cast<size_t>(workers));
     for (int64_t worker = 0; worker < workers; ++worker) {
       Carver carver(scratch_.of(worker));
-      workspaces_.emplace_back(a, carver);
+      workspaces_.emplace_back(a, grads.dbias.data != nullptr, carver);
       walks_.emplace_back(a, grads, kernels<T>(a.q.dtype), workspaces_.back());
     }
   }
@@ -253,9 +258,9 @@ class Team {
   Walk<T>& operator[](int64_t worker) { return walks_[static_cast<size_t>(worker)]; }
 
  private:
-  static int64_t workspace_size(const Attention<T>& a) {
+  static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads) {
     Carver measure(nullptr);
-    Workspace<T>(a, measure);
+    Workspace<T>(a, grads.dbias.data != nullptr, measure);
     return measure.used();
   }
 

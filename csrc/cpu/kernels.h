@@ -65,6 +65,24 @@ struct TileDropout {
   double kept_scale;  // 1 / (1 - dropout_p)
 };
 
+// What the gradients of a tile of scores are made of; all tiles have the same shape.
+template <typename T>
+struct GradientTile {
+  Tile<T> s, dp;         // scores, and gradients of what dropout leaves of their weights
+  const T *lse, *delta;  // (rows,)
+  const T* multiplier;   // of dropout, null: none
+  const T* derivative;   // of softcap, null: none
+  T* ds;                 // the gradient before softcap is written here, null: not wanted
+  T* rooms[3];           // for the operands, in their order
+};
+
+template <typename T>
+struct GradientOperands {
+  Matrix<const T> weights_by_key;   // (keys, rows) exp(s - lse) * multiplier
+  Matrix<const T> scores_by_key;    // (keys, rows) gradients of the scores before softcap
+  Matrix<const T> scores_by_query;  // (rows, keys), the same
+};
+
 template <typename T>
 struct Kernels {
   int64_t word;  // elements in one
@@ -87,9 +105,6 @@ struct Kernels {
                      Matrix<T> dst);
   // The transpose of left rows as right operand: dst (cols, ld), zero in the padding columns.
   void (*right_transpose)(Matrix<const T> left, int64_t rows, int64_t cols, Matrix<T> dst);
-  // A tile (keys, queries), or its transpose, as left operand: in place, or written to `room`.
-  Matrix<const T> (*tile_by_key)(Tile<T> tile, T* room);
-  Matrix<const T> (*tile_by_query)(Tile<T> tile, T* room);
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);
@@ -112,12 +127,8 @@ struct Kernels {
   // was accumulated before must shrink. Returns the transpose of exp(s - max), times `multiplier`
   // where not null, as left operand: in place, or written to `room`.
   Matrix<const T> (*softmax_update)(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room);
-  // s = exp(s - lse).
-  void (*probabilities)(Tile<T> s, const T* lse);
-  // dp = p * (dp - delta).
-  void (*score_gradient)(Tile<T> dp, const T* p, const T* delta);
-  // x *= y.
-  void (*multiply)(Tile<T> x, const T* y);
+  // Weights and gradients of a tile of scores, as left operands: in place, or written to `rooms`.
+  GradientOperands<T> (*gradients)(GradientTile<T> tile);
   // dbias += ds; summed over the queries first where query_stride is 0.
   void (*add_bias_gradient)(Tile<T> ds, int64_t num_rows, T* dbias, int64_t query_stride,
                             int64_t key_stride);

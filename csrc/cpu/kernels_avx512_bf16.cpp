@@ -40,6 +40,7 @@ USP_SIMD Vec<float> rounded_pairs(Vec<float> first, Vec<float> second) {
 struct PairWords {
   static constexpr int64_t kElements = 2;
   static constexpr bool kRounds = true;
+  static constexpr bool kInPlace = false;
 
   static USP_SIMD_MEMBER Vec<float> multiply_add(float left, Vec<float> right, Vec<float> sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
@@ -47,31 +48,18 @@ struct PairWords {
 
   template <typename T>
   static Matrix<const T> by_key(Tile<T> tile, T* room) {
-    const int64_t words = tile.queries / 2;
-    for (int64_t j = 0; j < tile.keys; ++j) {
-      for (int64_t i = 0; i < tile.queries; i += kPad) {
-        const auto halves = _mm512_cvtneps_pbh((__m512)load(tile.row(j) + i));
-        __builtin_memcpy(room + j * words + i / 2, &halves, sizeof(halves));
-      }
-    }
-    return {room, words};
+    return {room, tile.queries / 2};
   }
 
   template <typename T>
   static Matrix<const T> by_query(Tile<T> tile, T* room) {
-    for (int64_t j = 0; j < tile.keys; j += 2) {
-      for (int64_t i = 0; i < tile.queries; i += kPad) {
-        const bool paired = j + 1 < tile.keys;
-        const Vec<T> second = paired ? load(tile.row(j + 1) + i) : Vec<T>{};
-        store_by_query(tile, room, j, i, load(tile.row(j) + i), second);
-      }
-    }
-    return written_by_query(tile, room);
+    return {room, tile.queries, true};
   }
 
   template <typename T>
-  static Matrix<const T> written_by_query(Tile<T> tile, T* room) {
-    return {room, tile.queries, true};
+  static USP_SIMD_MEMBER void store_by_key(Tile<T> tile, T* room, int64_t j, int64_t i, Vec<T> x) {
+    const auto halves = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(room + (j * tile.queries + i) / 2, &halves, sizeof(halves));
   }
 
   template <typename T>

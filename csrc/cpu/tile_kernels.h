@@ -20,8 +20,6 @@ constexpr Kernels<T> make_kernels() {
       .left_rows = left_rows<T>,
       .right_rows = right_rows<T>,
       .right_transpose = right_transpose<T>,
-      .tile_by_key = Words::template by_key<T>,
-      .tile_by_query = Words::template by_query<T>,
       .add_rows = add_rows<T>,
       .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,
@@ -30,9 +28,7 @@ constexpr Kernels<T> make_kernels() {
       .mask = mask<T>,
       .dropout = dropout<T>,
       .softmax_update = softmax_update<Words, T>,
-      .probabilities = probabilities<Words, T>,
-      .score_gradient = score_gradient<T>,
-      .multiply = multiply<T>,
+      .gradients = gradients<Words, T>,
       .add_bias_gradient = add_bias_gradient<T>,
   };
 }

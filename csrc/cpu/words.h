@@ -12,13 +12,16 @@ namespace {
 // A word is one element: every matrix is its own operand.
 struct SingleWords {
   static constexpr int64_t kElements = 1;
-  static constexpr bool kRounds = false;
+  static constexpr bool kRounds = false;  // the elements of a tile
+  static constexpr bool kInPlace = true;
 
   template <typename T>
   static USP_SIMD_MEMBER Vec<T> multiply_add(T left, Vec<T> right, Vec<T> sum) {
     return sum + left * right;
   }
 
+  // Where store_by_key and store_by_query write, as left operands (keys, queries) and its
+  // transpose.
   template <typename T>
   static Matrix<const T> by_key(Tile<T> tile, T*) {
     return {tile.data, tile.queries};
@@ -29,13 +32,13 @@ struct SingleWords {
     return {tile.data, tile.queries, true};
   }
 
-  // What store_by_query() has written.
+  // A vector of queries of key j.
   template <typename T>
-  static Matrix<const T> written_by_query(Tile<T> tile, T* room) {
-    return by_query(tile, room);
+  static USP_SIMD_MEMBER void store_by_key(Tile<T> tile, T*, int64_t j, int64_t i, Vec<T> x) {
+    store<T>(tile.row(j) + i, x);
   }
 
-  // Puts keys j and j + 1 of a vector of queries of the tile in their place.
+  // The same of keys j and j + 1; the second counts only if it is there.
   template <typename T>
   static USP_SIMD_MEMBER void store_by_query(Tile<T> tile, T*, int64_t j, int64_t i, Vec<T> first,
                                              Vec<T> second) {
