@@ -102,7 +102,7 @@ void dropout(Tile<T> m, TileDropout d) {
 template <typename Words, int kVectors, typename T>
 void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room, int64_t i) {
   const auto at = [i](int v) { return i + v * kLanes<T>; };
-  Vec<T> max[kVectors], subtracted[kVectors], sum[kVectors];
+  Vec<T> max[kVectors], subtracted[kVectors], sum[kVectors];  // sum of this tile alone
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) max[v] = load(rows.max + at(v));
   for (int64_t j = 0; j < s.keys; ++j) {
@@ -112,10 +112,7 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     subtracted[v] = max[v] == broadcast<T>(minus_infinity<T>()) ? Vec<T>{} : max[v];
-    const Vec<T> shrink = exp<T, Words::kRounds>(load(rows.max + at(v)) - subtracted[v]);
-    sum[v] = load(rows.sum + at(v)) * shrink;
-    store<T>(rows.factor + at(v), shrink);
-    store<T>(rows.max + at(v), max[v]);
+    sum[v] = Vec<T>{};
   }
   for (int64_t j = 0; j < s.keys; j += 2) {
     const bool paired = j + 1 < s.keys;
@@ -134,7 +131,12 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store<T>(rows.sum + at(v), sum[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<T> factor = exp<T, Words::kRounds>(load(rows.max + at(v)) - subtracted[v]);
+    store<T>(rows.sum + at(v), load(rows.sum + at(v)) * factor + sum[v]);
+    store<T>(rows.factor + at(v), factor);
+    store<T>(rows.max + at(v), max[v]);
+  }
 }
 
 template <typename Words, typename T>
