@@ -185,6 +185,69 @@ def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(span: str) -> None:
     assert torch.equal(out, kept[0]) and torch.equal(lse, kept[1])
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("span", ["all", "gaps", "nothing"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_result_is_the_new_out_rounded(
+    span: str, dtype: torch.dtype, prior: bool, capability: str
+) -> None:
+    case = Case(span="all" if span == "nothing" else span, dtype=dtype)
+    x = make_inputs(case)
+    shared = options(case, x, slice(None), masked=True)
+    if span == "nothing":
+        shared[:2] = [torch.full((case.lq,), 7, dtype=torch.int32)] * 2
+    with running_on(capability, 2):
+        out, lse = new_state(case)
+        if prior:
+            torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+        before, last_lse = out.clone() if prior else None, lse.clone()
+        result = torch.full_like(out, torch.nan, dtype=dtype)
+        torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, before, last_lse, result)
+        kept = out.clone()
+        torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+    assert before is None or torch.equal(before, kept)
+    assert torch.equal(lse, last_lse)
+    assert torch.equal(result, out.to(dtype))
+
+
+# Powers of two step through every exponent of a half, numbers around them round both ways.
+def test_results_round_as_torch_does() -> None:
+    steps = torch.arange(-40, 20, dtype=torch.float32)
+    values = torch.cat([2**steps * f for f in (1, 1.0004, 1.00049, 1.0005, 1.0037, 1.004, 1.9999)])
+    values = torch.cat([values, -values, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
+    count = len(values)
+    case = Case(heads=(1, 0, 1), dtype=torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k = (torch.zeros(1, n, 1, 16, dtype=dtype) for n in (count, 1))
+        out = values.repeat_interleave(16).view(1, count, 1, 16)
+        lse, nothing = torch.zeros(1, 1, count), torch.zeros(count, dtype=torch.int32)
+        for capability in CAPABILITIES:
+            with running_on(capability, 1):
+                result = torch.zeros_like(out, dtype=dtype)
+                scalars = (0, 1, 1, case.head_dim**-0.5, 0.0, 0.0, 0)
+                args = (q, k, k, nothing, nothing, None, None, None, None, *scalars)
+                torch.ops.usp.attention_forward(*args, out, lse.clone(), result)
+            torch.testing.assert_close(result, out.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 67, 3, 40), (1, 64, 1, 7), (1, 0, 2, 8), (2, 130, 1, 128)])
+def test_delta(shape: tuple[int, ...], dtype: torch.dtype, capability: str) -> None:
+    torch.manual_seed(4)
+    batch, rows, heads, _ = shape
+    dout = torch.randn(batch, heads, rows, shape[3]).to(dtype).transpose(1, 2)
+    out = torch.randn(shape).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    result = torch.full((batch, heads, rows), torch.nan, dtype=acc)
+    with running_on(capability, 2):
+        torch.ops.usp.attention_delta(dout, out, result)
+    exact = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+    bound = 1e-13 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound * shape[3])
+
+
 @pytest.mark.parametrize("where", [0, 150, 299])
 def test_one_key_far_above_the_rest(where: int) -> None:
     case = Case(lk=300, lq=70, prior_keys=0)

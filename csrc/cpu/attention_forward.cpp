@@ -67,11 +67,11 @@ class ForwardTask {
               Workspace<T>& w, int64_t b, int64_t g)
       : a_(a), state_(state), kernels_(kernels), w_(w), b_(b), g_(g) {}
 
-  // Takes a tile of query rows in, unless they see nothing.
+  // Takes a tile of query rows in. Those that see nothing only matter to a result.
   void hold(int64_t h, Range rows) {
     RowTile<T>& tile = w_.tiles[count_];
     tile.visible = visible_keys(a_.span, rows);
-    if (tile.visible.empty()) return;
+    if (tile.visible.empty() && state_.result == nullptr) return;
     tile.unmasked = unmasked_keys(a_.span, rows);
     tile.h = h;
     tile.rows = rows;
@@ -114,10 +114,11 @@ class ForwardTask {
     }
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const T sum = tile.softmax.sum[i];
-      const T* from = out_row(tile, i);
       T* to = tile.out.data + i * tile.out.ld;
+      std::fill(to, to + tile.out.ld, T(0));
+      if (state_.out == nullptr) continue;
+      const T* from = state_.out + row_offset(tile, i);
       for (int64_t d = 0; d < a_.Dv; ++d) to[d] = from[d] * sum;
-      std::fill(to + a_.Dv, to + tile.out.ld, T(0));
     }
   }
 
@@ -158,17 +159,23 @@ class ForwardTask {
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const RunningSoftmax<T> row{tile.softmax.max[i], tile.softmax.sum[i]};
       const auto before = RunningSoftmax<T>::from_lse(lse[i], kernels_.headroom);
-      if (row.max == before.max && row.sum == before.sum) continue;  // saw nothing
-      lse[i] = row.lse();
-      const T normaliser = row.normaliser();
-      const T* from = tile.out.data + i * tile.out.ld;
-      T* to = out_row(tile, i);
-      for (int64_t d = 0; d < a_.Dv; ++d) to[d] = from[d] * normaliser;
+      const bool changed = row.max != before.max || row.sum != before.sum;
+      if (changed) lse[i] = row.lse();
+      if (changed || state_.result != nullptr) store_row(tile, i, row.normaliser());
     }
   }
 
-  T* out_row(const RowTile<T>& tile, int64_t i) const {
-    return state_.out + ((b_ * a_.Lq + tile.rows.begin + i) * a_.H + tile.h) * a_.Dv;
+  void store_row(const RowTile<T>& tile, int64_t i, T factor) {
+    const int64_t place = row_offset(tile, i);
+    const Matrix<const T> row{tile.out.data + i * tile.out.ld, tile.out.ld};
+    const bool last = state_.result != nullptr;
+    const DType dtype = last ? state_.result_dtype : kDType<T>;
+    char* to = static_cast<char*>(last ? state_.result : state_.out) + place * element_size(dtype);
+    kernels_.store_rows(row, 1, a_.Dv, &factor, dtype, to, a_.Dv);
+  }
+
+  int64_t row_offset(const RowTile<T>& tile, int64_t i) const {
+    return ((b_ * a_.Lq + tile.rows.begin + i) * a_.H + tile.h) * a_.Dv;
   }
 
   const Attention<T>& a_;
@@ -184,7 +191,7 @@ class ForwardTask {
 template <typename T>
 void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
                        const ParallelFor& parallel) {
-  if (a.Lk == 0 || a.H == 0 || a.Lq == 0) return;
+  if (a.H == 0 || a.Lq == 0) return;
   // Tiles of one key head: rows from the last, for under a causal mask they are the heaviest, and
   // for the same rows head by head.
   const int64_t row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;

@@ -20,6 +20,8 @@ constexpr Kernels<T> make_kernels() {
       .left_rows = left_rows<T>,
       .right_rows = right_rows<T>,
       .right_transpose = right_transpose<T>,
+      .store_rows = store_rows<T>,
+      .row_products = row_products<T>,
       .add_rows = add_rows<T>,
       .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,

@@ -26,6 +26,9 @@ inline int64_t element_size(DType dtype) {
   }
 }
 
+template <typename T>
+inline constexpr DType kDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
 // Address of (b, row, h, 0).
 inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int64_t h) {
   const int64_t offset = b * x.batch_stride + row * x.row_stride + h * x.head_stride;
