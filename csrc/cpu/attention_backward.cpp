@@ -21,7 +21,7 @@
 namespace usp::cpu {
 namespace {
 
-inline constexpr int64_t kKeysHeld = 2 * kKeyTile;
+inline constexpr int64_t kKeysHeld = kTilesHeld * kKeyTile;
 
 template <typename T>
 struct Workspace {
