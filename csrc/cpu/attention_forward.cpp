@@ -64,8 +64,8 @@ template <typename T>
 class ForwardTask {
  public:
   ForwardTask(const Attention<T>& a, const AttentionState<T>& state, const Kernels<T>& kernels,
-              Workspace<T>& w, int64_t b, int64_t g)
-      : a_(a), state_(state), kernels_(kernels), w_(w), b_(b), g_(g) {}
+              Workspace<T>& w, int64_t b, int64_t g, T headroom_sum)
+      : a_(a), state_(state), kernels_(kernels), w_(w), b_(b), g_(g), headroom_sum_(headroom_sum) {}
 
   // Takes a tile of query rows in. Those that see nothing only matter to a result.
   void hold(int64_t h, Range rows) {
@@ -104,22 +104,21 @@ class ForwardTask {
     tile.positions.load(a_, tile.rows);
   }
 
+  RunningSoftmax<T> carried(T lse) const {
+    return RunningSoftmax<T>::from_lse(lse, kernels_.headroom, headroom_sum_);
+  }
+
   void load_state(RowTile<T>& tile) {
-    const T* lse = state_.lse + (b_ * a_.H + tile.h) * a_.Lq + tile.rows.begin;
+    const T* lse = lse_of(tile);
     for (int64_t i = 0; i < padded(tile.rows.size()); ++i) {
-      const T held = i < tile.rows.size() ? lse[i] : minus_infinity<T>();
-      const auto row = RunningSoftmax<T>::from_lse(held, kernels_.headroom);
+      const auto row = carried(i < tile.rows.size() ? lse[i] : minus_infinity<T>());
       tile.softmax.max[i] = row.max;
       tile.softmax.sum[i] = row.sum;
     }
-    for (int64_t i = 0; i < tile.rows.size(); ++i) {
-      const T sum = tile.softmax.sum[i];
-      T* to = tile.out.data + i * tile.out.ld;
-      std::fill(to, to + tile.out.ld, T(0));
-      if (state_.out == nullptr) continue;
-      const T* from = state_.out + row_offset(tile, i);
-      for (int64_t d = 0; d < a_.Dv; ++d) to[d] = from[d] * sum;
-    }
+    std::fill(tile.out.data, tile.out.data + tile.rows.size() * tile.out.ld, T(0));
+    if (state_.out == nullptr) return;
+    kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
+                        tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
   }
 
   void add_keys(Range keys) {
@@ -155,27 +154,34 @@ class ForwardTask {
   }
 
   void store_state(const RowTile<T>& tile) {
-    T* lse = state_.lse + (b_ * a_.H + tile.h) * a_.Lq + tile.rows.begin;
+    T *lse = lse_of(tile), *factor = tile.softmax.factor;
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const RunningSoftmax<T> row{tile.softmax.max[i], tile.softmax.sum[i]};
-      const auto before = RunningSoftmax<T>::from_lse(lse[i], kernels_.headroom);
-      const bool changed = row.max != before.max || row.sum != before.sum;
-      if (changed) lse[i] = row.lse();
-      if (changed || state_.result != nullptr) store_row(tile, i, row.normaliser());
+      factor[i] = row.normaliser();
+      if (row == carried(lse[i])) continue;  // saw nothing: what it has stays, to the bit
+      lse[i] = row.lse();
+      if (state_.result == nullptr) store_rows(tile, {i, i + 1});
     }
+    if (state_.result != nullptr) store_rows(tile, {0, tile.rows.size()});
   }
 
-  void store_row(const RowTile<T>& tile, int64_t i, T factor) {
-    const int64_t place = row_offset(tile, i);
-    const Matrix<const T> row{tile.out.data + i * tile.out.ld, tile.out.ld};
+  // To the result where there is one.
+  void store_rows(const RowTile<T>& tile, Range rows) {
     const bool last = state_.result != nullptr;
     const DType dtype = last ? state_.result_dtype : kDType<T>;
+    const int64_t row_stride = a_.H * a_.Dv;
+    const int64_t place = row_offset(tile) + rows.begin * row_stride;
     char* to = static_cast<char*>(last ? state_.result : state_.out) + place * element_size(dtype);
-    kernels_.store_rows(row, 1, a_.Dv, &factor, dtype, to, a_.Dv);
+    kernels_.store_rows({tile.out.data + rows.begin * tile.out.ld, tile.out.ld}, rows.size(), a_.Dv,
+                        tile.softmax.factor + rows.begin, dtype, to, row_stride);
   }
 
-  int64_t row_offset(const RowTile<T>& tile, int64_t i) const {
-    return ((b_ * a_.Lq + tile.rows.begin + i) * a_.H + tile.h) * a_.Dv;
+  T* lse_of(const RowTile<T>& tile) const {
+    return state_.lse + (b_ * a_.H + tile.h) * a_.Lq + tile.rows.begin;
+  }
+
+  int64_t row_offset(const RowTile<T>& tile) const {
+    return ((b_ * a_.Lq + tile.rows.begin) * a_.H + tile.h) * a_.Dv;
   }
 
   const Attention<T>& a_;
@@ -183,6 +189,7 @@ class ForwardTask {
   const Kernels<T>& kernels_;
   Workspace<T>& w_;
   const int64_t b_, g_;
+  const T headroom_sum_;  // exp(headroom)
   int64_t count_ = 0;
 };
 
@@ -203,12 +210,13 @@ void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
   Workspace<T>(a, held, measure);
   Scratch scratch(parallel.workers_for(tasks), measure.used());
   const Kernels<T>& table = kernels<T>(a.q.dtype);
+  const T headroom_sum = std::exp(table.headroom);
   parallel.for_each_task(tasks, [&](int64_t worker, int64_t index) {
     Carver carver(scratch.of(worker));
     Workspace<T> workspace(a, held, carver);
     const int64_t b = index / runs / a.G, g = index / runs % a.G;
     const Range own = a.query_heads(g);
-    ForwardTask<T> task(a, state, table, workspace, b, g);
+    ForwardTask<T> task(a, state, table, workspace, b, g, headroom_sum);
     const Range tiles =
         intersect({index % runs * held, (index % runs + 1) * held}, {0, row_tiles * own.size()});
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {

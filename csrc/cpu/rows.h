@@ -106,13 +106,15 @@ template <typename T>
 void right_transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
   constexpr int64_t kBlock = kLanes<T>;
   for (int64_t i0 = 0; i0 < dst.ld; i0 += kBlock) {
+    const int64_t left = rows - i0, some = left < 0 ? 0 : left < kBlock ? left : kBlock;
     for (int64_t d = 0; d < cols; ++d) {
       T* __restrict to = dst.data + d * dst.ld + i0;
       const T* __restrict from = src.data + i0 * src.ld + d;
-      if (i0 + kBlock <= rows) {
+      if (some == kBlock) {
         for (int64_t i = 0; i < kBlock; ++i) to[i] = from[i * src.ld];
       } else {
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = i0 + i < rows ? from[i * src.ld] : T(0);
+        store<T>(to, Vec<T>{});
+        for (int64_t i = 0; i < some; ++i) to[i] = from[i * src.ld];
       }
     }
   }
