@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_OPS = ("attention_forward", "attention_delta", "attention_backward", "state_merge", "pack", "unpack")
+_OPS = (
+    "attention_forward",
+    "attention_delta",
+    "attention_backward",
+    "state_merge",
+    "pack",
+    "unpack",
+)
 
 
 def load_error() -> str | None:
