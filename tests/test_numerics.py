@@ -64,7 +64,7 @@ def test_error_is_torchs_own_and_does_not_grow_with_the_ring(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_error_does_not_grow_with_the_length(dtype: str) -> None:
-    """torch sums gradients of keys in the inputs' dtype: in bf16 ours are at most half as far off."""
+    """torch sums gradients of keys in the inputs' dtype: in bf16 ours are at most half as far."""
     case = Case(seq_len=4096, heads=1, kv_heads=1, head_dim=64, value_dim=64, dtype=dtype)
     exact, theirs = oracle(case), sdpa_on_one_device(case)
     t = whole(case)
