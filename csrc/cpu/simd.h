@@ -34,7 +34,7 @@ struct VectorTraits<float> {
   // exp(r) for |r| <= ln(2) / 2, minimax of the relative error: 2^-29.
   static constexpr float kExp[] = {1.0f,         1.00000003f,    0.499999942f,  0.166664313f,
                                    0.041668002f, 0.00837415531f, 0.00138436536f};
-  // The same to 2^-18, for results that are rounded to fewer bits anyway.
+  // The same to 2^-17 (2^-18.4 before rounding), for results that are rounded to fewer bits anyway.
   static constexpr float kCoarseExp[] = {1.0f, 0.999966837f, 0.500030136f, 0.167874733f,
                                          0.0415138476f};
 };
@@ -125,7 +125,7 @@ struct Exponential<float, true> {
 };
 
 // exp(x) for x up to the exponent range: 0 below the normal range (and at -inf), NaN stays NaN.
-// Error below 2 ulp, or 2^-18 where kCoarse: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in
+// Error below 2 ulp, or 2^-17 where kCoarse: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in
 // r, 2^n by its bits.
 template <typename T, bool kCoarse = false>
 USP_SIMD Vec<T> exp(Vec<T> x) {

@@ -316,14 +316,14 @@ TEST_F(Bf16Products, OfSoftmaxWeights) {
   }
 }
 
-TEST_F(Bf16Products, RoundedWeightsAreAccurateToEighteenBits) {
+TEST_F(Bf16Products, RoundedWeightsAreAccurateToSeventeenBits) {
   std::uniform_real_distribution<float> below(-20, 0);
   std::vector<float> x(1 << 14);
   for (float& score : x) score = below(random_);
   const auto result = exps(table(), x, std::vector<float>(16, 0.0f));
   for (size_t i = 0; i < x.size(); ++i) {
     const double expected = std::exp(static_cast<double>(x[i]));
-    ASSERT_NEAR(result[i], expected, std::ldexp(expected, -18)) << "exp(" << x[i] << ")";
+    ASSERT_NEAR(result[i], expected, std::ldexp(expected, -17)) << "exp(" << x[i] << ")";
   }
 }
 
