@@ -46,19 +46,39 @@ def interleave(
         clock: One of CLOCKS.
     """
     now = CLOCKS[clock]
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = now()
+        run()
+        return now() - start
+
+    return take_turns(candidates, rounds, budget, seconds)
+
+
+def take_turns(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    budget: float,
+    seconds: Callable[[Callable[[], object]], float],
+    agree: Callable[[bool], bool] = bool,
+) -> Times:
+    """Like ``interleave``, with one's own way to time a call.
+
+    Args:
+        seconds: What a call took.
+        agree: Of several processes that take turns together: what the first of them says.
+    """
     for run in candidates.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for index in range(rounds):
-        if index >= 3 and time.perf_counter() - begin > budget:
+        if index >= 3 and agree(time.perf_counter() - begin > budget):
             break
         order = list(candidates)
         for name in order if index % 2 == 0 else reversed(order):
-            start = now()
-            candidates[name]()
-            seconds[name].append(now() - start)
-    return Times(seconds)
+            taken[name].append(seconds(candidates[name]))
+    return Times(taken)
 
 
 def matmul(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
