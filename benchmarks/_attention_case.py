@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from usp import long_context_attention
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASKS = ("full", "causal", "window", "documents", "gqa")
 PASSES = ("forward", "both")
+NAMES = ("out", "dq", "dk", "dv")
 WINDOW, DOCUMENTS, GROUP = 1024, 8, 8
 
 
@@ -27,6 +29,7 @@ class Case:
     length: int
     mask: str
     heads: int
+    batch: int = 1
 
     @property
     def kv_heads(self) -> int:
@@ -70,7 +73,8 @@ class Case:
         return n * n
 
     def flops(self, which: str) -> float:
-        return (4 if which == "forward" else 14) * self.pairs * self.heads * self.head_dim
+        pairs = self.pairs * self.heads * self.batch
+        return (4 if which == "forward" else 14) * pairs * self.head_dim
 
 
 class Attention:
@@ -81,7 +85,7 @@ class Attention:
         generator = torch.Generator().manual_seed(0)
 
         def randn(heads: int) -> Tensor:
-            shape = (1, case.length, heads, case.head_dim)
+            shape = (case.batch, case.length, heads, case.head_dim)
             return torch.randn(shape, generator=generator).to(DTYPES[case.dtype])
 
         self.ours = [randn(case.heads), randn(case.kv_heads), randn(case.kv_heads)]
@@ -117,3 +121,24 @@ def differentiated(
             return [attend(*leaves)]
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error over that of the exact values."""
+    return ((x.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def errors(case: Case, attention: Attention, which: str) -> dict[str, tuple[float, float]]:
+    """Relative rms error against fp64 of usp and of SDPA, or a refusal to go on."""
+    exact = [x.transpose(1, 2) for x in attention.sdpa(which, torch.float64)]
+    theirs = [x.transpose(1, 2) for x in attention.sdpa(which)]
+
+    found = {}
+    triples = zip(attention.usp(which), theirs, exact, strict=True)
+    for name, (our, their, reference) in zip(NAMES, triples, strict=False):
+        ours, sdpa = relative_error(our, reference), relative_error(their, reference)
+        floor = 16 * torch.finfo(torch.float32).eps  # both are exact there
+        if not ours <= max(1.25 * sdpa, floor):
+            sys.exit(f"{case}: {name} is off by {ours:.2e}, SDPA by {sdpa:.2e}: not timed")
+        found[name] = (ours, sdpa)
+    return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NAMES = ("out", "dq", "dk", "dv")
-
 
 def sampled_positions(length: int, count: int) -> Tensor:
     """Both ends, and positions spread at random between them; ascending."""
@@ -48,8 +46,3 @@ def exact_rows(
     rows = [p @ v, ds @ k]
     p, ds = weights(every, positions)
     return [*rows, ds.mT @ q, p.mT @ dout]
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    """Root mean square of the error over that of the exact values."""
-    return ((x.double() - exact).square().mean() / exact.square().mean()).sqrt().item()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from usp.backends import native
 
 MATMUL_SIZE = 1024
 # Time waiting for a core counts on a wall clock only; time spinning for another thread on both.
@@ -85,6 +90,24 @@ def matmul(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
     """torch's matrix product as the measure of the machine: the call, and its FLOPs."""
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
     return lambda: a @ b, 2.0 * MATMUL_SIZE**3
+
+
+def introduce(**more: Any) -> dict[str, Any]:
+    """The environment, printed; ends the program where the kernels to be measured are missing."""
+    missing = native.unavailable()
+    if missing is not None:
+        sys.exit(f"nothing to measure: {missing}")
+    extension = importlib.import_module("usp._C")
+    about = {**environment(), "cpu_capability": extension.cpu_capability(), **more}
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    return about
+
+
+def write_report(file: Path | None, about: dict[str, Any], **results: Any) -> None:
+    """``results`` under what ``introduce`` gave, as JSON."""
+    if file is not None:
+        about = {**about, "load_average_after": os.getloadavg()}
+        file.write_text(json.dumps({"environment": about, **results}, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:

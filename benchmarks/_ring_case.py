@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _attention_case import DTYPES, differentiated
-from _exact_rows import NAMES, exact_rows, relative_error, sampled_positions
+from _attention_case import DTYPES, NAMES, differentiated, relative_error
+from _exact_rows import exact_rows, sampled_positions
 from _plain_ring import plain_ring_attention
 from torch import Tensor
 

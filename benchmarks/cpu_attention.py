@@ -17,9 +17,7 @@ and fp16. FLOPs count visible pairs only: 4 D each forward, 10 D more backward.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -30,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import DTYPES, GROUP, MASKS, PASSES, Attention, Case
-from _measure import CLOCKS, environment, interleave, matmul
-from torch import Tensor
+from _attention_case import DTYPES, GROUP, MASKS, PASSES, Attention, Case, errors
+from _measure import CLOCKS, interleave, introduce, matmul, write_report
 
 from usp import block
 from usp.backends import native
@@ -40,26 +37,6 @@ from usp.plan import Step
 from usp.problem import Block, Heads, Scoring, State
 
 LENGTHS = (512, 2048, 8192, 16384)
-NAMES = ("out", "dq", "dk", "dv")
-
-
-def errors(case: Case, attention: Attention, which: str) -> dict[str, tuple[float, float]]:
-    """Relative rms error against fp64 of usp and of SDPA, or a refusal to go on."""
-    exact = [x.transpose(1, 2) for x in attention.sdpa(which, torch.float64)]
-    theirs = [x.transpose(1, 2) for x in attention.sdpa(which)]
-
-    def relative(x: Tensor, reference: Tensor) -> float:
-        return ((x.double() - reference).square().mean() / reference.square().mean()).sqrt().item()
-
-    found = {}
-    triples = zip(attention.usp(which), theirs, exact, strict=True)
-    for name, (our, their, reference) in zip(NAMES, triples, strict=False):
-        ours, sdpa = relative(our, reference), relative(their, reference)
-        floor = 16 * torch.finfo(torch.float32).eps  # both are exact there
-        if not ours <= max(1.25 * sdpa, floor):
-            sys.exit(f"{case}: {name} is off by {ours:.2e}, SDPA by {sdpa:.2e}: not timed")
-        found[name] = (ours, sdpa)
-    return found
 
 
 def measure(case: Case, which: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -188,12 +165,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    missing = native.unavailable()
-    if missing is not None:
-        sys.exit(f"nothing to measure: {missing}")
-    extension = importlib.import_module("usp._C")
-    about = {**environment(), "cpu_capability": extension.cpu_capability(), "clock": args.clock}
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    about = introduce(clock=args.clock)
     print(
         "\ndtype  dim length mask     heads  pass    ratio  usp GF/s SDPA GF/s"
         " mm GF/s of matmul  error/SDPA's"
@@ -212,10 +184,7 @@ def main() -> None:
             f"  {step['dtype']:5} {step['head_dim']:4} {step['length']:6}"
             f"{step['carried_over_fresh']:7.3f}"
         )
-    if args.json is not None:
-        about["load_average_after"] = environment()["load_average"]
-        report = {"environment": about, "cases": results, "ring_steps": steps}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.json, about, cases=results, ring_steps=steps)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -30,11 +29,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _attention_case import PASSES
-from _measure import Times, environment, take_turns
+from _measure import Times, introduce, take_turns, write_report
 from _ring_case import ALLOWED, ALONE, MESHES, PLAIN, PROCESSES, RingAttention, RingCase
 
 import usp
-from usp.backends import native
 from usp.demo.processes import ProcessFailed, Tell, run
 
 
@@ -181,11 +179,7 @@ def in_processes(function: Callable[..., Any], args: argparse.Namespace) -> list
 
 def main() -> None:
     args = parse()
-    missing = native.unavailable()
-    if missing is not None:
-        sys.exit(f"nothing to measure: {missing}")
-    about = environment()
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    about = introduce()
     if args.trace is not None:
         return
     print(
@@ -194,9 +188,7 @@ def main() -> None:
         "   errors of out dq dk dv"
     )
     results = in_processes(measure_all, args)[0]
-    if args.json is not None:
-        about["load_average_after"] = environment()["load_average"]
-        args.json.write_text(json.dumps({"environment": about, "cases": results}, indent=1) + "\n")
+    write_report(args.json, about, cases=results)
 
 
 if __name__ == "__main__":
