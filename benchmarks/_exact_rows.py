@@ -13,9 +13,7 @@ def sampled_positions(length: int, count: int) -> Tensor:
     return torch.cat([inside, torch.tensor([0, length - 1])]).unique()
 
 
-def exact_rows(
-    leaves: list[Tensor], dout: Tensor, positions: Tensor, causal: bool
-) -> list[Tensor]:
+def exact_rows(leaves: list[Tensor], dout: Tensor, positions: Tensor, causal: bool) -> list[Tensor]:
     """out, dq, dk and dv at ``positions``: (B, H, positions, D) each, fp64.
 
     torch's attention in fp64 gives lse and out of every row, from which a gradient at one

@@ -93,6 +93,7 @@ class _PlainRing(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         held, size = [k, v], dist.get_world_size()
         dq = torch.zeros_like(q, dtype=torch.float32)
+        sums: Callable[[], list[Tensor]] | None = None
         for step in range(size):
             if step + 1 < size:
                 wait = pass_on(held)
@@ -102,13 +103,17 @@ class _PlainRing(torch.autograd.Function):
             state = [x[:, :, hop.queries] for x in (out, lse)]
             block_dq, *block_dkv = _backward(*rows, *block, *state, 0.0, hop.causal)
             dq[:, :, hop.queries] += block_dq
-            dkv = sums_home() if step else [torch.zeros_like(k, dtype=torch.float32) for _ in held]
-            for total, part in zip(dkv, block_dkv, strict=True):
-                total[:, :, hop.keys] += part
-            sums_home = pass_on(dkv)
+            if sums is None:
+                dkv = [part.float() for part in block_dkv]
+            else:
+                dkv = sums()
+                for total, part in zip(dkv, block_dkv, strict=True):
+                    total[:, :, hop.keys] += part
+            sums = pass_on(dkv)
             if step + 1 < size:
                 held = wait()
-        return dq.to(q.dtype), *(total.to(k.dtype) for total in sums_home()), None
+        assert sums is not None
+        return dq.to(q.dtype), *(total.to(k.dtype) for total in sums()), None
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import DTYPES, GROUP, MASKS, PASSES, Attention, Case, errors
+from _attention_case import DTYPES, GROUP, MASKS, PASSES, Attention, Case, WrongResult, errors
 from _measure import CLOCKS, interleave, introduce, matmul, write_report
 
 from usp import block
@@ -188,4 +188,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WrongResult as wrong:
+        sys.exit(str(wrong))

@@ -16,63 +16,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+import _timeline
 import torch.distributed as dist
 from _attention_case import PASSES
 from _measure import Times, introduce, take_turns, write_report
-from _ring_case import ALLOWED, ALONE, MESHES, PLAIN, PROCESSES, RingAttention, RingCase
+from _ring_case import ALLOWED, ALONE, CORES, MESHES, PLAIN, PROCESSES, RingAttention, RingCase
+from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 
-import usp
-from usp.demo.processes import ProcessFailed, Tell, run
+from usp.demo.processes import Tell
 
-
-@dataclass(frozen=True)
-class Work:
-    """What all processes are given."""
-
-    args: argparse.Namespace
-    store: str
-
-
-def join(store: str, rank: int) -> dict[str, usp.SequenceMesh]:
-    """Meets the other processes; the meshes, by name."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, PROCESSES),
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(minutes=30),
-    )
-    return {name: usp.init_mesh(*d, device_type="cpu") for name, d in MESHES.items()}
-
-
-def slowest_seconds(run: Callable[[], object]) -> float:
-    """What a call took that all ranks begin together, on the slowest of them."""
-    dist.barrier()
-    start = time.perf_counter()
-    run()
-    taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return taken.item()
-
-
-def as_first_rank_says(wish: bool) -> bool:
-    said = torch.tensor(wish)
-    dist.broadcast(said, 0)
-    return bool(said)
+TRACED = "1 x 4"
 
 
 def check(case: RingCase, errors: dict[str, dict[str, float]]) -> None:
@@ -87,9 +44,7 @@ def check(case: RingCase, errors: dict[str, dict[str, float]]) -> None:
 
 def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    args, meshes = work.args, join(work.store, rank)
-    meshes = {name: meshes[name] for name in args.meshes}
-    results = []
+    args, meshes, results = work.args, join(work, rank), []
     for dtype, mask in itertools.product(args.dtypes, args.masks):
         case = RingCase(dtype, args.head_dim, args.seq_len, mask, args.heads)
         attention = RingAttention(case, meshes)
@@ -105,6 +60,54 @@ def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
                 print_rows(results[-1])
     dist.destroy_process_group()
     return results
+
+
+def trace(work: Work, rank: int, tell: Tell) -> tuple[_timeline.Timeline, float]:
+    """On each process: one forward and backward of the traced mesh; its messages' time alone."""
+    args, mesh = work.args, join(work, rank)[TRACED]
+    case = RingCase(args.dtypes[0], args.head_dim, args.seq_len, args.masks[0], args.heads)
+    attention = RingAttention(case, {TRACED: mesh})
+    check(case, attention.errors())
+    run = attention.candidates("both")[TRACED]
+    blocks = case.bytes_sent(MESHES[TRACED], backward=False).blocks
+    for _ in range(3):  # the last one counts
+        dist.barrier()
+        with _timeline.recorded(blocks // (PROCESSES - 1)) as timeline:
+            run()
+    alone = _timeline.seconds_alone(mesh.ring, timeline.messages)
+    dist.destroy_process_group()
+    return timeline, alone
+
+
+def report_trace(args: argparse.Namespace) -> dict[str, Any]:
+    args.meshes = [TRACED]
+    timelines, alone = zip(*in_processes(trace, args), strict=True)
+    milliseconds = [
+        {
+            "pass": 1e3 * (t.ends[1] - t.ends[0]),
+            "computing": 1e3 * _timeline.total(t.computing),
+            "in_flight": 1e3 * _timeline.total(t.in_flight),
+            "hidden": 1e3 * _timeline.common(t.in_flight, t.computing),
+            "waiting": 1e3 * _timeline.total(t.waiting),
+            "messages_alone": 1e3 * seconds,
+        }
+        for t, seconds in zip(timelines, alone, strict=True)
+    ]
+    share = _timeline.hidden_share(list(timelines))
+    print("\nmilliseconds   pass  computing  in flight  hidden  waiting  messages alone")
+    for rank, row in enumerate(milliseconds):
+        widths = zip(row.values(), (10, 11, 11, 8, 9, 16), strict=True)
+        print(f"rank {rank:4}" + "".join(f"{value:{width}.1f}" for value, width in widths))
+    print(f"{100 * share:.1f} % of the time that messages are in flight, their rank computes")
+    _timeline.draw(
+        list(timelines),
+        f"Forward and backward of a ring of {PROCESSES}: {PROCESSES} processes on {CORES} cores, "
+        f"{args.seq_len} tokens, {args.heads} heads of {args.head_dim}, {args.dtypes[0]}, "
+        f"{args.masks[0]}\n{100 * share:.0f} % of the time that messages are in flight is hidden "
+        "under computation",
+        args.trace,
+    )
+    return {"hidden_share": share, "milliseconds": milliseconds}
 
 
 def result(
@@ -169,18 +172,11 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def in_processes(function: Callable[..., Any], args: argparse.Namespace) -> list[Any]:
-    with tempfile.TemporaryDirectory(prefix="usp-bench-") as folder:
-        try:
-            return run(function, Work(args, f"{folder}/store"), PROCESSES, lambda done, total: None)
-        except ProcessFailed as failed:
-            sys.exit(f"{failed.details}\n{failed}")
-
-
 def main() -> None:
     args = parse()
     about = introduce()
     if args.trace is not None:
+        write_report(args.json, about, trace=report_trace(args))
         return
     print(
         f"\n{args.seq_len} tokens, {args.heads} heads of {args.head_dim}; MB: that leave a rank\n"
