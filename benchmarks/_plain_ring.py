@@ -104,7 +104,7 @@ class _PlainRing(torch.autograd.Function):
             block_dq, *block_dkv = _backward(*rows, *block, *state, 0.0, hop.causal)
             dq[:, :, hop.queries] += block_dq
             if sums is None:
-                dkv = [part.float() for part in block_dkv]
+                dkv = [part.float().contiguous() for part in block_dkv]
             else:
                 dkv = sums()
                 for total, part in zip(dkv, block_dkv, strict=True):

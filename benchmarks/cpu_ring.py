@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from _measure import Times, introduce, take_turns, write_report
 from _ring_case import ALLOWED, ALONE, CORES, MESHES, PLAIN, PROCESSES, RingAttention, RingCase
 from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 
+import usp
 from usp.demo.processes import Tell
 
 TRACED = "1 x 4"
@@ -44,7 +46,13 @@ def check(case: RingCase, errors: dict[str, dict[str, float]]) -> None:
 
 def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    args, meshes, results = work.args, join(work, rank), []
+    results = measure(work.args, join(work, rank))
+    dist.destroy_process_group()
+    return results
+
+
+def measure(args: argparse.Namespace, meshes: dict[str, usp.SequenceMesh]) -> list[dict[str, Any]]:
+    results = []
     for dtype, mask in itertools.product(args.dtypes, args.masks):
         case = RingCase(dtype, args.head_dim, args.seq_len, mask, args.heads)
         attention = RingAttention(case, meshes)
@@ -56,9 +64,8 @@ def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
                 candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
             )
             results.append(result(case, which, list(meshes), times, errors))
-            if rank == 0:
+            if dist.get_rank() == 0:
                 print_rows(results[-1])
-    dist.destroy_process_group()
     return results
 
 
@@ -144,7 +151,7 @@ def print_rows(result: dict[str, Any]) -> None:
         print(line + "   " + " ".join(f"{error:.1e}" for error in errors), flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,7 +168,7 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="2048 tokens, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     add("--trace", type=Path, metavar="FILE.png", help="time nothing, draw one pass of 1 x 4")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.seq_len, args.rounds = 2048, 3
     if args.seq_len % (2 * PROCESSES):
