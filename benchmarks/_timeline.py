@@ -76,7 +76,7 @@ class _Kernels(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        if namespace == "usp":
+        if namespace == "usp" and name in LANES:
             self._timeline.intervals[name].append((start, time.perf_counter()))
         return result
 

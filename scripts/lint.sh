@@ -9,7 +9,7 @@ failed=0
 "$bin/ruff" check . || failed=1
 "$bin/ruff" format --check . || failed=1
 "$bin/mypy" || failed=1
-find csrc tests/cpp \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 |
+find csrc tests/cpp benchmarks \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 |
   xargs -0 --no-run-if-empty "$bin/clang-format" --dry-run -Werror || failed=1
 
 [ "$failed" = 0 ] && echo "[usp] lint: nothing to say"
