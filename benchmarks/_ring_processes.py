@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _ring_case import MESHES, PROCESSES
+from _ring_case import CORES, MESHES, PROCESSES
 
 import usp
 from usp.demo.processes import ProcessFailed, run
@@ -40,6 +40,8 @@ def in_processes(function: Callable[..., Any], args: argparse.Namespace) -> list
 def join(work: Work, rank: int) -> dict[str, usp.SequenceMesh]:
     """Meets the other processes; the meshes asked for, by name."""
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(

@@ -160,6 +160,19 @@ def test_cpu_ring_draws_a_timeline(tmp_path: Path) -> None:
     assert picture.stat().st_size > 1000
 
 
+def test_the_hidden_share_counts_each_second_once() -> None:
+    timeline = module("_timeline")
+    one, two = timeline.Timeline(), timeline.Timeline()
+    one.intervals["attention_forward"] = [(1.0, 4.0)]
+    one.intervals["attention_backward"] = [(5.0, 6.0)]
+    one.intervals["blocks"] = [(0.0, 2.0), (2.0, 3.0)]
+    one.intervals["gradients"] = [(2.5, 5.5)]
+    two.intervals["blocks"] = [(0.0, 4.5)]  # nothing computed meanwhile
+    assert one.in_flight == [(0.0, 5.5)] and one.computing == [(1.0, 4.0), (5.0, 6.0)]
+    assert timeline.common(one.in_flight, one.computing) == 3.5
+    assert timeline.hidden_share([one, two]) == 3.5 / (5.5 + 4.5)
+
+
 def test_cpu_ring_refuses_what_it_cannot_cut(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         module("cpu_ring").parse(["--seq-len", "100"])
