@@ -143,7 +143,7 @@ def hidden_share(timelines: list[Timeline]) -> float:
 
 
 def draw(timelines: list[Timeline], title: str, file: Path) -> None:
-    """One row a rank, kernels above its messages; milliseconds from the first kernel or post."""
+    """One row a rank, kernels above its messages; seconds from the first kernel or post."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.2 + 1.1 * len(timelines)), layout="constrained")
@@ -151,7 +151,7 @@ def draw(timelines: list[Timeline], title: str, file: Path) -> None:
     origin = min(t.ends[0] for t in timelines)
 
     def bars(intervals: list[Interval], top: float, height: float, colour: str, label: str) -> None:
-        spans = [(1e3 * (start - origin), 1e3 * (stop - start)) for start, stop in intervals]
+        spans = [(start - origin, stop - start) for start, stop in intervals]
         axes.broken_barh(
             spans, (top, height), facecolor=colour, edgecolor="white", linewidth=0.6, label=label
         )
@@ -167,7 +167,7 @@ def draw(timelines: list[Timeline], title: str, file: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(timelines) - 0.1, -0.1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("milliseconds")
+    axes.set_xlabel("seconds")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,7 +1,7 @@
 """Four processes on two cores against one process, and against a ring of plain torch.
 
 usp bench cpu_ring --quick
-usp bench cpu_ring --json result.json        (16384 tokens, 8 heads: about 20 minutes)
+usp bench cpu_ring --json result.json        (16384 tokens, 8 heads)
 usp bench cpu_ring --trace timeline.png      (draws when rank 0 to 3 compute and communicate)
 
 Four gloo processes of one thread each compute one attention with LongContextAttention on every

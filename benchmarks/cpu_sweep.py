@@ -1,7 +1,7 @@
 """Every short length and every head dim: where usp on the CPU is slower than torch's attention.
 
 usp bench cpu_sweep --quick
-usp bench cpu_sweep --json result.json --plot sweep.png    (all 600 lengths: about half an hour)
+usp bench cpu_sweep --json result.json --plot sweep.png    (all 600 lengths)
 usp bench cpu_sweep --quick --threads 1 --clock cpu        (a machine that others use too)
 
 time(usp) / time(SDPA) of lengths 1 to 600 at head dim 64, and of head dims 16 to 256 at 512 tokens;
