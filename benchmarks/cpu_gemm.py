@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=51, help="of each product, at most")
     add("--seconds", type=float, default=5.0, help="after which a product gets no further round")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
-    add("--optimize", default="-O3", help="the compiler's flag")
+    add("--optimize", default="-O3", help="of the compiler; less is for trying this program out")
     add("--quick", action="store_true", help="head dim 64, 5 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
