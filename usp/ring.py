@@ -13,7 +13,7 @@ from usp.backends import Backend
 from usp.comm import Axis, Parcel
 from usp.plan import Plan, Step
 from usp.problem import Block, Gradients, Heads, Saved, Scoring, state_dtype
-from usp.transport import TRANSPORTS, Transport
+from usp.transport import Transport, make_transport
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool)
 
 
 def _transport(tensors: Sequence[Tensor], ring: Ring) -> Transport:
-    return TRANSPORTS[ring.transport](ring.axis, ring.plan.hops, _parcels(tensors, ring))
+    return make_transport(ring.transport, ring.axis, ring.plan.hops, _parcels(tensors, ring))
 
 
 def _parcels(

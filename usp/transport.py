@@ -1,6 +1,6 @@
 """How blocks of keys travel along the ring axis, and how their gradients come home.
 
-Two transports run the same plan: ``ring`` passes one block a hop, the next in flight while this
+Transports run the same plan: ``ring`` passes one block a hop, the next in flight while this
 one computes; ``allgather`` gathers every block in one collective while the own block computes
 (Llama-3's way; also Long-Sequence-Segmentation). Both yield blocks in the order of the plan.
 """
@@ -42,7 +42,7 @@ class RingTransport:
 
     Args:
         axis: The ring.
-        hops: How often a block is passed on, at most ``axis.size - 1``.
+        hops: How often a block is passed on, 1 to ``axis.size - 1``.
         parcels: The block of each owner.
     """
 
@@ -51,9 +51,6 @@ class RingTransport:
 
     def blocks(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         axis, held = self._axis, list(tensors)
-        if not self._hops:
-            yield held
-            return
         buffers = _buffers(2, self._parcels, tensors[0].device)
         mine = self._parcels[axis.rank]
         message = mine.pack(held, out=buffers[1][: mine.nbytes])
@@ -75,7 +72,7 @@ class TravellingSums:
     def __init__(self, axis: Axis, hops: int, parcels: Sequence[Parcel], device: torch.device):
         self._axis, self._hops, self._parcels, self._step = axis, hops, parcels, 0
         # One is computed in, one is being sent, one arrives.
-        self._buffers = _buffers(3 if hops else 1, parcels, device)
+        self._buffers = _buffers(3, parcels, device)
         self._wait: Wait | None = None
 
     def _owned(self, buffer: int, step: int) -> Tensor:
@@ -88,8 +85,6 @@ class TravellingSums:
 
     def pass_on(self) -> None:
         step, self._step = self._step, self._step + 1
-        if not self._hops:
-            return
         buffers, computed = self._buffers, self._owned(0, step)
         if self._wait is None:
             # The first message is what was computed in; a spare buffer takes its place.
@@ -104,9 +99,8 @@ class TravellingSums:
         self._wait = self._axis.shift(message, arriving, by=-self._hops if last else 1)
 
     def home(self) -> list[Tensor]:
-        mine = self._parcels[self._axis.rank]
-        message = self._wait() if self._wait is not None else self._owned(0, 0)
-        return mine.unpack(message)
+        assert self._wait is not None
+        return self._parcels[self._axis.rank].unpack(self._wait())
 
 
 class AllGatherTransport:
@@ -116,9 +110,6 @@ class AllGatherTransport:
         self._axis, self._hops, self._parcels = axis, hops, parcels
 
     def blocks(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        if not self._hops:
-            yield list(tensors)
-            return
         axis, sizes = self._axis, [parcel.nbytes for parcel in self._parcels]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
         wait = axis.all_gather(self._parcels[axis.rank].pack(tensors), whole, sizes)
@@ -129,14 +120,14 @@ class AllGatherTransport:
             yield self._parcels[owner].unpack(pieces[owner])
 
     def sums(self, parcels: Sequence[Parcel], device: torch.device) -> Sums:
-        return GatheredSums(self._axis, self._hops, parcels, device)
+        return GatheredSums(self._axis, parcels, device)
 
 
 class GatheredSums:
     """Gradients of every block are kept here and reduce-scattered in one exchange at the end."""
 
-    def __init__(self, axis: Axis, hops: int, parcels: Sequence[Parcel], device: torch.device):
-        self._axis, self._hops, self._parcels = axis, hops, parcels
+    def __init__(self, axis: Axis, parcels: Sequence[Parcel], device: torch.device):
+        self._axis, self._parcels = axis, parcels
         self._sizes = [parcel.nbytes for parcel in parcels]
         self._whole = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
 
@@ -148,18 +139,58 @@ class GatheredSums:
 
     def home(self) -> list[Tensor]:
         axis, mine = self._axis, self._parcels[self._axis.rank]
-        if not self._hops:
-            return mine.unpack(self._whole.split(self._sizes)[axis.rank])
         parts = axis.all_to_all(self._whole, self._sizes, [mine.nbytes] * axis.size)
         # Summed in rank order: the same bits whatever the collective's algorithm is.
         total = parts.view(mine.dtypes[0]).view(axis.size, -1).sum(0)
         return mine.unpack(total.view(torch.uint8))
 
 
+class NoTransport:
+    """Every rank needs its own block alone: one device, no ring, or documents that fit a rank."""
+
+    def __init__(self, axis: Axis):
+        self._rank = axis.rank
+
+    def blocks(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        yield list(tensors)
+
+    def sums(self, parcels: Sequence[Parcel], device: torch.device) -> Sums:
+        return OwnSums(parcels[self._rank], device)
+
+
+class OwnSums:
+    """Gradients that are at home already."""
+
+    def __init__(self, parcel: Parcel, device: torch.device):
+        items = zip(parcel.shapes, parcel.dtypes, strict=True)
+        self._sums = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in items]
+
+    def fresh(self, owner: int) -> list[Tensor]:
+        return self._sums
+
+    def pass_on(self) -> None:
+        pass
+
+    def home(self) -> list[Tensor]:
+        return self._sums
+
+
 TRANSPORTS: dict[str, type[RingTransport] | type[AllGatherTransport]] = {
     "ring": RingTransport,
     "allgather": AllGatherTransport,
 }
+
+
+def make_transport(name: str, axis: Axis, hops: int, parcels: Sequence[Parcel]) -> Transport:
+    """How blocks travel.
+
+    Args:
+        name: Of TRANSPORTS.
+        axis: The ring.
+        hops: How often a block is passed on, at most ``axis.size - 1``.
+        parcels: The block of each owner.
+    """
+    return TRANSPORTS[name](axis, hops, parcels) if hops else NoTransport(axis)
 
 
 def _buffers(count: int, parcels: Sequence[Parcel], device: torch.device) -> list[Tensor]:
