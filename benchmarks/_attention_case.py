@@ -20,6 +20,7 @@ PASSES = ("forward", "both")
 NAMES = ("out", "dq", "dk", "dv")
 EXACT_ZERO = 1e-12  # what fp64 leaves of dq and dk where each query sees one key
 WINDOW, DOCUMENTS, GROUP = 1024, 8, 8
+TOKENS = 4096  # of a call at least: short sequences come in batches
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ usp bench cpu_attention --quick --threads 1 --clock cpu   (a machine that others
 Candidates run in turn in one process with the same threads; a ratio is the median over rounds of
 time(SDPA) / time(usp), above 1 where usp is faster. Each gets its own layout, contiguous: SDPA
 (B, H, L, D), usp (B, L, H, D). SDPA gets a boolean mask for windows and documents and enable_gqa
-for shared key heads. Nothing is timed whose error against fp64 is above 1.25 times SDPA's own.
+for shared key heads. A call has 4096 tokens at least: short sequences come in batches. Nothing is
+timed whose error against fp64 is above 1.25 times SDPA's own.
 
 "of matmul" is usp's FLOP rate over that of torch.matmul (1024 x 1024 x 1024) taken in the same
 rounds: in bf16 for bf16 inputs (BF16 instructions, where the machine has them), in fp32 for fp32
@@ -28,7 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import DTYPES, GROUP, MASKS, PASSES, Attention, Case, WrongResult, errors
+from _attention_case import (
+    DTYPES,
+    GROUP,
+    MASKS,
+    PASSES,
+    TOKENS,
+    Attention,
+    Case,
+    WrongResult,
+    errors,
+)
 from _measure import CLOCKS, interleave, introduce, matmul, write_report
 
 from usp import block
@@ -114,8 +125,9 @@ def measure_ring_step(dtype: str, head_dim: int, args: argparse.Namespace) -> di
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     grid = itertools.product(args.dtypes, args.head_dims, args.lengths, args.masks)
     for dtype, head_dim, length, mask in grid:
-        heads = args.heads or min(max(1, 8192 // length), 8)
-        yield Case(dtype, head_dim, length, mask, max(heads, GROUP) if mask == "gqa" else heads)
+        heads = args.heads or min(max(1, 16384 // length), 8)
+        heads = max(heads, GROUP) if mask == "gqa" else heads
+        yield Case(dtype, head_dim, length, mask, heads, max(1, TOKENS // length))
 
 
 def print_row(result: dict[str, Any]) -> None:
@@ -149,7 +161,7 @@ def parse() -> argparse.Namespace:
     add("--lengths", nargs="+", type=int, default=list(LENGTHS))
     add("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="both: with backward")
-    add("--heads", type=int, help="query heads; by default 8 and fewer above 1024 tokens")
+    add("--heads", type=int, help="query heads; by default 8 and fewer above 2048 tokens")
     add("--rounds", type=int, default=15, help="of each case, at most")
     add("--seconds", type=float, default=10.0, help="after which a case gets no further round")
     add("--threads", type=int, default=torch.get_num_threads())
