@@ -1,0 +1,67 @@
+#pragma once
+
+// The two 16-bit number formats, and the way between them and fp32. Rounds to nearest even.
+
+#include "gpu.h"
+
+namespace usp::gpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+USP_DEVICE float to_float(BFloat16 x) {
+  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+USP_DEVICE float to_float(Float16 x) {
+#if defined(USP_GPU_CUDA)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  return static_cast<float>(bits_as<_Float16>(x.bits));
+#endif
+}
+
+// Two numbers in one register, the first in the low half.
+template <typename T>
+USP_DEVICE uint32_t pack(float low, float high);
+
+#if !defined(USP_GPU_CUDA)
+USP_DEVICE uint32_t rounded_bf16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  return (x == x ? rounded : bits | 0x400000u) >> 16;
+}
+#endif
+
+template <>
+USP_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+#if defined(USP_GPU_CUDA)
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return rounded_bf16(high) << 16 | rounded_bf16(low);
+#endif
+}
+
+template <>
+USP_DEVICE uint32_t pack<Float16>(float low, float high) {
+#if defined(USP_GPU_CUDA)
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  const uint32_t l = bits_as<uint16_t>(static_cast<_Float16>(low));
+  const uint32_t h = bits_as<uint16_t>(static_cast<_Float16>(high));
+  return h << 16 | l;
+#endif
+}
+
+}  // namespace usp::gpu
