@@ -286,8 +286,14 @@ USP_DEVICE float fast_log2(float x) {
 #endif
 }
 
-// Absolute error about 1e-7: 1 - 2 / (exp(2x) + 1) cancels near 0.
-USP_DEVICE float fast_tanh(float x) { return 1.0f - 2.0f / (fast_exp2(2.0f * kLog2e * x) + 1.0f); }
+// A series near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+USP_DEVICE float fast_tanh(float x) {
+  const float x2 = x * x;
+  const float series = 1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315)));
+  const float far = 1.0f - 2.0f / (fast_exp2(2.0f * kLog2e * x) + 1.0f);
+  constexpr float kNear = 0.04f;  // the next term is below 2^-24 of 1
+  return x2 < kNear ? x * series : far;
+}
 
 USP_DEVICE float larger(float a, float b) {
 #if defined(USP_GPU_HOST)
