@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:
         subprocess.Popen([*common, "-x", "c++", "-c", str(CSRC / source), "-o", str(compiled)])
         for source, compiled in zip(SOURCES, objects, strict=True)
     ]
-    assert not any([compiler.wait() for compiler in compilers])
+    statuses = [compiler.wait() for compiler in compilers]
+    assert not any(statuses)
     library = folder / f"usp_gpu_host_{wave_size}.so"
     subprocess.run([*common, "-shared", "-o", str(library), *map(str, objects)], check=True)
     return library

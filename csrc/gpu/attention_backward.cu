@@ -44,8 +44,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr Tiles kTiles = backward_tiles(kDim);
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
   constexpr int kStride = BackwardShared<T, kDim>::kStride;
-  const Attention<float>& a = arguments.inputs;
-  const AttentionGradients<float>& g = arguments.gradients;
+  const Attention<float> a = in_global_memory(arguments.inputs);
+  const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
   const BlockPlace place = place_of_block(arguments.blocks);
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lk);
@@ -126,8 +126,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr Tiles kTiles = backward_tiles(kDim);
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
   constexpr int kStride = BackwardShared<T, kDim>::kStride;
-  const Attention<float>& a = arguments.inputs;
-  const AttentionGradients<float>& g = arguments.gradients;
+  const Attention<float> a = in_global_memory(arguments.inputs);
+  const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
   const BlockPlace place = place_of_block(arguments.blocks);
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);

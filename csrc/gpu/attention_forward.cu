@@ -174,7 +174,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips;
   constexpr int kKeyTiles = kTiles.columns / kTile, kDimTiles = kDim / kTile;
   constexpr int kStride = ForwardShared<T, kDim>::kStride;
-  const Attention<float>& a = arguments.inputs;
+  const Attention<float> a = in_global_memory(arguments.inputs);
+  const AttentionState<float> memory{in_global_memory(arguments.state.out),
+                                     in_global_memory(arguments.state.lse)};
 
   const BlockPlace place = place_of_block(arguments.blocks);
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
@@ -195,10 +197,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
   const Rows rows = Rows::of(range);
   const int first_row = wave() * kStrips * kTile, first_query = rows.begin + first_row;
-  const StateRows state{
-      {arguments.state.out + ((place.b * a.Lq + first_query) * a.H + place.h) * a.Dv, a.H * a.Dv,
-       rows.size() - first_row, static_cast<int>(a.Dv)},
-      arguments.state.lse + (place.b * a.H + place.h) * a.Lq + first_query};
+  const StateRows state{{memory.out + ((place.b * a.Lq + first_query) * a.H + place.h) * a.Dv,
+                         a.H * a.Dv, rows.size() - first_row, static_cast<int>(a.Dv)},
+                        memory.lse + (place.b * a.H + place.h) * a.Lq + first_query};
   RunningRows<kStrips> running;
   Sums<kStrips, kDimTiles> out;
   state.load(running, out);

@@ -99,8 +99,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr Tiles kTiles = backward_tiles(kDim);
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
   constexpr int kStride = BiasShared<T, kDim>::kStride;
-  const Attention<float>& a = arguments.inputs;
-  const AttentionGradients<float>& g = arguments.gradients;
+  const Attention<float> a = in_global_memory(arguments.inputs);
+  const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
   const int64_t query_tiles = (a.Lq + kTiles.rows() - 1) / kTiles.rows();
   const BiasGrid grid =

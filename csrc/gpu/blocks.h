@@ -9,6 +9,20 @@
 
 namespace usp::gpu {
 
+// The same problem with pointers known to point to global memory.
+USP_DEVICE Attention<float> in_global_memory(Attention<float> a) {
+  a.q.data = in_global_memory(a.q.data);
+  a.k.data = in_global_memory(a.k.data);
+  a.v.data = in_global_memory(a.v.data);
+  a.span.first = in_global_memory(a.span.first);
+  a.span.stop = in_global_memory(a.span.stop);
+  a.bias.data = in_global_memory(a.bias.data);
+  a.alibi_slopes = in_global_memory(a.alibi_slopes);
+  a.q_pos = in_global_memory(a.q_pos);
+  a.k_pos = in_global_memory(a.k_pos);
+  return a;
+}
+
 // Which block of how many; a launch covers a run of them.
 struct BlockNumbers {
   int64_t first = 0;

@@ -214,13 +214,23 @@ USP_DEVICE char* shared_memory() {
 #endif
 }
 
+// --- Device: memory -----------------------------------------------------------------------------
+
+// The same pointer, known to point to global memory: AMD has instructions for just that.
+template <typename T>
+USP_DEVICE T* in_global_memory(T* pointer) {
+#if defined(USP_GPU_HIP)
+  return (T*)(__attribute__((address_space(1))) T*)pointer;
+#else
+  return pointer;
+#endif
+}
+
 // --- Device: copies to shared memory -------------------------------------------------------------
 
 // Sixteen bytes, global to shared, both aligned to 16; zeros where not `valid`, and then `from` is
 // not read. Arrives by copies_arrived(). On AMD the copy is done at once.
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
+inline constexpr int kVectorBytes = 16;
 
 USP_DEVICE void copy16(void* to, const void* from, bool valid) {
 #if defined(USP_GPU_CUDA)
@@ -228,9 +238,12 @@ USP_DEVICE void copy16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 16 : 0));
 #elif defined(USP_GPU_HIP)
-  *static_cast<Bytes16*>(to) = valid ? *static_cast<const Bytes16*>(from) : Bytes16{};
+  using Vector = uint32_t __attribute__((ext_vector_type(4)));
+  Vector value = {0, 0, 0, 0};
+  if (valid) value = *in_global_memory(static_cast<const Vector*>(from));
+  *static_cast<Vector*>(to) = value;
 #else
-  host::copy_later(to, from, sizeof(Bytes16), valid);
+  host::copy_later(to, from, kVectorBytes, valid);
 #endif
 }
 
@@ -241,7 +254,7 @@ USP_DEVICE void copy4(float* to, const float* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 4 : 0));
 #elif defined(USP_GPU_HIP)
-  *to = valid ? *from : 0.0f;
+  *to = valid ? *in_global_memory(from) : 0.0f;
 #else
   host::copy_later(to, from, sizeof(float), valid);
 #endif

@@ -16,6 +16,17 @@ struct BackwardArguments {
   bool vectors;
 };
 
+USP_DEVICE AttentionGradients<float> in_global_memory(AttentionGradients<float> g) {
+  g.dout.data = in_global_memory(g.dout.data);
+  g.delta = in_global_memory(g.delta);
+  g.lse = in_global_memory(g.lse);
+  g.dq = in_global_memory(g.dq);
+  g.dk = in_global_memory(g.dk);
+  g.dv = in_global_memory(g.dv);
+  g.dbias.data = in_global_memory(g.dbias.data);
+  return g;
+}
+
 // bias_backward.cu: adds this block's share to dbias.
 void bias_backward(const BackwardArguments& arguments, Stream stream);
 
