@@ -1,0 +1,117 @@
+#pragma once
+
+// From a problem to thread blocks: one block for each tile of rows of each head.
+
+#include <type_traits>
+
+#include "../attention.h"
+#include "tiles.h"
+
+namespace usp::gpu {
+
+// The same problem with pointers known to point to global memory.
+USP_DEVICE Attention<float> in_global_memory(Attention<float> a) {
+  a.q.data = in_global_memory(a.q.data);
+  a.k.data = in_global_memory(a.k.data);
+  a.v.data = in_global_memory(a.v.data);
+  a.span.first = in_global_memory(a.span.first);
+  a.span.stop = in_global_memory(a.span.stop);
+  a.bias.data = in_global_memory(a.bias.data);
+  a.alibi_slopes = in_global_memory(a.alibi_slopes);
+  a.q_pos = in_global_memory(a.q_pos);
+  a.k_pos = in_global_memory(a.k_pos);
+  return a;
+}
+
+// Which block of how many; a launch covers a run of them.
+struct BlockNumbers {
+  int64_t first = 0;
+  int64_t row_tiles = 0;
+  int64_t heads = 0;
+};
+
+struct BlockPlace {
+  int64_t b, h, row_tile;
+};
+
+// The last tile first: with a causal mask it has most to do.
+USP_DEVICE BlockPlace place_of_block(const BlockNumbers& numbers) {
+  const int64_t index = numbers.first + block_index();
+  const int64_t head = index / numbers.row_tiles;
+  return {head / numbers.heads, head % numbers.heads,
+          numbers.row_tiles - 1 - index % numbers.row_tiles};
+}
+
+USP_DEVICE Range rows_of_tile(int64_t tile, int size, int64_t count) {
+  return intersect({tile * size, (tile + 1) * size}, {0, count});
+}
+
+// A run of rows of the block of attention, in few registers.
+struct Rows {
+  int begin, end;
+
+  USP_DEVICE static Rows of(Range range) {
+    return {static_cast<int>(range.begin), static_cast<int>(range.end)};
+  }
+  USP_DEVICE int size() const { return end - begin; }
+};
+
+// The rows of `visible` in steps of `size`. The steps [full.begin, full.end) need no mask.
+struct Walk {
+  Rows visible;
+  int count;
+  Rows full;
+
+  USP_DEVICE static Walk over(Range visible, Range unmasked, int size) {
+    const Rows inside = Rows::of(intersect(visible, unmasked));
+    const Rows all = Rows::of(visible);
+    const int count = visible.empty() ? 0 : (all.size() + size - 1) / size;
+    if (inside.size() <= 0) return {all, count, {0, 0}};
+    return {all,
+            count,
+            {(inside.begin - all.begin + size - 1) / size, (inside.end - all.begin) / size}};
+  }
+
+  USP_DEVICE Rows step(int index, int size) const {
+    const int begin = visible.begin + index * size;
+    return {begin, visible.end - begin < size ? visible.end : begin + size};
+  }
+
+  USP_DEVICE bool is_masked(int index) const { return index < full.begin || index >= full.end; }
+};
+
+inline int64_t tiles_of(int64_t rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
+
+// Launches `kernel` for `blocks` blocks, in runs that any device's grid can hold.
+template <typename Arguments>
+void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads,
+                   size_t shared_bytes, Stream stream) {
+  constexpr int64_t kMostAtOnce = int64_t{1} << 22;
+  for (int64_t first = 0; first < blocks; first += kMostAtOnce) {
+    arguments.blocks.first = first;
+    const int64_t count = intersect({first, first + kMostAtOnce}, {0, blocks}).size();
+    launch(kernel, Grid{static_cast<uint32_t>(count), 1, 1}, threads, shared_bytes, stream,
+           arguments);
+  }
+}
+
+// Whether every row of x starts at a multiple of 16 bytes.
+inline bool has_aligned_rows(const TensorView& x, int64_t head_dim) {
+  constexpr int64_t kVector = 8;
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim % kVector == 0 &&
+         x.batch_stride % kVector == 0 && x.row_stride % kVector == 0 &&
+         x.head_stride % kVector == 0;
+}
+
+// Calls run(integral constant) with the smallest padded head dim that holds both of a's.
+template <int kIndex = 0, typename Run>
+void with_head_dim(const Attention<float>& a, Run&& run) {
+  constexpr int kDim = kHeadDims[kIndex];
+  if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
+    run(std::integral_constant<int, kDim>{});
+  } else if constexpr (kDim < kMaxHeadDim) {
+    with_head_dim<kIndex + 1>(a, run);
+  }
+}
+
+}  // namespace usp::gpu
