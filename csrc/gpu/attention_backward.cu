@@ -44,10 +44,11 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr Tiles kTiles = backward_tiles(kDim);
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
   constexpr int kStride = BackwardShared<T, kDim>::kStride;
+  constexpr int kParts = key_value_parts(kDim), kPartDim = kDim / kParts;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const BlockPlace place = place_of_block(arguments.blocks);
+  const BlockPlace place = place_of_block<kParts>(arguments.first, tiles_of(a.Lk, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lk);
   const Walk walk =
       Walk::over(visible_queries(a.span, range), unmasked_queries(a.span, range), kColumns);
@@ -62,9 +63,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     const int h = heads.begin + step / walk.count;
     const Rows rows = walk.step(step % walk.count, kColumns);
     queries.stage(step).template load<kThreads>(HeadRows<T>::of(a.q, place.b, h, a.D), rows,
-                                                arguments.vectors);
+                                                kPlain || arguments.vectors);
     douts.stage(step).template load<kThreads>(HeadRows<T>::of(g.dout, place.b, h, a.Dv), rows,
-                                              arguments.vectors);
+                                              kPlain || arguments.vectors);
     const int64_t row_of_heads = (place.b * a.H + h) * a.Lq + rows.begin;
     const int slot = step % kTiles.stages * kColumns, i = static_cast<int>(thread_index());
     if (i < kColumns) {
@@ -76,14 +77,16 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
   const Rows own = Rows::of(range);
   const int first_row = wave() * kStrips * kTile, first_key = own.begin + first_row;
-  keys.template load<kThreads>(HeadRows<T>::of(a.k, place.b, place.h, a.D), own, arguments.vectors);
+  keys.template load<kThreads>(HeadRows<T>::of(a.k, place.b, place.h, a.D), own,
+                               kPlain || arguments.vectors);
   values.template load<kThreads>(HeadRows<T>::of(a.v, place.b, place.h, a.Dv), own,
-                                 arguments.vectors);
+                                 kPlain || arguments.vectors);
   const Waves<T, kDim> left_keys(keys.row(first_row), kStride);
   const Waves<T, kDim> left_values(values.row(first_row), kStride);
   load_queries(0);
 
-  Sums<kStrips, kDim / kTile> dk, dv;
+  Sums<kStrips, kPartDim / kTile> dk, dv;
+  const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
   for (int step = 0; step < steps; ++step) {
@@ -105,8 +108,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
         [&](int, int, int column) {
           return QueryResults::of(shared.lse[stage + column], shared.delta[stage + column]);
         });
-    multiply_accumulate(dv, scores, douts.stage(step).data, kStride);
-    multiply_accumulate(dk, dscores, queries.stage(step).data, kStride);
+    multiply_accumulate(dv, scores, douts.stage(step).data + first_dim, kStride);
+    multiply_accumulate(dk, dscores, queries.stage(step).data + first_dim, kStride);
     if (kTiles.stages == 1 && step + 1 < steps) {
       barrier();
       load_queries(step + 1);
@@ -115,8 +118,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
-  MatrixRows<float>{g.dk + row * D, a.G * D, count, D}.add(dk, static_cast<float>(a.softmax_scale));
-  MatrixRows<float>{g.dv + row * Dv, a.G * Dv, count, Dv}.add(dv, 1.0f);
+  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.add(
+      dk, static_cast<float>(a.softmax_scale));
+  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.add(dv, 1.0f);
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -129,7 +133,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const BlockPlace place = place_of_block(arguments.blocks);
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
   if (walk.count == 0) return;
@@ -142,16 +146,16 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const auto v = HeadRows<T>::of(a.v, place.b, key_head, a.Dv);
   const auto load_keys = [&](int step) {
     const Rows rows = walk.step(step, kColumns);
-    keys.stage(step).template load<kThreads>(k, rows, arguments.vectors);
-    values.stage(step).template load<kThreads>(v, rows, arguments.vectors);
+    keys.stage(step).template load<kThreads>(k, rows, kPlain || arguments.vectors);
+    values.stage(step).template load<kThreads>(v, rows, kPlain || arguments.vectors);
   };
 
   const Rows own = Rows::of(range);
   const int first_row = wave() * kStrips * kTile, first_query = own.begin + first_row;
   queries.template load<kThreads>(HeadRows<T>::of(a.q, place.b, place.h, a.D), own,
-                                  arguments.vectors);
+                                  kPlain || arguments.vectors);
   douts.template load<kThreads>(HeadRows<T>::of(g.dout, place.b, place.h, a.Dv), own,
-                                arguments.vectors);
+                                kPlain || arguments.vectors);
   const Waves<T, kDim> left_queries(queries.row(first_row), kStride);
   const Waves<T, kDim> left_douts(douts.row(first_row), kStride);
   load_keys(0);
@@ -200,12 +204,10 @@ void launch_backward(const BackwardArguments& arguments, Stream stream) {
   constexpr Tiles kTiles = backward_tiles(kDim);
   constexpr size_t kBytes = BackwardShared<T, kDim>::kBytes;
   const Attention<float>& a = arguments.inputs;
-  BackwardArguments numbered = arguments;
-  numbered.blocks = {0, tiles_of(a.Lk, kTiles.rows()), a.G};
-  launch_blocks(key_value_kernel<T, kDim, kPlain>, numbered, numbered.blocks.row_tiles * a.G * a.B,
-                kTiles.threads(), kBytes, stream);
-  numbered.blocks = {0, tiles_of(a.Lq, kTiles.rows()), a.H};
-  launch_blocks(query_kernel<T, kDim, kPlain>, numbered, numbered.blocks.row_tiles * a.H * a.B,
+  launch_blocks(key_value_kernel<T, kDim, kPlain>, arguments,
+                tiles_of(a.Lk, kTiles.rows()) * key_value_parts(kDim), a.G, a.B, kTiles.threads(),
+                kBytes, stream);
+  launch_blocks(query_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
                 kTiles.threads(), kBytes, stream);
 }
 
@@ -213,7 +215,7 @@ template <typename T>
 void backward_of(const BackwardArguments& arguments, Stream stream) {
   with_head_dim(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    if (is_plain(arguments.inputs)) {
+    if (arguments.vectors && is_plain(arguments.inputs)) {
       launch_backward<T, kDim, true>(arguments, stream);
     } else {
       launch_backward<T, kDim, false>(arguments, stream);

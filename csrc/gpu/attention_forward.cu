@@ -15,7 +15,7 @@ namespace {
 struct ForwardArguments {
   Attention<float> inputs;
   AttentionState<float> state;
-  BlockNumbers blocks;
+  FirstBlock first;
   bool vectors;
 };
 
@@ -133,7 +133,7 @@ struct StateRows {
         const float before = leads ? lse[row] : 0.0f;
         const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
         changed.of[s][slot] = row_sum(leads && !same ? 1.0f : 0.0f) > 0.0f;
-        factor.of[s][slot] = 1.0f / sum;
+        factor.of[s][slot] = fast_reciprocal(sum);
         if (leads && !same) lse[row] = (max + fast_log2(sum)) * kLn2;
       }
     }
@@ -142,6 +142,18 @@ struct StateRows {
     });
   }
 };
+
+template <int kStrips>
+USP_DEVICE StateRows state_of_wave(const ForwardArguments& arguments, int tile_rows) {
+  const Attention<float>& a = arguments.inputs;
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tile_rows));
+  const int64_t row = place.row_tile * tile_rows + wave() * kStrips * kTile;
+  float* out = arguments.state.out + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
+  float* lse = arguments.state.lse + (place.b * a.H + place.h) * a.Lq + row;
+  const int count = static_cast<int>(a.Lq - row);
+  return {{in_global_memory(out), a.H * a.Dv, count, static_cast<int>(a.Dv)},
+          in_global_memory(lse)};
+}
 
 template <typename T, int kDim>
 struct ForwardShared {
@@ -175,10 +187,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr int kKeyTiles = kTiles.columns / kTile, kDimTiles = kDim / kTile;
   constexpr int kStride = ForwardShared<T, kDim>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
-  const AttentionState<float> memory{in_global_memory(arguments.state.out),
-                                     in_global_memory(arguments.state.lse)};
 
-  const BlockPlace place = place_of_block(arguments.blocks);
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk =
       Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kTiles.columns);
@@ -191,20 +201,17 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   ForwardShared<T, kDim> shared(shared_memory());
   const auto load_keys = [&](int step) {
     const Rows keys = walk.step(step, kTiles.columns);
-    shared.k.stage(step).template load<kThreads>(k, keys, arguments.vectors);
-    shared.v.stage(step).template load<kThreads>(v, keys, arguments.vectors);
+    shared.k.stage(step).template load<kThreads>(k, keys, kPlain || arguments.vectors);
+    shared.v.stage(step).template load<kThreads>(v, keys, kPlain || arguments.vectors);
   };
 
   const Rows rows = Rows::of(range);
   const int first_row = wave() * kStrips * kTile, first_query = rows.begin + first_row;
-  const StateRows state{{memory.out + ((place.b * a.Lq + first_query) * a.H + place.h) * a.Dv,
-                         a.H * a.Dv, rows.size() - first_row, static_cast<int>(a.Dv)},
-                        memory.lse + (place.b * a.H + place.h) * a.Lq + first_query};
   RunningRows<kStrips> running;
   Sums<kStrips, kDimTiles> out;
-  state.load(running, out);
+  state_of_wave<kStrips>(arguments, kTiles.rows()).load(running, out);
 
-  shared.q.template load<kThreads>(q, rows, arguments.vectors);
+  shared.q.template load<kThreads>(q, rows, kPlain || arguments.vectors);
   copies_arrived();
   barrier();
   const LeftRows<T, kStrips, kDim, kTiles.hold_left> queries(shared.q.row(first_row), kStride);
@@ -233,16 +240,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
       load_keys(step + 1);
     }
   }
-  state.store(running, out);
+  state_of_wave<kStrips>(arguments, kTiles.rows()).store(running, out);
 }
 
 template <typename T, int kDim, bool kPlain>
 void launch_forward(const ForwardArguments& arguments, Stream stream) {
   constexpr Tiles kTiles = forward_tiles(kDim);
-  ForwardArguments numbered = arguments;
   const Attention<float>& a = arguments.inputs;
-  numbered.blocks = {0, tiles_of(a.Lq, kTiles.rows()), a.H};
-  launch_blocks(forward_kernel<T, kDim, kPlain>, numbered, numbered.blocks.row_tiles * a.H * a.B,
+  launch_blocks(forward_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
                 kTiles.threads(), ForwardShared<T, kDim>::kBytes, stream);
 }
 
@@ -250,7 +255,7 @@ template <typename T>
 void forward_of(const ForwardArguments& arguments, Stream stream) {
   with_head_dim(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    if (is_plain(arguments.inputs)) {
+    if (arguments.vectors && is_plain(arguments.inputs)) {
       launch_forward<T, kDim, true>(arguments, stream);
     } else {
       launch_forward<T, kDim, false>(arguments, stream);

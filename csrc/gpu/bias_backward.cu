@@ -37,29 +37,29 @@ struct BiasTile {
   int64_t key_tile;
 };
 
+// Tiles that the bias tells apart.
 struct BiasGrid {
   int64_t batch, heads, query_tiles, key_tiles;
 
-  USP_HOST_DEVICE static BiasGrid of(const BiasView<float*>& dbias, const Attention<float>& a,
-                                     int64_t query_tiles, int64_t key_tiles) {
+  static BiasGrid of(const BiasView<float*>& dbias, const Attention<float>& a, const Tiles& tiles) {
     return {dbias.batch_stride == 0 ? 1 : a.B, dbias.head_stride == 0 ? 1 : a.H,
-            dbias.query_stride == 0 ? 1 : query_tiles, key_tiles};
-  }
-
-  USP_HOST_DEVICE int64_t blocks() const { return batch * heads * query_tiles * key_tiles; }
-
-  USP_DEVICE BiasTile tile(int64_t index, const BiasGrid& all) const {
-    const int64_t key_tile = index % key_tiles, rest = index / key_tiles;
-    return {part(rest / query_tiles / heads, batch, all.batch),
-            part(rest / query_tiles % heads, heads, all.heads),
-            part(rest % query_tiles, query_tiles, all.query_tiles), key_tile};
-  }
-
- private:
-  USP_DEVICE static Range part(int64_t index, int64_t count, int64_t all) {
-    return count == all ? Range{index, index + 1} : Range{0, all};
+            dbias.query_stride == 0 ? 1 : tiles_of(a.Lq, tiles.rows()),
+            tiles_of(a.Lk, tiles.columns)};
   }
 };
+
+USP_DEVICE Range shared_part(int64_t index, int64_t stride, int64_t all) {
+  return stride == 0 ? Range{0, all} : Range{index, index + 1};
+}
+
+USP_DEVICE BiasTile tile_of_block(const BiasView<float*>& dbias, const Attention<float>& a,
+                                  const Tiles& tiles, FirstBlock first) {
+  const auto key_tiles = static_cast<uint32_t>(tiles_of(a.Lk, tiles.columns));
+  return {shared_part(first.batch + block_index_z(), dbias.batch_stride, a.B),
+          shared_part(first.head + block_index_y(), dbias.head_stride, a.H),
+          shared_part(block_index() / key_tiles, dbias.query_stride, tiles_of(a.Lq, tiles.rows())),
+          block_index() % key_tiles};
+}
 
 // Adds the sums over all rows of all waves to one row of the bias.
 template <int kStrips, int kColumns>
@@ -102,11 +102,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const int64_t query_tiles = (a.Lq + kTiles.rows() - 1) / kTiles.rows();
-  const BiasGrid grid =
-      BiasGrid::of(g.dbias, a, query_tiles, (a.Lk + kTiles.columns - 1) / kTiles.columns);
-  const BiasTile tile =
-      grid.tile(arguments.blocks.first + block_index(), {a.B, a.H, query_tiles, grid.key_tiles});
+  const BiasTile tile = tile_of_block(g.dbias, a, kTiles, arguments.first);
   const Range key_range = rows_of_tile(tile.key_tile, kColumns, a.Lk);
   const Rows key_rows = Rows::of(key_range);
   const BiasShared<T, kDim> shared(shared_memory());
@@ -182,10 +178,9 @@ void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
     constexpr int kDim = decltype(dim)::value;
     constexpr Tiles kTiles = backward_tiles(kDim);
     const Attention<float>& a = arguments.inputs;
-    const BiasGrid grid = BiasGrid::of(arguments.gradients.dbias, a, tiles_of(a.Lq, kTiles.rows()),
-                                       tiles_of(a.Lk, kTiles.columns));
-    launch_blocks(bias_kernel<T, kDim>, arguments, grid.blocks(), kTiles.threads(),
-                  BiasShared<T, kDim>::kBytes, stream);
+    const BiasGrid grid = BiasGrid::of(arguments.gradients.dbias, a, kTiles);
+    launch_blocks(bias_kernel<T, kDim>, arguments, grid.query_tiles * grid.key_tiles, grid.heads,
+                  grid.batch, kTiles.threads(), BiasShared<T, kDim>::kBytes, stream);
   });
 }
 

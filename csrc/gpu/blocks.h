@@ -23,23 +23,21 @@ USP_DEVICE Attention<float> in_global_memory(Attention<float> a) {
   return a;
 }
 
-// Which block of how many; a launch covers a run of them.
-struct BlockNumbers {
-  int64_t first = 0;
-  int64_t row_tiles = 0;
-  int64_t heads = 0;
+// Batch entry and head of a launch's first blocks: a grid may be too small for all of them.
+struct FirstBlock {
+  uint32_t head = 0, batch = 0;
 };
 
 struct BlockPlace {
   int64_t b, h, row_tile;
+  int part;
 };
 
-// The last tile first: with a causal mask it has most to do.
-USP_DEVICE BlockPlace place_of_block(const BlockNumbers& numbers) {
-  const int64_t index = numbers.first + block_index();
-  const int64_t head = index / numbers.row_tiles;
-  return {head / numbers.heads, head % numbers.heads,
-          numbers.row_tiles - 1 - index % numbers.row_tiles};
+// The last tile first: with a causal mask it has most to do. kParts blocks share a tile.
+template <int kParts = 1>
+USP_DEVICE BlockPlace place_of_block(FirstBlock first, int64_t row_tiles) {
+  return {first.batch + block_index_z(), first.head + block_index_y(),
+          row_tiles - 1 - block_index() / kParts, static_cast<int>(block_index() % kParts)};
 }
 
 USP_DEVICE Range rows_of_tile(int64_t tile, int size, int64_t count) {
@@ -80,18 +78,24 @@ struct Walk {
   USP_DEVICE bool is_masked(int index) const { return index < full.begin || index >= full.end; }
 };
 
-inline int64_t tiles_of(int64_t rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
+USP_HOST_DEVICE int64_t tiles_of(int64_t rows, int tile_rows) {
+  return (rows + tile_rows - 1) / tile_rows;
+}
 
-// Launches `kernel` for `blocks` blocks, in runs that any device's grid can hold.
+// Launches `kernel` for `tiles` blocks of each head of each batch entry.
 template <typename Arguments>
-void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t blocks, int threads,
-                   size_t shared_bytes, Stream stream) {
-  constexpr int64_t kMostAtOnce = int64_t{1} << 22;
-  for (int64_t first = 0; first < blocks; first += kMostAtOnce) {
-    arguments.blocks.first = first;
-    const int64_t count = intersect({first, first + kMostAtOnce}, {0, blocks}).size();
-    launch(kernel, Grid{static_cast<uint32_t>(count), 1, 1}, threads, shared_bytes, stream,
-           arguments);
+void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t tiles, int64_t heads,
+                   int64_t batch, int threads, size_t shared_bytes, Stream stream) {
+  constexpr int64_t kMost = 65535;  // blocks along y and z
+  if (tiles == 0) return;
+  for (int64_t b = 0; b < batch; b += kMost) {
+    for (int64_t h = 0; h < heads; h += kMost) {
+      arguments.first = {static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
+      const Grid grid{static_cast<uint32_t>(tiles),
+                      static_cast<uint32_t>(intersect({h, h + kMost}, {0, heads}).size()),
+                      static_cast<uint32_t>(intersect({b, b + kMost}, {0, batch}).size())};
+      launch(kernel, grid, threads, shared_bytes, stream, arguments);
+    }
   }
 }
 

@@ -296,11 +296,23 @@ USP_DEVICE float fast_log2(float x) {
 #endif
 }
 
+USP_DEVICE float fast_reciprocal(float x) {
+#if defined(USP_GPU_CUDA)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif defined(USP_GPU_HIP)
+  return __builtin_amdgcn_rcpf(x);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // A series near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
 USP_DEVICE float fast_tanh(float x) {
   const float x2 = x * x;
   const float series = 1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315)));
-  const float far = 1.0f - 2.0f / (fast_exp2(2.0f * kLog2e * x) + 1.0f);
+  const float far = 1.0f - 2.0f * fast_reciprocal(fast_exp2(2.0f * kLog2e * x) + 1.0f);
   constexpr float kNear = 0.04f;  // the next term is below 2^-24 of 1
   return x2 < kNear ? x * series : far;
 }

@@ -12,7 +12,7 @@ namespace usp::gpu {
 struct BackwardArguments {
   Attention<float> inputs;
   AttentionGradients<float> gradients;
-  BlockNumbers blocks;
+  FirstBlock first;
   bool vectors;
 };
 

@@ -38,7 +38,7 @@ struct Score {
   float derivative;  // of the softcap
 };
 
-// kPlain: neither softcap, bias, ALiBi nor dropout.
+// kPlain: neither softcap, bias, ALiBi nor dropout, and every row aligned to 16 bytes.
 template <bool kPlain>
 class Scoring {
  public:
@@ -56,7 +56,7 @@ class Scoring {
     float x = product * scale_, derivative = 1.0f;
     if (a_.softcap > 0) {
       const float cap = static_cast<float>(a_.softcap);
-      const float t = fast_tanh(x / cap);
+      const float t = fast_tanh(x * fast_reciprocal(cap));
       x = cap * t;
       derivative = 1.0f - t * t;
     }

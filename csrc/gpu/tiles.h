@@ -27,7 +27,7 @@ struct Tiles {
 USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim) {
   if (kWarps) {
     if (head_dim <= 64) return {4, 2, 64, 2, 1, false};
-    if (head_dim <= 128) return {4, 2, 32, 2, 1, false};
+    if (head_dim <= 128) return {4, 1, 64, 2, 1, true};
     return {4, 1, 32, 2, 1, false};
   }
   if (head_dim <= 64) return {4, 2, 64, 1, 1, true};
@@ -45,6 +45,12 @@ USP_HOST_DEVICE constexpr Tiles backward_tiles(int head_dim) {
   if (head_dim <= 128) return {4, 1, 32, 1, 1, false};
   if (head_dim <= 192) return {4, 1, 16, 1, 1, false};
   return {2, 1, 16, 1, 1, false};
+}
+
+// Blocks that share the columns of one tile of dK and dV: 256 columns of both are more than 255
+// registers hold.
+USP_HOST_DEVICE constexpr int key_value_parts(int head_dim) {
+  return kWarps && head_dim > 192 ? 2 : 1;
 }
 
 inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
