@@ -33,8 +33,13 @@ pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "gpu").glob("*.cu"))
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90a"), "hip": ("gfx90a", "gfx942")}
 # File -> architecture -> the matrix instruction that it must use there. Other files use none.
-MATRIX_INSTRUCTIONS: dict[str, dict[str, str]] = {}
-GPU_OPS = ("state_merge", "pack", "unpack")
+_MATRIX = {"sm_80": "HMMA", "sm_90a": "HMMA", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
+MATRIX_INSTRUCTIONS = {
+    "attention_forward": _MATRIX,
+    "attention_backward": _MATRIX,
+    "bias_backward": _MATRIX,
+}
+GPU_OPS = ("attention_forward", "attention_backward", "state_merge", "pack", "unpack")
 
 
 @dataclass(frozen=True)
