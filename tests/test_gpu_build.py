@@ -74,7 +74,8 @@ def built(request: pytest.FixtureRequest, sources: Path) -> Built:
     kept = out / "kept"
     kept.mkdir(parents=True)
     ask = {"NVCC_APPEND_FLAGS": f"{ASK_NVCC}{kept}", "CCC_OVERRIDE_OPTIONS": ASK_CLANG}
-    ask |= dict.fromkeys(("TORCH_CUDA_ARCH_LIST", "PYTORCH_ROCM_ARCH", "HCC_AMDGPU_TARGET"), "")
+    # Without the PTX for newer GPUs, which is the code of sm_90a once more.
+    ask |= {"TORCH_CUDA_ARCH_LIST": "8.0;9.0", "PYTORCH_ROCM_ARCH": "gfx90a;gfx942"}
     done = build_wheel(sources, out, BUILD_TIMEOUT_S, USP_BUILD=kind, **ask)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     open_wheel(out)[1].extractall(out / "unpacked")
@@ -136,7 +137,7 @@ def test_the_table_names_files_that_are_there() -> None:
 def test_the_build_says_what_it_built(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((built.folder / "usp" / "_build.json").read_text())
     assert record["targets"] == ["cpu", built.kind]
-    assert set(ARCHITECTURES[built.kind]) <= set(record["architectures"])
+    assert record["architectures"] == list(ARCHITECTURES[built.kind])
     shown = run(built, "from usp.cli import main; main(['info'])")
     with capsys.disabled():
         print(f"\n{shown}")
