@@ -186,9 +186,19 @@ struct GradientTensors {
 };
 
 template <typename T>
-AttentionState<T> read_state(Arguments& args, const Tensor& out, const Tensor& lse) {
-  return {args.contiguous<T>("out", out, {"B", "Lq", "H", "Dv"}),
-          args.contiguous<T>("lse", lse, {"B", "H", "Lq"})};
+AttentionState<T> read_state(Arguments& args, const Tensor& q, const MaybeTensor& out,
+                             const Tensor& lse, const MaybeTensor& result) {
+  AttentionState<T> state{nullptr, args.contiguous<T>("lse", lse, {"B", "H", "Lq"})};
+  check(out || result, "out and result are both None: the block's output has no place to go");
+  if (out) state.out = args.contiguous<T>("out", *out, {"B", "Lq", "H", "Dv"});
+  if (result) {
+    args.shape("result", *result, {"B", "Lq", "H", "Dv"});
+    args.dtype("result", *result, q.scalar_type());
+    check(result->is_contiguous(), "result is not contiguous");
+    state.result = result->data_ptr();
+    state.result_dtype = dtype_of("result", *result);
+  }
+  return state;
 }
 
 template <typename T>

@@ -68,11 +68,15 @@ struct Attention {
   }
 };
 
-// The running softmax, updated in place: out (B, Lq, H, Dv) and lse (B, H, Lq), contiguous.
+// The running softmax, updated in place: out (B, Lq, H, Dv) and lse (B, H, Lq), contiguous. Where
+// out is null, no row has seen anything before. Where result is given, in the shape of out, it gets
+// the new out, rounded to its dtype, and out stays as it was: for the last block.
 template <typename T>
 struct AttentionState {
   T* out;
   T* lse;
+  void* result = nullptr;
+  DType result_dtype = DType::kFloat32;
 };
 
 // What the backward pass takes beyond the inputs, and what it adds to. dq, dk, dv are contiguous

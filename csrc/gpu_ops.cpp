@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "gpu/attention.h"
 #include "gpu/head_exchange.h"
@@ -57,21 +58,36 @@ void check_takes(const Tensor& q, const Tensor& v) {
   }
 }
 
+// What the kernels carry the state in: they read and write all of it, in fp32. The first block has
+// none yet, and the last one must leave `out` as it was.
+Tensor carried_out(const Attention<float>& a, const Tensor& q, const MaybeTensor& out,
+                   bool is_last) {
+  if (out) return is_last ? torch::stable::clone(*out) : *out;
+  const int64_t sizes[] = {a.B, a.Lq, a.H, a.Dv};
+  return torch::stable::new_zeros(q, {sizes, 4}, ScalarType::Float);
+}
+
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
                        const MaybeTensor& stop, const MaybeTensor& bias,
                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                       int64_t dropout_seed, const Tensor& out, const Tensor& lse) {
+                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
+                       const MaybeTensor& result) {
   const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
   const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
                         softcap,     dropout_p, dropout_seed};
   Arguments args(q);
   const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  const auto state = read_state<float>(args, out, lse);
+  AttentionState<float> state = read_state<float>(args, q, out, lse, result);
   check_takes(q, v);
+  Tensor carried = carried_out(inputs, q, out, result.has_value());
+  state.out = static_cast<float*>(carried.data_ptr());
   on_device_of(q, "attention_forward",
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
+  if (!result) return;
+  Tensor last = *result;
+  torch::stable::copy_(last, carried);
 }
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -15,10 +15,11 @@ namespace {
 
 template <typename T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& masks,
-             const Scalars& scalars, const Tensor& out, const Tensor& lse) {
+             const Scalars& scalars, const MaybeTensor& out, const Tensor& lse,
+             const MaybeTensor& result) {
   Arguments args(q);
   const auto inputs = read_inputs<T>(args, q, k, v, masks, scalars);
-  cpu::attention_forward<T>(inputs, read_state<T>(args, out, lse), cpu::torch_threads());
+  cpu::attention_forward<T>(inputs, read_state<T>(args, q, out, lse, result), cpu::torch_threads());
 }
 
 template <typename T>
@@ -35,12 +36,13 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                       int64_t dropout_seed, const Tensor& out, const Tensor& lse) {
+                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
+                       const MaybeTensor& result) {
   const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
   const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
                         softcap,     dropout_p, dropout_seed};
   const bool is_double = dtype_of("q", q) == DType::kFloat64;
-  (is_double ? forward<double> : forward<float>)(q, k, v, masks, scalars, out, lse);
+  (is_double ? forward<double> : forward<float>)(q, k, v, masks, scalars, out, lse, result);
 }
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -57,6 +59,21 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   const GradientTensors gradients{dout, delta, lse, dq, dk, dv, dbias};
   const bool is_double = dtype_of("q", q) == DType::kFloat64;
   (is_double ? backward<double> : backward<float>)(q, k, v, masks, scalars, gradients);
+}
+
+template <typename T>
+void delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  Arguments args(dout);
+  const auto left = args.view("dout", dout, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
+  const auto right = args.view("out", out, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
+  T* result = args.contiguous<T>("delta", delta, {"B", "H", "Lq"});
+  cpu::attention_delta<T>({args["B"], args["Lq"], args["H"], args["Dv"], left, right, result},
+                          cpu::torch_threads());
+}
+
+void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& result) {
+  const bool is_double = dtype_of("dout", dout) == DType::kFloat64;
+  (is_double ? delta<double> : delta<float>)(dout, out, result);
 }
 
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
@@ -87,13 +104,14 @@ STABLE_TORCH_LIBRARY(usp, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? stop, Tensor? bias, "
       "Tensor? alibi_slopes, Tensor? q_pos, Tensor? k_pos, int head_offset, int num_heads, "
       "int group_size, float softmax_scale, float softcap, float dropout_p, int dropout_seed, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "Tensor(a!)? out, Tensor(b!) lse, Tensor(c!)? result=None) -> ()");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor delta, Tensor lse, "
       "Tensor? first, Tensor? stop, Tensor? bias, Tensor? alibi_slopes, Tensor? q_pos, "
       "Tensor? k_pos, int head_offset, int num_heads, int group_size, float softmax_scale, "
       "float softcap, float dropout_p, int dropout_seed, Tensor(a!) dq, Tensor(b!) dk, "
       "Tensor(c!) dv, Tensor(d!)? dbias) -> ()");
+  m.def("attention_delta(Tensor dout, Tensor out, Tensor(a!) delta) -> ()");
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
@@ -102,6 +120,7 @@ STABLE_TORCH_LIBRARY(usp, m) {
 STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::head_exchange<usp::Direction::kPack>));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

@@ -31,8 +31,13 @@ struct RunningSoftmax {
   T max;
   T sum;  // of exp(score - finite_max(max))
 
-  static USP_HOST_DEVICE RunningSoftmax from_lse(T lse) {
-    return {lse, lse == minus_infinity<T>() ? T(0) : T(1)};
+  // The maximum may start below lse, by the logarithm of `sum`: what was accumulated grows with it.
+  static USP_HOST_DEVICE RunningSoftmax from_lse(T lse, T headroom = T(0), T sum = T(1)) {
+    return {lse - headroom, lse == minus_infinity<T>() ? T(0) : sum};
+  }
+
+  USP_HOST_DEVICE bool operator==(const RunningSoftmax& other) const {
+    return max == other.max && sum == other.sum;
   }
 
   // Raises the maximum to at least `score`; returns the factor for what was accumulated so far.

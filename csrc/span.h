@@ -5,7 +5,7 @@
 // A span gives each query row i the half-open interval [first[i], stop[i]) of visible keys. Both
 // ends are non-decreasing in i. So for a block of rows the keys seen by any row, and those seen by
 // every row, follow from the four ends at its first and last row; and for a block of keys the rows
-// are intervals too, found by binary search. A kernel walks three loops: edge, full, edge.
+// are intervals too, found by binary search. Only tiles at an edge need a mask.
 
 #include <cstdint>
 
@@ -90,22 +90,6 @@ USP_HOST_DEVICE bool sees_any(const Span& span, Range rows, Range keys) {
     if (!intersect({span.first[i], span.stop[i]}, keys).empty()) return true;
   }
   return false;
-}
-
-// Calls visit(tile, masked) over `visible` in ascending tiles of at most `step`. No tile straddles
-// an end of `unmasked`, so only the edges pay for a mask.
-template <typename Visit>
-USP_HOST_DEVICE void for_each_tile(Range visible, Range unmasked, int64_t step, Visit&& visit) {
-  const Range full = intersect(visible, unmasked);
-  int64_t begin = visible.begin;
-  while (begin < visible.end) {
-    const bool masked = full.empty() || begin < full.begin || begin >= full.end;
-    int64_t limit = visible.end;
-    if (!full.empty() && begin < full.end) limit = begin < full.begin ? full.begin : full.end;
-    const int64_t end = begin + step < limit ? begin + step : limit;
-    visit(Range{begin, end}, masked);
-    begin = end;
-  }
 }
 
 }  // namespace usp

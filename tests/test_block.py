@@ -52,6 +52,7 @@ def test_blocks_one_after_the_other_are_the_whole(
     q, k, v = (x.detach() for x in (q, k, v))
     state = block.new_state(q, 16)
     for rows, _, piece in blocks_of(q, k, v, options, pieces):
+        assert state.out is not None
         part = State(state.out[:, rows].contiguous(), state.lse[:, :, rows].contiguous())
         block.attention_forward(piece, part, backend)
         state.out[:, rows], state.lse[:, :, rows] = part.out, part.lse
@@ -60,7 +61,7 @@ def test_blocks_one_after_the_other_are_the_whole(
     sums = [torch.zeros_like(x) for x in (q, k, v)]
     for rows, keys, piece in blocks_of(q, k, v, options, pieces):
         saved = block.saved_for_backward(
-            dout[:, rows], None, state.out[:, rows], state.lse[:, :, rows].contiguous()
+            dout[:, rows], None, state.out[:, rows], state.lse[:, :, rows].contiguous(), backend
         )
         parts = [torch.zeros_like(x) for x in (piece.q, piece.k, piece.v)]
         block.attention_backward(piece, saved, Gradients(*parts), backend)

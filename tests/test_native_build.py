@@ -12,7 +12,7 @@ from usp_build import native
 
 from usp import ops
 
-CAPABILITIES = ["default", "avx2", "avx512"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
 
 
 def load_error_with(library: Path) -> str:
@@ -70,5 +70,5 @@ def test_the_module_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         lower = min(wanted, machine, key=CAPABILITIES.index)
         assert extension.cpu_capability() == lower
     monkeypatch.setenv("USP_CPU_CAPABILITY", "sse9")
-    with pytest.raises(RuntimeError, match="'sse9'; expected default, avx2 or avx512"):
+    with pytest.raises(RuntimeError, match="'sse9'; expected default, avx2, avx512 or avx512_bf16"):
         extension.cpu_capability()

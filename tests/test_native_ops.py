@@ -22,9 +22,11 @@ pytestmark = pytest.mark.skipif(
     ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"
 )
 
-CAPABILITIES = ("default", "avx2", "avx512")
-# Half-precision inputs are exact in fp32, where all arithmetic happens: one tolerance for all.
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+# Half-precision inputs are exact in fp32, where all arithmetic happens: one tolerance for all. Only
+# BF16 instructions round weights and gradients of scores, to 8 bits, for their products.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+BF16_TOLERANCE = 2e-2
 
 
 @contextmanager
@@ -44,6 +46,11 @@ def largest(x: Tensor) -> float:
     return x.abs().amax().item() if x.numel() else 0.0
 
 
+def tolerance(case: Case) -> float:
+    rounded = case.capability == "avx512_bf16" and case.dtype == torch.bfloat16
+    return BF16_TOLERANCE if rounded else TOLERANCE[case.acc]
+
+
 def assert_equal_to_oracle(case: Case) -> None:
     with running_on(case.capability, case.threads):
         x = make_inputs(case)
@@ -56,7 +63,7 @@ def assert_equal_to_oracle(case: Case) -> None:
         assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
         worst = largest(torch.where(empty, 0, result - reference))
         scale = max(1.0, largest(torch.where(empty, 0, reference)))
-        assert worst <= TOLERANCE[case.acc] * scale, f"{name} is off by {worst:.2e} in {case}"
+        assert worst <= tolerance(case) * scale, f"{name} is off by {worst:.2e} in {case}"
 
 
 SPANS = ("all", "causal", "window", "strictly_causal", "documents", "gaps", "random")
@@ -111,6 +118,11 @@ def test_equals_dense_attention(option: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_lower_instruction_sets(option: str, capability: str) -> None:
     assert_equal_to_oracle(Case(capability=capability, **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_bf16_instructions(option: str) -> None:
+    assert_equal_to_oracle(Case(capability="avx512_bf16", dtype=torch.bfloat16, **OPTIONS[option]))
 
 
 LENGTHS = st.sampled_from((0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 97, 127, 128, 129, 257))
@@ -173,6 +185,69 @@ def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(span: str) -> None:
     assert torch.equal(out, kept[0]) and torch.equal(lse, kept[1])
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("span", ["all", "gaps", "nothing"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_result_is_the_new_out_rounded(
+    span: str, dtype: torch.dtype, prior: bool, capability: str
+) -> None:
+    case = Case(span="all" if span == "nothing" else span, dtype=dtype)
+    x = make_inputs(case)
+    shared = options(case, x, slice(None), masked=True)
+    if span == "nothing":
+        shared[:2] = [torch.full((case.lq,), 7, dtype=torch.int32)] * 2
+    with running_on(capability, 2):
+        out, lse = new_state(case)
+        if prior:
+            torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+        before, last_lse = out.clone() if prior else None, lse.clone()
+        result = torch.full_like(out, torch.nan, dtype=dtype)
+        torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, before, last_lse, result)
+        kept = out.clone()
+        torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+    assert before is None or torch.equal(before, kept)
+    assert torch.equal(lse, last_lse)
+    assert torch.equal(result, out.to(dtype))
+
+
+# Powers of two step through every exponent of a half, numbers around them round both ways.
+def test_results_round_as_torch_does() -> None:
+    steps = torch.arange(-40, 20, dtype=torch.float32)
+    values = torch.cat([2**steps * f for f in (1, 1.0004, 1.00049, 1.0005, 1.0037, 1.004, 1.9999)])
+    values = torch.cat([values, -values, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
+    count = len(values)
+    case = Case(heads=(1, 0, 1), dtype=torch.float16)
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k = (torch.zeros(1, n, 1, 16, dtype=dtype) for n in (count, 1))
+        out = values.repeat_interleave(16).view(1, count, 1, 16)
+        lse, nothing = torch.zeros(1, 1, count), torch.zeros(count, dtype=torch.int32)
+        for capability in CAPABILITIES:
+            with running_on(capability, 1):
+                result = torch.zeros_like(out, dtype=dtype)
+                scalars = (0, 1, 1, case.head_dim**-0.5, 0.0, 0.0, 0)
+                args = (q, k, k, nothing, nothing, None, None, None, None, *scalars)
+                torch.ops.usp.attention_forward(*args, out, lse.clone(), result)
+            torch.testing.assert_close(result, out.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 67, 3, 40), (1, 64, 1, 7), (1, 0, 2, 8), (2, 130, 1, 128)])
+def test_delta(shape: tuple[int, ...], dtype: torch.dtype, capability: str) -> None:
+    torch.manual_seed(4)
+    batch, rows, heads, _ = shape
+    dout = torch.randn(batch, heads, rows, shape[3]).to(dtype).transpose(1, 2)
+    out = torch.randn(shape).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    result = torch.full((batch, heads, rows), torch.nan, dtype=acc)
+    with running_on(capability, 2):
+        torch.ops.usp.attention_delta(dout, out, result)
+    exact = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+    bound = 1e-13 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound * shape[3])
+
+
 @pytest.mark.parametrize("where", [0, 150, 299])
 def test_one_key_far_above_the_rest(where: int) -> None:
     case = Case(lk=300, lq=70, prior_keys=0)
@@ -228,8 +303,12 @@ def test_elements_past_2_to_the_31() -> None:
     far = torch.empty(rows * gap, dtype=case.dtype).as_strided(x.k.shape, (1, gap, 1, 1))
     x.q = x.k = x.v = x.dout = far.copy_(x.k)
     want = expected(case, x)
-    for name, result in computed(case, x).items():
-        torch.testing.assert_close(result.double(), want[name], rtol=1e-5, atol=1e-5)
+    for capability in CAPABILITIES:
+        with running_on(capability, 1):
+            got = computed(case, x)
+        bound = tolerance(replace(case, capability=capability))
+        for name, result in got.items():
+            torch.testing.assert_close(result.double(), want[name], rtol=bound, atol=bound)
 
 
 def samples() -> list[tuple[Any, tuple[Any, ...]]]:

@@ -38,6 +38,9 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
     "no group": ("group_size", 0, "group_size is 0"),
     "out dtype": ("out", lambda o: o.bfloat16(), "out is BFloat16, expected Float"),
     "out strides": ("out", lambda o: o.mT.contiguous().mT, "out is not contiguous"),
+    "no place": ("out", None, "out and result are both None"),
+    "result dtype": ("result", torch.zeros(2, 67, 4, 16).half(), "result is Half, expected Float"),
+    "result shape": ("result", torch.zeros(2, 67, 4, 9), r"result: dim 3 \(Dv\) is 9"),
     "lse shape": ("lse", lambda x: x[..., :5], r"lse: dim 2 \(Lq\) is 5, but q has Lq = 67"),
 }
 
@@ -47,7 +50,7 @@ def test_refuses_with_both_numbers(refusal: str) -> None:
     name, value, message = REFUSALS[refusal]
     case = Case(span="causal")
     x = make_inputs(case)
-    values = (x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *new_state(case))
+    values = (x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *new_state(case), None)
     arguments = torch.ops.usp.attention_forward.default._schema.arguments
     args = {a.name: value for a, value in zip(arguments, values, strict=True)}
     args[name] = value(args[name]) if callable(value) else value

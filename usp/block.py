@@ -12,19 +12,19 @@ from usp.backends import Backend, PartialBackend, StateBackend
 from usp.problem import Block, Gradients, Saved, State, state_dtype
 
 
-def new_state(q: Tensor, value_head_dim: int) -> State:
+def new_state(q: Tensor, value_head_dim: int, *, carried: bool = True) -> State:
     """The state before any key: out 0, lse -inf.
 
     Args:
         q: (B, Lq, H, D).
         value_head_dim: Dv.
+        carried: Whether more than one block will come; else there is no ``out`` to carry.
     """
     batch, num_rows, num_heads = q.shape[:3]
-    dtype = state_dtype(q.dtype)
-    return State(
-        q.new_zeros((batch, num_rows, num_heads, value_head_dim), dtype=dtype),
-        q.new_full((batch, num_heads, num_rows), -torch.inf, dtype=dtype),
-    )
+    dtype, out = state_dtype(q.dtype), None
+    if carried:
+        out = q.new_zeros((batch, num_rows, num_heads, value_head_dim), dtype=dtype)
+    return State(out, q.new_full((batch, num_heads, num_rows), -torch.inf, dtype=dtype))
 
 
 def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
 
     Args:
         block: Queries, keys and what they see of each other.
-        state: Updated in place.
+        state: Updated in place; where it has a ``result``, this is the last block.
         backend: Whose kernel.
 
     Source:
@@ -68,8 +68,13 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
     if backend.CARRIES_STATE:
         cast(StateBackend, backend).attention_forward(block, state)
         return
+    carried = state.out
+    if carried is None:
+        carried = cast(Tensor, new_state(block.q, block.v.shape[-1]).out)
     for rows, out, lse in cast(PartialBackend, backend).attention_partials(block):
-        _merge_into(state.out[:, rows], state.lse[:, :, rows], out, lse)
+        _merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
+    if state.result is not None:
+        state.result.copy_(carried)
 
 
 def _merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
@@ -82,15 +87,21 @@ def _merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) ->
         place.copy_(value)
 
 
-def saved_for_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Saved:
+def saved_for_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, backend: Backend
+) -> Saved:
     """What every block's backward shares: delta once for the whole pass.
 
     Args:
         dout, out: (B, Lq, H, Dv), dtype of q.
         dlse: (B, H, Lq) gradient of the returned lse, or None.
         lse: (B, H, Lq), final.
+        backend: Whose kernel.
     """
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    if backend.CARRIES_STATE:
+        delta = cast(StateBackend, backend).delta(dout, out)
+    else:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse
     return Saved(dout, out, lse, delta.contiguous())

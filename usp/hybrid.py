@@ -99,14 +99,13 @@ def attention_forward(
         rank computed with: its inputs and (out, lse) of its heads for its row.
     """
     inputs = _scattered_inputs(tensors, call)
-    state = ring_forward(inputs, call.ring)
-    held = state.out.to(tensors.q.dtype)
+    held = ring_forward(inputs, call.ring)
     if not call.request.return_lse:
-        (out,) = _gather({"out": held}, call)
-        return out, None, inputs, (held, state.lse)
-    lse = state.lse.transpose(1, 2)[..., None]
-    out, lse = _gather({"out": held, "lse": lse}, call)
-    return out, lse[..., 0].transpose(1, 2).contiguous(), inputs, (held, state.lse)
+        (out,) = _gather({"out": held[0]}, call)
+        return out, None, inputs, held
+    lse = held[1].transpose(1, 2)[..., None]
+    out, lse = _gather({"out": held[0], "lse": lse}, call)
+    return out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held
 
 
 def _scattered_inputs(tensors: Tensors, call: Call) -> Inputs:
@@ -138,7 +137,8 @@ def attention_backward(
         items["lse"] = dlse.transpose(1, 2)[..., None]
     dout, *rest = _scatter(items, call)
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
-    saved = block.saved_for_backward(_last_dim_contiguous(dout), dlse, out, lse)
+    dout = _last_dim_contiguous(dout)
+    saved = block.saved_for_backward(dout, dlse, out, lse, call.ring.backend)
     grads = ring_backward(inputs, saved, call.ring, bias_grad)
     dtype = inputs.q.dtype
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.

@@ -19,7 +19,14 @@ from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parent
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # HIP tensors are "cuda" to torch
-_OPS = ("attention_forward", "attention_backward", "state_merge", "pack", "unpack")
+_OPS = (
+    "attention_forward",
+    "attention_delta",
+    "attention_backward",
+    "state_merge",
+    "pack",
+    "unpack",
+)
 
 
 def load_error() -> str | None:

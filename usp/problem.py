@@ -92,12 +92,16 @@ class State:
     """The running softmax of this rank's queries.
 
     Attributes:
-        out: (B, Lq, H, Dv) normalised, fp32 (fp64 for fp64 inputs).
+        out: (B, Lq, H, Dv) normalised, fp32 (fp64 for fp64 inputs); None before any key where the
+            first block is the last.
         lse: (B, H, Lq) natural log of the sum of exp(score), -inf for a row that saw nothing.
+        result: (B, Lq, H, Dv) in the dtype of q, given with the last block: the final output goes
+            there, and ``out`` stays as it was.
     """
 
-    out: Tensor
+    out: Tensor | None
     lse: Tensor
+    result: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from usp import block
 from usp.backends import Backend
 from usp.comm import Axis, Parcel
 from usp.plan import Plan, Step
-from usp.problem import Block, Gradients, Heads, Saved, Scoring, State, state_dtype
+from usp.problem import Block, Gradients, Heads, Saved, Scoring, state_dtype
 from usp.transport import TRANSPORTS, Transport
 
 
@@ -62,21 +62,29 @@ class Inputs:
         return [self.k, self.v] if mask is None else [self.k, self.v, mask]
 
 
-def ring_forward(inputs: Inputs, ring: Ring) -> State:
+def ring_forward(inputs: Inputs, ring: Ring) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys of all ranks of the ring.
 
     Returns:
-        out: (B, Lq, H, Dv) fp32 (fp64 for fp64 inputs). lse: (B, H, Lq), -inf for empty rows.
+        out: (B, Lq, H, Dv), dtype of q. lse: (B, H, Lq) fp32 (fp64 for fp64 inputs), -inf for rows
+        that see nothing.
 
     Source:
         Ring attention: arXiv:2310.01889.
     """
-    state = block.new_state(inputs.q, inputs.v.shape[-1])
+    q, steps = inputs.q, ring.plan.steps
+    working = [t for t, step in enumerate(steps) if step.pairs and q.numel()]
+    state = block.new_state(q, inputs.v.shape[-1], carried=len(working) > 1)
+    empty = q.new_empty if working else q.new_zeros
+    out = empty((*q.shape[:3], inputs.v.shape[-1]))
     transport = _transport(inputs.travelling, ring)
-    for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
-        if step.pairs and inputs.q.numel():
-            block.attention_forward(_block(inputs, held, step, ring), state, ring.backend)
-    return state
+    for t, held in enumerate(transport.blocks(inputs.travelling)):
+        if t not in working:
+            continue
+        if t == working[-1]:
+            state = replace(state, result=out)
+        block.attention_forward(_block(inputs, held, steps[t], ring), state, ring.backend)
+    return out, state.lse
 
 
 def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool) -> Gradients:

@@ -5,12 +5,15 @@
 //   dS^T = dS^T * d softcap / dx
 //   dV += (P^T * m) dO,  dK += scale dS^T Q,  dQ += scale dS K
 //
-// The key-major pass gives dK, dV and dbias: a task owns a tile of keys of one key head, walks the
-// rows that see it, and is the only one to write its gradients. dQ would have many writers there.
-// Where there are enough heads to go round, a task takes all key tiles of its head and so owns dQ
-// too; else a query-major pass computes the scores once more. No atomics either way.
+// A walk holds a few tiles of keys of one key head and passes the tiles of query rows that see
+// them, each row tile's dQ in its hands and the keys' dK and dV in its own memory. Where there are
+// enough heads to go round, a task walks all keys of its heads. Else the threads walk together,
+// each past its own share of the rows, and their dK and dV are summed in order. The scores are
+// computed once, nothing has two writers, and there are no atomics.
 //
 // Source: Dao 2023, arXiv:2307.08691, algorithm 2.
+
+#include <vector>
 
 #include "attention.h"
 #include "tiles.h"
@@ -18,37 +21,47 @@
 namespace usp::cpu {
 namespace {
 
+inline constexpr int64_t kKeysHeld = kTilesHeld * kKeyTile;
+
 template <typename T>
 struct Workspace {
-  Matrix<T> q, q_t;        // (rows, D) (D, rows), the second scaled
-  Matrix<T> dout, dout_t;  // (rows, Dv) (Dv, rows)
-  Matrix<T> k, v;          // (keys, D) (keys, Dv)
-  Matrix<T> dq;            // (rows, D)
-  Matrix<T> dk, dv;        // (keys, D) (keys, Dv)
-  T *p, *ds;               // (keys, rows)
-  T* derivative;           // (keys, rows), softcap only
-  T* multiplier;           // (keys, rows), dropout only
-  T *lse, *delta;          // (rows,)
+  Matrix<T> q_left, q, q_t;           // (rows, D) twice, (D, rows)
+  Matrix<T> dout_left, dout, dout_t;  // (rows, Dv) twice, (Dv, rows)
+  Matrix<T> k_left, v_left;           // (keys held, D) (keys held, Dv)
+  Matrix<T> k;                        // (keys held, D)
+  Matrix<T> dq;                       // (rows, D)
+  Matrix<T> dk, dv;                   // (keys held, D) (keys held, Dv)
+  T *s, *dp;                          // (keys, rows)
+  T* operands[3];                     // (keys, rows), see GradientOperands
+  T* derivative;                      // (keys, rows), softcap only
+  T* multiplier;                      // (keys, rows), dropout only
+  T* ds;                              // (keys, rows), with a gradient of the bias only
+  T *lse, *delta;                     // (rows,)
   QueryPositions positions;
 
-  Workspace(const Attention<T>& a, Carver& carver) {
+  Workspace(const Attention<T>& a, bool with_dbias, Carver& carver) {
     const auto matrix = [&](int64_t rows, int64_t ld) {
       return Matrix<T>{carver.take<T>(rows * ld), ld};
     };
     constexpr int64_t kTile = kKeyTile * kQueryTile;
+    q_left = matrix(kQueryTile, padded(a.D));
     q = matrix(kQueryTile, padded(a.D));
     q_t = matrix(a.D, kQueryTile);
+    dout_left = matrix(kQueryTile, padded(a.Dv));
     dout = matrix(kQueryTile, padded(a.Dv));
     dout_t = matrix(a.Dv, kQueryTile);
-    k = matrix(kKeyTile, padded(a.D));
-    v = matrix(kKeyTile, padded(a.Dv));
+    k_left = matrix(kKeysHeld, padded(a.D));
+    v_left = matrix(kKeysHeld, padded(a.Dv));
+    k = matrix(kKeysHeld, padded(a.D));
     dq = matrix(kQueryTile, padded(a.D));
-    dk = matrix(kKeyTile, padded(a.D));
-    dv = matrix(kKeyTile, padded(a.Dv));
-    p = carver.take<T>(kTile);
-    ds = carver.take<T>(kTile);
+    dk = matrix(kKeysHeld, padded(a.D));
+    dv = matrix(kKeysHeld, padded(a.Dv));
+    s = carver.take<T>(kTile);
+    dp = carver.take<T>(kTile);
+    for (T*& operand : operands) operand = carver.take<T>(kTile);
     derivative = a.softcap > 0 ? carver.take<T>(kTile) : nullptr;
     multiplier = a.dropout_p > 0 ? carver.take<T>(kTile) : nullptr;
+    ds = with_dbias ? carver.take<T>(kTile) : nullptr;
     lse = carver.take<T>(kQueryTile);
     delta = carver.take<T>(kQueryTile);
     positions.carve(carver);
@@ -61,94 +74,103 @@ void set_zero(Matrix<T> m, int64_t rows) {
 }
 
 template <typename T>
-class BackwardTask {
+class Walk {
  public:
-  BackwardTask(const Attention<T>& a, const AttentionGradients<T>& grads, const Kernels<T>& kernels,
-               Workspace<T>& w)
+  Walk(const Attention<T>& a, const AttentionGradients<T>& grads, const Kernels<T>& kernels,
+       Workspace<T>& w)
       : a_(a), grads_(grads), kernels_(kernels), w_(w) {}
 
-  // dq of a tile of rows, over all keys they see.
-  void query_major(int64_t b, int64_t h, Range rows) {
-    const Range visible = visible_keys(a_.span, rows);
-    if (visible.empty()) return;
-    load_queries(b, h, rows);
-    set_zero(w_.dq, rows.size());
-    for_each_tile(visible, unmasked_keys(a_.span, rows), kKeyTile, [&](Range keys, bool masked) {
-      const TileIndex at{b, h, rows, keys, masked};
-      if (masked && !sees_any(a_.span, rows, keys)) return;
-      load_keys(b, a_.key_head(h), keys);
-      const Tile<T> ds = score_gradients(at, false);
-      kernels_.gemm(rows.size(), w_.dq.ld, keys.size(), by_query(ds), as_const(w_.k), w_.dq, true);
-    });
-    add_dq(b, h, rows);
-  }
-
-  // dk, dv and dbias of a tile of keys over all rows that see them, and these rows' share of dq.
-  void key_major(int64_t b, int64_t g, Range keys, bool with_dq) {
-    const Range visible = visible_queries(a_.span, keys);
-    if (visible.empty()) return;
-    const Range unmasked = unmasked_queries(a_.span, keys);
-    load_keys(b, g, keys);
+  void hold(int64_t b, int64_t g, Range keys) {
+    b_ = b;
+    g_ = g;
+    keys_ = keys;
+    k_ = left_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k_left);
+    v_ = left_rows(kernels_, a_.v, b, g, keys, a_.Dv, w_.v_left);
+    right_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k);
     set_zero(w_.dk, keys.size());
     set_zero(w_.dv, keys.size());
-    const Range heads = a_.query_heads(g);
-    for (int64_t h = heads.begin; h < heads.end; ++h) {
-      for_each_tile(visible, unmasked, kQueryTile, [&](Range rows, bool masked) {
-        if (masked && !sees_any(a_.span, rows, keys)) return;
-        add_queries({b, h, rows, keys, masked}, with_dq);
-      });
+  }
+
+  // A tile of query rows past the keys held: all their gradients but what add_key_gradients adds.
+  void pass(int64_t h, Range rows) {
+    const Range visible = intersect(visible_keys(a_.span, rows), keys_);
+    if (visible.empty()) return;
+    load_queries(h, rows);
+    set_zero(w_.dq, rows.size());
+    const Range unmasked = unmasked_keys(a_.span, rows);
+    for (int64_t begin = keys_.begin; begin < visible.end; begin += kKeyTile) {
+      Range keys = intersect({begin, begin + kKeyTile}, visible);
+      if (keys.empty()) continue;
+      keys.begin -= (keys.begin - keys_.begin) % kernels_.word;  // words of k are whole
+      const bool masked = !unmasked.contains(keys);
+      if (masked && !sees_any(a_.span, rows, keys)) continue;
+      add_tile({b_, h, rows, keys, masked});
     }
-    T* dk = grads_.dk + ((b * a_.Lk + keys.begin) * a_.G + g) * a_.D;
-    T* dv = grads_.dv + ((b * a_.Lk + keys.begin) * a_.G + g) * a_.Dv;
-    kernels_.add_rows(as_const(w_.dk), keys.size(), a_.D, scale(), dk, a_.G * a_.D);
-    kernels_.add_rows(as_const(w_.dv), keys.size(), a_.Dv, T(1), dv, a_.G * a_.Dv);
+    T* dq = grads_.dq + ((b_ * a_.Lq + rows.begin) * a_.H + h) * a_.D;
+    kernels_.add_rows(as_const(w_.dq), rows.size(), a_.D, scale(), dq, a_.H * a_.D);
+  }
+
+  void add_key_gradients() {
+    T* dk = grads_.dk + ((b_ * a_.Lk + keys_.begin) * a_.G + g_) * a_.D;
+    T* dv = grads_.dv + ((b_ * a_.Lk + keys_.begin) * a_.G + g_) * a_.Dv;
+    kernels_.add_rows(as_const(w_.dk), keys_.size(), a_.D, scale(), dk, a_.G * a_.D);
+    kernels_.add_rows(as_const(w_.dv), keys_.size(), a_.Dv, T(1), dv, a_.G * a_.Dv);
   }
 
  private:
-  void add_queries(const TileIndex& at, bool with_dq) {
+  void add_tile(const TileIndex& at) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
-    load_queries(at.b, at.h, at.rows);
-    const Tile<T> ds = score_gradients(at, grads_.dbias.data != nullptr);
-    const Tile<T> p{w_.p, ds.keys, ds.queries};
-    kernels_.gemm(num_keys, w_.dv.ld, num_rows, by_key(p), as_const(w_.dout), w_.dv, true);
-    kernels_.gemm(num_keys, w_.dk.ld, num_rows, by_key(ds), as_const(w_.q), w_.dk, true);
-    if (!with_dq) return;
-    kernels_.gemm(num_rows, w_.dq.ld, num_keys, by_query(ds), as_const(w_.k), w_.dq, false);
-    add_dq(at.b, at.h, at.rows);
+    const int64_t skipped = at.keys.begin - keys_.begin;
+    const auto gradients = compute_gradients(at, {k_.data + skipped * k_.ld, k_.ld},
+                                             {v_.data + skipped * v_.ld, v_.ld});
+    add_product(num_keys, num_rows, gradients.weights_by_key, as_const(w_.dout),
+                {w_.dv.data + skipped * w_.dv.ld, w_.dv.ld});
+    add_product(num_keys, num_rows, gradients.scores_by_key, as_const(w_.q),
+                {w_.dk.data + skipped * w_.dk.ld, w_.dk.ld});
+    add_product(num_rows, num_keys, gradients.scores_by_query,
+                {w_.k.data + skipped / kernels_.word * w_.k.ld, w_.k.ld}, w_.dq);
   }
 
-  // Leaves P * m in w.p and returns dS, ready for its products with Q and K.
-  Tile<T> score_gradients(const TileIndex& at, bool with_dbias) {
-    const Tile<T> p{w_.p, at.keys.size(), padded(at.rows.size())};
-    const Tile<T> ds{w_.ds, p.keys, p.queries};
-    compute_scores<T>(a_, kernels_, at, as_const(w_.k), as_const(w_.q_t), w_.positions, p,
-                      w_.derivative);
-    kernels_.probabilities(p, w_.lse);
-    kernels_.gemm(ds.keys, ds.queries, a_.Dv, as_const(w_.v), as_const(w_.dout_t),
-                  {ds.data, ds.queries}, false);
+  void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
+                   Matrix<T> sum) {
+    kernels_.gemm(m, sum.ld, k, left, right, sum, T(1), true);
+  }
+
+  GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
+    const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
+    compute_scores<T>(a_, kernels_, at, k, as_const(w_.q_t), w_.positions, s, w_.derivative);
+    kernels_.gemm(s.keys, s.queries, a_.Dv, v, as_const(w_.dout_t), {dp.data, s.queries}, T(1),
+                  false);
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, p.keys, p.queries});
-      kernels_.multiply(ds, w_.multiplier);
+      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, s.keys, s.queries});
     }
-    kernels_.score_gradient(ds, p.data, w_.delta);
-    if (a_.dropout_p > 0) kernels_.multiply(p, w_.multiplier);
-    if (with_dbias) {
+    const auto [weights, by_key, by_query] = w_.operands;
+    const auto operands = kernels_.gradients({s,
+                                              dp,
+                                              w_.lse,
+                                              w_.delta,
+                                              w_.multiplier,
+                                              w_.derivative,
+                                              w_.ds,
+                                              {weights, by_key, by_query}});
+    if (w_.ds != nullptr) {
       const auto& dbias = grads_.dbias;
-      kernels_.add_bias_gradient(ds, at.rows.size(),
+      kernels_.add_bias_gradient({w_.ds, s.keys, s.queries}, at.rows.size(),
                                  dbias.at(at.b, at.h, at.rows.begin, at.keys.begin),
                                  dbias.query_stride, dbias.key_stride);
     }
-    if (a_.softcap > 0) kernels_.multiply(ds, w_.derivative);
-    return ds;
+    return operands;
   }
 
-  void load_queries(int64_t b, int64_t h, Range rows) {
-    const int64_t num_rows = rows.size(), row_of_lse = (b * a_.H + h) * a_.Lq + rows.begin;
+  void load_queries(int64_t h, Range rows) {
+    const int64_t num_rows = rows.size(), row_of_lse = (b_ * a_.H + h) * a_.Lq + rows.begin;
     w_.q_t.ld = w_.dout_t.ld = padded(num_rows);
-    load_rows(kernels_, a_.q, b, h, rows, a_.D, w_.q);
-    load_rows(kernels_, grads_.dout, b, h, rows, a_.Dv, w_.dout);
-    kernels_.transpose(as_const(w_.q), num_rows, a_.D, scale(), w_.q_t);
-    kernels_.transpose(as_const(w_.dout), num_rows, a_.Dv, T(1), w_.dout_t);
+    const auto q = left_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q_left);
+    const auto dout = left_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout_left);
+    kernels_.right_transpose(q, num_rows, a_.D, w_.q_t);
+    kernels_.right_transpose(dout, num_rows, a_.Dv, w_.dout_t);
+    right_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q);
+    right_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout);
     for (int64_t i = 0; i < padded(num_rows); ++i) {
       const bool exists = i < num_rows;
       w_.lse[i] = backward_lse(exists ? grads_.lse[row_of_lse + i] : minus_infinity<T>());
@@ -157,60 +179,143 @@ class BackwardTask {
     w_.positions.load(a_, rows);
   }
 
-  void load_keys(int64_t b, int64_t g, Range keys) {
-    load_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k);
-    load_rows(kernels_, a_.v, b, g, keys, a_.Dv, w_.v);
-  }
-
-  void add_dq(int64_t b, int64_t h, Range rows) {
-    T* dq = grads_.dq + ((b * a_.Lq + rows.begin) * a_.H + h) * a_.D;
-    kernels_.add_rows(as_const(w_.dq), rows.size(), a_.D, scale(), dq, a_.H * a_.D);
-  }
-
   T scale() const { return static_cast<T>(a_.softmax_scale); }
 
   const Attention<T>& a_;
   const AttentionGradients<T>& grads_;
   const Kernels<T>& kernels_;
   Workspace<T>& w_;
+  int64_t b_ = 0, g_ = 0;
+  Range keys_;
+  Matrix<const T> k_, v_;  // left operands
 };
 
-// How the key-major pass is cut into tasks. Axes that dbias is summed over stay whole inside one
-// task, and so do the key tiles where the task owns dq.
-struct KeyMajorTasks {
-  int64_t batches, heads, tiles;          // tasks along each axis
-  int64_t batch_run, head_run, tile_run;  // batch entries, key heads, key tiles of one task
+// The tiles of query rows that may see the keys held: for the same rows head by head.
+struct Passage {
+  Range heads, row_tiles;
+  int64_t num_rows;
 
   template <typename T>
-  KeyMajorTasks(const Attention<T>& a, const AttentionGradients<T>& grads, bool with_dq) {
-    const bool has_dbias = grads.dbias.data != nullptr;
-    const int64_t key_tiles = (a.Lk + kKeyTile - 1) / kKeyTile;
-    batch_run = has_dbias && grads.dbias.batch_stride == 0 ? a.B : 1;
-    head_run = has_dbias && grads.dbias.head_stride == 0 ? a.G : 1;
-    tile_run = with_dq ? key_tiles : 1;
-    batches = a.B / batch_run;
-    heads = a.G / head_run;
-    tiles = key_tiles / tile_run;
+  Passage(const Attention<T>& a, int64_t g, Range keys) : heads(a.query_heads(g)), num_rows(a.Lq) {
+    const Range rows = visible_queries(a.span, keys);
+    row_tiles = {rows.begin / kQueryTile, (rows.end + kQueryTile - 1) / kQueryTile};
   }
 
-  int64_t count() const { return batches * heads * tiles; }
+  int64_t count() const { return row_tiles.size() * heads.size(); }
 
-  // Calls visit(b, g, tile) for all that belongs to one task.
-  template <typename Visit>
-  void for_each(int64_t task, Visit&& visit) const {
-    const int64_t tile = task % tiles, head = task / tiles % heads, batch = task / tiles / heads;
-    for (int64_t b = batch * batch_run; b < (batch + 1) * batch_run; ++b) {
-      for (int64_t g = head * head_run; g < (head + 1) * head_run; ++g) {
-        for (int64_t t = tile * tile_run; t < (tile + 1) * tile_run; ++t) visit(b, g, t);
-      }
+  template <typename T>
+  void let_pass(Range tiles, Walk<T>& walk) const {
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const int64_t tile = row_tiles.begin + t / heads.size();
+      const Range rows{tile * kQueryTile, std::min((tile + 1) * kQueryTile, num_rows)};
+      walk.pass(heads.begin + t % heads.size(), rows);
     }
   }
 };
 
-// One pass over the scores where whole heads keep all threads busy.
-bool balances(int64_t tasks, int64_t threads) {
-  constexpr int64_t kEnough = 4;
-  return tasks % threads == 0 || tasks >= kEnough * threads;
+// How the work is cut among threads. Axes that dbias is summed over stay in one hand.
+struct Division {
+  int64_t batch_run = 1, head_run = 1;  // batch entries and key heads of one task
+  int64_t shares = 1;                   // of the rows, where threads walk together
+  bool heads_together = false;          // heads that share a key head, in one share
+
+  template <typename T>
+  Division(const Attention<T>& a, const BiasView<T*>& dbias, int64_t threads) {
+    bool rows_together = false;
+    if (dbias.data != nullptr) {
+      rows_together = dbias.query_stride == 0;
+      heads_together = dbias.head_stride == 0;
+      if (dbias.batch_stride == 0) batch_run = a.B;
+      if (heads_together) head_run = a.G;
+    }
+    const int64_t tasks = a.B / batch_run * (a.G / head_run);
+    constexpr int64_t kEnough = 4;
+    const bool balances = tasks % threads == 0 || tasks >= kEnough * threads;
+    if (!balances && !rows_together) shares = threads;
+  }
+
+  Range share(int64_t index, const Passage& passage) const {
+    const int64_t unit = heads_together ? passage.heads.size() : 1;
+    const int64_t units = passage.count() / unit;
+    return {units * index / shares * unit, units * (index + 1) / shares * unit};
+  }
+};
+
+// A walk for each worker, and the memory they share out.
+template <typename T>
+class Team {
+ public:
+  Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers)
+      : scratch_(workers, workspace_size(a, grads)) {
+    workspaces_.reserve(static_cast<size_t>(workers));
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      Carver carver(scratch_.of(worker));
+      workspaces_.emplace_back(a, grads.dbias.data != nullptr, carver);
+      walks_.emplace_back(a, grads, kernels<T>(a.q.dtype), workspaces_.back());
+    }
+  }
+
+  Walk<T>& operator[](int64_t worker) { return walks_[static_cast<size_t>(worker)]; }
+
+ private:
+  static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads) {
+    Carver measure(nullptr);
+    Workspace<T>(a, grads.dbias.data != nullptr, measure);
+    return measure.used();
+  }
+
+  Scratch scratch_;
+  std::vector<Workspace<T>> workspaces_;
+  std::vector<Walk<T>> walks_;
+};
+
+// Calls visit(keys, passage) for every run of keys that a walk holds and some row sees.
+template <typename T, typename Visit>
+void for_each_hold(const Attention<T>& a, int64_t g, Visit&& visit) {
+  for (int64_t begin = 0; begin < a.Lk; begin += kKeysHeld) {
+    const Range keys{begin, std::min(begin + kKeysHeld, a.Lk)};
+    const Passage passage(a, g, keys);
+    if (passage.count() > 0) visit(keys, passage);
+  }
+}
+
+// Each walk on its own, over all keys of whole heads.
+template <typename T>
+void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const Division& division,
+                const ParallelFor& parallel) {
+  const int64_t head_tasks = a.G / division.head_run;
+  const int64_t tasks = a.B / division.batch_run * head_tasks;
+  Team<T> team(a, grads, parallel.workers_for(tasks));
+  parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
+    const int64_t b0 = task / head_tasks * division.batch_run;
+    const int64_t g0 = task % head_tasks * division.head_run;
+    for (int64_t b = b0; b < b0 + division.batch_run; ++b) {
+      for (int64_t g = g0; g < g0 + division.head_run; ++g) {
+        for_each_hold(a, g, [&](Range keys, const Passage& passage) {
+          team[worker].hold(b, g, keys);
+          passage.let_pass({0, passage.count()}, team[worker]);
+          team[worker].add_key_gradients();
+        });
+      }
+    }
+  });
+}
+
+// All walks over the same keys, each past its share of the rows.
+template <typename T>
+void walk_together(const Attention<T>& a, const AttentionGradients<T>& grads,
+                   const Division& division, const ParallelFor& parallel) {
+  Team<T> team(a, grads, division.shares);
+  for (int64_t head = 0; head < a.B * a.G; ++head) {
+    const int64_t b = head / a.G, g = head % a.G;
+    for_each_hold(a, g, [&](Range keys, const Passage& passage) {
+      parallel.for_each_task(division.shares, [&](int64_t, int64_t share) {
+        team[share].hold(b, g, keys);
+        passage.let_pass(division.share(share, passage), team[share]);
+      });
+      for (int64_t share = 0; share < division.shares; ++share) team[share].add_key_gradients();
+    });
+  }
 }
 
 }  // namespace
@@ -219,37 +324,8 @@ template <typename T>
 void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grads,
                         const ParallelFor& parallel) {
   if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return;
-  const bool one_pass = balances(KeyMajorTasks(a, grads, true).count(), parallel.num_threads);
-  const KeyMajorTasks key_major(a, grads, one_pass);
-  const int64_t row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
-  const int64_t query_major_tasks = one_pass ? 0 : a.B * a.H * row_tiles;
-
-  Carver measure(nullptr);
-  Workspace<T>(a, measure);
-  const int64_t tasks = std::max(key_major.count(), query_major_tasks);
-  Scratch scratch(parallel.workers_for(tasks), measure.used());
-  const Kernels<T>& table = kernels<T>();
-  const auto with_task = [&](int64_t worker, auto&& body) {
-    Carver carver(scratch.of(worker));
-    Workspace<T> workspace(a, carver);
-    body(BackwardTask<T>(a, grads, table, workspace));
-  };
-
-  parallel.for_each_task(key_major.count(), [&](int64_t worker, int64_t index) {
-    with_task(worker, [&](BackwardTask<T> task) {
-      key_major.for_each(index, [&](int64_t b, int64_t g, int64_t tile) {
-        const Range keys = intersect({tile * kKeyTile, (tile + 1) * kKeyTile}, {0, a.Lk});
-        task.key_major(b, g, keys, one_pass);
-      });
-    });
-  });
-  parallel.for_each_task(query_major_tasks, [&](int64_t worker, int64_t index) {
-    with_task(worker, [&](BackwardTask<T> task) {
-      const int64_t head = index / row_tiles, tile = row_tiles - 1 - index % row_tiles;
-      const Range rows = intersect({tile * kQueryTile, (tile + 1) * kQueryTile}, {0, a.Lq});
-      task.query_major(head / a.H, head % a.H, rows);
-    });
-  });
+  const Division division(a, grads.dbias, parallel.num_threads);
+  (division.shares == 1 ? walk_apart<T> : walk_together<T>)(a, grads, division, parallel);
 }
 
 template void attention_backward(const Attention<float>&, const AttentionGradients<float>&,

@@ -1,7 +1,8 @@
 #pragma once
 
-// Which instruction set the CPU kernels use. USP_CPU_CAPABILITY=default|avx2|avx512 forces a lower
-// one than the machine has; a higher one than it has falls to what it has.
+// Which instruction set the CPU kernels use. USP_CPU_CAPABILITY=
+// default|avx2|avx512|avx512_bf16 forces a lower one than the machine has; a higher one than it has
+// falls to what it has.
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,10 +18,12 @@
 
 namespace usp::cpu {
 
-enum class Capability { kDefault, kAvx2, kAvx512 };
+enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline const char* name(Capability capability) {
   switch (capability) {
+    case Capability::kAvx512Bf16:
+      return "avx512_bf16";
     case Capability::kAvx512:
       return "avx512";
     case Capability::kAvx2:
@@ -32,7 +35,7 @@ inline const char* name(Capability capability) {
 
 inline std::vector<Capability> capabilities_built() {
 #if USP_CPU_X86
-  return {Capability::kDefault, Capability::kAvx2, Capability::kAvx512};
+  return {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16};
 #else
   return {Capability::kDefault};
 #endif
@@ -46,7 +49,8 @@ inline Capability capability_of_machine() {
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Capability::kAvx512 : Capability::kAvx2;
+  if (!avx512) return Capability::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
 #else
   return Capability::kDefault;
 #endif
@@ -56,11 +60,12 @@ inline Capability capability_in_use() {
   static const Capability machine = capability_of_machine();
   const char* wanted = std::getenv("USP_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') return machine;
-  for (Capability c : {Capability::kDefault, Capability::kAvx2, Capability::kAvx512}) {
+  for (Capability c :
+       {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16}) {
     if (std::string(name(c)) == wanted) return std::min(c, machine);
   }
   throw std::runtime_error("USP_CPU_CAPABILITY is '" + std::string(wanted) +
-                           "'; expected default, avx2 or avx512");
+                           "'; expected default, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace usp::cpu

@@ -1,19 +1,20 @@
 #pragma once
 
-// c (m, n) = or += a (m, k) b (k, n): register blocks of USP_GEMM_ROWS rows by USP_GEMM_VECTORS
-// vectors. a is read one element at a time, so it may be stored transposed.
+// c (m, n) = or += alpha a (m, k) b (k, n): register blocks of USP_GEMM_ROWS rows by
+// USP_GEMM_VECTORS vectors. a is read one word at a time, so it may be stored transposed.
+//
+// `Words` says what a word of a and b is (kernels.h) and how two of them are multiplied.
 
-#include "kernels.h"
-#include "simd.h"
+#include "words.h"
 
 namespace usp::cpu {
 namespace {
 
-template <typename T, int kRows, int kVectors, bool kTransposed>
-void gemm_block(int64_t k, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb,
-                T* __restrict c, int64_t ldc, bool accumulate) {
+template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
+void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __restrict b,
+                int64_t ldb, T* __restrict c, int64_t ldc, T alpha, bool accumulate) {
   Vec<T> sum[kRows][kVectors] = {};
-  for (int64_t p = 0; p < k; ++p) {
+  for (int64_t p = 0; p < words; ++p) {
     Vec<T> right[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * ldb + v * kLanes<T>);
@@ -21,7 +22,9 @@ void gemm_block(int64_t k, const T* __restrict a, int64_t lda, const T* __restri
     for (int r = 0; r < kRows; ++r) {
       const T left = kTransposed ? a[p * lda + r] : a[r * lda + p];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = Words::multiply_add(left, right[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -29,49 +32,58 @@ void gemm_block(int64_t k, const T* __restrict a, int64_t lda, const T* __restri
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       T* at = c + r * ldc + v * kLanes<T>;
-      store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
+      store(at, accumulate ? load(at) + alpha * sum[r][v] : alpha * sum[r][v]);
     }
   }
 }
 
 // All rows of one panel of kVectors vectors; the remainder of m takes the smaller blocks.
-template <typename T, int kRows, int kVectors, bool kTransposed>
-void gemm_panel(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                int64_t ldc, bool accumulate) {
+template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
+void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
+                int64_t ldc, T alpha, bool accumulate) {
   for (; m >= kRows; m -= kRows) {
-    gemm_block<T, kRows, kVectors, kTransposed>(k, a, lda, b, ldb, c, ldc, accumulate);
+    gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, alpha,
+                                                       accumulate);
     a += kRows * (kTransposed ? 1 : lda);
     c += kRows * ldc;
   }
   if constexpr (kRows > 1) {
     if (m > 0) {
-      gemm_panel<T, kRows - 1, kVectors, kTransposed>(m, k, a, lda, b, ldb, c, ldc, accumulate);
+      gemm_panel<Words, T, kRows - 1, kVectors, kTransposed>(m, words, a, lda, b, ldb, c, ldc,
+                                                             alpha, accumulate);
     }
   }
 }
 
-template <typename T, int kVectors, bool kTransposed>
-void gemm_columns(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
-                  Matrix<T> c, bool accumulate) {
+// Panels of at most kVectors vectors, about equally wide.
+template <typename Words, typename T, int kVectors, bool kTransposed>
+void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix<const T> b,
+                  Matrix<T> c, T alpha, bool accumulate) {
   constexpr int64_t kWidth = kVectors * kLanes<T>;
-  for (; n >= kWidth; n -= kWidth) {
-    gemm_panel<T, USP_GEMM_ROWS, kVectors, kTransposed>(m, k, a.data, a.ld, b.data, b.ld, c.data,
-                                                        c.ld, accumulate);
+  while (n > 0) {
+    const int64_t panels = (n + kWidth - 1) / kWidth;
+    if (n <= panels * (kWidth - kLanes<T>)) break;  // narrower ones suffice
+    gemm_panel<Words, T, USP_GEMM_ROWS, kVectors, kTransposed>(m, words, a.data, a.ld, b.data, b.ld,
+                                                               c.data, c.ld, alpha, accumulate);
     b.data += kWidth;
     c.data += kWidth;
+    n -= kWidth;
   }
   if constexpr (kVectors > 1) {
-    if (n > 0) gemm_columns<T, kVectors - 1, kTransposed>(m, n, k, a, b, c, accumulate);
+    if (n > 0) {
+      gemm_columns<Words, T, kVectors - 1, kTransposed>(m, n, words, a, b, c, alpha, accumulate);
+    }
   }
 }
 
-template <typename T>
+template <typename Words, typename T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-          bool accumulate) {
+          T alpha, bool accumulate) {
+  const int64_t words = (k + Words::kElements - 1) / Words::kElements;
   if (a.transposed) {
-    gemm_columns<T, USP_GEMM_VECTORS, true>(m, n, k, a, b, c, accumulate);
+    gemm_columns<Words, T, USP_GEMM_VECTORS, true>(m, n, words, a, b, c, alpha, accumulate);
   } else {
-    gemm_columns<T, USP_GEMM_VECTORS, false>(m, n, k, a, b, c, accumulate);
+    gemm_columns<Words, T, USP_GEMM_VECTORS, false>(m, n, words, a, b, c, alpha, accumulate);
   }
 }
 

@@ -3,23 +3,29 @@
 namespace usp::cpu {
 
 template <typename T>
-const Kernels<T>& kernels_of(Capability capability) {
+const Kernels<T>& kernels_of(Capability capability, DType inputs) {
 #if USP_CPU_X86
-  if (capability == Capability::kAvx512) return avx512_kernels<T>();
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (capability >= Capability::kAvx512Bf16 && inputs == DType::kBFloat16) {
+      return avx512_bf16_kernels();
+    }
+  }
+  if (capability >= Capability::kAvx512) return avx512_kernels<T>();
   if (capability == Capability::kAvx2) return avx2_kernels<T>();
 #endif
   (void)capability;
+  (void)inputs;
   return default_kernels<T>();
 }
 
 template <typename T>
-const Kernels<T>& kernels() {
-  return kernels_of<T>(capability_in_use());
+const Kernels<T>& kernels(DType inputs) {
+  return kernels_of<T>(capability_in_use(), inputs);
 }
 
-template const Kernels<float>& kernels_of<float>(Capability);
-template const Kernels<double>& kernels_of<double>(Capability);
-template const Kernels<float>& kernels<float>();
-template const Kernels<double>& kernels<double>();
+template const Kernels<float>& kernels_of<float>(Capability, DType);
+template const Kernels<double>& kernels_of<double>(Capability, DType);
+template const Kernels<float>& kernels<float>(DType);
+template const Kernels<double>& kernels<double>(DType);
 
 }  // namespace usp::cpu

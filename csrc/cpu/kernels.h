@@ -6,6 +6,10 @@
 // vectors only through this table. A score tile is key-major: row j holds one key's scores for all
 // query rows of the tile, so what belongs to a query (max, lse, delta, its interval of keys) is a
 // vector, and no reduction runs along one. Query columns are padded to a whole number of vectors.
+//
+// Operands of gemm are made of words. A word is an element, or, in the tables for bf16 inputs, two
+// bf16 elements that are neighbours along the dim that gemm sums over; the left operand's second is
+// 0 past an odd end. A word is as large as a T either way, so that operands take room of T.
 
 #include <cstdint>
 
@@ -44,6 +48,14 @@ struct TileMask {
   int64_t first_key;  // local index of the tile's row 0
 };
 
+// What a tile's query rows have seen so far.
+template <typename T>
+struct SoftmaxRows {
+  T* max;
+  T* sum;  // of exp(score - max)
+  T* factor;
+};
+
 struct TileDropout {
   const int32_t* q_pos;  // padded like the tile
   const int32_t* k_pos;
@@ -53,17 +65,52 @@ struct TileDropout {
   double kept_scale;  // 1 / (1 - dropout_p)
 };
 
+// What the gradients of a tile of scores are made of; all tiles have the same shape.
+template <typename T>
+struct GradientTile {
+  Tile<T> s, dp;         // scores, and gradients of what dropout leaves of their weights
+  const T *lse, *delta;  // (rows,)
+  const T* multiplier;   // of dropout, null: none
+  const T* derivative;   // of softcap, null: none
+  T* ds;                 // the gradient before softcap is written here, null: not wanted
+  T* rooms[3];           // for the operands, in their order
+};
+
+template <typename T>
+struct GradientOperands {
+  Matrix<const T> weights_by_key;   // (keys, rows) exp(s - lse) * multiplier
+  Matrix<const T> scores_by_key;    // (keys, rows) gradients of the scores before softcap
+  Matrix<const T> scores_by_query;  // (rows, keys), the same
+};
+
 template <typename T>
 struct Kernels {
-  // c (m, n) = or += a (m, k) b (k, n). n is a multiple of kPad, the other two are any number.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-               bool accumulate);
+  int64_t word;  // elements in one
+  // How far below its lse the maximum of a carried row starts. Where weights are rounded for their
+  // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
+  T headroom;
 
-  // dst (rows, ld) = src (rows, cols) converted, zero in the padding columns.
-  void (*load_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
-                    Matrix<T> dst);
-  // dst (cols, ld) = scale * the transpose of src (rows, cols), zero in the padding columns.
-  void (*transpose)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, Matrix<T> dst);
+  // c (m, n) = or += alpha a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad,
+  // the other two are any number.
+  void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
+               T alpha, bool accumulate);
+
+  // Rows (rows, cols) of a tensor as left operand, in words along a row: in place, or copied to
+  // `room`.
+  Matrix<const T> (*left_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows,
+                               int64_t cols, Matrix<T> room);
+  // The same rows as right operand, in words along a column: dst (rows, ld), zero in the padding
+  // columns.
+  void (*right_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                     Matrix<T> dst);
+  // The transpose of left rows as right operand: dst (cols, ld), zero in the padding columns.
+  void (*right_transpose)(Matrix<const T> left, int64_t rows, int64_t cols, Matrix<T> dst);
+  // dst (rows, cols) = factor[i] * src, rounded to `dtype`; factor null: 1.
+  void (*store_rows)(Matrix<const T> src, int64_t rows, int64_t cols, const T* factor, DType dtype,
+                     void* dst, int64_t dst_stride);
+  // result[i] = <row i of a, row i of b>, both in `dtype`.
+  void (*row_products)(DType dtype, const void* a, int64_t a_stride, const void* b,
+                       int64_t b_stride, int64_t rows, int64_t cols, T* result);
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);
@@ -82,27 +129,24 @@ struct Kernels {
   // m = keep / (1 - dropout_p) for every element.
   void (*dropout)(Tile<T> m, TileDropout dropout);
 
-  // Lets the tile into the running softmax: s becomes exp(s - max), max and sum move on, and
-  // `factor` says by how much what was accumulated before must shrink.
-  void (*softmax_update)(Tile<T> s, T* max, T* sum, T* factor);
-  // s = exp(s - lse).
-  void (*probabilities)(Tile<T> s, const T* lse);
-  // dp = p * (dp - delta).
-  void (*score_gradient)(Tile<T> dp, const T* p, const T* delta);
-  // x *= y.
-  void (*multiply)(Tile<T> x, const T* y);
+  // Lets the tile into the running softmax: max and sum move on, and `factor` says by how much what
+  // was accumulated before must shrink. Returns the transpose of exp(s - max), times `multiplier`
+  // where not null, as left operand: in place, or written to `room`.
+  Matrix<const T> (*softmax_update)(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room);
+  // Weights and gradients of a tile of scores, as left operands: in place, or written to `rooms`.
+  GradientOperands<T> (*gradients)(GradientTile<T> tile);
   // dbias += ds; summed over the queries first where query_stride is 0.
   void (*add_bias_gradient)(Tile<T> ds, int64_t num_rows, T* dbias, int64_t query_stride,
                             int64_t key_stride);
 };
 
-// The table in use now, by capability_in_use().
+// The table in use now for inputs of a dtype, by capability_in_use().
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels(DType inputs);
 
 // The table of one instruction set, whatever the machine has; for tests.
 template <typename T>
-const Kernels<T>& kernels_of(Capability capability);
+const Kernels<T>& kernels_of(Capability capability, DType inputs);
 
 // One per object file.
 template <typename T>
@@ -111,5 +155,6 @@ template <typename T>
 const Kernels<T>& avx2_kernels();
 template <typename T>
 const Kernels<T>& avx512_kernels();
+const Kernels<float>& avx512_bf16_kernels();  // for bf16 inputs only: a word is a pair
 
 }  // namespace usp::cpu

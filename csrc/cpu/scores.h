@@ -2,8 +2,7 @@
 
 // Element-wise work on score tiles (keys, queries), and the softmax along their columns.
 
-#include "kernels.h"
-#include "simd.h"
+#include "words.h"
 
 namespace usp::cpu {
 namespace {
@@ -99,53 +98,82 @@ void dropout(Tile<T> m, TileDropout d) {
   }
 }
 
-template <typename T>
-void softmax_update(Tile<T> s, T* max, T* sum, T* factor) {
-  for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
-    const Vec<T> old_max = load(max + i);
-    Vec<T> new_max = old_max;
-    for (int64_t j = 0; j < s.keys; ++j) {
-      const Vec<T> score = load(s.row(j) + i);
-      new_max = score > new_max ? score : new_max;
-    }
-    const Vec<T> empty = broadcast<T>(minus_infinity<T>());
-    const Vec<T> subtracted = new_max == empty ? Vec<T>{} : new_max;
-    Vec<T> tile_sum = {};
-    for (int64_t j = 0; j < s.keys; ++j) {
-      const Vec<T> weight = exp<T>(load(s.row(j) + i) - subtracted);
-      store<T>(s.row(j) + i, weight);
-      tile_sum += weight;
-    }
-    const Vec<T> shrink = exp<T>(old_max - subtracted);
-    store<T>(factor + i, shrink);
-    store<T>(sum + i, load(sum + i) * shrink + tile_sum);
-    store<T>(max + i, new_max);
-  }
-}
-
-template <typename T>
-void probabilities(Tile<T> s, const T* lse) {
+// kVectors vectors of query rows from row i.
+template <typename Words, int kVectors, typename T>
+void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room, int64_t i) {
+  const auto at = [i](int v) { return i + v * kLanes<T>; };
+  Vec<T> max[kVectors], subtracted[kVectors], sum[kVectors];  // sum of this tile alone
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) max[v] = load(rows.max + at(v));
   for (int64_t j = 0; j < s.keys; ++j) {
-    for (int64_t i = 0; i < s.queries; i += kLanes<T>) {
-      store<T>(s.row(j) + i, exp<T>(load(s.row(j) + i) - load(lse + i)));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) max[v] = max_or_nan<T>(max[v], load(s.row(j) + at(v)));
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    subtracted[v] = max[v] == broadcast<T>(minus_infinity<T>()) ? Vec<T>{} : max[v];
+    sum[v] = Vec<T>{};
+  }
+  for (int64_t j = 0; j < s.keys; j += 2) {
+    const bool paired = j + 1 < s.keys;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const auto weight = [&](int64_t key) {
+        return exp<T, Words::kRounds>(load(s.row(key) + at(v)) - subtracted[v]);
+      };
+      Vec<T> first = weight(j), second = paired ? weight(j + 1) : Vec<T>{};
+      sum[v] += first + second;
+      if (multiplier != nullptr) {
+        first *= load(multiplier + j * s.queries + at(v));
+        if (paired) second *= load(multiplier + (j + 1) * s.queries + at(v));
+      }
+      Words::store_by_query(s, room, j, at(v), first, second);
     }
   }
-}
-
-template <typename T>
-void score_gradient(Tile<T> dp, const T* p, const T* delta) {
-  for (int64_t j = 0; j < dp.keys; ++j) {
-    T* __restrict row = dp.row(j);
-    const T* __restrict weight = p + j * dp.queries;
-    for (int64_t i = 0; i < dp.queries; ++i) row[i] = weight[i] * (row[i] - delta[i]);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<T> factor = exp<T, Words::kRounds>(load(rows.max + at(v)) - subtracted[v]);
+    store<T>(rows.sum + at(v), load(rows.sum + at(v)) * factor + sum[v]);
+    store<T>(rows.factor + at(v), factor);
+    store<T>(rows.max + at(v), max[v]);
   }
 }
 
-template <typename T>
-void multiply(Tile<T> x, const T* __restrict y) {
-  T* __restrict data = x.data;
-  const int64_t count = x.keys * x.queries;
-  for (int64_t i = 0; i < count; ++i) data[i] *= y[i];
+template <typename Words, typename T>
+Matrix<const T> softmax_update(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room) {
+  constexpr int kVectors = 4;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes<T> <= s.queries; i += kVectors * kLanes<T>) {
+    softmax_columns<Words, kVectors>(s, rows, multiplier, room, i);
+  }
+  for (; i < s.queries; i += kLanes<T>) softmax_columns<Words, 1>(s, rows, multiplier, room, i);
+  return Words::by_query(s, room);
+}
+
+template <typename Words, typename T>
+GradientOperands<T> gradients(const GradientTile<T> t) {
+  const auto [p_room, by_key, by_query] = t.rooms;
+  const auto gradient = [&](int64_t j, int64_t i) {
+    const int64_t at = j * t.s.queries + i;
+    Vec<T> p = exp<T, Words::kRounds>(load(t.s.data + at) - load(t.lse + i));
+    Vec<T> dp = load(t.dp.data + at);
+    if (t.multiplier != nullptr) dp *= load(t.multiplier + at);
+    Vec<T> ds = p * (dp - load(t.delta + i));
+    if (t.multiplier != nullptr) p *= load(t.multiplier + at);
+    if (t.ds != nullptr) store<T>(t.ds + at, ds);
+    if (t.derivative != nullptr) ds *= load(t.derivative + at);
+    Words::store_by_key(t.s, p_room, j, i, p);
+    Words::store_by_key(t.dp, by_key, j, i, ds);
+    return ds;
+  };
+  for (int64_t j = 0; j < t.s.keys; j += 2) {
+    for (int64_t i = 0; i < t.s.queries; i += kLanes<T>) {
+      const Vec<T> first = gradient(j, i);
+      const Vec<T> second = j + 1 < t.s.keys ? gradient(j + 1, i) : Vec<T>{};
+      if constexpr (!Words::kInPlace) Words::store_by_query(t.dp, by_query, j, i, first, second);
+    }
+  }
+  return {Words::by_key(t.s, p_room), Words::by_key(t.dp, by_key), Words::by_query(t.dp, by_query)};
 }
 
 template <typename T>

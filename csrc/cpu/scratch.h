@@ -1,6 +1,6 @@
 #pragma once
 
-// Scratch memory of one call: one aligned slab, cut into equal parts for the workers.
+// Scratch memory of one call: an aligned slab, cut into equal parts for the workers.
 
 #include <cstdint>
 #include <cstring>
@@ -36,30 +36,39 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// The slab is the calling thread's and stays for its next call: fresh pages cost more than the work
+// on a short sequence. It grows to threads x tile and no further. One Scratch at a time per thread.
 class Scratch {
  public:
   Scratch(int64_t workers, int64_t bytes_each)
-      : bytes_each_(bytes_each), slab_(allocate(workers * bytes_each)) {
+      : bytes_each_(bytes_each), base_(slab(workers * bytes_each)) {
 #ifdef USP_POISON_SCRATCH
-    std::memset(slab_.get(), 0xFF, static_cast<size_t>(workers * bytes_each));  // NaN everywhere
+    std::memset(base_, 0xFF, static_cast<size_t>(workers * bytes_each));  // NaN everywhere
 #endif
   }
 
-  char* of(int64_t worker) { return slab_.get() + worker * bytes_each_; }
+  char* of(int64_t worker) { return base_ + worker * bytes_each_; }
 
  private:
   struct Free {
     void operator()(char* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
   };
-  using Slab = std::unique_ptr<char, Free>;
 
-  static Slab allocate(int64_t bytes) {
-    return Slab(static_cast<char*>(
-        ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
+  static char* slab(int64_t bytes) {
+    thread_local std::unique_ptr<char, Free> held;
+    thread_local int64_t size = 0;
+    if (bytes > size) {
+      held.reset();
+      size = 0;
+      held.reset(static_cast<char*>(
+          ::operator new(static_cast<size_t>(bytes), std::align_val_t{kAlignment})));
+      size = bytes;
+    }
+    return held.get();
   }
 
   int64_t bytes_each_;
-  Slab slab_;
+  char* base_;
 };
 
 }  // namespace usp::cpu

@@ -4,8 +4,16 @@
 // Included once by each instruction set's object; internal linkage keeps the copies apart.
 
 #include <cstdint>
+#include <iterator>
 
-#define USP_SIMD static inline __attribute__((always_inline))
+#include "capability.h"
+
+#if USP_CPU_X86
+#include <immintrin.h>
+#endif
+
+#define USP_SIMD_MEMBER inline __attribute__((always_inline))
+#define USP_SIMD static USP_SIMD_MEMBER
 
 namespace usp::cpu {
 namespace {
@@ -20,11 +28,15 @@ struct VectorTraits<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
   static constexpr float kRoundMagic = 0x1.8p23f;
-  static constexpr float kUnderflow = -87.33654f;  // exp of it is the smallest normal number
-  static constexpr float kOverflow = 88.0f;
-  static constexpr float kLn2High = 0x1.63p-1f;  // few bits: n * kLn2High is exact
-  static constexpr float kLn2Low = -0x1.bd0106p-13f;
-  static constexpr int kExpDegree = 7;  // remainder below 2^-27
+  static constexpr float kLowest = -87.7f;         // n is -127 there: its bits are 0
+  static constexpr float kLn2High = 0x1.62e4p-1f;  // few bits: n * kLn2High is exact
+  static constexpr float kLn2Low = 0x1.7f7d1c00p-20f;
+  // exp(r) for |r| <= ln(2) / 2, minimax of the relative error: 2^-29.
+  static constexpr float kExp[] = {1.0f,         1.00000003f,    0.499999942f,  0.166664313f,
+                                   0.041668002f, 0.00837415531f, 0.00138436536f};
+  // The same to 2^-18, for results that are rounded to fewer bits anyway.
+  static constexpr float kCoarseExp[] = {1.0f, 0.999966837f, 0.500030136f, 0.167874733f,
+                                         0.0415138476f};
 };
 
 template <>
@@ -34,11 +46,26 @@ struct VectorTraits<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
   static constexpr double kRoundMagic = 0x1.8p52;
-  static constexpr double kUnderflow = -708.3964185322641;
-  static constexpr double kOverflow = 709.0;
+  static constexpr double kLowest = -709.4;
   static constexpr double kLn2High = 0x1.62e42p-1;
   static constexpr double kLn2Low = 0x1.fdf473de6af28p-22;
-  static constexpr int kExpDegree = 13;  // remainder below 2^-57
+  // 1 / k!: the remainder is below 2^-57.
+  static constexpr double kExp[] = {
+      1.0,
+      1.0,
+      1.0 / 2,
+      1.0 / 6,
+      1.0 / 24,
+      1.0 / 120,
+      1.0 / 720,
+      1.0 / 5040,
+      1.0 / 40320,
+      1.0 / 362880,
+      1.0 / 3628800,
+      1.0 / 39916800,
+      1.0 / 479001600,
+      1.0 / 6227020800,
+  };
 };
 
 template <typename T>
@@ -66,31 +93,60 @@ USP_SIMD Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-constexpr double reciprocal_factorial(int k) {
-  return k <= 1 ? 1.0 : reciprocal_factorial(k - 1) / k;
+// The larger one lane by lane; `x` where it is NaN. The compiler makes two instructions of a
+// comparison and a choice; gcc 12 warns of _mm512_max_ps itself.
+template <typename T>
+USP_SIMD Vec<T> max_or_nan(Vec<T> bound, Vec<T> x) {
+#if USP_CPU_X86 && USP_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (Vec<T>)_mm512_maskz_max_ps(0xFFFF, (__m512)bound, (__m512)x);
+  } else {
+    return (Vec<T>)_mm512_maskz_max_pd(0xFF, (__m512d)bound, (__m512d)x);
+  }
+#elif USP_CPU_X86 && USP_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (Vec<T>)_mm256_max_ps((__m256)bound, (__m256)x);
+  } else {
+    return (Vec<T>)_mm256_max_pd((__m256d)bound, (__m256d)x);
+  }
+#else
+  return x < bound ? bound : x;
+#endif
 }
 
-// exp for x <= kOverflow: 0 below the normal range (and at -inf), NaN stays NaN. Error below 1 ulp
-// or so: x = n ln 2 + r with |r| <= ln(2) / 2, Taylor in r, 2^n by its bits.
-template <typename T>
+template <typename T, bool kCoarse>
+struct Exponential {
+  static constexpr auto& kCoefficients = VectorTraits<T>::kExp;
+};
+
+template <>
+struct Exponential<float, true> {
+  static constexpr auto& kCoefficients = VectorTraits<float>::kCoarseExp;
+};
+
+// exp(x) for x up to the exponent range: 0 below the normal range (and at -inf), NaN stays NaN.
+// Error below 2 ulp, or 2^-18 where kCoarse: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in
+// r, 2^n by its bits.
+template <typename T, bool kCoarse = false>
 USP_SIMD Vec<T> exp(Vec<T> x) {
   using Traits = VectorTraits<T>;
-  const Vec<T> low = broadcast<T>(Traits::kUnderflow), high = broadcast<T>(Traits::kOverflow);
-  const Mask<T> underflow = x < low;
-  x = underflow ? low : x;
-  x = x > high ? high : x;
-  const Vec<T> magic = broadcast<T>(Traits::kRoundMagic);
+  constexpr auto& kCoefficients = Exponential<T, kCoarse>::kCoefficients;
+  constexpr int kDegree = std::size(kCoefficients) - 1;
+  x = max_or_nan<T>(broadcast<T>(Traits::kLowest), x);
+  // The low bits of the sum are n + bias: the exponent of 2^n.
+  const Vec<T> magic = broadcast<T>(Traits::kRoundMagic + T(Traits::kExponentBias));
   const Vec<T> shifted = x * T(1.4426950408889634) + magic;
   const Vec<T> n = shifted - magic;
-  const Vec<T> r = (x - n * Traits::kLn2High) - n * Traits::kLn2Low;
-  Vec<T> poly = broadcast<T>(T(reciprocal_factorial(Traits::kExpDegree)));
-#pragma GCC unroll 16
-  for (int k = Traits::kExpDegree - 1; k >= 0; --k) {
-    poly = poly * r + T(reciprocal_factorial(k));
+  Vec<T> r;
+  if constexpr (kCoarse) {
+    r = x - n * T(0.6931471805599453);
+  } else {
+    r = (x - n * Traits::kLn2High) - n * Traits::kLn2Low;
   }
-  const Mask<T> exponent = (Mask<T>)shifted - (Mask<T>)magic + Traits::kExponentBias;
-  const Vec<T> power = (Vec<T>)(exponent << Traits::kMantissaBits);
-  return underflow ? Vec<T>{} : poly * power;
+  Vec<T> poly = broadcast<T>(kCoefficients[kDegree]);
+#pragma GCC unroll 16
+  for (int k = kDegree - 1; k >= 0; --k) poly = poly * r + kCoefficients[k];
+  return poly * (Vec<T>)((Mask<T>)shifted << Traits::kMantissaBits);
 }
 
 // tanh: a Pade approximant near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.

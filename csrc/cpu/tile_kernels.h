@@ -11,12 +11,17 @@
 namespace usp::cpu {
 namespace {
 
-template <typename T>
+template <typename T, typename Words = SingleWords>
 constexpr Kernels<T> make_kernels() {
   return {
-      .gemm = gemm<T>,
-      .load_rows = load_rows<T>,
-      .transpose = transpose<T>,
+      .word = Words::kElements,
+      .headroom = Words::kRounds ? T(16) : T(0),
+      .gemm = gemm<Words, T>,
+      .left_rows = left_rows<T>,
+      .right_rows = right_rows<T>,
+      .right_transpose = right_transpose<T>,
+      .store_rows = store_rows<T>,
+      .row_products = row_products<T>,
       .add_rows = add_rows<T>,
       .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,
@@ -24,10 +29,8 @@ constexpr Kernels<T> make_kernels() {
       .add_alibi = add_alibi<T>,
       .mask = mask<T>,
       .dropout = dropout<T>,
-      .softmax_update = softmax_update<T>,
-      .probabilities = probabilities<T>,
-      .score_gradient = score_gradient<T>,
-      .multiply = multiply<T>,
+      .softmax_update = softmax_update<Words, T>,
+      .gradients = gradients<Words, T>,
       .add_bias_gradient = add_bias_gradient<T>,
   };
 }

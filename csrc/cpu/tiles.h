@@ -3,6 +3,8 @@
 // What forward and backward share: tile sizes, loading of query and key rows, and the scores of a
 // tile before its softmax.
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "scratch.h"
 
@@ -24,6 +26,9 @@ inline int64_t element_size(DType dtype) {
   }
 }
 
+template <typename T>
+inline constexpr DType kDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
 // Address of (b, row, h, 0).
 inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int64_t h) {
   const int64_t offset = b * x.batch_stride + row * x.row_stride + h * x.head_stride;
@@ -31,26 +36,22 @@ inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int6
 }
 
 template <typename T>
-void load_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
-               int64_t cols, Matrix<T> dst) {
-  kernels.load_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
-                    dst);
+Matrix<const T> left_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h,
+                          Range rows, int64_t cols, Matrix<T> room) {
+  return kernels.left_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(),
+                           cols, room);
+}
+
+template <typename T>
+void right_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
+                int64_t cols, Matrix<T> dst) {
+  kernels.right_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
+                     dst);
 }
 
 template <typename T>
 Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.ld, m.transposed};
-}
-
-// The transpose of a tile (keys, queries) as a left operand of gemm.
-template <typename T>
-Matrix<const T> by_query(const Tile<T>& tile) {
-  return {tile.data, tile.queries, true};
-}
-
-template <typename T>
-Matrix<const T> by_key(const Tile<T>& tile) {
-  return {tile.data, tile.queries};
 }
 
 // Which tile of which head is being computed.
@@ -61,6 +62,16 @@ struct TileIndex {
   Range keys;
   bool masked;  // some row may not see some key
 };
+
+// The tiles that a task holds while it walks past those of the other side: what it loads of these
+// serves all it holds.
+inline constexpr int64_t kTilesHeld = 4;
+
+// As many as leave several tasks to each thread.
+inline int64_t tiles_held(int64_t tiles, int64_t threads) {
+  constexpr int64_t kTasksPerThread = 4;
+  return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
+}
 
 // Padded copies of what belongs to the query rows of a tile.
 struct QueryPositions {
@@ -77,13 +88,14 @@ struct QueryPositions {
   }
 };
 
-// s (keys, queries) = the scores of a tile: scaled products (q_t is scaled already), softcap, bias,
+// s (keys, queries) = the scores of a tile: scaled products, softcap, bias,
 // ALiBi, -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
                     Matrix<const T> k, Matrix<const T> q_t, const QueryPositions& positions,
                     Tile<T> s, T* softcap_derivative) {
-  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, false);
+  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, static_cast<T>(a.softmax_scale),
+               false);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),

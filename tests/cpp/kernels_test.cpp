@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -20,7 +21,7 @@ class TileKernels : public testing::Test {
     for (const Capability capability : capabilities_built()) {
       if (capability > capability_of_machine()) continue;
       SCOPED_TRACE(name(capability));
-      body(kernels_of<T>(capability));
+      body(kernels_of<T>(capability, DType::kFloat32));
     }
   }
 
@@ -51,12 +52,13 @@ TYPED_TEST(TileKernels, Gemm) {
             for (const bool accumulate : {false, true}) {
               auto c = before;
               table.gemm(m, n, k, {a.data(), lda, transposed}, {b.data(), ldb}, {c.data(), ldc},
-                         accumulate);
+                         T(0.5), accumulate);
               for (int64_t i = 0; i < m; ++i) {
                 for (int64_t j = 0; j < ldc; ++j) {
                   T expected = accumulate || j >= n ? before[i * ldc + j] : T(0);
                   for (int64_t p = 0; p < k && j < n; ++p) {
-                    expected += (transposed ? a[p * lda + i] : a[i * lda + p]) * b[p * ldb + j];
+                    expected +=
+                        T(0.5) * (transposed ? a[p * lda + i] : a[i * lda + p]) * b[p * ldb + j];
                   }
                   ASSERT_NEAR(c[i * ldc + j], expected, 50 * this->kEpsilon);
                 }
@@ -69,37 +71,61 @@ TYPED_TEST(TileKernels, Gemm) {
   });
 }
 
-TYPED_TEST(TileKernels, ExpIsAccurateToAFewUlp) {
+// exp(x - lse) by way of a score's gradient where that of its weight is 1. Columns of 16 rows.
+template <typename T>
+std::vector<T> exps(const Kernels<T>& table, std::vector<T> x, std::vector<T> lse) {
+  const auto keys = static_cast<int64_t>(x.size()) / 16;
+  std::vector<T> dp(x.size(), T(1)), result(x.size()), rooms[3];
+  for (auto& room : rooms) room.resize(x.size() + 16);
+  const std::vector<T> delta(16, T(0));
+  table.gradients({{x.data(), keys, 16},
+                   {dp.data(), keys, 16},
+                   lse.data(),
+                   delta.data(),
+                   nullptr,
+                   nullptr,
+                   result.data(),
+                   {rooms[0].data(), rooms[1].data(), rooms[2].data()}});
+  return result;
+}
+
+TYPED_TEST(TileKernels, ExpIsAccurateToTwoUlp) {
   using T = TypeParam;
   const double lowest = sizeof(T) == 8 ? -708 : -87;
   this->on_each_capability([&](const Kernels<T>& table) {
-    auto x = this->randoms(1 << 16, lowest, 0.5);
-    const auto inputs = x;
-    const std::vector<T> zero(16, T(0));
-    table.probabilities({x.data(), (1 << 16) / 16, 16}, zero.data());
-    for (size_t i = 0; i < x.size(); ++i) {
-      const T expected = std::exp(inputs[i]);
-      ASSERT_NEAR(x[i], expected, 2 * this->kEpsilon * expected) << "exp(" << inputs[i] << ")";
+    for (const double low : {lowest, -5.0}) {
+      const auto x = this->randoms(1 << 16, low, 0.5);
+      const auto result = exps(table, x, std::vector<T>(16, T(0)));
+      for (size_t i = 0; i < x.size(); ++i) {
+        const long double expected = std::exp(static_cast<long double>(x[i]));
+        const T rounded = static_cast<T>(expected);
+        const T ulp = std::nextafter(rounded, std::numeric_limits<T>::infinity()) - rounded;
+        ASSERT_LE(std::abs(result[i] - expected), 2 * ulp) << "exp(" << x[i] << ")";
+      }
     }
   });
 }
 
 TYPED_TEST(TileKernels, ExpAtTheEnds) {
   using T = TypeParam;
-  this->on_each_capability([&](const Kernels<T>& table) {
+  const auto check = [](const Kernels<T>& table) {
     constexpr T inf = std::numeric_limits<T>::infinity();
     std::vector<T> x(16, T(0)), lse(16, T(0));
     x[0] = -inf;
     x[1] = T(-1e30);
     x[2] = std::numeric_limits<T>::quiet_NaN();
     lse[4] = inf;
-    table.probabilities({x.data(), 1, 16}, lse.data());
-    EXPECT_EQ(x[0], T(0));
-    EXPECT_EQ(x[1], T(0));
-    EXPECT_TRUE(std::isnan(x[2]));
-    EXPECT_EQ(x[3], T(1));
-    EXPECT_EQ(x[4], T(0));
-  });
+    const auto result = exps(table, x, lse);
+    EXPECT_EQ(result[0], T(0));
+    EXPECT_EQ(result[1], T(0));
+    EXPECT_TRUE(std::isnan(result[2]));
+    EXPECT_EQ(result[3], T(1));
+    EXPECT_EQ(result[4], T(0));
+  };
+  this->on_each_capability(check);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (capability_of_machine() >= Capability::kAvx512Bf16) check(avx512_bf16_kernels());
+  }
 }
 
 TYPED_TEST(TileKernels, SoftcapIsAccurateNearAndFarFromZero) {
@@ -119,6 +145,188 @@ TYPED_TEST(TileKernels, SoftcapIsAccurateNearAndFarFromZero) {
   });
 }
 
+// (rows, dim) of small integers: exact in bf16, and so are sums of their products in fp32.
+struct Bf16Rows {
+  Bf16Rows(std::mt19937& random, int64_t rows, int64_t dim) : dim(dim) {
+    std::uniform_int_distribution<int> small(-8, 8);
+    for (int64_t i = 0; i < rows * dim; ++i) {
+      values.push_back(static_cast<float>(small(random)));
+      uint32_t bits;
+      std::memcpy(&bits, &values.back(), sizeof(bits));
+      halves.push_back(static_cast<uint16_t>(bits >> 16));
+    }
+  }
+  float at(int64_t i, int64_t d) const { return d < dim ? values[i * dim + d] : 0.0f; }
+
+  int64_t dim;
+  std::vector<float> values;
+  std::vector<uint16_t> halves;
+};
+
+int64_t up_to_pad(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
+
+// Memory that holds NaN wherever nothing was written.
+std::vector<float> room(int64_t count) { return std::vector<float>(count, NAN); }
+
+class Bf16Products : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (capability_of_machine() < Capability::kAvx512Bf16) GTEST_SKIP() << "no BF16 instructions";
+  }
+
+  // `bytes` is how far the rows lie from the alignment of a word.
+  Matrix<const float> left(const Bf16Rows& x, int64_t rows, std::vector<float>& memory,
+                           int64_t bytes = 0) {
+    const int64_t ld = up_to_pad(x.dim);
+    memory = room(2 * rows * (ld + 1));
+    char* copy = reinterpret_cast<char*>(memory.data() + rows * (ld + 1)) + bytes;
+    std::memcpy(copy, x.halves.data(), static_cast<size_t>(rows * x.dim) * sizeof(uint16_t));
+    return table().left_rows(DType::kBFloat16, copy, x.dim, rows, x.dim, {memory.data(), ld});
+  }
+
+  Matrix<const float> right(const Bf16Rows& x, int64_t rows, std::vector<float>& memory) {
+    const int64_t ld = up_to_pad(x.dim);
+    memory = room((rows + 1) / 2 * ld);
+    const Matrix<float> words{memory.data(), ld};
+    table().right_rows(DType::kBFloat16, x.halves.data(), x.dim, rows, x.dim, words);
+    return {words.data, ld};
+  }
+
+  const Kernels<float>& table() {
+    return kernels_of<float>(Capability::kAvx512Bf16, DType::kBFloat16);
+  }
+
+  std::mt19937 random_{5};
+};
+
+TEST_F(Bf16Products, OfRowsWithRows) {
+  std::vector<float> q_memory, k_memory;
+  for (const int64_t keys : {1, 7, 33}) {
+    for (const int64_t queries : {1, 3, 16, 31}) {
+      for (const int64_t dim : {1, 5, 16, 37, 40}) {
+        for (const int64_t bytes : {0, 2}) {
+          const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
+          const int64_t columns = up_to_pad(queries);
+          auto q_t = room(up_to_pad(dim) * columns), s = room(keys * columns);
+          table().right_transpose(left(q, queries, q_memory, bytes), queries, dim,
+                                  {q_t.data(), columns});
+          table().gemm(keys, columns, dim, left(k, keys, k_memory, bytes), {q_t.data(), columns},
+                       {s.data(), columns}, 0.25f, false);
+          for (int64_t j = 0; j < keys; ++j) {
+            for (int64_t i = 0; i < columns; ++i) {
+              float expected = 0;
+              for (int64_t d = 0; d < dim && i < queries; ++d) expected += k.at(j, d) * q.at(i, d);
+              ASSERT_EQ(s[j * columns + i], 0.25f * expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Of weights exp(0) and gradients p * (dp - delta) = dp, small integers.
+TEST_F(Bf16Products, OfTilesWithRows) {
+  std::vector<float> right_memory;
+  for (const int64_t keys : {1, 2, 7, 33}) {
+    for (const int64_t queries : {1, 3, 16, 31}) {
+      for (const int64_t dim : {1, 16, 37}) {
+        const int64_t ld = up_to_pad(dim), columns = up_to_pad(queries);
+        const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
+        Bf16Rows dp(random_, keys, columns);
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int64_t i = queries; i < columns; ++i) dp.values[j * columns + i] = 0;  // padding
+        }
+        std::vector<float> s(keys * columns, 0.0f), zero(columns, 0.0f), rooms[3];
+        for (auto& memory : rooms) memory = room((keys + 1) * columns);
+        const Tile<float> scores{s.data(), keys, columns},
+            gradients{dp.values.data(), keys, columns};
+        const auto operands =
+            table().gradients({scores,
+                               gradients,
+                               zero.data(),
+                               zero.data(),
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               {rooms[0].data(), rooms[1].data(), rooms[2].data()}});
+        const auto product = [&](const Bf16Rows& x, int64_t rows, int64_t m,
+                                 Matrix<const float> tile) {
+          std::vector<float> sum(m * ld);
+          table().gemm(m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld}, 1.0f,
+                       true);
+          return sum;
+        };
+        const auto by_query = product(k, keys, queries, operands.scores_by_query);
+        const auto by_key = product(q, queries, keys, operands.scores_by_key);
+        const auto weighted = product(q, queries, keys, operands.weights_by_key);
+        for (int64_t d = 0; d < ld; ++d) {
+          for (int64_t i = 0; i < queries; ++i) {
+            float expected = 0;
+            for (int64_t j = 0; j < keys; ++j) expected += dp.at(j, i) * k.at(j, d);
+            ASSERT_EQ(by_query[i * ld + d], expected);
+          }
+          for (int64_t j = 0; j < keys; ++j) {
+            float expected = 0, sum = 0;
+            for (int64_t i = 0; i < queries; ++i) {
+              expected += dp.at(j, i) * q.at(i, d);
+              sum += q.at(i, d);
+            }
+            ASSERT_EQ(by_key[j * ld + d], expected);
+            ASSERT_EQ(weighted[j * ld + d], sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Scores 0 and -inf: the weights of the softmax are 1 and 0, times the multiplier.
+TEST_F(Bf16Products, OfSoftmaxWeights) {
+  std::vector<float> right_memory;
+  for (const int64_t keys : {1, 2, 7, 33}) {
+    for (const int64_t columns : {16, 64, 80}) {
+      const Bf16Rows v(random_, keys, 5), multiplier(random_, keys, columns);
+      for (const bool dropped : {false, true}) {
+        std::vector<float> s(keys * columns, 0.0f), max(columns, -INFINITY), sum(columns, 0.0f),
+            factor(columns), memory = room((keys + 1) * columns), out(columns * 16);
+        for (int64_t j = 1; j < keys; j += 3) {
+          for (int64_t i = 0; i < columns; ++i) s[j * columns + i] = -INFINITY;
+        }
+        const auto weights = table().softmax_update(
+            {s.data(), keys, columns}, {max.data(), sum.data(), factor.data()},
+            dropped ? multiplier.values.data() : nullptr, memory.data());
+        table().gemm(columns, 16, keys, weights, right(v, keys, right_memory), {out.data(), 16},
+                     1.0f, true);
+        for (int64_t i = 0; i < columns; ++i) {
+          float expected[5] = {}, count = 0;
+          for (int64_t j = 0; j < keys; ++j) {
+            if (j % 3 == 1) continue;
+            ++count;
+            for (int64_t d = 0; d < 5; ++d) {
+              expected[d] += (dropped ? multiplier.at(j, i) : 1.0f) * v.at(j, d);
+            }
+          }
+          ASSERT_EQ(sum[i], count);
+          ASSERT_EQ(max[i], 0.0f);
+          for (int64_t d = 0; d < 5; ++d) ASSERT_EQ(out[i * 16 + d], expected[d]);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Bf16Products, RoundedWeightsAreAccurateToEighteenBits) {
+  std::uniform_real_distribution<float> below(-20, 0);
+  std::vector<float> x(1 << 14);
+  for (float& score : x) score = below(random_);
+  const auto result = exps(table(), x, std::vector<float>(16, 0.0f));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double expected = std::exp(static_cast<double>(x[i]));
+    ASSERT_NEAR(result[i], expected, std::ldexp(expected, -18)) << "exp(" << x[i] << ")";
+  }
+}
+
 // Every 16-bit pattern, against the definition of the formats.
 TEST(LoadRows, ConvertsEveryHalf) {
   std::vector<uint16_t> halves(1 << 16);
@@ -129,9 +337,9 @@ TEST(LoadRows, ConvertsEveryHalf) {
       const int mantissa_bits = brain ? 7 : 10, bias = brain ? 127 : 15;
       const int special = brain ? 255 : 31;
       std::vector<float> x(1 << 16);
-      kernels_of<float>(capability)
-          .load_rows(brain ? DType::kBFloat16 : DType::kFloat16, halves.data(), 256, 256, 256,
-                     {x.data(), 256});
+      kernels_of<float>(capability, DType::kFloat32)
+          .right_rows(brain ? DType::kBFloat16 : DType::kFloat16, halves.data(), 256, 256, 256,
+                      {x.data(), 256});
       for (int bits = 0; bits < 1 << 16; ++bits) {
         const int exponent = (bits & 0x7FFF) >> mantissa_bits;
         const int mantissa = bits & ((1 << mantissa_bits) - 1);

@@ -58,6 +58,17 @@ TEST(RunningSoftmax, ContinuesFromAFinishedState) {
   }
 }
 
+// A maximum below lse: the largest new weight is exp(0) although the row has seen more before.
+TEST(RunningSoftmax, ContinuesWithHeadroom) {
+  const double lse = 3.5, score = 1.25, headroom = 16;
+  auto running = RunningSoftmax<double>::from_lse(lse, headroom, std::exp(headroom));
+  EXPECT_NEAR(running.lse(), lse, 1e-14);
+  running.raise(score);
+  EXPECT_EQ(running.add(score), 1.0);
+  EXPECT_NEAR(running.lse(), std::log(std::exp(lse) + std::exp(score)), 1e-14);
+  EXPECT_EQ(RunningSoftmax<double>::from_lse(-kInfinity, headroom, 2.0).lse(), -kInfinity);
+}
+
 TEST(RunningSoftmax, OfNothingStaysEmpty) {
   const Row row = continued(kEmpty, {-kInfinity, -kInfinity}, {1.0, 2.0});
   EXPECT_EQ(row.lse, -kInfinity);

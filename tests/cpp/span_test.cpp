@@ -100,26 +100,5 @@ TEST(Span, RandomAgainstDefinition) {
   }
 }
 
-TEST(Span, TilesCoverTheVisibleRangeOnceAndNeverStraddleAnEdge) {
-  std::mt19937 random(3);
-  for (int trial = 0; trial < 400; ++trial) {
-    const auto draw = [&] { return static_cast<int64_t>(random() % 40); };
-    const int64_t a = draw(), b = draw(), c = draw(), d = draw();
-    const Range visible{std::min(a, b), std::max(a, b)}, unmasked{c, d};
-    const Range full = intersect(visible, unmasked);
-    const int64_t step = 1 + draw() % 9;
-    int64_t reached = visible.begin;
-    for_each_tile(visible, unmasked, step, [&](Range tile, bool masked) {
-      EXPECT_EQ(tile.begin, reached);
-      EXPECT_GT(tile.size(), 0);
-      EXPECT_LE(tile.size(), step);
-      EXPECT_EQ(!masked, !full.empty() && full.contains(tile));
-      EXPECT_TRUE(!masked || intersect(tile, full).empty());
-      reached = tile.end;
-    });
-    EXPECT_EQ(reached, visible.end);
-  }
-}
-
 }  // namespace
 }  // namespace usp

@@ -39,6 +39,9 @@ class StateBackend(Backend, Protocol):
     def attention_forward(self, block: Block, state: State) -> None:
         """Let ``block`` into ``state``, in place."""
 
+    def delta(self, dout: Tensor, out: Tensor) -> Tensor:
+        """Sums of ``dout * out`` over the last dim, (B, H, Lq) in the dtype of the state."""
+
 
 class PartialBackend(Backend, Protocol):
     """A family that computes rows on their own; ``block.py`` merges them."""

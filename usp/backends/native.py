@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from usp import ops
-from usp.problem import Block, Gradients, Saved, State, Traits
+from usp.problem import Block, Gradients, Saved, State, Traits, state_dtype
 
 NAME = "native"
 CARRIES_STATE = True
@@ -30,8 +31,18 @@ def reasons_against(traits: Traits) -> tuple[str, ...]:
 
 def attention_forward(block: Block, state: State) -> None:
     torch.ops.usp.attention_forward(
-        block.q, block.k, block.v, *_shared(block), state.out, state.lse
+        block.q, block.k, block.v, *_shared(block), state.out, state.lse, state.result
     )
+
+
+def delta(dout: Tensor, out: Tensor) -> Tensor:
+    batch, num_rows, num_heads = out.shape[:3]
+    dtype = state_dtype(out.dtype)
+    if not ops.is_there("attention_delta", out.device.type):
+        return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
+    result = out.new_empty((batch, num_heads, num_rows), dtype=dtype)
+    torch.ops.usp.attention_delta(dout, out, result)
+    return result
 
 
 def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
