@@ -22,6 +22,7 @@ from device_code import (
     count_instructions,
     cuda_kernels,
     hip_kernels,
+    overview,
     table,
 )
 from usp_build import native, toolchains
@@ -105,7 +106,7 @@ def test_every_file_is_compiled_for_every_architecture(
     built: Built, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with capsys.disabled():
-        print(f"\n{table(built.kernels)}")
+        print(f"\n{overview(built.kernels)}")
     there = {(kernel.source, kernel.architecture) for kernel in built.kernels}
     assert there == {(s, a) for s in SOURCES for a in ARCHITECTURES[built.kind]}
 
