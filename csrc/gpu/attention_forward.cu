@@ -247,6 +247,7 @@ template <typename T, int kDim, bool kPlain>
 void launch_forward(const ForwardArguments& arguments, Stream stream) {
   constexpr Tiles kTiles = forward_tiles(kDim);
   const Attention<float>& a = arguments.inputs;
+  static_assert(ForwardShared<T, kDim>::kBytes <= kSharedLimit);
   launch_blocks(forward_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
                 kTiles.threads(), ForwardShared<T, kDim>::kBytes, stream);
 }

@@ -10,6 +10,9 @@
 
 namespace usp::gpu {
 
+// Shared memory of one block: 99 KiB on sm_86 and sm_89, more elsewhere; LDS on AMD.
+inline constexpr int kSharedLimit = (kWarps ? 99 : 64) * 1024;
+
 // A block owns `rows` rows, 16 * strips of them in each wave, and walks over `columns` at a time:
 // forward and dQ own queries and walk over keys, dK/dV owns keys and walks over queries.
 struct Tiles {
