@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <sstream>
+
 #include "cpu/capability.h"
 
 #ifndef USP_VERSION
@@ -27,6 +30,10 @@ constexpr bool kWithHip =
     false;
 #endif
 
+#ifndef USP_GPU_ARCHITECTURES
+#define USP_GPU_ARCHITECTURES ""
+#endif
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -35,6 +42,11 @@ std::string compiler() {
 #else
   return "unknown";
 #endif
+}
+
+std::vector<std::string> words(const std::string& text) {
+  std::istringstream stream(text);
+  return {std::istream_iterator<std::string>(stream), {}};
 }
 
 py::dict build_info() {
@@ -46,6 +58,7 @@ py::dict build_info() {
   info["version"] = USP_VERSION;
   info["compiler"] = compiler();
   info["targets"] = targets;
+  info["architectures"] = words(USP_GPU_ARCHITECTURES);
   return info;
 }
 
@@ -64,7 +77,8 @@ std::string cpu_capability() { return usp::cpu::name(usp::cpu::capability_in_use
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What usp's compiled extension was built with.";
   m.def("build_info", &build_info,
-        "{'version': str, 'compiler': str, 'targets': {'cpu': bool, 'cuda': bool, 'hip': bool}}");
+        "{'version': str, 'compiler': str, 'targets': {'cpu': bool, 'cuda': bool, 'hip': bool}, "
+        "'architectures': list of str, what GPU kernels were compiled for, e.g. sm_90a}");
   m.def("cpu_capability", &cpu_capability,
         "The instruction set that the CPU kernels use now: default, avx2 or avx512. "
         "USP_CPU_CAPABILITY forces a lower one.");

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
+from usp_build.toolchains import VARIABLES  # noqa: E402
 from usp_build.torch_install import MINIMUM, REQUIREMENT, installed_torch, release  # noqa: E402
 
 STAMP = "usp-installed.json"
@@ -141,7 +142,7 @@ def fingerprint(torch: str, editable: bool) -> str:
         files += [p for p in sorted((ROOT / tree).rglob("*")) if p.is_file()]
     generated = (".pyc", ".so", "_build.json")
     digest = hashlib.sha256()
-    settings = [os.environ.get(name, "") for name in ("USP_BUILD", "CXX")]
+    settings = [os.environ.get(name, "") for name in ("USP_BUILD", "CXX", *VARIABLES)]
     digest.update(json.dumps([torch, editable, *settings]).encode())
     for file in files:
         if not file.name.endswith(generated):
@@ -171,10 +172,13 @@ def report(venv: Path) -> None:
     """Say what was built, loudly if nothing was: pip hides the build's own words."""
     folders = [ROOT] if is_editable(venv) else site_packages(venv)
     for file in [folder / "usp" / "_build.json" for folder in folders]:
-        reason = json.loads(file.read_text())["reason"] if file.is_file() else None
-        if reason:
-            say(f"WARNING: the compiled extension was not built: {reason}")
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        if record.get("reason"):
+            say(f"WARNING: the compiled extension was not built: {record['reason']}")
             say("WARNING: usp runs as pure Python, which is right but slow")
+            continue
+        for kind, reason in record.get("left_out", {}).items():
+            say(f"WARNING: the {kind} kernels were not built: {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import setup_env
 import torch
-from usp_build import hooks, native, targets, torch_install
+from usp_build import hooks, native, targets, toolchains, torch_install
+from wheels import build_wheel, copy_sources, open_wheel
 
 import usp
 from usp._version import __version__
@@ -161,19 +159,39 @@ def test_an_installed_torch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # -- what is built
 
 
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchains, "gpu_present", lambda kind: False)
+
+
+@pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize(
     ("value", "names", "explicit"),
-    [(None, ("cpu",), False), ("", ("cpu",), False), ("cpu", ("cpu",), True), ("none", (), True)],
+    [
+        (None, ("cpu",), False),
+        ("", ("cpu",), False),
+        ("cpu", ("cpu",), True),
+        ("cuda", ("cpu", "cuda"), True),
+        ("hip", ("cpu", "hip"), True),
+        ("none", (), True),
+    ],
 )
 def test_targets(value: str | None, names: tuple[str, ...], explicit: bool) -> None:
     environ = {} if value is None else {"USP_BUILD": value}
-    assert targets.choose(environ) == targets.Targets(names, explicit)
+    chosen = targets.choose(environ)
+    assert chosen == targets.Targets(names, explicit)
+    assert chosen.attempts == (names,)
 
 
-@pytest.mark.parametrize("value", ["cuda", "hip"])
-def test_gpu_builds_are_refused_without_gpu_sources(value: str, tmp_path: Path) -> None:
-    with pytest.raises(targets.BuildRefused, match=rf"USP_BUILD={value} .*csrc/gpu.*USP_BUILD=cpu"):
-        targets.choose({"USP_BUILD": value}, root=tmp_path)
+@pytest.mark.parametrize("kind", ["cuda", "hip"])
+def test_a_gpu_that_is_there_is_compiled_for_if_it_can_be(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchains, "gpu_present", lambda asked: asked == kind)
+    chosen = targets.choose({})
+    assert chosen == targets.Targets(("cpu", kind), explicit=False)
+    assert chosen.attempts == (("cpu", kind), ("cpu",))
+    assert targets.choose({"USP_BUILD": "cpu"}).names == ("cpu",)
 
 
 def test_unknown_targets_are_refused() -> None:
@@ -183,12 +201,17 @@ def test_unknown_targets_are_refused() -> None:
 
 def test_the_ops_are_compiled_for_the_stable_abi_and_the_kernels_without_torch() -> None:
     found = torch_install.TorchInstall(Path("/site/torch"), "2.13.0")
-    library = native.ops_library(ROOT, found)
+    device = toolchains.Toolchain("cuda", ("nvcc",), "nvcc 0", ("sm_80",), (), ("-lcudart",))
+    library = native.ops_library(ROOT, found, device)
+    assert library.link_flags == ("-L/site/torch/lib", "-ltorch_cpu", "-lcudart")
+    without = native.ops_library(ROOT, found)
+    assert not [unit for unit in without.units if "gpu" in str(unit.source.relative_to(ROOT))]
     flags = {unit.source.name: unit.flags for unit in library.units}
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags["ops.cpp"]
-    kernels = [unit for unit in library.units if unit.source.parent.name == "cpu"]
-    assert kernels
+    kernels = [unit for unit in library.units if unit.source.parent.name in ("cpu", "gpu")]
+    assert {unit.source.parent.name for unit in kernels} == {"cpu", "gpu"}
     assert not any("torch" in flag for unit in kernels for flag in unit.flags)
+    assert all((unit.device is device) == (unit.source.suffix == ".cu") for unit in library.units)
 
 
 def test_ninja_runs_in_folders_with_spaces(tmp_path: Path) -> None:
@@ -203,34 +226,7 @@ def test_ninja_runs_in_folders_with_spaces(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources to build wheels in."""
-    copy = tmp_path_factory.mktemp("sources") / "usp"
-    copy.mkdir()
-    built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
-    for name in ("usp", "csrc", "build_backend"):
-        shutil.copytree(ROOT / name, copy / name, ignore=built)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, copy / name)
-    return copy
-
-
-def build_wheel(sources: Path, out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The wheel as pip would have it built, by the hook, in a process of its own."""
-    code = f"from usp_build import hooks; print(hooks.build_wheel({str(out)!r}))"
-    path = {"PYTHONPATH": str(sources / "build_backend")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=sources,
-        env={**os.environ, "USP_BUILD": "", **path, **environ},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def wheel_names(out: Path) -> tuple[str, zipfile.ZipFile]:
-    (wheel,) = out.glob("*.whl")
-    return wheel.name, zipfile.ZipFile(wheel)
+    return copy_sources(tmp_path_factory.mktemp("sources"))
 
 
 def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
@@ -239,7 +235,7 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(
     done = build_wheel(sources, tmp_path, CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     assert "NOT built: no C++ compiler found (looked for no-such-compiler)" in done.stderr
-    _, wheel = wheel_names(tmp_path)
+    _, wheel = open_wheel(tmp_path)
     names = wheel.namelist()
     assert not [name for name in names if name.endswith(".so")]
     assert "no-such-compiler" in json.loads(wheel.read("usp/_build.json"))["reason"]
@@ -257,9 +253,31 @@ def test_a_compiler_that_fails_is_no_error_unless_asked_for(sources: Path, tmp_p
     assert "Traceback" not in asked.stderr
 
 
+def test_a_gpu_without_its_compiler_is_left_out_and_said(sources: Path, tmp_path: Path) -> None:
+    """Where nothing was asked for by name: first without the GPU kernels, then in pure Python."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nexit 0\n")
+    smi.chmod(0o755)
+    path = f"{smi.parent}:{os.environ['PATH']}"
+    environ = {"PATH": path, "CUDA_HOME": str(tmp_path / "gone"), "CXX": "false"}
+    done = build_wheel(sources, tmp_path, **environ)
+    assert done.returncode == 0, done.stderr
+    assert f"the cuda kernels were NOT built: CUDA_HOME={tmp_path}/gone, but there" in done.stderr
+    assert "the compiled extension was NOT built: the compiler refused csrc/" in done.stderr
+    record = json.loads(open_wheel(tmp_path)[1].read("usp/_build.json"))
+    assert record["targets"] == []
+    assert record["reason"].startswith("the compiler refused csrc/")
+    assert record["left_out"]["cuda"].startswith("CUDA_HOME=")
+    asked = build_wheel(sources, tmp_path / "asked", **environ, USP_BUILD="cuda")
+    assert asked.returncode != 0
+    assert f"USP_BUILD=cuda failed: CUDA_HOME={tmp_path}/gone, but there is no" in asked.stderr
+    assert "Traceback" not in asked.stderr
+
+
 def test_none_builds_a_wheel_for_every_platform(sources: Path, tmp_path: Path) -> None:
     done = build_wheel(sources, tmp_path, USP_BUILD="none")
     assert done.returncode == 0, done.stderr
-    name, wheel = wheel_names(tmp_path)
+    name, wheel = open_wheel(tmp_path)
     assert name == f"usp-{VERSION}-py3-none-any.whl"
     assert not [name for name in wheel.namelist() if name.endswith((".so", "_build.json"))]

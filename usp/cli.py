@@ -32,11 +32,16 @@ def build_lines() -> list[tuple[str, str]]:
     except ImportError as error:
         reason = record.get("reason") or f"{error} (USP_BUILD=none, or run from plain sources)"
         return [("extension", f"not built: {reason}")]
-    targets = extension.build_info()["targets"]
-    built = ", ".join(name for name, there in targets.items() if there)
-    lines = [("extension", f"built for {built}")]
+    built = extension.build_info()
+    names = [name for name, there in built["targets"].items() if there]
+    lines = [("extension", f"built for {', '.join(names)}")]
     if record:
         lines.append(("", f"by {record['compiler']}, beside torch {record['torch']}"))
+    if built["architectures"]:
+        by = f", by {record['device_compiler']}" if "device_compiler" in record else ""
+        lines.append((f"{names[-1]} kernels for", f"{', '.join(built['architectures'])}{by}"))
+    for kind, reason in record.get("left_out", {}).items():
+        lines.append((f"{kind} kernels", f"not built: {reason}"))
     lines.append(("CPU kernels use", extension.cpu_capability()))
     return lines
 

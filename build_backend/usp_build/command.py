@@ -6,12 +6,13 @@ import json
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-from . import native
-from .targets import ROOT, BuildRefused, Targets, choose
+from . import native, toolchains
+from .targets import ROOT, BuildRefused, choose
 from .torch_install import REQUIREMENT, installed_torch
 
 RECORD = "_build.json"
@@ -32,39 +33,69 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         targets = choose()
-        record: dict[str, object] = {"targets": list(targets.names), "reason": None}
+        record: dict[str, Any] = {"targets": [], "reason": None, "left_out": {}}
         out = Path(self.build_lib).resolve() / "usp"
-        try:
-            record |= self._compile(out)
-            print(f"usp: built {', '.join(targets.names)} kernels with {record['compiler']}")
-        except native.BuildFailed as failure:
-            self._give_up(targets, str(failure))
-            record |= {"targets": [], "reason": str(failure)}
+        for names in targets.attempts:
+            try:
+                record |= self._compile(names, out)
+                print(f"usp: built {', '.join(names)} kernels with {_compilers(record)}")
+                break
+            except native.BuildFailed as failure:
+                if targets.explicit:
+                    raise BuildRefused(f"USP_BUILD={names[-1]} failed: {failure}") from None
+                for kind in names[1:]:
+                    record["left_out"][kind] = str(failure)
+                record["reason"] = str(failure)
+                _warn(names, str(failure))
+        else:
+            self.extensions: list[Extension] = []  # what is not there must not be copied
         folder = ROOT / "usp" if self.editable_mode else out
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
-    def _compile(self, out: Path) -> dict[str, object]:
+    def _compile(self, names: tuple[str, ...], out: Path) -> dict[str, Any]:
+        """Compile for those device kinds; what there is to say about it."""
         torch = installed_torch()
         if torch is None:
             raise native.BuildFailed(f"{REQUIREMENT} is not installed, and its headers are needed")
         compiler = native.find_compiler()
+        device = self._device_toolchain(names)
         libraries = [
-            native.ops_library(ROOT, torch),
-            native.python_module(ROOT, self.distribution.get_version()),
+            native.ops_library(ROOT, torch, device),
+            native.python_module(ROOT, self.distribution.get_version(), device),
         ]
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.version}"
         native.compile_libraries(ROOT, compiler, libraries, ROOT / "build" / f"native-{tag}", out)
-        return {"torch": torch.version, "compiler": native.compiler_version(compiler)}
+        record = {"targets": list(names), "reason": None, "torch": torch.version}
+        record["compiler"] = native.compiler_version(compiler)
+        if device is not None:
+            record["device_compiler"] = device.version
+            record["architectures"] = list(device.architectures)
+        return record
 
-    def _give_up(self, targets: Targets, reason: str) -> None:
-        if targets.explicit:
-            raise BuildRefused(f"USP_BUILD={'+'.join(targets.names)} failed: {reason}")
-        bar = "!" * 88
-        print(
-            f"{bar}\nusp: the compiled extension was NOT built: {reason}\n"
-            "usp: installing pure Python, which is correct and much slower on a CPU.\n"
-            f"usp: USP_BUILD=cpu makes this an error, USP_BUILD=none makes it silent.\n{bar}",
-            file=sys.stderr,
-        )
-        self.extensions: list[Extension] = []  # what is not there must not be copied
+    def _device_toolchain(self, names: tuple[str, ...]) -> toolchains.Toolchain | None:
+        try:
+            kinds = [kind for kind in names if kind in toolchains.KINDS]
+            return toolchains.find(kinds[0]) if kinds else None
+        except toolchains.Missing as missing:
+            raise native.BuildFailed(str(missing)) from None
+
+
+def _compilers(record: dict[str, Any]) -> str:
+    if "device_compiler" not in record:
+        return str(record["compiler"])
+    architectures = ", ".join(record["architectures"])
+    return f"{record['compiler']} and {record['device_compiler']} for {architectures}"
+
+
+def _warn(names: tuple[str, ...], reason: str) -> None:
+    what, instead = "the compiled extension was", "pure Python: correct, and much slower on a CPU"
+    if len(names) > 1:
+        what, instead = f"the {names[-1]} kernels were", "without them"
+    bar = "!" * 88
+    print(
+        f"{bar}\nusp: {what} NOT built: {reason}\n"
+        f"usp: installing {instead}.\n"
+        f"usp: USP_BUILD={names[-1]} makes this an error, USP_BUILD=none makes it silent.\n{bar}",
+        file=sys.stderr,
+    )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .toolchains import Toolchain
 from .torch_install import TorchInstall
 
 # Ops compiled for this version of torch's stable ABI load in it and in everything newer.
@@ -25,10 +26,11 @@ class BuildFailed(Exception):
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file and the flags that only it needs."""
+    """One source file, the flags that only it needs, and its compiler if not the C++ one."""
 
     source: Path
     flags: tuple[str, ...] = ()
+    device: Toolchain | None = None
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,35 @@ def compiler_version(compiler: Sequence[str]) -> str:
     return (done.stdout.splitlines() or [" ".join(compiler)])[0]
 
 
-def ops_library(root: Path, torch: TorchInstall) -> Library:
-    """The torch ops: only `ops.cpp` sees torch, the kernels are plain C++."""
+def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None) -> Library:
+    """The torch ops: only `ops.cpp` and `gpu_ops.cpp` see torch, the kernels are free of it."""
     csrc = root / "csrc"
     torch_flags = (*STABLE_ABI, f"-isystem{torch.include}")
     units = [Unit(csrc / "ops.cpp", torch_flags)]
     units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     # No rpath: usp imports torch first, and the loader then knows libtorch_cpu by its name.
-    return Library("_ops.so", tuple(units), (f"-L{torch.lib}", "-ltorch_cpu"))
+    link_flags = [f"-L{torch.lib}", "-ltorch_cpu"]
+    if device is not None:
+        units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
+        units += [Unit(source, device=device) for source in sorted((csrc / "gpu").glob("*.cu"))]
+        # After torch's folder: a torch that brings its own HIP runtime must get no second one.
+        link_flags += device.link_flags
+    return Library("_ops.so", tuple(units), tuple(link_flags))
 
 
-def python_module(root: Path, version: str) -> Library:
+def python_module(root: Path, version: str, device: Toolchain | None = None) -> Library:
     """The pybind11 module `usp._C`."""
     import pybind11
 
-    flags = (
+    flags = [
         f"-I{sysconfig.get_path('include')}",
         f"-isystem{pybind11.get_include()}",
         f'-DUSP_VERSION="{version}"',
-    )
-    units = [Unit(root / "csrc" / "module.cpp", flags)]
+    ]
+    if device is not None:
+        flags.append(f"-DUSP_WITH_{device.kind.upper()}")
+        flags.append(f'-DUSP_GPU_ARCHITECTURES="{" ".join(device.architectures)}"')
+    units = [Unit(root / "csrc" / "module.cpp", tuple(flags))]
     return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tuple(units))
 
 
@@ -90,44 +101,56 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
+def _build_lines(root: Path, unit: Unit, compiler: Sequence[str], obj: Path) -> list[str]:
+    """How ninja makes one object."""
+    command = compiler if unit.device is None else unit.device.command
+    common = COMMON if unit.device is None else unit.device.flags
+    flags = [*common, f"-I{root / 'csrc'}", *unit.flags]
+    return [
+        f"build {_quote(obj)}: compile {_quote(unit.source)}",
+        f"  compiler = {_command(command)}",
+        f"  flags = {_command(flags)}",
+    ]
+
+
 def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library], out: Path) -> str:
     """The text of `build.ninja` that puts every library into `out`."""
-    cxx = _command(compiler)
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
     lines = [
         "ninja_required_version = 1.5",
-        "rule compile",
-        f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
+        "rule compile",  # nvcc and clang take these flags too
+        "  command = $compiler -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
         "rule link",
-        f"  command = {cxx} -shared{undefined} $in $flags -o $out",
+        f"  command = {_command(compiler)} -shared{undefined} $in $flags -o $out",
         "  description = link $out",
     ]
     for library in libraries:
         objects = []
         for unit in library.units:
-            stem = unit.source.relative_to(root / "csrc").with_suffix(".o")
-            objects.append(_quote(Path(library.filename.split(".")[0], stem)))
-            flags = _command([*COMMON, f"-I{root / 'csrc'}", *unit.flags])
-            lines += [f"build {objects[-1]}: compile {_quote(unit.source)}", f"  flags = {flags}"]
+            suffix = ".o" if unit.device is None else f".{unit.device.kind}.o"
+            stem = unit.source.relative_to(root).with_suffix(suffix)
+            objects.append(Path(library.filename.split(".")[0], stem))
+            lines += _build_lines(root, unit, compiler, objects[-1])
         lines += [
-            f"build {_quote(out / library.filename)}: link {' '.join(objects)}",
+            f"build {_quote(out / library.filename)}: link {' '.join(map(_quote, objects))}",
             f"  flags = {_command(library.link_flags)}",
         ]
     return "\n".join(lines) + "\n"
 
 
-def _ninja() -> list[str]:
+def find_ninja() -> str:
+    """The ninja that pip installed, else the one on the PATH."""
     try:
         import ninja
     except ImportError:
         found = shutil.which("ninja")
         if found is None:
             raise BuildFailed("ninja is missing: pip install ninja") from None
-        return [found]
-    return [str(Path(ninja.BIN_DIR, "ninja"))]
+        return found
+    return str(Path(ninja.BIN_DIR, "ninja"))
 
 
 def compile_libraries(
@@ -145,5 +168,5 @@ def compile_libraries(
     out.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(ninja_file(root, compiler, libraries, out))
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-    if subprocess.run([*_ninja(), "-C", str(objects), *jobs], check=False).returncode:
+    if subprocess.run([find_ninja(), "-C", str(objects), *jobs], check=False).returncode:
         raise BuildFailed("the compiler refused csrc/ (its messages stand above)")

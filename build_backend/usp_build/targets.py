@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import toolchains
+
 CHOICES = ("cpu", "cuda", "hip", "none")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,37 +21,34 @@ class BuildRefused(SystemExit):
 class Targets:
     """The device kinds to compile for, and whether they were asked for by name.
 
-    What was asked for by name must succeed. What was not may fail: then usp is installed as pure
-    Python, with a warning.
+    What was asked for by name must succeed. What was not may fail: then usp is installed without
+    its GPU kernels, or as pure Python, with a warning.
     """
 
     names: tuple[str, ...]
     explicit: bool
 
+    @property
+    def attempts(self) -> tuple[tuple[str, ...], ...]:
+        """What to try to build, in this order, until it succeeds."""
+        if self.explicit or len(self.names) < 2:
+            return (self.names,)
+        return (self.names, self.names[:1])
 
-def _gpu_sources(root: Path) -> bool:
-    return any((root / "csrc" / "gpu").glob("*.cu"))
 
-
-def choose(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Targets:
-    """Read `USP_BUILD`; unset builds the CPU kernels if it can.
+def choose(environ: Mapping[str, str] = os.environ) -> Targets:
+    """Read `USP_BUILD`; unset builds for the CPU, and for the GPU of this machine.
 
     Raises:
-        BuildRefused: an unknown value, or a GPU build while the sources hold no GPU kernels.
+        BuildRefused: an unknown value.
     """
     value = environ.get("USP_BUILD", "")
     if not value:
-        return Targets(("cpu",), explicit=False)
+        # One device kind a build: two runtimes in one process would be none of torch's.
+        present = [kind for kind in toolchains.KINDS if toolchains.gpu_present(kind)]
+        return Targets(("cpu", *present[:1]), explicit=False)
     if value not in CHOICES:
         raise BuildRefused(f"USP_BUILD={value!r} is not one of {', '.join(CHOICES)}")
     if value == "none":
         return Targets((), explicit=True)
-    if value == "cpu":
-        return Targets(("cpu",), explicit=True)
-    if not _gpu_sources(root):
-        raise BuildRefused(
-            f"USP_BUILD={value} asks for GPU kernels, but csrc/gpu holds no *.cu sources: they are "
-            "planned, not written. On a GPU usp runs through its pure-Python backends; build with "
-            "USP_BUILD=cpu or leave USP_BUILD unset."
-        )
-    raise BuildRefused(f"USP_BUILD={value}: this build does not know how to compile csrc/gpu yet.")
+    return Targets(("cpu",) if value == "cpu" else ("cpu", value), explicit=True)

@@ -226,8 +226,8 @@ void backward_of(const BackwardArguments& arguments, Stream stream) {
 
 }  // namespace
 
-void attention_backward(const Attention<float>& inputs, const AttentionGradients<float>& gradients,
-                        Stream stream) {
+const char* attention_backward(const Attention<float>& inputs,
+                               const AttentionGradients<float>& gradients, Stream stream) {
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv);
@@ -238,6 +238,7 @@ void attention_backward(const Attention<float>& inputs, const AttentionGradients
     backward_of<Float16>(arguments, stream);
   }
   if (gradients.dbias.data != nullptr) bias_backward(arguments, stream);
+  return last_error();
 }
 
 }  // namespace usp::gpu

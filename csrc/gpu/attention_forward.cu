@@ -266,8 +266,8 @@ void forward_of(const ForwardArguments& arguments, Stream stream) {
 
 }  // namespace
 
-void attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
-                       Stream stream) {
+const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
+                              Stream stream) {
   const bool vectors = has_aligned_rows(inputs.q, inputs.D) &&
                        has_aligned_rows(inputs.k, inputs.D) &&
                        has_aligned_rows(inputs.v, inputs.Dv);
@@ -277,6 +277,7 @@ void attention_forward(const Attention<float>& inputs, const AttentionState<floa
   } else {
     forward_of<Float16>(arguments, stream);
   }
+  return last_error();
 }
 
 }  // namespace usp::gpu

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../macros.h"
+#include "stream.h"
 
 #if defined(__HIP__)
 #define USP_GPU_HIP 1
@@ -57,10 +58,6 @@ const char* hipGetErrorString(int error);
 #endif
 
 namespace usp::gpu {
-
-struct Stream {
-  void* handle = nullptr;  // cudaStream_t or hipStream_t; null: the default stream
-};
 
 struct Grid {
   uint32_t x = 1, y = 1, z = 1;

@@ -1,0 +1,12 @@
+#pragma once
+
+#include "../state_merge.h"
+#include "parallel.h"
+
+namespace usp::cpu {
+
+// T is float or double; more_out holds T, or bf16 or fp16 with T = float.
+template <typename T>
+void state_merge(const StateMerge<T>& merge, const ParallelFor& parallel);
+
+}  // namespace usp::cpu

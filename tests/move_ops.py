@@ -1,0 +1,48 @@
+"""Every implementation of ``state_merge``, ``pack`` and ``unpack`` that runs without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from usp_build import native, torch_install
+from wheels import ROOT
+
+from usp import ops
+
+# CPU kernels, and the GPU's sources with NVIDIA's warps and AMD's waves.
+IMPLEMENTATIONS = ("cpu", "gpu_32", "gpu_64")
+_LOADED: dict[str, Any] = {}
+
+
+def implementation(name: str, folder: Path) -> Any:
+    """What has the three ops as attributes. Compiled and loaded once in a process."""
+    if name == "cpu":
+        if ops.load_error() is not None:
+            pytest.skip(f"compiled ops: {ops.load_error()}")
+        return torch.ops.usp
+    if name not in _LOADED:
+        wave_size = name.removeprefix("gpu_")
+        torch.ops.load_library(_build(wave_size, folder))
+        _LOADED[name] = getattr(torch.ops, f"usp_gpu_host_{wave_size}")
+    return _LOADED[name]
+
+
+def _build(wave_size: str, folder: Path) -> Path:
+    torch_found = torch_install.installed_torch()
+    assert torch_found is not None
+    common = ("-O1", "-x", "c++", f"-DUSP_GPU_HOST_WAVE={wave_size}")
+    binding = (
+        *(*native.STABLE_ABI, f"-isystem{torch_found.include}"),
+        f"-DUSP_GPU_HOST_OPS=usp_gpu_host_{wave_size}",
+    )
+    gpu = ROOT / "csrc" / "gpu"
+    sources = (gpu / "state_merge.cu", gpu / "head_exchange.cu", gpu / "host" / "simt.cpp")
+    units = [native.Unit(ROOT / "tests" / "cpp" / "gpu_host_ops.cpp", (*common, *binding))]
+    units += [native.Unit(source, common) for source in sources]
+    links = (f"-L{torch_found.lib}", "-ltorch_cpu")
+    library = native.Library(f"usp_gpu_host_{wave_size}.so", tuple(units), links)
+    native.compile_libraries(ROOT, native.find_compiler(), [library], folder / "objects", folder)
+    return folder / library.filename

@@ -1,0 +1,160 @@
+"""``usp::pack``, ``usp::unpack``: strided tensors into one flat message and back, byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from move_ops import IMPLEMENTATIONS, implementation
+from torch import Tensor
+
+from usp import ops
+from usp.comm import Parcel
+
+DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+LARGEST_TASK = 1 << 18  # bytes that one task of a thread copies
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return implementation(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def random_bytes(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+
+def filled(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Random bits, NaNs and all (0 and 1 for bool)."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    raw = random_bytes(count, seed) % 2 if dtype == torch.bool else random_bytes(count, seed)
+    return raw.view(dtype).view(tuple(shape))
+
+
+def message_of(tensors: Sequence[Tensor]) -> Tensor:
+    parts = [t.clone(memory_format=torch.contiguous_format).flatten() for t in tensors]
+    return torch.cat([part.view(torch.uint8) for part in parts])
+
+
+def assert_there_and_back(kernels: Any, tensors: Sequence[Tensor]) -> None:
+    """The message is that of torch; what comes back is what went in, and nothing else changes."""
+    want = message_of(tensors)
+    message = torch.empty_like(want)
+    kernels.pack(tensors, message)
+    assert torch.equal(message, want)
+    wholes = [torch.full((t.untyped_storage().nbytes(),), 7, dtype=torch.uint8) for t in tensors]
+    views = [
+        whole.view(t.dtype).as_strided(t.shape, t.stride(), t.storage_offset())
+        for whole, t in zip(wholes, tensors, strict=True)
+    ]
+    kernels.unpack(message, views)
+    assert torch.equal(message_of(views), want)
+    for whole, view in zip(wholes, views, strict=True):
+        view.view(torch.uint8 if view.dtype == torch.bool else view.dtype).zero_()
+        outside = whole.numel() - view.numel() * view.dtype.itemsize
+        assert (whole == 7).sum() == outside
+
+
+@given(st.data())
+def test_any_tensors_of_four_dims(kernels: Any, data: st.DataObject) -> None:
+    tensors = []
+    for seed in range(data.draw(st.integers(1, 5), label="tensors")):
+        dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+        shape = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=4), label="shape")
+        whole = filled([n + 2 for n in shape], dtype, seed)
+        view = whole[tuple(slice(1, 1 + n) for n in shape)]
+        order = data.draw(st.permutations(range(len(shape))), label="order")
+        tensors.append(view.permute(order))
+    assert_there_and_back(kernels, tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_each_rank(kernels: Any, dtype: torch.dtype) -> None:
+    """What a head exchange sends: some heads of q, k and v for each of several ranks."""
+    q, k = filled((2, 61, 12, 40), dtype, 1), filled((2, 61, 4, 40), dtype, 2)
+    v = filled((2, 61, 4, 24), dtype, 3)
+    tensors = [
+        part
+        for rank in range(4)
+        for part in (q[:, :, 3 * rank : 3 * rank + 3], k[:, :, rank : rank + 1], v[:, :, rank:])
+    ]
+    assert_there_and_back(kernels, tensors)
+
+
+def test_a_run_longer_than_a_task(kernels: Any) -> None:
+    """Contiguous, in two runs, and cut in the middle of a run."""
+    n = LARGEST_TASK + 37
+    assert_there_and_back(kernels, [random_bytes(3 * n), random_bytes(3 * n).view(3, n)[:, 5:]])
+
+
+def test_a_message_that_starts_askew(kernels: Any) -> None:
+    tensors = [filled((3, 5), torch.float64)]
+    whole = torch.full((128,), 7, dtype=torch.uint8)
+    kernels.pack(tensors, whole[3:123])
+    assert torch.equal(whole[3:123], message_of(tensors))
+    assert (whole[:3] == 7).all()
+    assert (whole[123:] == 7).all()
+
+
+def test_five_dims_that_can_be_joined_and_that_cannot(kernels: Any) -> None:
+    whole = filled((2, 3, 4, 5, 6), torch.float32)
+    assert_there_and_back(kernels, [whole, whole[:, :, :, :, :5], whole[:, 1:, :, 1:, :5]])
+    with pytest.raises(RuntimeError, match=r"5 dims has 5 that cannot be joined.*contiguous"):
+        kernels.pack(
+            [whole.permute(4, 2, 0, 3, 1)], torch.empty(whole.numel() * 4, dtype=torch.uint8)
+        )
+
+
+def test_refusals(kernels: Any) -> None:
+    x = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match="the message has 47 bytes, its tensors 48"):
+        kernels.pack([x], torch.empty(47, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="the message has 48 bytes, its tensors 96"):
+        kernels.unpack(torch.empty(48, dtype=torch.uint8), [x, x])
+    for message in (torch.empty(48), torch.empty(96, dtype=torch.uint8)[::2]):
+        with pytest.raises(RuntimeError, match="message is not a flat contiguous uint8 tensor"):
+            kernels.pack([x], message)
+
+
+def test_more_tensors_than_one_launch_takes(kernels: Any) -> None:
+    assert_there_and_back(kernels, [filled((n, 3, 5), torch.bfloat16, n) for n in range(1, 70)])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_parcels_are_packed_alike_with_and_without_it(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    tensors = [
+        filled((2, 7, 6, 5), torch.bfloat16, 1)[:, :, 2:5],
+        filled((3, 1), torch.uint8, 2),  # what follows lies askew
+        filled((2, 7, 1, 4), torch.float32, 3).transpose(1, 2),
+    ]
+    assert ops.is_there("pack", "cpu")
+    if not compiled:
+        monkeypatch.setattr(ops, "is_there", lambda name, device_type: False)
+    parcel = Parcel.of(tensors)
+    message = parcel.pack(tensors)
+    assert torch.equal(message, message_of(tensors))
+    outs = [torch.empty_like(t.transpose(0, -1)).transpose(0, -1) for t in tensors]
+    parcel.unpack_into(message, outs)
+    assert torch.equal(message_of(outs), message)
+
+
+def test_a_tensor_of_five_dims_is_left_to_torch() -> None:
+    five = filled((2, 3, 2, 3, 2), torch.float32).permute(4, 2, 0, 3, 1)
+    assert torch.equal(Parcel.of([five]).pack([five]), message_of([five]))
+
+
+def test_opcheck(tmp_path: Path) -> None:
+    kernels = implementation("cpu", tmp_path)
+    tensors = [filled((2, 3, 4), torch.bfloat16), torch.randn(5, 6)[:, 1:3]]
+    message = message_of(tensors)
+    torch.library.opcheck(kernels.pack.default, (tensors, message))
+    torch.library.opcheck(kernels.unpack.default, (message, tensors))

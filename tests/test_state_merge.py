@@ -1,0 +1,188 @@
+"""``usp::state_merge``: the compiled merge of a partial softmax, against the one formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from move_ops import IMPLEMENTATIONS, implementation
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import usp
+from usp import block, ops
+from usp.testing import dense_attention
+
+B, L, H = 2, 71, 5  # more rows than one task of a thread takes, or one block of a GPU
+TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-15}
+DTYPES = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return implementation(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def parts(
+    dtype: torch.dtype, more_dtype: torch.dtype, D: int = 13
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two partial results with rows that saw nothing in the one, the other and both."""
+    generator = torch.Generator().manual_seed(5)
+    out, more_out = (torch.randn(B, L, H, D, generator=generator, dtype=dtype) for _ in range(2))
+    lse, more_lse = (8 * torch.randn(B, H, L, generator=generator, dtype=dtype) for _ in range(2))
+    more_lse[0, 0, :9] += 200  # one side decides
+    for rows, a, b in ((slice(10, 14), out, lse), (slice(12, 17), more_out, more_lse)):
+        a[:, rows], b[:, :, rows] = 0, -torch.inf
+    return out, lse, more_out.to(more_dtype), more_lse
+
+
+def assert_merged(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -> None:
+    empty = want_lse == -torch.inf
+    assert empty.any()
+    assert torch.equal(lse == -torch.inf, empty)
+    assert torch.all(out[empty.transpose(1, 2)] == 0)
+    tolerance = TOLERANCE[lse.dtype]
+    assert (out - want_out).abs().max() <= 4 * tolerance
+    assert torch.where(empty, 0, (lse - want_lse) / want_lse.abs().clamp(min=1)).abs().max() <= (
+        tolerance
+    )
+
+
+@pytest.mark.parametrize("head_dim", [13, 40, 272])  # by numbers, by vectors, in several rounds
+@pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES)
+def test_it_is_the_formula_of_block(
+    kernels: Any, dtype: torch.dtype, more_dtype: torch.dtype, head_dim: int
+) -> None:
+    out, lse, more_out, more_lse = parts(dtype, more_dtype, head_dim)
+    if dtype == torch.float64 and kernels is not torch.ops.usp:  # the GPU's state is fp32
+        with pytest.raises(RuntimeError, match="out is Double, expected Float"):
+            kernels.state_merge(out, lse, more_out, more_lse)
+        return
+    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    kept = more_out.clone(), more_lse.clone()
+    kernels.state_merge(out, lse, more_out, more_lse)
+    assert_merged(out, lse, *want)
+    assert torch.equal(more_out, kept[0])
+    assert torch.equal(more_lse, kept[1])
+
+
+@pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES[1:])
+@pytest.mark.parametrize("head_dim", [13, 16])
+def test_strided_views_are_updated_in_place(
+    kernels: Any, dtype: torch.dtype, more_dtype: torch.dtype, head_dim: int
+) -> None:
+    """Some rows of a state, and a result whose heads come first, as libraries give it."""
+    out, lse, more_out, more_lse = parts(dtype, more_dtype, head_dim)
+    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    rows = slice(3, 3 + L)
+    whole_out = torch.full((B, L + 7, H, head_dim), torch.nan, dtype=dtype)
+    whole_lse = torch.full((B, H, L + 7), torch.nan, dtype=dtype)
+    whole_out[:, rows], whole_lse[:, :, rows] = out, lse
+    heads_first = more_out.transpose(1, 2).contiguous().transpose(1, 2)
+    rows_first = more_lse.transpose(1, 2).contiguous().transpose(1, 2)
+    kernels.state_merge(whole_out[:, rows], whole_lse[:, :, rows], heads_first, rows_first)
+    assert_merged(whole_out[:, rows], whole_lse[:, :, rows], *want)
+    untouched = [*range(3), *range(3 + L, L + 7)]
+    assert whole_out[:, untouched].isnan().all()
+    assert whole_lse[:, :, untouched].isnan().all()
+
+
+def test_two_halves_are_the_whole(kernels: Any) -> None:
+    """Against dense attention: nothing of the formula above is used."""
+    dtype = torch.float64 if kernels is torch.ops.usp else torch.float32
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (
+        torch.randn(1, n, 3, 8, generator=generator, dtype=torch.float64) for n in (17, 29, 29)
+    )
+    want_out, want_lse = dense_attention(q, k, v)
+    out, lse = (x.to(dtype) for x in dense_attention(q, k[:, :11], v[:, :11]))
+    more_out, more_lse = (x.to(dtype) for x in dense_attention(q, k[:, 11:], v[:, 11:]))
+    kernels.state_merge(out, lse, more_out, more_lse)
+    assert (out - want_out).abs().max() <= 2 * TOLERANCE[dtype]
+    assert (lse - want_lse).abs().max() <= 8 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)])
+def test_nothing_is_merged_with_nothing(kernels: Any, shape: tuple[int, ...]) -> None:
+    out, lse = torch.zeros(shape), torch.zeros(shape[0], shape[2], shape[1])
+    kernels.state_merge(out, lse, out.clone(), lse.clone())
+    assert lse.numel() == 0 or (lse - torch.tensor(2.0).log()).abs().max() < 1e-6
+
+
+def test_refusals(kernels: Any) -> None:
+    out, lse = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 3)
+    merge = kernels.state_merge
+    with pytest.raises(RuntimeError, match=r"more_out: dim 3 \(Dv\) is 6, but out has Dv = 5"):
+        merge(out, lse, torch.zeros(2, 3, 4, 6), lse)
+    with pytest.raises(RuntimeError, match=r"more_lse: dim 2 \(L\) is 4, but out has L = 3"):
+        merge(out, lse, out, torch.zeros(2, 4, 4))
+    with pytest.raises(RuntimeError, match="more_out is Double, but out is Float"):
+        merge(out, lse, out.double(), lse)
+    with pytest.raises(RuntimeError, match="out is BFloat16, expected Float"):
+        merge(out.bfloat16(), lse, out, lse)
+    with pytest.raises(RuntimeError, match="more_lse is Double, expected Float"):
+        merge(out, lse, out, lse.double())
+    with pytest.raises(RuntimeError, match=r"more_out has stride 4 in its last dim, expected 1"):
+        merge(out, lse, torch.zeros(2, 3, 5, 4).transpose(2, 3), lse)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_library_returns_is_joined_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    generator = torch.Generator().manual_seed(11)
+    q, k, v = (torch.randn(1, 101, 3, 16, generator=generator) for _ in range(3))
+    options: dict[str, Any] = {"window_size": (40, 3), "backend": "sdpa"}
+    with Recorded() as recorded:
+        out = usp.long_context_attention(q, k, v, **options)
+    assert "usp::state_merge" in recorded.names
+    monkeypatch.setattr(ops, "is_there", lambda name, device_type: False)
+    with Recorded() as recorded:
+        plain = usp.long_context_attention(q, k, v, **options)
+    assert "usp::state_merge" not in recorded.names
+    want, _ = dense_attention(q, k, v, window_size=(40, 3))
+    assert (out - want).abs().max() < 2e-6
+    assert (plain - want).abs().max() < 2e-6
+
+
+def test_what_it_cannot_join_is_left_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    out = torch.zeros(2, 3, 4, 6)
+    assert ops.merge_takes(out, out)
+    assert ops.merge_takes(out, out.bfloat16())
+    assert ops.merge_takes(out.double(), out.double())
+    assert not ops.merge_takes(out.bfloat16(), out.bfloat16())
+    assert not ops.merge_takes(out.double(), out)
+    assert not ops.merge_takes(out, out.double())
+    assert not ops.merge_takes(out, torch.zeros(2, 3, 6, 4).transpose(2, 3))
+    assert not ops.merge_takes(out.to("meta"), out.to("meta"))
+    monkeypatch.setattr(ops, "is_there", lambda name, device_type: True)
+    assert ops.merge_takes(out.to("meta"), out.to("meta"))
+    assert not ops.merge_takes(out.to("meta").double(), out.to("meta").double())
+
+
+def test_opcheck(tmp_path: Path) -> None:
+    kernels = implementation("cpu", tmp_path)
+    out, lse, more_out, more_lse = parts(torch.float32, torch.bfloat16)
+    torch.library.opcheck(kernels.state_merge.default, (out, lse, more_out, more_lse))
