@@ -126,7 +126,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     copies_arrived();
     barrier();
 
-    const Scoring<false> scoring(a, b, h);
+    const Scoring<false> scoring(a, static_cast<int>(b), static_cast<int>(h));
     const int64_t row_of_heads = (b * a.H + h) * a.Lq;
     Sums<kStrips, kColumns / kTile> products, dproducts;
     multiply_transposed<kDim>(products, left_queries, shared.keys.data, kStride);
