@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
+import tempfile
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,13 @@ class GpuHostOps:
         pointers = [x.data_ptr() for x in (delta, lse, dq, dk, dv)]
         gradients = _Gradients(_view(dout), *pointers, _bias_view(dbias))
         self._library.usp_gpu_attention_backward(byref(inputs), byref(gradients))
+
+
+@functools.cache
+def host_ops(wave_size: int) -> GpuHostOps:
+    """Built once in a process; the loaded library outlives its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return GpuHostOps(wave_size, Path(folder))
 
 
 def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:

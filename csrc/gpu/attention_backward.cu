@@ -202,7 +202,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 template <typename T, int kDim, bool kPlain>
 void launch_backward(const BackwardArguments& arguments, Stream stream) {
   constexpr Tiles kTiles = backward_tiles(kDim);
-  constexpr size_t kBytes = BackwardShared<T, kDim>::kBytes;
+  constexpr int kBytes = BackwardShared<T, kDim>::kBytes;
+  static_assert(kBytes <= kSharedLimit);
   const Attention<float>& a = arguments.inputs;
   launch_blocks(key_value_kernel<T, kDim, kPlain>, arguments,
                 tiles_of(a.Lk, kTiles.rows()) * key_value_parts(kDim), a.G, a.B, kTiles.threads(),

@@ -147,7 +147,7 @@ template <int kStrips>
 USP_DEVICE StateRows state_of_wave(const ForwardArguments& arguments, int tile_rows) {
   const Attention<float>& a = arguments.inputs;
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tile_rows));
-  const int64_t row = place.row_tile * tile_rows + wave() * kStrips * kTile;
+  const int64_t row = int64_t{place.row_tile} * tile_rows + wave() * kStrips * kTile;
   float* out = arguments.state.out + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
   float* lse = arguments.state.lse + (place.b * a.H + place.h) * a.Lq + row;
   const int count = static_cast<int>(a.Lq - row);
@@ -155,9 +155,9 @@ USP_DEVICE StateRows state_of_wave(const ForwardArguments& arguments, int tile_r
           in_global_memory(lse)};
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kPlain>
 struct ForwardShared {
-  static constexpr Tiles kTiles = forward_tiles(kDim);
+  static constexpr Tiles kTiles = forward_tiles(kDim, kPlain);
   using Queries = SharedRows<T, kTiles.rows(), kDim>;
   using Keys = SharedStages<SharedRows<T, kTiles.columns, kDim>, kTiles.stages>;
   static constexpr int kStride = Queries::kStride;
@@ -180,12 +180,12 @@ struct ForwardShared {
 
 template <typename T, int kDim, bool kPlain>
 USP_KERNEL USP_LAUNCH_BOUNDS(
-    forward_tiles(kDim).threads(),
-    forward_tiles(kDim).blocks_at_once) void forward_kernel(ForwardArguments arguments) {
-  constexpr Tiles kTiles = forward_tiles(kDim);
+    forward_tiles(kDim, kPlain).threads(),
+    forward_tiles(kDim, kPlain).blocks_at_once) void forward_kernel(ForwardArguments arguments) {
+  constexpr Tiles kTiles = forward_tiles(kDim, kPlain);
   constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips;
   constexpr int kKeyTiles = kTiles.columns / kTile, kDimTiles = kDim / kTile;
-  constexpr int kStride = ForwardShared<T, kDim>::kStride;
+  constexpr int kStride = ForwardShared<T, kDim, kPlain>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
 
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
@@ -198,7 +198,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const auto q = HeadRows<T>::of(a.q, place.b, place.h, a.D);
   const auto k = HeadRows<T>::of(a.k, place.b, g, a.D);
   const auto v = HeadRows<T>::of(a.v, place.b, g, a.Dv);
-  ForwardShared<T, kDim> shared(shared_memory());
+  ForwardShared<T, kDim, kPlain> shared(shared_memory());
   const auto load_keys = [&](int step) {
     const Rows keys = walk.step(step, kTiles.columns);
     shared.k.stage(step).template load<kThreads>(k, keys, kPlain || arguments.vectors);
@@ -245,10 +245,11 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
 template <typename T, int kDim, bool kPlain>
 void launch_forward(const ForwardArguments& arguments, Stream stream) {
-  constexpr Tiles kTiles = forward_tiles(kDim);
+  constexpr Tiles kTiles = forward_tiles(kDim, kPlain);
   const Attention<float>& a = arguments.inputs;
+  static_assert(ForwardShared<T, kDim, kPlain>::kBytes <= kSharedLimit);
   launch_blocks(forward_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
-                kTiles.threads(), ForwardShared<T, kDim>::kBytes, stream);
+                kTiles.threads(), ForwardShared<T, kDim, kPlain>::kBytes, stream);
 }
 
 template <typename T>

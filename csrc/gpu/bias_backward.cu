@@ -61,11 +61,12 @@ USP_DEVICE BiasTile tile_of_block(const BiasView<float*>& dbias, const Attention
           block_index() % key_tiles};
 }
 
-// Adds the sums over all rows of all waves to one row of the bias.
+// Adds the sums over all rows of all waves to one row of the bias, which is contiguous.
 template <int kStrips, int kColumns>
 USP_DEVICE void add_column_sums(Sums<kStrips, kColumns>& sums, float* scratch, int waves,
-                                float* row, int64_t key_stride, int columns) {
+                                float* row, int columns) {
   const int first = Accumulator::first_column();
+  float* sums_of_wave = scratch + wave() * kColumns * kTile;
   USP_UNROLL
   for (int n = 0; n < kColumns; ++n) {
     USP_UNROLL
@@ -80,7 +81,7 @@ USP_DEVICE void add_column_sums(Sums<kStrips, kColumns>& sums, float* scratch, i
       }
       sum = column_sum(sum);
       if (Accumulator::row_of_slot(0) == 0) {
-        scratch[wave() * kColumns * kTile + first + n * kTile + Accumulator::offset(i)] = sum;
+        sums_of_wave[first + n * kTile + Accumulator::offset(i)] = sum;
       }
     }
   }
@@ -89,7 +90,7 @@ USP_DEVICE void add_column_sums(Sums<kStrips, kColumns>& sums, float* scratch, i
   if (column >= columns) return;
   float total = 0.0f;
   for (int w = 0; w < waves; ++w) total += scratch[w * kColumns * kTile + column];
-  row[column * key_stride] += total;
+  row[column] += total;
 }
 
 template <typename T, int kDim>
@@ -125,7 +126,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     copies_arrived();
     barrier();
 
-    const Scoring<false> scoring(a, b, h);
+    const Scoring<false> scoring(a, static_cast<int>(b), static_cast<int>(h));
     const int64_t row_of_heads = (b * a.H + h) * a.Lq;
     Sums<kStrips, kColumns / kTile> products, dproducts;
     multiply_transposed<kDim>(products, left_queries, shared.keys.data, kStride);
@@ -162,8 +163,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
   float* corner = g.dbias.at(tile.batch.begin, tile.heads.begin, 0, key_rows.begin);
   if (g.dbias.query_stride == 0) {
-    add_column_sums(total, shared.column_sums, kTiles.waves, corner, g.dbias.key_stride,
-                    key_rows.size());
+    add_column_sums(total, shared.column_sums, kTiles.waves, corner, key_rows.size());
     return;
   }
   const int64_t first_query = tile.query_tiles.begin * kTiles.rows() + first_row;
@@ -179,6 +179,7 @@ void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
     constexpr Tiles kTiles = backward_tiles(kDim);
     const Attention<float>& a = arguments.inputs;
     const BiasGrid grid = BiasGrid::of(arguments.gradients.dbias, a, kTiles);
+    static_assert(BiasShared<T, kDim>::kBytes <= kSharedLimit);
     launch_blocks(bias_kernel<T, kDim>, arguments, grid.query_tiles * grid.key_tiles, grid.heads,
                   grid.batch, kTiles.threads(), BiasShared<T, kDim>::kBytes, stream);
   });

@@ -29,15 +29,16 @@ struct FirstBlock {
 };
 
 struct BlockPlace {
-  int64_t b, h, row_tile;
-  int part;
+  int b, h, row_tile, part;
 };
 
 // The last tile first: with a causal mask it has most to do. kParts blocks share a tile.
 template <int kParts = 1>
 USP_DEVICE BlockPlace place_of_block(FirstBlock first, int64_t row_tiles) {
-  return {first.batch + block_index_z(), first.head + block_index_y(),
-          row_tiles - 1 - block_index() / kParts, static_cast<int>(block_index() % kParts)};
+  const auto tile = static_cast<int>(block_index() / kParts);
+  return {static_cast<int>(first.batch + block_index_z()),
+          static_cast<int>(first.head + block_index_y()), static_cast<int>(row_tiles) - 1 - tile,
+          static_cast<int>(block_index() % kParts)};
 }
 
 USP_DEVICE Range rows_of_tile(int64_t tile, int size, int64_t count) {

@@ -158,7 +158,8 @@ USP_DEVICE uint32_t block_index_z() {
 // Within the wave.
 USP_DEVICE int lane() { return static_cast<int>(thread_index()) % kWaveSize; }
 
-// Which wave of the block, the same for all its lanes as the compiler can tell.
+// Which wave of the block, the same for all its lanes as the compiler can tell. Every lane of the
+// wave comes here.
 USP_DEVICE int wave() {
   const int index = static_cast<int>(thread_index()) / kWaveSize;
 #if defined(USP_GPU_CUDA)
@@ -166,6 +167,7 @@ USP_DEVICE int wave() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_readfirstlane(index);
 #else
+  host::meet_wave([](void* const*, int) {}, nullptr);
   return index;
 #endif
 }

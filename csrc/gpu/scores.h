@@ -42,7 +42,7 @@ struct Score {
 template <bool kPlain>
 class Scoring {
  public:
-  USP_DEVICE Scoring(const Attention<float>& a, int64_t b, int64_t h)
+  USP_DEVICE Scoring(const Attention<float>& a, int b, int h)
       : a_(a), b_(b), h_(h), scale_(static_cast<float>(a.softmax_scale)) {}
 
   USP_DEVICE const Span& span() const { return a_.span; }
@@ -91,7 +91,7 @@ class Scoring {
   }
 
   const Attention<float>& a_;
-  int64_t b_, h_;
+  int b_, h_;
   float scale_;
 };
 

@@ -10,6 +10,9 @@
 
 namespace usp::gpu {
 
+// Shared memory of one block: 99 KiB on sm_86 and sm_89, more elsewhere; LDS on AMD.
+inline constexpr int kSharedLimit = (kWarps ? 99 : 64) * 1024;
+
 // A block owns `rows` rows, 16 * strips of them in each wave, and walks over `columns` at a time:
 // forward and dQ own queries and walk over keys, dK/dV owns keys and walks over queries.
 struct Tiles {
@@ -24,9 +27,9 @@ struct Tiles {
   USP_HOST_DEVICE constexpr int threads() const { return waves * kWaveSize; }
 };
 
-USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim) {
+USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
   if (kWarps) {
-    if (head_dim <= 64) return {4, 2, 64, 2, 1, false};
+    if (head_dim <= 64 && plain) return {4, 2, 64, 2, 1, false};
     if (head_dim <= 128) return {4, 1, 64, 2, 1, true};
     return {4, 1, 32, 2, 1, false};
   }
@@ -47,10 +50,10 @@ USP_HOST_DEVICE constexpr Tiles backward_tiles(int head_dim) {
   return {2, 1, 16, 1, 1, false};
 }
 
-// Blocks that share the columns of one tile of dK and dV: 256 columns of both are more than 255
-// registers hold.
+// Blocks that share the columns of one tile of dK and dV: more than 128 of both do not fit into 255
+// registers.
 USP_HOST_DEVICE constexpr int key_value_parts(int head_dim) {
-  return kWarps && head_dim > 192 ? 2 : 1;
+  return kWarps && head_dim > 128 ? 2 : 1;
 }
 
 inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
