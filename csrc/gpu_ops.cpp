@@ -4,7 +4,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include "gpu/attention.h"
 #include "gpu/head_exchange.h"
 #include "gpu/state_merge.h"
 #include "move_arguments.h"
@@ -42,6 +44,73 @@ void on_device_of(const Tensor& like, const char* op, const Start& start) {
   check(error == nullptr, "usp::", op, ": ", error == nullptr ? "" : error);
 }
 
+// What their tiles take.
+constexpr int64_t kMaxHeadDim = 256;
+
+void check_takes(const Tensor& q, const Tensor& v) {
+  const DType dtype = dtype_of("q", q);
+  check(dtype == DType::kBFloat16 || dtype == DType::kFloat16, "q is ",
+        torch::headeronly::toString(q.scalar_type()),
+        "; the GPU kernels take bfloat16 and float16");
+  for (const auto& [name, x] : {std::pair{"q", &q}, std::pair{"v", &v}}) {
+    check(x->size(3) <= kMaxHeadDim, name, " has head_dim ", x->size(3),
+          "; the GPU kernels take up to ", kMaxHeadDim);
+  }
+}
+
+// What the kernels carry the state in: they read and write all of it, in fp32. The first block has
+// none yet, and the last one must leave `out` as it was.
+Tensor carried_out(const Attention<float>& a, const Tensor& q, const MaybeTensor& out,
+                   bool is_last) {
+  if (out) return is_last ? torch::stable::clone(*out) : *out;
+  const int64_t sizes[] = {a.B, a.Lq, a.H, a.Dv};
+  return torch::stable::new_zeros(q, {sizes, 4}, ScalarType::Float);
+}
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
+                       const MaybeTensor& stop, const MaybeTensor& bias,
+                       const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
+                       const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
+                       int64_t group_size, double softmax_scale, double softcap, double dropout_p,
+                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
+                       const MaybeTensor& result) {
+  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
+  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
+                        softcap,     dropout_p, dropout_seed};
+  Arguments args(q);
+  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
+  AttentionState<float> state = read_state<float>(args, q, out, lse, result);
+  check_takes(q, v);
+  Tensor carried = carried_out(inputs, q, out, result.has_value());
+  state.out = static_cast<float*>(carried.data_ptr());
+  on_device_of(q, "attention_forward",
+               [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
+  if (!result) return;
+  Tensor last = *result;
+  torch::stable::copy_(last, carried);
+}
+
+void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& delta, const Tensor& lse, const MaybeTensor& first,
+                        const MaybeTensor& stop, const MaybeTensor& bias,
+                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
+                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
+                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
+                        int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const MaybeTensor& dbias) {
+  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
+  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
+                        softcap,     dropout_p, dropout_seed};
+  Arguments args(q);
+  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
+  const auto gradients =
+      read_gradients<float>(args, q, bias, {dout, delta, lse, dq, dk, dv, dbias});
+  check_takes(q, v);
+  on_device_of(q, "attention_backward", [&](gpu::Stream stream) {
+    return gpu::attention_backward(inputs, gradients, stream);
+  });
+}
+
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                  const Tensor& more_lse) {
   const auto merge = read_merge<float>(out, lse, more_out, more_lse);
@@ -68,6 +137,8 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 }  // namespace usp
 
 STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

@@ -129,8 +129,29 @@ def _metadata(entry: str, key: str) -> str:
     return match[1]
 
 
+def overview(kernels: Iterable[Kernel]) -> str:
+    """One line for all variants of a kernel on an architecture, each column at its largest."""
+    variants: dict[tuple[str, str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        name = kernel.name.partition("<")[0]
+        variants.setdefault((kernel.source, name, kernel.architecture), []).append(kernel)
+    lines = []
+    for (source, name, architecture), group in variants.items():
+        largest = {
+            column: max(getattr(kernel, column) for kernel in group)
+            for column in ("registers", "spills", "scratch", "shared")
+        }
+        counts: dict[str, int] = {}
+        for kernel in group:
+            for instruction, count in kernel.instructions.items():
+                counts[instruction] = max(count, counts.get(instruction, 0))
+        title = f"{name} ({len(group)} variants)"
+        lines.append(Kernel(source, title, architecture, **largest, instructions=counts))
+    return table(lines)
+
+
 def table(kernels: Iterable[Kernel]) -> str:
-    """What a person wants to see of the kernels."""
+    """One line a kernel."""
     head = ("file", "kernel", "for", "registers", "spills", "scratch", "shared", "instructions")
     rows = [head] + [
         (

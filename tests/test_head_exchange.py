@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from move_ops import IMPLEMENTATIONS, implementation
 from torch import Tensor
 
+from usp import ops
+from usp.comm import Parcel
+
 DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 LARGEST_TASK = 1 << 18  # bytes that one task of a thread copies
 
@@ -121,6 +124,32 @@ def test_refusals(kernels: Any) -> None:
 
 def test_more_tensors_than_one_launch_takes(kernels: Any) -> None:
     assert_there_and_back(kernels, [filled((n, 3, 5), torch.bfloat16, n) for n in range(1, 70)])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_parcels_are_packed_alike_with_and_without_it(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    tensors = [
+        filled((2, 7, 6, 5), torch.bfloat16, 1)[:, :, 2:5],
+        filled((3, 1), torch.uint8, 2),  # what follows lies askew
+        filled((2, 7, 1, 4), torch.float32, 3).transpose(1, 2),
+    ]
+    assert ops.is_there("pack", "cpu")
+    if not compiled:
+        monkeypatch.setattr(ops, "is_there", lambda name, device_type: False)
+    parcel = Parcel.of(tensors)
+    message = parcel.pack(tensors)
+    assert torch.equal(message, message_of(tensors))
+    outs = [torch.empty_like(t.transpose(0, -1)).transpose(0, -1) for t in tensors]
+    parcel.unpack_into(message, outs)
+    assert torch.equal(message_of(outs), message)
+
+
+def test_a_tensor_of_five_dims_is_left_to_torch() -> None:
+    five = filled((2, 3, 2, 3, 2), torch.float32).permute(4, 2, 0, 3, 1)
+    assert torch.equal(Parcel.of([five]).pack([five]), message_of([five]))
 
 
 def test_opcheck(tmp_path: Path) -> None:

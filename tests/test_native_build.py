@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from usp_build import native
 
 from usp import ops
 
@@ -34,6 +35,14 @@ def test_a_broken_library_is_a_reason_and_no_error(tmp_path: Path) -> None:
     broken.write_text("not a library")
     assert load_error_with(broken).startswith(f"{broken} does not load: ")
     assert load_error_with(tmp_path / "missing.so").startswith(f"{tmp_path}/missing.so does not")
+
+
+def test_a_library_of_another_version_is_a_reason(tmp_path: Path) -> None:
+    """A shared library that defines none of the ops."""
+    other = tmp_path / "_ops.so"
+    command = [*native.find_compiler(), "-shared", "-fPIC", "-x", "c++", os.devnull]
+    subprocess.run([*command, "-o", str(other)], check=True)
+    assert load_error_with(other).startswith(f"{other} has no usp::attention_forward, it belongs")
 
 
 def test_a_package_without_the_library_says_why(

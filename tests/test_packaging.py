@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from importlib import metadata
@@ -249,6 +250,28 @@ def test_a_compiler_that_fails_is_no_error_unless_asked_for(sources: Path, tmp_p
     asked = build_wheel(sources, tmp_path / "asked", CXX="false", USP_BUILD="cpu")
     assert asked.returncode != 0
     assert "USP_BUILD=cpu failed: the compiler refused csrc/" in asked.stderr
+    assert "Traceback" not in asked.stderr
+
+
+def test_a_gpu_without_its_compiler_is_left_out_and_said(sources: Path, tmp_path: Path) -> None:
+    """Where nothing was asked for by name: first without the GPU kernels, then in pure Python."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nexit 0\n")
+    smi.chmod(0o755)
+    path = f"{smi.parent}:{os.environ['PATH']}"
+    environ = {"PATH": path, "CUDA_HOME": str(tmp_path / "gone"), "CXX": "false"}
+    done = build_wheel(sources, tmp_path, **environ)
+    assert done.returncode == 0, done.stderr
+    assert f"the cuda kernels were NOT built: CUDA_HOME={tmp_path}/gone, but there" in done.stderr
+    assert "the compiled extension was NOT built: the compiler refused csrc/" in done.stderr
+    record = json.loads(open_wheel(tmp_path)[1].read("usp/_build.json"))
+    assert record["targets"] == []
+    assert record["reason"].startswith("the compiler refused csrc/")
+    assert record["left_out"]["cuda"].startswith("CUDA_HOME=")
+    asked = build_wheel(sources, tmp_path / "asked", **environ, USP_BUILD="cuda")
+    assert asked.returncode != 0
+    assert f"USP_BUILD=cuda failed: CUDA_HOME={tmp_path}/gone, but there is no" in asked.stderr
     assert "Traceback" not in asked.stderr
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from move_ops import IMPLEMENTATIONS, implementation
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from usp import block
+import usp
+from usp import block, ops
 from usp.testing import dense_attention
 
 B, L, H = 2, 71, 5  # more rows than one task of a thread takes, or one block of a GPU
@@ -129,6 +131,55 @@ def test_refusals(kernels: Any) -> None:
         merge(out, lse, out, lse.double())
     with pytest.raises(RuntimeError, match=r"more_out has stride 4 in its last dim, expected 1"):
         merge(out, lse, torch.zeros(2, 3, 5, 4).transpose(2, 3), lse)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_library_returns_is_joined_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    generator = torch.Generator().manual_seed(11)
+    q, k, v = (torch.randn(1, 101, 3, 16, generator=generator) for _ in range(3))
+    options: dict[str, Any] = {"window_size": (40, 3), "backend": "sdpa"}
+    with Recorded() as recorded:
+        out = usp.long_context_attention(q, k, v, **options)
+    assert "usp::state_merge" in recorded.names
+    monkeypatch.setattr(ops, "is_there", lambda name, device_type: False)
+    with Recorded() as recorded:
+        plain = usp.long_context_attention(q, k, v, **options)
+    assert "usp::state_merge" not in recorded.names
+    want, _ = dense_attention(q, k, v, window_size=(40, 3))
+    assert (out - want).abs().max() < 2e-6
+    assert (plain - want).abs().max() < 2e-6
+
+
+def test_what_it_cannot_join_is_left_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    implementation("cpu", tmp_path)
+    out = torch.zeros(2, 3, 4, 6)
+    assert ops.merge_takes(out, out)
+    assert ops.merge_takes(out, out.bfloat16())
+    assert ops.merge_takes(out.double(), out.double())
+    assert not ops.merge_takes(out.bfloat16(), out.bfloat16())
+    assert not ops.merge_takes(out.double(), out)
+    assert not ops.merge_takes(out, out.double())
+    assert not ops.merge_takes(out, torch.zeros(2, 3, 6, 4).transpose(2, 3))
+    assert not ops.merge_takes(out.to("meta"), out.to("meta"))
+    monkeypatch.setattr(ops, "is_there", lambda name, device_type: True)
+    assert ops.merge_takes(out.to("meta"), out.to("meta"))
+    assert not ops.merge_takes(out.to("meta").double(), out.to("meta").double())
 
 
 def test_opcheck(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from usp import ops
 from usp.backends import Backend, PartialBackend, StateBackend
 from usp.problem import Block, Gradients, Saved, State, state_dtype
 
@@ -71,11 +72,19 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
     if carried is None:
         carried = cast(Tensor, new_state(block.q, block.v.shape[-1]).out)
     for rows, out, lse in cast(PartialBackend, backend).attention_partials(block):
-        held = carried[:, rows], state.lse[:, :, rows]
-        for place, value in zip(held, merge(*held, out, lse), strict=True):
-            place.copy_(value)
+        _merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
     if state.result is not None:
         state.result.copy_(carried)
+
+
+def _merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """:func:`merge` in place; in one pass over memory where the library can."""
+    if ops.merge_takes(out, more_out):
+        torch.ops.usp.state_merge(out, lse, more_out, more_lse)
+        return
+    joined = merge(out, lse, more_out, more_lse)
+    for place, value in zip((out, lse), joined, strict=True):
+        place.copy_(value)
 
 
 def saved_for_backward(

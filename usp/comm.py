@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from usp import ops
+
 Wait = Callable[[], Tensor]
 # Newer torch has the first name and warns about the second, older torch has just the second.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,6 +52,9 @@ class Parcel:
         """The tensors one behind the other in one flat uint8 message."""
         if out is None:
             out = torch.empty(self.nbytes, dtype=torch.uint8, device=tensors[0].device)
+        if _packs(tensors):
+            torch.ops.usp.pack(list(tensors), out)
+            return out
         for part, tensor in zip(out.split(self.sizes), tensors, strict=True):
             if part.storage_offset() % tensor.dtype.itemsize:
                 # contiguous() would leave the odd stride of a dim of size 1, which no view takes
@@ -69,6 +74,19 @@ class Parcel:
                 part = part.clone()
             tensors.append(part.view(dtype).view(shape))
         return tensors
+
+    def unpack_into(self, message: Tensor, outs: Sequence[Tensor]) -> None:
+        """Copy what was packed to tensors of the same shapes, of any strides."""
+        if _packs(outs):
+            torch.ops.usp.unpack(message, list(outs))
+            return
+        for out, part in zip(outs, self.unpack(message), strict=True):
+            out.copy_(part)
+
+
+def _packs(tensors: Sequence[Tensor]) -> bool:
+    """Whether the compiled ops copy these between themselves and a message, all at once."""
+    return ops.is_there("pack", tensors[0].device.type) and all(t.dim() <= 4 for t in tensors)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 
-import torch
 from torch import Tensor
 
 from usp.comm import Axis, Parcel
@@ -73,15 +72,13 @@ def scatter_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) ->
         [t[:, :, slice(*cut.heads[rank])] for t, cut in zip(tensors, cuts, strict=True)]
         for rank in range(axis.size)
     ]
-    incoming: list[list[tuple[int, ...]]] = [
-        [
-            (t.shape[0], cut.lengths[rank], _count(cut.heads[axis.rank]), t.shape[3])
-            for t, cut in zip(tensors, cuts, strict=True)
-        ]
-        for rank in range(axis.size)
+    wholes = [
+        t.new_empty((t.shape[0], sum(cut.lengths), _count(cut.heads[axis.rank]), t.shape[3]))
+        for t, cut in zip(tensors, cuts, strict=True)
     ]
-    received = _exchange(axis, outgoing, incoming)
-    return [torch.cat(parts, 1) for parts in zip(*received, strict=True)]
+    split = [whole.split(cut.lengths, 1) for whole, cut in zip(wholes, cuts, strict=True)]
+    _exchange(axis, outgoing, [[parts[rank] for parts in split] for rank in range(axis.size)])
+    return wholes
 
 
 def gather_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
@@ -98,44 +95,50 @@ def gather_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> 
     if axis.size == 1:
         return list(tensors)
     split = [t.split(cut.lengths, 1) for t, cut in zip(tensors, cuts, strict=True)]
-    outgoing = [[parts[rank] for parts in split] for rank in range(axis.size)]
-    incoming: list[list[tuple[int, ...]]] = [
-        [
-            (t.shape[0], cut.lengths[axis.rank], _count(cut.heads[rank]), t.shape[3])
-            for t, cut in zip(tensors, cuts, strict=True)
-        ]
-        for rank in range(axis.size)
+    places = [
+        _places_of_heads(t, cut.lengths[axis.rank], cut.heads)
+        for t, cut in zip(tensors, cuts, strict=True)
     ]
-    received = _exchange(axis, outgoing, incoming)
-    return [
-        _join(parts, cut.heads)
-        for parts, cut in zip(zip(*received, strict=True), cuts, strict=True)
-    ]
+    _exchange(
+        axis,
+        [[parts[rank] for parts in split] for rank in range(axis.size)],
+        [[parts[rank] for _, parts in places] for rank in range(axis.size)],
+    )
+    for (whole, parts), cut in zip(places, cuts, strict=True):
+        if _overlap(cut.heads):
+            whole.zero_()
+            for part, run in zip(parts, cut.heads, strict=True):
+                whole[:, :, slice(*run)] += part
+    return [whole for whole, _ in places]
 
 
 def _exchange(
-    axis: Axis, outgoing: list[list[Tensor]], incoming: list[list[tuple[int, ...]]]
-) -> list[list[Tensor]]:
-    """Send ``outgoing[rank]`` to each rank, receive tensors of the shapes ``incoming[rank]``."""
-    sent = [Parcel.of(tensors) for tensors in outgoing]
-    come = [Parcel(tuple(shapes), sent[0].dtypes) for shapes in incoming]
-    send, recv = [p.nbytes for p in sent], [p.nbytes for p in come]
-    message = torch.empty(sum(send), dtype=torch.uint8, device=outgoing[0][0].device)
-    for parcel, tensors, part in zip(sent, outgoing, message.split(send), strict=True):
-        parcel.pack(tensors, out=part)
-    received = axis.all_to_all(message, send, recv).split(recv)
-    return [parcel.unpack(part) for parcel, part in zip(come, received, strict=True)]
+    axis: Axis, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]
+) -> None:
+    """Send ``outgoing[rank]`` to each rank, receive ``incoming[rank]`` in place from each."""
+    send = [Parcel.of(tensors).nbytes for tensors in outgoing]
+    recv = [Parcel.of(tensors).nbytes for tensors in incoming]
+    leaving, arriving = list(chain(*outgoing)), list(chain(*incoming))
+    received = axis.all_to_all(Parcel.of(leaving).pack(leaving), send, recv)
+    Parcel.of(arriving).unpack_into(received, arriving)
 
 
-def _join(parts: Sequence[Tensor], heads: Sequence[tuple[int, int]]) -> Tensor:
-    """The heads of all ranks in order; where runs overlap, their sum."""
-    if all(a[1] == b[0] for a, b in pairwise(heads)):
-        return torch.cat(list(parts), 2)
-    batch, length, _, width = parts[0].shape
-    out = parts[0].new_zeros((batch, length, max(stop for _, stop in heads), width))
-    for part, (first, stop) in zip(parts, heads, strict=True):
-        out[:, :, first:stop] += part
-    return out
+def _places_of_heads(
+    like: Tensor, length: int, heads: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Room for all heads of ``length`` tokens, and for what comes from each rank.
+
+    The second are parts of the first, unless heads come from several ranks, to be summed.
+    """
+    batch, _, _, width = like.shape
+    whole = like.new_empty((batch, length, max(stop for _, stop in heads), width))
+    if _overlap(heads):
+        return whole, [like.new_empty((batch, length, _count(run), width)) for run in heads]
+    return whole, [whole[:, :, slice(*run)] for run in heads]
+
+
+def _overlap(heads: Sequence[tuple[int, int]]) -> bool:
+    return any(a[1] != b[0] for a, b in pairwise(heads))
 
 
 def _count(heads: tuple[int, int]) -> int:

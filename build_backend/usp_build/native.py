@@ -63,15 +63,17 @@ def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None
     """The torch ops: only `ops.cpp` and `gpu_ops.cpp` see torch, the kernels are free of it."""
     csrc = root / "csrc"
     torch_flags = (*STABLE_ABI, f"-isystem{torch.include}")
-    units = [Unit(csrc / "ops.cpp", torch_flags)]
-    units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
+    units: list[Unit] = []
     # No rpath: usp imports torch first, and the loader then knows libtorch_cpu by its name.
     link_flags = [f"-L{torch.lib}", "-ltorch_cpu"]
     if device is not None:
-        units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
+        # First, for they take longest.
         units += [Unit(source, device=device) for source in sorted((csrc / "gpu").glob("*.cu"))]
+        units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
         # After torch's folder: a torch that brings its own HIP runtime must get no second one.
         link_flags += device.link_flags
+    units.append(Unit(csrc / "ops.cpp", torch_flags))
+    units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     return Library("_ops.so", tuple(units), tuple(link_flags))
 
 

@@ -158,7 +158,8 @@ USP_DEVICE uint32_t block_index_z() {
 // Within the wave.
 USP_DEVICE int lane() { return static_cast<int>(thread_index()) % kWaveSize; }
 
-// Which wave of the block, the same for all its lanes as the compiler can tell.
+// Which wave of the block, the same for all its lanes as the compiler can tell. Every lane of the
+// wave comes here.
 USP_DEVICE int wave() {
   const int index = static_cast<int>(thread_index()) / kWaveSize;
 #if defined(USP_GPU_CUDA)
@@ -166,6 +167,7 @@ USP_DEVICE int wave() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_readfirstlane(index);
 #else
+  host::meet_wave([](void* const*, int) {}, nullptr);
   return index;
 #endif
 }
@@ -211,13 +213,23 @@ USP_DEVICE char* shared_memory() {
 #endif
 }
 
+// --- Device: memory -----------------------------------------------------------------------------
+
+// The same pointer, known to point to global memory: AMD has instructions for just that.
+template <typename T>
+USP_DEVICE T* in_global_memory(T* pointer) {
+#if defined(USP_GPU_HIP)
+  return (T*)(__attribute__((address_space(1))) T*)pointer;
+#else
+  return pointer;
+#endif
+}
+
 // --- Device: copies to shared memory -------------------------------------------------------------
 
 // Sixteen bytes, global to shared, both aligned to 16; zeros where not `valid`, and then `from` is
 // not read. Arrives by copies_arrived(). On AMD the copy is done at once.
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
+inline constexpr int kVectorBytes = 16;
 
 USP_DEVICE void copy16(void* to, const void* from, bool valid) {
 #if defined(USP_GPU_CUDA)
@@ -225,9 +237,12 @@ USP_DEVICE void copy16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 16 : 0));
 #elif defined(USP_GPU_HIP)
-  *static_cast<Bytes16*>(to) = valid ? *static_cast<const Bytes16*>(from) : Bytes16{};
+  using Vector = uint32_t __attribute__((ext_vector_type(4)));
+  Vector value = {0, 0, 0, 0};
+  if (valid) value = *in_global_memory(static_cast<const Vector*>(from));
+  *static_cast<Vector*>(to) = value;
 #else
-  host::copy_later(to, from, sizeof(Bytes16), valid);
+  host::copy_later(to, from, kVectorBytes, valid);
 #endif
 }
 
@@ -238,7 +253,7 @@ USP_DEVICE void copy4(float* to, const float* from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 4 : 0));
 #elif defined(USP_GPU_HIP)
-  *to = valid ? *from : 0.0f;
+  *to = valid ? *in_global_memory(from) : 0.0f;
 #else
   host::copy_later(to, from, sizeof(float), valid);
 #endif
@@ -283,8 +298,26 @@ USP_DEVICE float fast_log2(float x) {
 #endif
 }
 
-// Absolute error about 1e-7: 1 - 2 / (exp(2x) + 1) cancels near 0.
-USP_DEVICE float fast_tanh(float x) { return 1.0f - 2.0f / (fast_exp2(2.0f * kLog2e * x) + 1.0f); }
+USP_DEVICE float fast_reciprocal(float x) {
+#if defined(USP_GPU_CUDA)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif defined(USP_GPU_HIP)
+  return __builtin_amdgcn_rcpf(x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// A series near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+USP_DEVICE float fast_tanh(float x) {
+  const float x2 = x * x;
+  const float series = 1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315)));
+  const float far = 1.0f - 2.0f * fast_reciprocal(fast_exp2(2.0f * kLog2e * x) + 1.0f);
+  constexpr float kNear = 0.04f;  // the next term is below 2^-24 of 1
+  return x2 < kNear ? x * series : far;
+}
 
 USP_DEVICE float larger(float a, float b) {
 #if defined(USP_GPU_HOST)

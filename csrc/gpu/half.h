@@ -14,6 +14,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <typename T>
+inline constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
+
 USP_DEVICE float to_float(BFloat16 x) {
   return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
 }

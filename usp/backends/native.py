@@ -12,6 +12,9 @@ from usp.problem import Block, Gradients, Saved, State, Traits, state_dtype
 
 NAME = "native"
 CARRIES_STATE = True
+# what the GPU kernels' tiles take (csrc/gpu/tiles.h)
+_GPU_DTYPES = (torch.bfloat16, torch.float16)
+_GPU_MAX_HEAD_DIM = 256
 
 
 def unavailable() -> str | None:
@@ -20,12 +23,21 @@ def unavailable() -> str | None:
 
 
 def reasons_against(traits: Traits) -> tuple[str, ...]:
-    reasons = []
     missing = unavailable()
     if missing is not None:
-        reasons.append(missing)
-    if traits.device_type != "cpu":
-        reasons.append(f"its kernels run on CPU, the tensors are on {traits.device_type}")
+        return (missing,)
+    if not ops.is_there("attention_forward", traits.device_type):
+        return (f"it was built without kernels for {traits.device_type} tensors",)
+    return _gpu_reasons(traits) if traits.device_type == "cuda" else ()
+
+
+def _gpu_reasons(traits: Traits) -> tuple[str, ...]:
+    reasons = []
+    if traits.dtype not in _GPU_DTYPES:
+        reasons.append(f"its GPU kernels take bf16 and fp16, q is {traits.dtype}")
+    largest = max(traits.head_dim, traits.value_head_dim)
+    if largest > _GPU_MAX_HEAD_DIM:
+        reasons.append(f"its GPU kernels take head dims up to {_GPU_MAX_HEAD_DIM}, not {largest}")
     return tuple(reasons)
 
 
@@ -38,6 +50,8 @@ def attention_forward(block: Block, state: State) -> None:
 def delta(dout: Tensor, out: Tensor) -> Tensor:
     batch, num_rows, num_heads = out.shape[:3]
     dtype = state_dtype(out.dtype)
+    if not ops.is_there("attention_delta", out.device.type):
+        return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
     result = out.new_empty((batch, num_heads, num_rows), dtype=dtype)
     torch.ops.usp.attention_delta(dout, out, result)
     return result

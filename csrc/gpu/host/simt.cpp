@@ -10,14 +10,15 @@
 #include <vector>
 
 namespace usp::gpu::host {
-namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
-
-[[noreturn]] void fail(const char* what) {
+void fail(const char* what) {
   std::fprintf(stderr, "usp host target: %s\n", what);
   std::abort();
 }
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
 
 struct Copy {
   void* to;

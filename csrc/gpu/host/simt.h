@@ -17,6 +17,9 @@ struct Index3 {
   uint32_t x, y, z;
 };
 
+// Ends the program: a kernel broke a rule of the machine.
+[[noreturn]] void fail(const char* what);
+
 // Runs `body` once for each thread of each block.
 void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
               const std::function<void()>& body);

@@ -1,0 +1,21 @@
+#pragma once
+
+// The GPU kernels of one block of attention. Free of torch; see docs/design.md, "The kernel
+// contract". Every pointer is a device pointer. They return null, or what went wrong.
+//
+// q, k, v (and dout) are all bf16 or all fp16; D and Dv at most 256, Lq and Lk below 2^31.
+
+#include "../attention.h"
+#include "stream.h"
+
+namespace usp::gpu {
+
+// Lets the block's keys into the running softmax `state`, in place.
+const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
+                              Stream stream);
+
+// Adds the block's share to dq, dk, dv and dbias.
+const char* attention_backward(const Attention<float>& inputs,
+                               const AttentionGradients<float>& gradients, Stream stream);
+
+}  // namespace usp::gpu

@@ -1,0 +1,122 @@
+#pragma once
+
+// From a problem to thread blocks: one block for each tile of rows of each head.
+
+#include <type_traits>
+
+#include "../attention.h"
+#include "tiles.h"
+
+namespace usp::gpu {
+
+// The same problem with pointers known to point to global memory.
+USP_DEVICE Attention<float> in_global_memory(Attention<float> a) {
+  a.q.data = in_global_memory(a.q.data);
+  a.k.data = in_global_memory(a.k.data);
+  a.v.data = in_global_memory(a.v.data);
+  a.span.first = in_global_memory(a.span.first);
+  a.span.stop = in_global_memory(a.span.stop);
+  a.bias.data = in_global_memory(a.bias.data);
+  a.alibi_slopes = in_global_memory(a.alibi_slopes);
+  a.q_pos = in_global_memory(a.q_pos);
+  a.k_pos = in_global_memory(a.k_pos);
+  return a;
+}
+
+// Batch entry and head of a launch's first blocks: a grid may be too small for all of them.
+struct FirstBlock {
+  uint32_t head = 0, batch = 0;
+};
+
+struct BlockPlace {
+  int b, h, row_tile, part;
+};
+
+// The last tile first: with a causal mask it has most to do. kParts blocks share a tile.
+template <int kParts = 1>
+USP_DEVICE BlockPlace place_of_block(FirstBlock first, int64_t row_tiles) {
+  const auto tile = static_cast<int>(block_index() / kParts);
+  return {static_cast<int>(first.batch + block_index_z()),
+          static_cast<int>(first.head + block_index_y()), static_cast<int>(row_tiles) - 1 - tile,
+          static_cast<int>(block_index() % kParts)};
+}
+
+USP_DEVICE Range rows_of_tile(int64_t tile, int size, int64_t count) {
+  return intersect({tile * size, (tile + 1) * size}, {0, count});
+}
+
+// A run of rows of the block of attention, in few registers.
+struct Rows {
+  int begin, end;
+
+  USP_DEVICE static Rows of(Range range) {
+    return {static_cast<int>(range.begin), static_cast<int>(range.end)};
+  }
+  USP_DEVICE int size() const { return end - begin; }
+};
+
+// The rows of `visible` in steps of `size`. The steps [full.begin, full.end) need no mask.
+struct Walk {
+  Rows visible;
+  int count;
+  Rows full;
+
+  USP_DEVICE static Walk over(Range visible, Range unmasked, int size) {
+    const Rows inside = Rows::of(intersect(visible, unmasked));
+    const Rows all = Rows::of(visible);
+    const int count = visible.empty() ? 0 : (all.size() + size - 1) / size;
+    if (inside.size() <= 0) return {all, count, {0, 0}};
+    return {all,
+            count,
+            {(inside.begin - all.begin + size - 1) / size, (inside.end - all.begin) / size}};
+  }
+
+  USP_DEVICE Rows step(int index, int size) const {
+    const int begin = visible.begin + index * size;
+    return {begin, visible.end - begin < size ? visible.end : begin + size};
+  }
+
+  USP_DEVICE bool is_masked(int index) const { return index < full.begin || index >= full.end; }
+};
+
+USP_HOST_DEVICE int64_t tiles_of(int64_t rows, int tile_rows) {
+  return (rows + tile_rows - 1) / tile_rows;
+}
+
+// Launches `kernel` for `tiles` blocks of each head of each batch entry.
+template <typename Arguments>
+void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t tiles, int64_t heads,
+                   int64_t batch, int threads, size_t shared_bytes, Stream stream) {
+  constexpr int64_t kMost = 65535;  // blocks along y and z
+  if (tiles == 0) return;
+  for (int64_t b = 0; b < batch; b += kMost) {
+    for (int64_t h = 0; h < heads; h += kMost) {
+      arguments.first = {static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
+      const Grid grid{static_cast<uint32_t>(tiles),
+                      static_cast<uint32_t>(intersect({h, h + kMost}, {0, heads}).size()),
+                      static_cast<uint32_t>(intersect({b, b + kMost}, {0, batch}).size())};
+      launch(kernel, grid, threads, shared_bytes, stream, arguments);
+    }
+  }
+}
+
+// Whether every row of x starts at a multiple of 16 bytes.
+inline bool has_aligned_rows(const TensorView& x, int64_t head_dim) {
+  constexpr int64_t kVector = 8;
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim % kVector == 0 &&
+         x.batch_stride % kVector == 0 && x.row_stride % kVector == 0 &&
+         x.head_stride % kVector == 0;
+}
+
+// Calls run(integral constant) with the smallest padded head dim that holds both of a's.
+template <int kIndex = 0, typename Run>
+void with_head_dim(const Attention<float>& a, Run&& run) {
+  constexpr int kDim = kHeadDims[kIndex];
+  if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
+    run(std::integral_constant<int, kDim>{});
+  } else if constexpr (kDim < kMaxHeadDim) {
+    with_head_dim<kIndex + 1>(a, run);
+  }
+}
+
+}  // namespace usp::gpu

@@ -1,0 +1,93 @@
+#pragma once
+
+// What the backward kernels share: from the products q k and dout v to the gradient of a score.
+
+#include "attention.h"
+#include "products.h"
+#include "scores.h"
+#include "shared_rows.h"
+
+namespace usp::gpu {
+
+struct BackwardArguments {
+  Attention<float> inputs;
+  AttentionGradients<float> gradients;
+  FirstBlock first;
+  bool vectors;
+};
+
+USP_DEVICE AttentionGradients<float> in_global_memory(AttentionGradients<float> g) {
+  g.dout.data = in_global_memory(g.dout.data);
+  g.delta = in_global_memory(g.delta);
+  g.lse = in_global_memory(g.lse);
+  g.dq = in_global_memory(g.dq);
+  g.dk = in_global_memory(g.dk);
+  g.dv = in_global_memory(g.dv);
+  g.dbias.data = in_global_memory(g.dbias.data);
+  return g;
+}
+
+// bias_backward.cu: adds this block's share to dbias.
+void bias_backward(const BackwardArguments& arguments, Stream stream);
+
+// What is known of a query beforehand.
+struct QueryResults {
+  float lse;  // final, in units of log2; +inf for a query that has seen nothing
+  float delta;
+
+  USP_DEVICE static QueryResults of(float lse, float delta) {
+    return {lse == -kInfinity ? kInfinity : lse * kLog2e, delta};
+  }
+};
+
+struct PairGradients {
+  float weight;   // p m, what the output used
+  float score;    // ds, the gradient of a bias
+  float product;  // of scale * <q, k>
+};
+
+template <bool kPlain>
+USP_DEVICE PairGradients pair_gradients(const Scoring<kPlain>& scoring, float product,
+                                        float output_product, QueryResults query, Pair at) {
+  const Score score = scoring.score(product, at);
+  const float p = fast_exp2(fma(score.value, scoring.remaining_scale(), -query.lse));
+  const float m = scoring.multiplier(at);
+  const float ds = p * (output_product * m - query.delta);
+  return {p * m, ds, ds * score.derivative};
+}
+
+// Every pair of a tile: `products` become weights, `output_products` gradients of products.
+// pair(strip, slot, column) and query(strip, slot, column) say which pair and what is known of its
+// query. `all_visible`: no pair of the tile is masked, and all exist.
+template <bool kPlain, int kStrips, int kColumns, typename PairOf, typename QueryOf>
+USP_DEVICE void tile_gradients(const Scoring<kPlain>& scoring, Sums<kStrips, kColumns>& products,
+                               Sums<kStrips, kColumns>& output_products, bool all_visible,
+                               PairOf&& pair, QueryOf&& query) {
+  const auto visit_all = [&](auto&& is_there) {
+    USP_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      USP_UNROLL
+      for (int n = 0; n < kColumns; ++n) {
+        USP_UNROLL
+        for (int i = 0; i < kElements; ++i) {
+          const int slot = Accumulator::slot(i);
+          const int column = Accumulator::first_column() + n * kTile + Accumulator::offset(i);
+          float& x = products.tile[s][n].x[i];
+          float& dp = output_products.tile[s][n].x[i];
+          const Pair at = pair(s, slot, column);
+          PairGradients found{0.0f, 0.0f, 0.0f};
+          if (is_there(at)) found = pair_gradients(scoring, x, dp, query(s, slot, column), at);
+          x = found.weight;
+          dp = found.product;
+        }
+      }
+    }
+  };
+  if (kPlain && all_visible) {
+    visit_all([](Pair) { return true; });
+  } else {
+    visit_all([&](Pair at) { return is_visible(scoring.span(), at); });
+  }
+}
+
+}  // namespace usp::gpu

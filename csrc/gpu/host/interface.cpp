@@ -1,0 +1,115 @@
+// The host target's kernels and layouts by a C interface, for tests.
+
+#include <cstring>
+
+#include "../attention.h"
+#include "../gpu.h"
+#include "../layouts.h"
+#include "simt.h"
+
+namespace usp::gpu {
+namespace {
+
+// Element strides; the last dim is contiguous.
+struct Tensor {
+  const void* data;
+  int64_t batch_stride, row_stride, head_stride;
+};
+
+struct Bias {
+  float* data;
+  int64_t strides[4];
+};
+
+struct Inputs {
+  int64_t B, Lq, Lk, H, G, D, Dv, is_bfloat16;
+  Tensor q, k, v;
+  const int32_t *first, *stop;
+  Bias bias;
+  const float* alibi_slopes;
+  int64_t alibi_strides[2];
+  const int32_t *q_pos, *k_pos;
+  int64_t head_offset, num_heads, group_size;
+  double softmax_scale, softcap, dropout_p;
+  int64_t dropout_seed;
+};
+
+struct Gradients {
+  Tensor dout;
+  const float *delta, *lse;
+  float *dq, *dk, *dv;
+  Bias dbias;
+};
+
+TensorView view(const Tensor& x, const Inputs& in) {
+  const DType dtype = in.is_bfloat16 ? DType::kBFloat16 : DType::kFloat16;
+  return {x.data, dtype, x.batch_stride, x.row_stride, x.head_stride};
+}
+
+template <typename Pointer>
+BiasView<Pointer> view(const Bias& x) {
+  return {x.data, x.strides[0], x.strides[1], x.strides[2], x.strides[3]};
+}
+
+Attention<float> attention(const Inputs& in) {
+  Attention<float> a;
+  a.B = in.B, a.Lq = in.Lq, a.Lk = in.Lk, a.H = in.H, a.G = in.G, a.D = in.D, a.Dv = in.Dv;
+  a.q = view(in.q, in), a.k = view(in.k, in), a.v = view(in.v, in);
+  a.span = {in.first, in.stop, in.Lq, in.Lk};
+  a.bias = view<const float*>(in.bias);
+  a.alibi_slopes = in.alibi_slopes;
+  a.alibi_batch_stride = in.alibi_strides[0];
+  a.alibi_head_stride = in.alibi_strides[1];
+  a.q_pos = in.q_pos, a.k_pos = in.k_pos;
+  a.head_offset = in.head_offset, a.num_heads = in.num_heads, a.group_size = in.group_size;
+  a.softmax_scale = in.softmax_scale, a.softcap = in.softcap, a.dropout_p = in.dropout_p;
+  a.dropout_seed = static_cast<uint64_t>(in.dropout_seed);
+  return a;
+}
+
+struct NamedLayout {
+  const char* name;
+  Position (*at)(int lane, int element);
+};
+
+constexpr NamedLayout kLayouts[] = {
+    {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
+    {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
+    {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
+};
+
+}  // namespace
+}  // namespace usp::gpu
+
+extern "C" {
+
+int usp_gpu_wave_size() { return usp::gpu::kWaveSize; }
+
+void usp_gpu_descending_waves(int descending) {
+  using usp::gpu::host::WaveOrder;
+  usp::gpu::host::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
+}
+
+// Returns 0 for a name that is not known.
+int usp_gpu_layout(const char* name, int lane, int element, int* row, int* column) {
+  for (const auto& layout : usp::gpu::kLayouts) {
+    if (std::strcmp(layout.name, name) != 0) continue;
+    const usp::gpu::Position at = layout.at(lane, element);
+    *row = at.row;
+    *column = at.column;
+    return 1;
+  }
+  return 0;
+}
+
+void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* lse) {
+  usp::gpu::attention_forward(attention(*in), {out, lse}, {});
+}
+
+void usp_gpu_attention_backward(const usp::gpu::Inputs* in, const usp::gpu::Gradients* g) {
+  usp::gpu::attention_backward(attention(*in),
+                               {usp::gpu::view(g->dout, *in), g->delta, g->lse, g->dq, g->dk, g->dv,
+                                usp::gpu::view<float*>(g->dbias)},
+                               {});
+}
+}

@@ -1,0 +1,148 @@
+"""The GPU kernels' sources, compiled for the CPU, as if they were the compiled ops."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = (
+    "gpu/attention_forward.cu",
+    "gpu/attention_backward.cu",
+    "gpu/bias_backward.cu",
+    "gpu/host/simt.cpp",
+    "gpu/host/interface.cpp",
+)
+
+
+class _Tensor(Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_int64 * 3)]
+
+
+class _Bias(Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_int64 * 4)]
+
+
+class _Inputs(Structure):
+    _fields_ = [
+        *[(size, c_int64) for size in ("B", "Lq", "Lk", "H", "G", "D", "Dv", "is_bfloat16")],
+        *[(name, _Tensor) for name in "qkv"],
+        ("first", c_void_p),
+        ("stop", c_void_p),
+        ("bias", _Bias),
+        ("alibi_slopes", c_void_p),
+        ("alibi_strides", c_int64 * 2),
+        ("q_pos", c_void_p),
+        ("k_pos", c_void_p),
+        *[(name, c_int64) for name in ("head_offset", "num_heads", "group_size")],
+        *[(name, c_double) for name in ("softmax_scale", "softcap", "dropout_p")],
+        ("dropout_seed", c_int64),
+    ]
+
+
+class _Gradients(Structure):
+    _fields_ = [
+        ("dout", _Tensor),
+        *[(name, c_void_p) for name in ("delta", "lse", "dq", "dk", "dv")],
+        ("dbias", _Bias),
+    ]
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _view(x: Tensor) -> _Tensor:
+    assert x.shape[3] <= 1 or x.stride(3) == 1
+    return _Tensor(x.data_ptr(), (c_int64 * 3)(x.stride(0), x.stride(1), x.stride(2)))
+
+
+def _broadcast_strides(x: Tensor, dims: int) -> list[int]:
+    return [0 if x.shape[d] == 1 else x.stride(d) for d in range(dims)]
+
+
+def _bias_view(x: Tensor | None) -> _Bias:
+    if x is None:
+        return _Bias(None, (c_int64 * 4)())
+    return _Bias(x.data_ptr(), (c_int64 * 4)(*_broadcast_strides(x, 3), x.stride(3)))
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> _Inputs:
+    first, stop, bias, alibi_slopes, q_pos, k_pos, *scalars = options
+    alibi_strides = (c_int64 * 2)()
+    if alibi_slopes is not None:
+        alibi_strides[:] = [_broadcast_strides(alibi_slopes, 1)[0], alibi_slopes.stride(1)]
+    return _Inputs(
+        *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
+        int(q.dtype == torch.bfloat16),
+        *map(_view, (q, k, v)),
+        *(_pointer(first), _pointer(stop), _bias_view(bias)),
+        *(_pointer(alibi_slopes), alibi_strides, _pointer(q_pos), _pointer(k_pos)),
+        *scalars,
+    )
+
+
+class GpuHostOps:
+    """Has the ops' own arguments, as in docs/design.md; tensors are bf16 or fp16, on the CPU."""
+
+    def __init__(self, wave_size: int, folder: Path, *flags: str) -> None:
+        self._library = ctypes.CDLL(str(_build(wave_size, folder, flags)))
+        self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), c_void_p, c_void_p]
+        self._library.usp_gpu_attention_backward.argtypes = [POINTER(_Inputs), POINTER(_Gradients)]
+        assert self._library.usp_gpu_wave_size() == wave_size
+        self.wave_size = wave_size
+
+    def descending_waves(self, descending: bool) -> None:
+        self._library.usp_gpu_descending_waves(int(descending))
+
+    def layout(self, name: str, lane: int, element: int) -> tuple[int, int]:
+        row, column = c_int(), c_int()
+        found = self._library.usp_gpu_layout(
+            name.encode(), lane, element, byref(row), byref(column)
+        )
+        assert found, name
+        return row.value, column.value
+
+    def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+        *options, out, lse = rest
+        inputs = _inputs(q, k, v, tuple(options))
+        self._library.usp_gpu_attention_forward(byref(inputs), out.data_ptr(), lse.data_ptr())
+
+    def attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any
+    ) -> None:
+        *options, dq, dk, dv, dbias = rest
+        inputs = _inputs(q, k, v, tuple(options))
+        pointers = [x.data_ptr() for x in (delta, lse, dq, dk, dv)]
+        gradients = _Gradients(_view(dout), *pointers, _bias_view(dbias))
+        self._library.usp_gpu_attention_backward(byref(inputs), byref(gradients))
+
+
+@functools.cache
+def host_ops(wave_size: int) -> GpuHostOps:
+    """Built once in a process; the loaded library outlives its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return GpuHostOps(wave_size, Path(folder))
+
+
+def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:
+    """Each source on its own, then one shared library."""
+    common = ["g++", "-std=c++20", "-O1", "-fPIC", f"-DUSP_GPU_HOST_WAVE={wave_size}", *flags]
+    objects = [folder / f"{Path(source).name}.{wave_size}.o" for source in SOURCES]
+    compilers = [
+        subprocess.Popen([*common, "-x", "c++", "-c", str(CSRC / source), "-o", str(compiled)])
+        for source, compiled in zip(SOURCES, objects, strict=True)
+    ]
+    statuses = [compiler.wait() for compiler in compilers]
+    assert not any(statuses)
+    library = folder / f"usp_gpu_host_{wave_size}.so"
+    subprocess.run([*common, "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return library
