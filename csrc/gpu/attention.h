@@ -10,7 +10,8 @@
 
 namespace usp::gpu {
 
-// Lets the block's keys into the running softmax `state`, in place.
+// Lets the block's keys into the running softmax `state`, in place. `out` is given, `result` not
+// used.
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream);
 
