@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from usp import kernels
 from usp.backends import Backend, PartialBackend, StateBackend
 from usp.problem import Block, Gradients, Saved, State, state_dtype
 
@@ -50,6 +51,24 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple
     return share * out + more_share * more_out, joined
 
 
+def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """``merge`` into ``out`` and ``lse``, in place: one pass over memory where Triton runs.
+
+    Args:
+        out, lse: In the dtype of the state, as in ``merge``.
+        more_out, more_lse: Of any floating dtype.
+    """
+    if out.dtype == torch.float32 and kernels.can_take(out, lse, more_out, more_lse):
+        from usp.kernels import state_merge
+
+        with kernels.on_device_of(out):
+            state_merge.merge_into(out, lse, more_out, more_lse)
+        return
+    joined = merge(out, lse, more_out, more_lse)
+    for place, value in zip((out, lse), joined, strict=True):
+        place.copy_(value)
+
+
 def attention_forward(block: Block, state: State, backend: Backend) -> None:
     """Let one block of keys into the running softmax.
 
@@ -71,9 +90,7 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
     if carried is None:
         carried = cast(Tensor, new_state(block.q, block.v.shape[-1]).out)
     for rows, out, lse in cast(PartialBackend, backend).attention_partials(block):
-        held = carried[:, rows], state.lse[:, :, rows]
-        for place, value in zip(held, merge(*held, out, lse), strict=True):
-            place.copy_(value)
+        merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
     if state.result is not None:
         state.result.copy_(carried)
 

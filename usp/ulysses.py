@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from usp import kernels
 from usp.comm import Axis, Parcel
 from usp.layout import pieces
 from usp.problem import Heads
@@ -121,10 +122,27 @@ def _exchange(
     come = [Parcel(tuple(shapes), sent[0].dtypes) for shapes in incoming]
     send, recv = [p.nbytes for p in sent], [p.nbytes for p in come]
     message = torch.empty(sum(send), dtype=torch.uint8, device=outgoing[0][0].device)
-    for parcel, tensors, part in zip(sent, outgoing, message.split(send), strict=True):
-        parcel.pack(tensors, out=part)
+    _pack(sent, outgoing, message.split(send))
     received = axis.all_to_all(message, send, recv).split(recv)
     return [parcel.unpack(part) for parcel, part in zip(come, received, strict=True)]
+
+
+def _pack(
+    parcels: Sequence[Parcel], outgoing: Sequence[Sequence[Tensor]], messages: Sequence[Tensor]
+) -> None:
+    """All pieces into their messages: one launch for each tensor where Triton runs."""
+    places = [parcel.views(part) for parcel, part in zip(parcels, messages, strict=True)]
+    pieces = [piece for tensors in outgoing for piece in tensors]
+    if not all(places) or not kernels.can_take(*pieces):
+        for parcel, tensors, part in zip(parcels, outgoing, messages, strict=True):
+            parcel.pack(tensors, out=part)
+        return
+    from usp.kernels.head_exchange import copy_pieces
+
+    with kernels.on_device_of(messages[0]):
+        by_tensor = (zip(*cut, strict=True) for cut in (outgoing, places))
+        for sources, targets in zip(*by_tensor, strict=True):
+            copy_pieces(sources, targets)
 
 
 def _join(parts: Sequence[Tensor], heads: Sequence[tuple[int, int]]) -> Tensor:
