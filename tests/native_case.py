@@ -1,4 +1,4 @@
-"""One call of the compiled ops as data: its inputs, the dense fp64 answer, the ops' answer."""
+"""One call of the kernels as data: its inputs, the dense fp64 answer, the kernels' answer."""
 
 from __future__ import annotations
 
@@ -224,12 +224,18 @@ def blocks(case: Case) -> list[tuple[slice, bool]]:
     return [(prior, False)] * bool(case.prior_keys) + [(slice(case.prior_keys, None), True)]
 
 
-def computed(case: Case, x: Inputs) -> dict[str, Tensor]:
-    """The ops' own results, one call for each block of keys."""
+def computed(case: Case, x: Inputs, ops: Any = None) -> dict[str, Tensor]:
+    """The kernels' own results, one call for each block of keys.
+
+    Args:
+        ops: Has ``attention_forward`` and ``attention_backward`` of the contract; by default the
+            compiled ops.
+    """
+    ops = ops or torch.ops.usp
     out, lse = new_state(case)
     for keys, masked in blocks(case):
         shared = options(case, x, keys, masked=masked)
-        torch.ops.usp.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, out, lse)
+        ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, out, lse)
     delta = (x.dout.to(case.acc) * out).sum(-1).transpose(1, 2) - x.dlse
     results = {"out": out, "lse": lse, "dq": torch.zeros(x.q.shape, dtype=case.acc)}
     parts: dict[str, list[Tensor]] = {"dk": [], "dv": [], "dbias": []}
@@ -238,7 +244,7 @@ def computed(case: Case, x: Inputs) -> dict[str, Tensor]:
         dk, dv = (torch.zeros(t.shape, dtype=case.acc) for t in (k, v))
         dbias = None if x.bias is None else torch.zeros(x.bias[..., keys].shape, dtype=case.acc)
         shared = options(case, x, keys, masked=masked)
-        torch.ops.usp.attention_backward(
+        ops.attention_backward(
             x.dout, x.q, k, v, delta.contiguous(), lse, *shared, results["dq"], dk, dv, dbias
         )
         for name, part in (("dk", dk), ("dv", dv), ("dbias", dbias)):
