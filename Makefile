@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo test test-gpu bench-gpu lint sanitize clean
 
 help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
 	@echo "make test      set up $(VENV) and run every test      (ARGS='-k ring -x' goes to pytest)"
+	@echo "make test-gpu  the tests that need a GPU, and fail without one"
+	@echo "make bench-gpu GPU kernels against others, under 8 minutes: JSON and plots in build/"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make sanitize  the extension's tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built; keeps $(VENV)"
@@ -20,6 +22,16 @@ demo:
 test:
 	@$(SETUP) --extras dev,demo
 	@scripts/test.sh $(VENV) $(ARGS)
+
+test-gpu:
+	@$(SETUP) --extras dev,demo
+	@$(VENV)/bin/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
+	@$(VENV)/bin/pytest -m gpu tests/test_gpu.py $(ARGS)
+
+bench-gpu:
+	@$(SETUP) --extras dev,demo
+	@mkdir -p build
+	@$(VENV)/bin/python benchmarks/gpu_attention.py --json build/gpu_attention.json $(ARGS)
 
 lint:
 	@$(SETUP) --extras dev,demo

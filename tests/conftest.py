@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pool import Pool
+from triton_interpreter import start_interpreter
 
 _COMMON = {
     "deadline": None,
@@ -25,6 +26,7 @@ settings.register_profile("long", max_examples=2000, **_COMMON)
 settings.load_profile("default")
 
 _pool = Pool()
+_interpreter = Pool(size=4, setup=start_interpreter)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -37,3 +39,11 @@ def pool() -> Iterator[Pool]:
     """Up to six gloo workers; see ``tests/pool.py``."""
     yield _pool
     _pool.close()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Pool]:
+    """Up to four gloo workers in which Triton interprets its kernels on CPU."""
+    pytest.importorskip("triton")
+    yield _interpreter
+    _interpreter.close()

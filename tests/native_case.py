@@ -1,4 +1,4 @@
-"""One call of the compiled ops as data: its inputs, the dense fp64 answer, the ops' answer."""
+"""One call of the kernels as data: its inputs, the dense fp64 answer, the kernels' answer."""
 
 from __future__ import annotations
 
@@ -225,7 +225,11 @@ def blocks(case: Case) -> list[tuple[slice, bool]]:
 
 
 def computed(case: Case, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tensor]:
-    """The ops' own results, one call for each block of keys."""
+    """The kernels' own results, one call for each block of keys.
+
+    Args:
+        ops: Has ``attention_forward`` and ``attention_backward`` of the contract.
+    """
     out, lse = new_state(case)
     for keys, masked in blocks(case):
         shared = options(case, x, keys, masked=masked)

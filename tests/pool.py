@@ -77,10 +77,16 @@ class _Worker:
 
 
 class Pool:
-    """Worlds of 1 to ``size`` ranks, each with its own workers, started when first asked for."""
+    """Worlds of 1 to ``size`` ranks, each with its own workers, started when first asked for.
 
-    def __init__(self, size: int = WORKERS) -> None:
+    Args:
+        size: At most so many ranks.
+        setup: Called by each worker first; lives in a module of this folder.
+    """
+
+    def __init__(self, size: int = WORKERS, setup: Callable[[], None] | None = None) -> None:
         self.size = size
+        self._setup = None if setup is None else _reference(setup)
         self.starts = 0
         self._worlds: dict[int, list[_Worker]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
@@ -148,7 +154,7 @@ class Pool:
         log.touch()
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_work, args=(rank, ranks, store, theirs, str(log)), daemon=True
+            target=_work, args=(rank, ranks, store, theirs, str(log), self._setup), daemon=True
         )
         process.start()
         theirs.close()
@@ -196,6 +202,10 @@ def _reference(function: Callable[..., Any]) -> tuple[str, str]:
     return module, function.__qualname__
 
 
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
 def _receive(rank: int, worker: _Worker, log_start: int) -> Any:
     try:
         failed, answer = pickle.loads(worker.pipe.recv_bytes())
@@ -206,7 +216,9 @@ def _receive(rank: int, worker: _Worker, log_start: int) -> Any:
     return RemoteError(rank, *answer) if failed else answer
 
 
-def _work(rank: int, ranks: int, store: str, pipe: Connection, log: str) -> None:
+def _work(
+    rank: int, ranks: int, store: str, pipe: Connection, log: str, setup: tuple[str, str] | None
+) -> None:
     """A worker's life: join the process group, then answer requests until the parent is gone."""
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
@@ -219,6 +231,8 @@ def _work(rank: int, ranks: int, store: str, pipe: Connection, log: str) -> None
     torch.utils.deterministic.fill_uninitialized_memory = True
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if setup is not None:
+        _function(*setup)()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, ranks),
@@ -238,8 +252,7 @@ def _work(rank: int, ranks: int, store: str, pipe: Connection, log: str) -> None
 def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
     try:
         torch.manual_seed(0)
-        function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-        return pickle.dumps((False, function(*args)))
+        return pickle.dumps((False, _function(module, name)(*args)))
     except Exception as error:
         answer = type(error).__name__, str(error), traceback.format_exc()
         return pickle.dumps((True, answer))

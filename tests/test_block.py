@@ -12,10 +12,11 @@ from usp import block
 from usp.backends import TABLE, Backend
 from usp.mask import make_mask
 from usp.plan import make_plan
-from usp.problem import Block, Gradients, Heads, Scoring, State
+from usp.problem import Block, Gradients, Heads, Scoring, State, Traits
 from usp.testing import dense_attention
 
-BACKENDS = [backend for backend in TABLE if backend.unavailable() is None]
+ON_CPU = Traits("cpu", torch.float64, 16, 16, 0.3)
+BACKENDS = [backend for backend in TABLE if not backend.reasons_against(ON_CPU)]
 MASKS = [{}, {"causal": True}, {"causal": True, "window_size": (3, 0)}, {"window_size": (2, 4)}]
 
 

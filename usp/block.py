@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from usp import ops
+from usp import kernels, ops
 from usp.backends import Backend, PartialBackend, StateBackend
 from usp.problem import Block, Gradients, Saved, State, state_dtype
 
@@ -51,6 +51,27 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple
     return share * out + more_share * more_out, joined
 
 
+def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """``merge`` into ``out`` and ``lse``, in place: one pass over memory where a kernel can.
+
+    Args:
+        out, lse: In the dtype of the state, as in ``merge``.
+        more_out, more_lse: Of any floating dtype.
+    """
+    if out.dtype == torch.float32 and kernels.can_take(out, lse, more_out, more_lse):
+        from usp.kernels import state_merge
+
+        with kernels.on_device_of(out):
+            state_merge.merge_into(out, lse, more_out, more_lse)
+        return
+    if ops.merge_takes(out, more_out):
+        torch.ops.usp.state_merge(out, lse, more_out, more_lse)
+        return
+    joined = merge(out, lse, more_out, more_lse)
+    for place, value in zip((out, lse), joined, strict=True):
+        place.copy_(value)
+
+
 def attention_forward(block: Block, state: State, backend: Backend) -> None:
     """Let one block of keys into the running softmax.
 
@@ -72,19 +93,9 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
     if carried is None:
         carried = cast(Tensor, new_state(block.q, block.v.shape[-1]).out)
     for rows, out, lse in cast(PartialBackend, backend).attention_partials(block):
-        _merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
+        merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
     if state.result is not None:
         state.result.copy_(carried)
-
-
-def _merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
-    """:func:`merge` in place; in one pass over memory where the library can."""
-    if ops.merge_takes(out, more_out):
-        torch.ops.usp.state_merge(out, lse, more_out, more_lse)
-        return
-    joined = merge(out, lse, more_out, more_lse)
-    for place, value in zip((out, lse), joined, strict=True):
-        place.copy_(value)
 
 
 def saved_for_backward(

@@ -64,6 +64,13 @@ class Parcel:
                 part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return out
 
+    def views(self, message: Tensor) -> list[Tensor]:
+        """``message`` seen as the tensors; empty where one does not lie at its own alignment."""
+        parts = list(zip(message.split(self.sizes), self.shapes, self.dtypes, strict=True))
+        if any(part.storage_offset() % dtype.itemsize for part, _, dtype in parts):
+            return []
+        return [part.view(dtype).view(shape) for part, shape, dtype in parts]
+
     def unpack(self, message: Tensor) -> list[Tensor]:
         """Views of ``message`` with the shapes and dtypes that were packed."""
         tensors = []

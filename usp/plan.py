@@ -47,6 +47,18 @@ class Span:
         return self._on_device[device]
 
 
+def transposed(first: Tensor, stop: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """For each key the rows ``[first, stop)`` that see it, an interval too, int32.
+
+    Args:
+        first, stop: (Lq,) int32, non-decreasing: the keys that each row sees.
+        num_keys: Lk.
+    """
+    keys = torch.arange(num_keys, dtype=first.dtype, device=first.device)
+    rows = (torch.searchsorted(end, keys, right=True, out_int32=True) for end in (stop, first))
+    return next(rows), next(rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One block of keys: whose it is, and what this rank's queries see of it.
@@ -63,6 +75,13 @@ class Step:
     num_keys: int
     span: Span | None
     pairs: int
+
+    @cached_property
+    def seen_by(self) -> Span | None:
+        """For each key the rows that see it; None where all do."""
+        if self.span is None:
+            return None
+        return Span(*transposed(self.span.first, self.span.stop, self.num_keys))
 
     @property
     def kind(self) -> str:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 
+import torch
 from torch import Tensor
 
+from usp import kernels
 from usp.comm import Axis, Parcel
 from usp.layout import pieces
 from usp.problem import Heads
@@ -118,9 +120,28 @@ def _exchange(
     """Send ``outgoing[rank]`` to each rank, receive ``incoming[rank]`` in place from each."""
     send = [Parcel.of(tensors).nbytes for tensors in outgoing]
     recv = [Parcel.of(tensors).nbytes for tensors in incoming]
-    leaving, arriving = list(chain(*outgoing)), list(chain(*incoming))
-    received = axis.all_to_all(Parcel.of(leaving).pack(leaving), send, recv)
+    arriving = list(chain(*incoming))
+    received = axis.all_to_all(_packed(outgoing), send, recv)
     Parcel.of(arriving).unpack_into(received, arriving)
+
+
+def _packed(outgoing: Sequence[Sequence[Tensor]]) -> Tensor:
+    """All pieces as one message: one launch for each tensor where Triton runs."""
+    leaving = list(chain(*outgoing))
+    parcel = Parcel.of(leaving)
+    if not kernels.can_take(*leaving):
+        return parcel.pack(leaving)
+    message = torch.empty(parcel.nbytes, dtype=torch.uint8, device=leaving[0].device)
+    places = parcel.views(message)
+    if not places:
+        return parcel.pack(leaving, message)
+    from usp.kernels.head_exchange import copy_pieces
+
+    count = len(outgoing[0])
+    with kernels.on_device_of(message):
+        for index in range(count):
+            copy_pieces(leaving[index::count], places[index::count])
+    return message
 
 
 def _places_of_heads(

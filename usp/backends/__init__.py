@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from usp.backends import native, reference, sdpa
+from usp.backends import native, reference, sdpa, triton
 from usp.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -50,7 +50,7 @@ class PartialBackend(Backend, Protocol):
         """``(rows, out, lse)`` of runs of rows: (B, n, H, Dv) and (B, H, n) of this block."""
 
 
-TABLE: tuple[StateBackend | PartialBackend, ...] = (native, sdpa, reference)
+TABLE: tuple[StateBackend | PartialBackend, ...] = (triton, native, sdpa, reference)
 
 
 def backends() -> dict[str, str]:

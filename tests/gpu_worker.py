@@ -1,0 +1,70 @@
+"""Workers whose tensors live on a GPU that they share; gloo moves them through host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import Case, Tensors, local
+from judge import attend
+from torch import Tensor
+
+
+def start_gpu_worker() -> None:
+    """In a fresh process: gloo has no point to point for GPU tensors, so lend it host copies."""
+    from usp.comm import Axis, Wait
+
+    shift, all_gather, all_to_all = Axis.shift, Axis.all_gather, Axis.all_to_all
+
+    def shift_by_host(self: Axis, message: Tensor, out: Tensor, by: int = 1) -> Wait:
+        wait = shift(self, message.cpu(), torch.empty_like(out, device="cpu"), by)
+        return lambda: out.copy_(wait())
+
+    def gather_by_host(self: Axis, message: Tensor, whole: Tensor, sizes: Sequence[int]) -> Wait:
+        wait = all_gather(self, message.cpu(), torch.empty_like(whole, device="cpu"), sizes)
+        return lambda: whole.copy_(wait())
+
+    def exchange_by_host(
+        self: Axis, messages: Tensor, send: Sequence[int], recv: Sequence[int]
+    ) -> Tensor:
+        return all_to_all(self, messages.cpu(), send, recv).to(messages.device)
+
+    Axis.shift, Axis.all_gather, Axis.all_to_all = shift_by_host, gather_by_host, exchange_by_host
+
+
+def run_on_gpu(case: Case) -> dict[str, Tensor]:
+    """On a worker: this rank's results and gradients, computed on the GPU."""
+    import pool
+
+    mesh = pool.mesh(case.ulysses, case.ring) if case.on_mesh else None
+    t = local(case, dist.get_rank())
+    on_gpu: dict[str, Any] = {
+        field.name: None if (x := getattr(t, field.name)) is None else x.cuda()
+        for field in fields(Tensors)
+    }
+    return {name: x.cpu() for name, x in attend(case, Tensors(**on_gpu), mesh).items()}
+
+
+def nccl_of_one_rank(store: str) -> None:
+    """A program of its own: the NCCL path with one rank, against one device."""
+    import usp
+
+    dist.init_process_group("nccl", store=dist.FileStore(store, 1), rank=0, world_size=1)
+    try:
+        mesh = usp.init_mesh(1, 1, device_type="cuda")
+        q, k, v, dout = (torch.randn(2, 257, 4, 64, device="cuda").bfloat16() for _ in range(4))
+        results = []
+        for where in (mesh, None):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = usp.LongContextAttention(where, causal=True, layout="zigzag")(*leaves)
+            results.append([out, *torch.autograd.grad(out, leaves, dout)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        message = torch.arange(8, device="cuda")
+        total = message.clone()
+        dist.all_reduce(total)
+        assert torch.equal(message, total)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,127 @@
+"""Every Triton kernel in the interpreter against dense attention in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_case import Case, expected, make_inputs
+from pool import Pool
+from test_native_ops import BIASES, HEADS, SPANS, largest
+from triton_interpreter import computed, finished
+
+# Weights and their gradients are rounded to the inputs' dtype before they enter a product.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+SMALL = Case(batch=1, lq=37, lk=59, heads=(2, 0, 1))
+
+
+def assert_equal_to_oracle(case: Case, interpreter: Pool) -> None:
+    (got,) = interpreter.run(computed, case, ranks=1, timeout=240)
+    want = expected(case, make_inputs(case))
+    assert got.keys() == want.keys()
+    for name, reference in want.items():
+        result = got[name].double()
+        assert result.shape == reference.shape, name
+        empty = reference == -torch.inf
+        assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
+        worst = largest(torch.where(empty, 0, result - reference))
+        scale = max(1.0, largest(torch.where(empty, 0, reference)))
+        assert worst <= TOLERANCE[case.dtype] * scale, f"{name} is off by {worst:.2e} in {case}"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"span_{span}": {"span": span} for span in SPANS if span != "all"},
+    "wide_gap": {"span": "gaps", "lq": 41, "lk": 211, "prior_keys": 1},
+    **{f"bias_{bias}": {"bias": bias, "batch": 2, "lq": 19} for bias in BIASES},
+    "bias_with_holes": {"bias": "BHQK", "bias_holes": True, "span": "window"},
+    "padding": {"bias": "B11K", "bias_holes": True, "span": "causal", "batch": 2, "lq": 19},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi": "1H"},
+    "alibi_of_each_batch": {"alibi": "BH", "span": "causal", "batch": 2, "lq": 19},
+    "dropout": {"dropout_p": 0.3},
+    "carried_state": {"prior_keys": 77, "span": "random"},
+    **{f"heads_{'_'.join(map(str, heads))}": {"heads": heads, "lq": 19} for heads in HEADS},
+    **{f"head_dim_{dim}": {"head_dim": dim} for dim in (1, 40, 72, 96, 192)},
+    "head_dim_80_bf16": {"head_dim": 80, "dtype": torch.bfloat16, "heads": (1, 0, 1)},
+    "head_dim_256_fp16": {"head_dim": 256, "value_head_dim": 256, "dtype": torch.float16},
+    "value_head_dim_larger": {"head_dim": 5, "value_head_dim": 33},
+    "no_heads": {"heads": (0, 2, 2)},
+    "no_queries": {"lq": 0, "span": "causal"},
+    "no_keys": {"lk": 0},
+    "no_batch": {"batch": 0, "bias": "1HQK"},
+    "one_query": {"lq": 1, "bias": "BHQK"},
+    "one_key": {"lk": 1, "bias": "BHQK"},
+    "one_by_one": {"lq": 1, "lk": 1, "head_dim": 1, "value_head_dim": 1},
+    "strides_heads_first": {"layout": "heads_first"},
+    "strides_sliced": {"layout": "sliced", "span": "window"},
+    "strides_expanded": {"layout": "expanded", "batch": 2, "lq": 19},
+    "everything": {
+        "span": "causal",
+        "bias": "B1QK",
+        "alibi": "BH",
+        "softcap": 2.0,
+        "dropout_p": 0.2,
+        "prior_keys": 23,
+        "value_head_dim": 9,
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_equals_dense_attention(option: str, interpreter: Pool) -> None:
+    assert_equal_to_oracle(replace(SMALL, **OPTIONS[option]), interpreter)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dtypes(dtype: torch.dtype, interpreter: Pool) -> None:
+    assert_equal_to_oracle(replace(SMALL, dtype=dtype, span="causal"), interpreter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("span", ["strictly_causal", "gaps"])
+@pytest.mark.parametrize("carried", [True, False])
+def test_the_last_step_fills_the_result(
+    carried: bool, span: str, dtype: torch.dtype, interpreter: Pool
+) -> None:
+    case = replace(SMALL, span=span, dtype=dtype, value_head_dim=9)
+    ((out, result),) = interpreter.run(finished, case, carried, ranks=1)
+    want = expected(case, make_inputs(case))["out"]
+    assert result.dtype == dtype and (out == 0).all()
+    assert largest(result.double() - want) <= TOLERANCE[dtype] * max(1.0, largest(want))
+
+
+LENGTHS = st.sampled_from((0, 1, 2, 15, 16, 17, 31, 33, 65))
+
+
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        lq=LENGTHS,
+        lk=LENGTHS,
+        heads=st.sampled_from(((2, 0, 1), (2, 1, 2), (1, 6, 7), (3, 0, 3))),
+        head_dim=st.integers(1, 40),
+        value_head_dim=st.integers(1, 40),
+        dtype=st.sampled_from(list(TOLERANCE)),
+        span=st.sampled_from(SPANS),
+        bias=st.sampled_from([None, None, *BIASES]),
+        bias_holes=st.booleans(),
+        alibi=st.sampled_from((None, "1H", "BH")),
+        softcap=st.sampled_from((0.0, 0.0, 0.7, 30.0)),
+        dropout_p=st.sampled_from((0.0, 0.0, 0.15, 0.9)),
+        layout=st.sampled_from(("contiguous", "heads_first", "sliced", "expanded")),
+        prior_keys=st.sampled_from((0, 1, 37)),
+        seed=st.integers(0, 10**6),
+    )
+)
+@settings(
+    deadline=None,
+    max_examples=max(10, settings.default.max_examples // 4),
+    suppress_health_check=list(HealthCheck),
+)
+def test_equals_dense_attention_in_any_mix(case: Case, interpreter: Pool) -> None:
+    assert_equal_to_oracle(case, interpreter)

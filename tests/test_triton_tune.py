@@ -1,0 +1,81 @@
+"""Tuning: the fastest stays in use, also in a later process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from usp.kernels import configs, tune, tuned
+
+triton = pytest.importorskip("triton")
+DEVICE = torch.device("cpu")  # stands in: only its name and family are asked
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(configs, "family", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(tuned, "store", lambda: tmp_path / "cache" / "tuned.json")
+    configs.forget()
+    yield
+    configs.forget()
+
+
+def launch(head_dim: int) -> dict[str, object]:
+    return configs.choose("forward", head_dim, torch.empty(0, dtype=torch.bfloat16))
+
+
+def test_the_fastest_is_used_and_remembered(a_gpu: None) -> None:
+    candidates = configs.candidates("forward", 128, DEVICE)
+    assert launch(128) == candidates[0].launch()
+    tried = []
+
+    def seconds() -> float:
+        tried.append(launch(128))
+        if len(tried) == 1:
+            raise RuntimeError("out of resource")
+        return {2: 3.0, 3: 1.0}[len(tried)]
+
+    best = tune.fastest("forward", candidates, seconds)
+    assert tried == [config.launch() for config in candidates]
+    assert best == candidates[2]
+    tuned.remember("some GPU", {("forward", 128): asdict(best)})
+    configs.forget()  # as a new process would
+    assert launch(96) == candidates[2].launch()
+    assert launch(64) == configs.candidates("forward", 64, DEVICE)[0].launch()
+
+
+def test_no_candidate_runs(a_gpu: None) -> None:
+    def seconds() -> float:
+        raise RuntimeError("out of resource")
+
+    candidates = configs.candidates("forward", 64, DEVICE)
+    with pytest.raises(RuntimeError, match="no configuration of forward"):
+        tune.fastest("forward", candidates, seconds)
+
+
+def test_a_broken_store_is_no_error(a_gpu: None) -> None:
+    path = tuned.store()
+    path.parent.mkdir()
+    path.write_text("{")
+    assert launch(64) == configs.candidates("forward", 64, DEVICE)[0].launch()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_refuses() -> None:
+    with pytest.raises(NotImplementedError, match="nothing can be tuned"):
+        tune.tune(128)
+
+
+def test_every_row_of_the_table_is_whole() -> None:
+    for family, by_kernel in configs.TABLE.items():
+        assert set(by_kernel) == set(configs.TABLE["default"]), family
+        for kernel, rows in by_kernel.items():
+            assert set(rows) == set(configs.BUCKETS), (family, kernel)
+            for config in (config for row in rows.values() for config in row):
+                step = config.block_q if kernel == "backward_keys" else config.block_k
+                assert step % config.edge == 0, (family, kernel, config)

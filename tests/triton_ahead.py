@@ -1,0 +1,161 @@
+"""Compiles our kernels for a GPU on a machine without any, as their own launches call them.
+
+``python tests/triton_ahead.py cuda:90 bfloat16:64 float16:128`` prints a JSON row for each kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from usp.kernels import configs
+from usp.kernels.arguments import Options, Span
+from usp.kernels.attention_backward import Given, attention_backward
+from usp.kernels.attention_forward import attention_forward
+from usp.kernels.bias_gradient import bias_gradient
+from usp.plan import transposed
+
+WARP_SIZES = {"cuda": 32, "hip": 64}
+FAMILIES = {
+    "cuda:80": "sm_80",
+    "cuda:90": "sm_90",
+    "cuda:100": "default",
+    "hip:gfx90a": "gfx90a",
+    "hip:gfx942": "gfx942",
+    "hip:gfx950": "gfx942",
+}
+LENGTH = 1024
+
+
+class NoDevice(DriverBase):
+    """A driver that knows its target and can launch nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def target_of(name: str) -> GPUTarget:
+    backend, _, arch = name.partition(":")
+    return GPUTarget(backend, int(arch) if arch.isdigit() else arch, WARP_SIZES[backend])
+
+
+def launches(dtype: torch.dtype, head_dim: int) -> None:
+    """One causal block with shared key heads through every attention kernel."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q = new(2, LENGTH, 4, head_dim, dtype=dtype)
+    k = new(2, LENGTH, 2, head_dim, dtype=dtype)
+    lse, out, dk = new(2, 4, LENGTH), new(*q.shape), new(*k.shape)
+    first = torch.zeros(LENGTH, dtype=torch.int32)
+    stop = torch.arange(1, LENGTH + 1, dtype=torch.int32)
+    seen_by = Span(*transposed(first, stop, LENGTH))
+    scoring = (None, None, None, 0, 4, 2, head_dim**-0.5, 0.0, 0.0, 0)
+    options = Options(first, stop, None, *scoring)
+    attention_forward(q, k, k, options, out, lse)
+    attention_forward(q, k, k, options, out, lse, result=q)
+    given = Given(q, q, k, k, lse, lse)
+    attention_backward(given, options, seen_by, out, dk, dk)
+    bias = new(2, 4, LENGTH, LENGTH)
+    bias_gradient(given, Options(first, stop, bias, *scoring), seen_by, bias)
+
+
+def compiled(target: str, dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
+    """What the compiler says of each kernel."""
+    driver.set_active(NoDevice(target_of(target)))
+    rows: list[dict[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        rows.append({"kernel": self.__name__.removesuffix("_kernel"), **resources(kernel)})
+        return kernel
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(configs, "family", lambda device: FAMILIES[target]),
+        mock.patch.object(configs, "device_name", lambda device: target),
+    ):
+        configs.forget()
+        launches(dtype, head_dim)
+    about = {"target": target, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
+    return [about | row for row in rows]
+
+
+def resources(kernel: Any) -> dict[str, Any]:
+    """Registers of a thread, bytes of them spilled, shared memory, matrix instructions."""
+    asm = kernel.asm
+    text = asm.get("ptx") or asm["amdgcn"]
+    names = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
+    matrix = {name: text.count(name) for name in names if name in text}
+    found = nvidia_usage(asm["cubin"]) if "cubin" in asm else amd_usage(text)
+    return {**found, "shared": kernel.metadata.shared, "matrix": matrix}
+
+
+def nvidia_usage(cubin: bytes) -> dict[str, int]:
+    """A thread's stack holds nothing but spilled registers: our kernels have no local arrays."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    stack = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
+    return {"registers": int(re.findall(r"REG:(\d+)", said)[0]), "spilled": stack}
+
+
+def amd_usage(text: str) -> dict[str, int]:
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+    return {"registers": number("vgpr_count"), "spilled": spilled}
+
+
+def main() -> None:
+    target, *problems = sys.argv[1:]
+    for problem in problems:
+        dtype, _, head_dim = problem.partition(":")
+        for row in compiled(target, getattr(torch, dtype), int(head_dim)):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Triton kernels, for NVIDIA and AMD, which carry the running softmax in and out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usp import kernels
+from usp.kernels.arguments import Options, Span
+from usp.problem import Block, Gradients, Saved, State, Traits
+
+NAME = "triton"
+CARRIES_STATE = True
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+
+def unavailable() -> str | None:
+    return kernels.unavailable()
+
+
+def reasons_against(traits: Traits) -> tuple[str, ...]:
+    reasons = []
+    against = kernels.reason_against(traits.device_type)
+    if against is not None:
+        reasons.append(against)
+    if traits.dtype not in _DTYPES:
+        reasons.append(f"it computes in fp32, from fp32, bf16 or fp16 and not from {traits.dtype}")
+    widest = max(traits.head_dim, traits.value_head_dim)
+    if widest > _MAX_HEAD_DIM:
+        reasons.append(f"a head dim of {widest} is above {_MAX_HEAD_DIM}, its tiles would not fit")
+    return tuple(reasons)
+
+
+def attention_forward(block: Block, state: State) -> None:
+    from usp.kernels import attention_forward as kernel
+
+    with kernels.on_device_of(block.q):
+        kernel.attention_forward(
+            block.q, block.k, block.v, _options(block), state.out, state.lse, state.result
+        )
+
+
+def delta(dout: Tensor, out: Tensor) -> Tensor:
+    from usp.kernels.attention_delta import attention_delta
+
+    with kernels.on_device_of(out):
+        return attention_delta(dout, out)
+
+
+def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
+    from usp.kernels import attention_backward as kernel
+
+    seen_by = block.step.seen_by
+    spans = None if seen_by is None else Span(*seen_by.on(block.q.device))
+    given = kernel.Given(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
+    options = _options(block)
+    with kernels.on_device_of(block.q):
+        kernel.attention_backward(given, options, spans, grads.dq, grads.dk, grads.dv)
+        if grads.dbias is not None:
+            from usp.kernels.bias_gradient import bias_gradient
+
+            bias_gradient(given, options, spans, grads.dbias)
+
+
+def _options(block: Block) -> Options:
+    first, stop = block.span or (None, None)
+    heads, scoring = block.heads, block.scoring
+    return Options(
+        first,
+        stop,
+        block.bias,
+        block.alibi_slopes,
+        block.q_pos,
+        block.k_pos,
+        heads.offset,
+        heads.total,
+        heads.group_size,
+        scoring.softmax_scale,
+        scoring.softcap,
+        scoring.dropout_p,
+        scoring.dropout_seed,
+    )

@@ -1,0 +1,59 @@
+"""Triton kernels, for NVIDIA and AMD. Nothing here imports Triton until a kernel is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``): on CPU, slowly."""
+    # asked without importing Triton, which takes a second
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no kernel can run in this process, or None."""
+    if not _installed():
+        return "Triton is not installed: pip install triton (pip's torch for GPUs brings it)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return None
+
+
+def reason_against(device_type: str) -> str | None:
+    """Why no kernel can take tensors of that device, or None."""
+    missing = unavailable()
+    if missing is not None:
+        return missing
+    wanted = "cpu" if interpreted() else "cuda"
+    if device_type != wanted:
+        where = "in the interpreter on cpu" if interpreted() else "on a GPU"
+        return f"its kernels run {where}, the tensors are on {device_type}"
+    return None
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether kernels that move or merge tensors can take these."""
+    if reason_against(tensors[0].device.type) is not None:
+        return False
+    return all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,68 @@
+"""delta: what every block's backward subtracts, once for the whole pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usp.kernels.arguments import cdiv, padded, rows_of
+from usp.kernels.tiles import base
+
+_BLOCK_ELEMENTS = 4096
+
+
+def attention_delta(dout: Tensor, out: Tensor) -> Tensor:
+    """Sums of ``dout * out`` over the last dim.
+
+    Args:
+        dout, out: (B, L, H, Dv), any floating dtype, last dim contiguous.
+
+    Returns:
+        (B, H, L) fp32.
+    """
+    batch, length, num_heads, width = out.shape
+    delta = out.new_empty((batch, num_heads, length), dtype=torch.float32)
+    if delta.numel():
+        block = max(1, _BLOCK_ELEMENTS // padded(width))
+        delta_kernel[(cdiv(length, block) * batch * num_heads,)](
+            rows_of(dout),
+            rows_of(out),
+            delta,
+            length,
+            num_heads,
+            DV=width,
+            BLOCK_DV=padded(width),
+            BLOCK=block,
+            num_warps=4,
+        )
+    return delta
+
+
+@triton.jit
+def delta_kernel(
+    dout,
+    out,
+    delta,
+    length,
+    num_heads,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # heads are next to each other in memory: their programs run together
+    pid = tl.program_id(0)
+    h = pid % num_heads
+    tiles = tl.cdiv(length, BLOCK)
+    b = pid // num_heads // tiles
+    i = pid // num_heads % tiles * BLOCK + tl.arange(0, BLOCK)
+    i_in = i < length
+    i = i.to(tl.int64)
+    x = tl.arange(0, BLOCK_DV)
+    inside = i_in[:, None] & (x < DV)[None, :]
+    one = tl.load(base(dout, b, h) + i[:, None] * dout.row + x[None, :], mask=inside, other=0.0)
+    other = tl.load(base(out, b, h) + i[:, None] * out.row + x[None, :], mask=inside, other=0.0)
+    sums = tl.sum(one.to(tl.float32) * other.to(tl.float32), 1)
+    at = delta + (tl.cast(b, tl.int64) * num_heads + h) * length + i
+    tl.store(at, sums, mask=i_in)

@@ -1,0 +1,237 @@
+"""One table of launch configurations: device family x kernel x head dim.
+
+The first of a row is the default and needs no tuning run: of the shapes that the literature and
+the size of the register file suggest, the largest tiles that compile without spills, as
+``tests/test_triton_compile.py`` checks. The others are what ``tune.tune`` tries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usp import kernels
+from usp.kernels import tuned
+
+BUCKETS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut and launched.
+
+    Attributes:
+        block_q, block_k: Rows of queries and keys in a tile.
+        edge: Step of the masked loops, which divides that of the full one: masks take registers,
+            and a finer step wastes fewer scores on a diagonal.
+        num_warps, num_stages: Warps of a program, depth of the software pipeline.
+        waves_per_eu: AMD: waves a SIMD should hold; 2 caps a wave at 256 registers, 1 at 512.
+        matrix_instr_nonkdim: AMD: rows of an MFMA.
+    """
+
+    block_q: int
+    block_k: int
+    edge: int
+    num_warps: int = 4
+    num_stages: int = 1
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+
+    def launch(self, num_xcds: int = 1) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        found = {name: value for name, value in asdict(self).items() if value}
+        for name in ("block_q", "block_k", "edge"):
+            found[name.upper()] = found.pop(name)
+        return found | {"NUM_XCDS": num_xcds, "enable_fp_fusion": True}
+
+
+def _amd(block_q: int, block_k: int, edge: int, num_warps: int, waves: int) -> Config:
+    # 16-row MFMA: half the accumulator registers of 32 in flight. One stage: LDS is 64 KiB.
+    return Config(block_q, block_k, edge, num_warps, 1, waves, 16)
+
+
+_Rows = dict[int, tuple[Config, ...]]
+# A warpgroup's wgmma takes 64 rows, two of them 128: fewer warps spill at head dim 128. Two stages
+# hide loads, a third where shared memory (227 KiB) has room.
+_SM_90: dict[str, _Rows] = {
+    "forward": {
+        64: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 2)),
+        # 128 keys keep 32 bytes in local memory, outside of the loops, where the result is written
+        128: (Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 32, 8, 2)),
+        256: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 4, 2)),
+    },
+    "backward_keys": {
+        64: (Config(64, 128, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 3)),
+        # 128 keys keep 40 bytes of pointers in local memory, outside of the loops
+        128: (Config(64, 64, 32, 8, 2), Config(64, 128, 16, 8, 2)),
+        # 64 keys, which wgmma wants, would spill: mma.sync
+        256: (Config(64, 32, 16, 8, 2), Config(32, 32, 32, 8, 2)),
+    },
+    "backward_queries": {
+        64: (Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)),
+        128: (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2)),
+        256: (Config(64, 32, 32, 8, 2),),
+    },
+    "bias_gradient": {
+        64: (Config(64, 64, 64, 4, 1),),
+        128: (Config(64, 64, 64, 8, 1),),
+        256: (Config(32, 32, 32, 4, 1),),
+    },
+}
+# mma.sync keeps its left operand in registers: smaller tiles of keys than with wgmma.
+_SM_80: dict[str, _Rows] = {
+    "forward": {
+        64: (Config(128, 128, 32, 8, 2), Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 2)),
+        128: (Config(128, 32, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 32, 32, 8, 2)),
+        256: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+    },
+    "backward_keys": {
+        64: (Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 2)),
+        128: (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 2)),
+        256: (Config(32, 32, 16, 8, 1),),
+    },
+    "backward_queries": {
+        64: (Config(128, 64, 32, 8, 2), Config(128, 32, 32, 8, 2)),
+        128: (Config(128, 32, 32, 8, 2), Config(64, 64, 32, 8, 2)),
+        256: (Config(64, 64, 32, 8, 1), Config(64, 32, 32, 8, 2)),
+    },
+    "bias_gradient": _SM_90["bias_gradient"] | {128: (Config(64, 32, 32, 8, 1),)},
+}
+# Four waves fill a compute unit once; wide tiles take the whole register file (one wave a SIMD).
+_GFX942: dict[str, _Rows] = {
+    "forward": {
+        64: (_amd(128, 64, 64, 4, waves=2), _amd(128, 32, 32, 4, waves=2)),
+        128: (_amd(128, 32, 32, 4, waves=2), _amd(128, 64, 32, 4, waves=1)),
+        256: (_amd(64, 64, 32, 4, waves=1), _amd(64, 32, 32, 4, waves=1)),
+    },
+    "backward_keys": {
+        64: (_amd(64, 128, 32, 4, waves=1), _amd(64, 64, 32, 4, waves=2)),
+        128: (_amd(64, 64, 32, 4, waves=1), _amd(32, 64, 32, 4, waves=1)),
+        256: (_amd(32, 64, 32, 4, waves=1), _amd(32, 32, 32, 4, waves=1)),
+    },
+    "backward_queries": {
+        64: (_amd(128, 64, 32, 4, waves=2), _amd(128, 32, 32, 4, waves=2)),
+        128: (_amd(128, 32, 32, 4, waves=1), _amd(64, 32, 32, 4, waves=2)),
+        256: (_amd(64, 32, 32, 4, waves=1),),
+    },
+    "bias_gradient": {
+        64: (_amd(64, 64, 64, 4, waves=2),),
+        128: (_amd(64, 32, 32, 4, waves=1),),
+        256: (_amd(32, 32, 32, 4, waves=1),),
+    },
+}
+# Fewer registers are left over on gfx90a, whose bf16 MFMA is half as deep: smaller tiles at 256.
+_GFX90A: dict[str, _Rows] = {
+    **_GFX942,
+    "forward": _GFX942["forward"] | {256: (_amd(64, 32, 32, 4, waves=1),)},
+    "backward_keys": _GFX942["backward_keys"] | {256: (_amd(32, 32, 32, 4, waves=1),)},
+}
+# Any other GPU: sm_80's shapes as far as 99 KiB of shared memory take them.
+_DEFAULT: dict[str, _Rows] = {
+    "forward": {
+        64: (Config(128, 64, 32, 8, 2),),
+        128: (Config(128, 32, 32, 8, 2),),
+        256: (Config(64, 32, 32, 8, 1),),
+    },
+    "backward_keys": {
+        64: (Config(32, 64, 32, 8, 2),),
+        128: (Config(32, 64, 32, 8, 2),),
+        256: (Config(32, 32, 16, 8, 1),),
+    },
+    "backward_queries": {
+        64: (Config(128, 32, 32, 8, 2),),
+        128: (Config(64, 32, 32, 8, 2),),
+        256: (Config(32, 32, 32, 8, 1),),
+    },
+    "bias_gradient": {
+        64: (Config(64, 64, 64, 8, 1),),
+        128: (Config(32, 32, 32, 8, 1),),
+        256: (Config(32, 32, 32, 8, 1),),
+    },
+}
+TABLE: dict[str, dict[str, _Rows]] = {
+    "sm_80": _SM_80,
+    "sm_90": _SM_90,
+    "gfx90a": _GFX90A,
+    "gfx942": _GFX942,
+    "default": _DEFAULT,
+}
+# fp32 products at full precision take no matrix instruction on NVIDIA, and rows of registers.
+EXACT = Config(16, 16, 16)
+# In the interpreter a tile costs the same whatever its size: small ones, so that tests have many.
+INTERPRETED = Config(32, 32, 16)
+# Chiplets that programs are dealt out over in turn.
+NUM_XCDS = {"gfx942": 8}
+
+
+def bucket(head_dim: int) -> int:
+    return next(size for size in BUCKETS if head_dim <= size)
+
+
+def choose(kernel: str, head_dim: int, like: Tensor) -> dict[str, Any]:
+    """How to launch a kernel of ``TABLE`` on the device and in the dtype of a tensor.
+
+    Returns:
+        Keyword arguments of the launch.
+    """
+    if kernels.interpreted():
+        return INTERPRETED.launch()
+    if kernel in _trial:
+        return _trial[kernel].launch(NUM_XCDS.get(family(like.device), 1))
+    return _chosen(kernel, bucket(head_dim), like.dtype == torch.float32, like.device)
+
+
+@cache
+def _chosen(kernel: str, size: int, exact: bool, device: torch.device) -> dict[str, Any]:
+    if exact:
+        return EXACT.launch()
+    found = family(device)
+    won = tuned.recall(device_name(device), kernel, size)
+    config = TABLE[found][kernel][size][0] if won is None else Config(**won)
+    return config.launch(NUM_XCDS.get(found, 1))
+
+
+def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config, ...]:
+    """What tuning chooses from."""
+    return TABLE[family(device)][kernel][bucket(head_dim)]
+
+
+# Set by ``trying`` alone.
+_trial: dict[str, Config] = {}
+
+
+@contextmanager
+def trying(kernel: str, config: Config) -> Iterator[None]:
+    """In here a kernel is launched so, on every device."""
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+
+
+def forget() -> None:
+    """Look up anew what was tuned."""
+    _chosen.cache_clear()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def family(device: torch.device) -> str:
+    """The row of ``TABLE`` for a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+        # gfx950 is gfx942 with more of everything
+        name = "gfx942" if name == "gfx950" else name
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return name if name in TABLE else "default"

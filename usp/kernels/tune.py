@@ -1,0 +1,103 @@
+"""Tuning is opt-in: one call times the table's configurations, and the fastest stay in use.
+
+What won is kept in Triton's cache folder, so later processes on the same GPU find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from usp import kernels
+from usp.kernels import configs, tuned
+from usp.kernels.arguments import Options, Span
+from usp.kernels.configs import Config
+
+_TUNED = ("forward", "backward_keys", "backward_queries")
+
+
+def tune(
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    seq_len: int = 8192,
+    num_heads: int = 16,
+    num_kv_heads: int | None = None,
+) -> dict[str, Config]:
+    """Find the fastest configurations for causal attention on the current GPU and use them.
+
+    They hold for every head dim of the same row of ``configs.TABLE``, in this process and in
+    later ones with the same GPU and Triton. Takes a minute, most of it compiling.
+
+    Args:
+        head_dim: Of q, k and v, up to 256.
+        dtype: bf16 or fp16; fp32 has one configuration and needs no tuning.
+        seq_len, num_heads, num_kv_heads: Of the problem that is timed, one sequence.
+
+    Returns:
+        The winner of each kernel.
+
+    Raises:
+        NotImplementedError: there is no GPU, or Triton interprets.
+    """
+    missing = kernels.reason_against("cuda")
+    if missing is not None:
+        raise NotImplementedError(f"nothing can be tuned: {missing}")
+    from triton.testing import do_bench
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = (1, seq_len, num_heads, num_kv_heads or num_heads, head_dim)
+    forward, backward = problem(shape, dtype, device)
+    found = {}
+    for kernel in _TUNED:
+        run = forward if kernel == "forward" else backward
+        candidates = configs.candidates(kernel, head_dim, device)
+        found[kernel] = fastest(kernel, candidates, lambda run=run: do_bench(run))
+    size, name = configs.bucket(head_dim), configs.device_name(device)
+    tuned.remember(name, {(kernel, size): asdict(config) for kernel, config in found.items()})
+    configs.forget()
+    return found
+
+
+def fastest(kernel: str, candidates: tuple[Config, ...], seconds: Callable[[], float]) -> Config:
+    """The candidate under which ``seconds()`` is least; one that cannot be launched is left out."""
+    times = {}
+    for config in candidates:
+        with configs.trying(kernel, config):
+            try:
+                times[config] = seconds()
+            except (
+                Exception
+            ) as error:  # too much shared memory, say: Triton has many ways to say it
+                reason = error
+    if not times:
+        raise RuntimeError(f"no configuration of {kernel} runs here") from reason
+    return min(times, key=lambda config: times[config])
+
+
+def problem(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A causal block's forward and backward, each on tensors that it may update at will."""
+    from usp.kernels.attention_backward import Given, attention_backward
+    from usp.kernels.attention_forward import attention_forward
+
+    batch, length, heads, kv_heads, head_dim = shape
+    q, dout = (torch.randn(batch, length, heads, head_dim, device=device) for _ in range(2))
+    k, v = (torch.randn(batch, length, kv_heads, head_dim, device=device) for _ in range(2))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    # weights near 1 / length, as in a pass of its own
+    lse = torch.full((batch, heads, length), float(length), device=device).log()
+    q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
+    at = torch.arange(length, dtype=torch.int32, device=device)
+    span = Span(torch.zeros_like(at), at + 1)
+    seen_by = Span(at, torch.full_like(at, length))
+    scoring = (None, None, None, None, 0, heads, heads // kv_heads, head_dim**-0.5, 0.0, 0.0, 0)
+    options = Options(*span, *scoring)
+    given = Given(dout, q, k, v, torch.zeros_like(lse), lse)
+    return (
+        lambda: attention_forward(q, k, v, options, out, lse.clone()),
+        lambda: attention_backward(given, options, seen_by, dq, dk, dv),
+    )
