@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -54,7 +55,7 @@ def tune(
     for kernel in _TUNED:
         run = forward if kernel == "forward" else backward
         candidates = configs.candidates(kernel, head_dim, device)
-        found[kernel] = fastest(kernel, candidates, lambda run=run: do_bench(run))
+        found[kernel] = fastest(kernel, candidates, partial(do_bench, run))
     size, name = configs.bucket(head_dim), configs.device_name(device)
     tuned.remember(name, {(kernel, size): asdict(config) for kernel, config in found.items()})
     configs.forget()
@@ -68,9 +69,8 @@ def fastest(kernel: str, candidates: tuple[Config, ...], seconds: Callable[[], f
         with configs.trying(kernel, config):
             try:
                 times[config] = seconds()
-            except (
-                Exception
-            ) as error:  # too much shared memory, say: Triton has many ways to say it
+            # too much shared memory, say: Triton has many ways to say it
+            except Exception as error:
                 reason = error
     if not times:
         raise RuntimeError(f"no configuration of {kernel} runs here") from reason
@@ -94,8 +94,20 @@ def problem(
     at = torch.arange(length, dtype=torch.int32, device=device)
     span = Span(torch.zeros_like(at), at + 1)
     seen_by = Span(at, torch.full_like(at, length))
-    scoring = (None, None, None, None, 0, heads, heads // kv_heads, head_dim**-0.5, 0.0, 0.0, 0)
-    options = Options(*span, *scoring)
+    options = Options(
+        *span,
+        bias=None,
+        alibi_slopes=None,
+        q_pos=None,
+        k_pos=None,
+        head_offset=0,
+        num_heads=heads,
+        group_size=heads // kv_heads,
+        softmax_scale=head_dim**-0.5,
+        softcap=0.0,
+        dropout_p=0.0,
+        dropout_seed=0,
+    )
     given = Given(dout, q, k, v, torch.zeros_like(lse), lse)
     return (
         lambda: attention_forward(q, k, v, options, out, lse.clone()),
