@@ -1,4 +1,4 @@
-"""What only a GPU can show: ``make test-gpu``. Without one, each test says that it was skipped."""
+"""What only a GPU can show: ``make test-gpu``. ``make test`` leaves it out."""
 
 from __future__ import annotations
 
