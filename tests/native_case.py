@@ -250,3 +250,23 @@ def computed(case: Case, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
                 parts[name].append(part)
     joined = {"dk": 1, "dv": 1, "dbias": 3}
     return results | {n: torch.cat(p, joined[n]) for n, p in parts.items() if p}
+
+
+def largest(x: Tensor) -> float:
+    """Largest magnitude, 0 for an empty tensor; NaN stays NaN and fails every bound."""
+    return x.abs().amax().item() if x.numel() else 0.0
+
+
+def error_scale(case: Case, x: Inputs, want: dict[str, Tensor], name: str) -> float:
+    """What the rounding errors of a result are relative to.
+
+    Its own size; and for gradients of scores, that of dout * out, which cancels in them against
+    dout * v: with one key, nothing but the rounding of its weight may be left.
+    """
+    seen = torch.where(want[name] == -torch.inf, 0, want[name])
+    factors = {"dq": x.k, "dk": x.q, "dbias": torch.ones(1)}
+    if name not in factors:
+        return max(1.0, largest(seen))
+    cancelling = largest((x.dout.double() * want["out"]).sum(-1)) * largest(factors[name].double())
+    scale = 1.0 if name == "dbias" else case.head_dim**-0.5
+    return max(1.0, largest(seen), scale * cancelling)

@@ -16,9 +16,9 @@ from cases import Case as MeshCase
 from gpu_worker import nccl_of_one_rank, run_on_gpu, start_gpu_worker
 from hypothesis import given, settings
 from judge import assert_close, join, oracle
-from native_case import Case, Inputs, computed, expected, make_inputs
+from native_case import Case, Inputs, computed, error_scale, expected, largest, make_inputs
 from pool import Pool
-from test_native_ops import HEADS, SPANS, largest
+from test_native_ops import HEADS, SPANS
 from test_property import cases
 from test_triton_kernels import OPTIONS
 from torch import Tensor
@@ -52,13 +52,14 @@ def assert_right_on_gpu(case: Case) -> None:
     with torch.device("cuda"):  # the states and sums that `computed` makes
         got = computed(case, on_gpu, Kernels)
         again = computed(case, on_gpu, Kernels)
-    for name, reference in expected(case, x).items():
+    want = expected(case, x)
+    for name, reference in want.items():
         assert torch.equal(got[name], again[name]), f"{name} differs from run to run"
         result = got[name].cpu().double()
         empty = reference == -torch.inf
         assert torch.equal(result == -torch.inf, empty), name
         worst = largest(torch.where(empty, 0, result - reference))
-        scale = max(1.0, largest(torch.where(empty, 0, reference)))
+        scale = error_scale(case, x, want, name)
         assert worst <= TOLERANCE[case.dtype] * scale, f"{name} is off by {worst:.2e} in {case}"
 
 

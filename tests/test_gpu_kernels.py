@@ -16,7 +16,17 @@ import torch
 from gpu_host import GpuHostOps, host_ops
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from native_case import Case, Inputs, computed, expected, make_inputs, new_state, options
+from native_case import (
+    Case,
+    Inputs,
+    computed,
+    error_scale,
+    expected,
+    largest,
+    make_inputs,
+    new_state,
+    options,
+)
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -36,11 +46,6 @@ def ops(request: pytest.FixtureRequest) -> GpuHostOps:
     return found
 
 
-def largest(x: Tensor) -> float:
-    """Largest magnitude, 0 for an empty tensor; NaN stays NaN and fails every bound."""
-    return x.abs().amax().item() if x.numel() else 0.0
-
-
 def assert_equal_to_oracle(
     ops: GpuHostOps, case: Case, x: Inputs | None = None, slack: float = 1.0
 ) -> None:
@@ -53,7 +58,7 @@ def assert_equal_to_oracle(
         empty = reference == -torch.inf
         assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
         worst = largest(torch.where(empty, 0, result - reference))
-        scale = max(1.0, largest(torch.where(empty, 0, reference)))
+        scale = error_scale(case, x, want, name)
         tolerance = LSE_TOLERANCE if name == "lse" else TOLERANCE[case.dtype] * slack
         assert worst <= tolerance * scale, f"{name} is off by {worst:.2e} of {scale:.1f} in {case}"
 

@@ -13,7 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from native_case import Case, computed, expected, make_inputs, new_state, options
+from native_case import (
+    Case,
+    computed,
+    error_scale,
+    expected,
+    largest,
+    make_inputs,
+    new_state,
+    options,
+)
 from torch import Tensor
 
 from usp import ops
@@ -41,11 +50,6 @@ def running_on(capability: str, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def largest(x: Tensor) -> float:
-    """Largest magnitude, 0 for an empty tensor; NaN stays NaN and fails every bound."""
-    return x.abs().amax().item() if x.numel() else 0.0
-
-
 def tolerance(case: Case) -> float:
     rounded = case.capability == "avx512_bf16" and case.dtype == torch.bfloat16
     return BF16_TOLERANCE if rounded else TOLERANCE[case.acc]
@@ -62,7 +66,7 @@ def assert_equal_to_oracle(case: Case) -> None:
         empty = reference == -torch.inf
         assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
         worst = largest(torch.where(empty, 0, result - reference))
-        scale = max(1.0, largest(torch.where(empty, 0, reference)))
+        scale = error_scale(case, x, want, name)
         assert worst <= tolerance(case) * scale, f"{name} is off by {worst:.2e} in {case}"
 
 
