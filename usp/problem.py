@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,25 @@ class Block:
     def span(self) -> tuple[Tensor, Tensor] | None:
         """``first, stop`` (Lq,) int32 on the device of q; None where every row sees every key."""
         return None if self.step.span is None else self.step.span.on(self.q.device)
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """All but q, k, v in the order of the kernel contract, ``first`` to ``dropout_seed``."""
+        heads, scoring = self.heads, self.scoring
+        return (
+            *(self.span or (None, None)),
+            self.bias,
+            self.alibi_slopes,
+            self.q_pos,
+            self.k_pos,
+            heads.offset,
+            heads.total,
+            heads.group_size,
+            scoring.softmax_scale,
+            scoring.softcap,
+            scoring.dropout_p,
+            scoring.dropout_seed,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def _gpu_reasons(traits: Traits) -> tuple[str, ...]:
 
 def attention_forward(block: Block, state: State) -> None:
     torch.ops.usp.attention_forward(
-        block.q, block.k, block.v, *_shared(block), state.out, state.lse, state.result
+        block.q, block.k, block.v, *block.options, state.out, state.lse, state.result
     )
 
 
@@ -65,30 +63,9 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
         block.v,
         saved.delta,
         saved.lse,
-        *_shared(block),
+        *block.options,
         grads.dq,
         grads.dk,
         grads.dv,
         grads.dbias,
-    )
-
-
-def _shared(block: Block) -> tuple[Any, ...]:
-    """The arguments that both ops have in common, in the order of their schemas."""
-    first, stop = block.span or (None, None)
-    heads, scoring = block.heads, block.scoring
-    return (
-        first,
-        stop,
-        block.bias,
-        block.alibi_slopes,
-        block.q_pos,
-        block.k_pos,
-        heads.offset,
-        heads.total,
-        heads.group_size,
-        scoring.softmax_scale,
-        scoring.softcap,
-        scoring.dropout_p,
-        scoring.dropout_seed,
     )

@@ -37,7 +37,7 @@ def attention_forward(block: Block, state: State) -> None:
 
     with kernels.on_device_of(block.q):
         kernel.attention_forward(
-            block.q, block.k, block.v, _options(block), state.out, state.lse, state.result
+            block.q, block.k, block.v, Options(*block.options), state.out, state.lse, state.result
         )
 
 
@@ -54,30 +54,10 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
     seen_by = block.step.seen_by
     spans = None if seen_by is None else Span(*seen_by.on(block.q.device))
     given = kernel.Given(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
-    options = _options(block)
+    options = Options(*block.options)
     with kernels.on_device_of(block.q):
         kernel.attention_backward(given, options, spans, grads.dq, grads.dk, grads.dv)
         if grads.dbias is not None:
             from usp.kernels.bias_gradient import bias_gradient
 
             bias_gradient(given, options, spans, grads.dbias)
-
-
-def _options(block: Block) -> Options:
-    first, stop = block.span or (None, None)
-    heads, scoring = block.heads, block.scoring
-    return Options(
-        first,
-        stop,
-        block.bias,
-        block.alibi_slopes,
-        block.q_pos,
-        block.k_pos,
-        heads.offset,
-        heads.total,
-        heads.group_size,
-        scoring.softmax_scale,
-        scoring.softcap,
-        scoring.dropout_p,
-        scoring.dropout_seed,
-    )
