@@ -13,6 +13,7 @@
 #include <span>
 
 #include "attention.h"
+#include "lookahead.h"
 #include "tiles.h"
 
 namespace usp::cpu {
@@ -22,6 +23,7 @@ namespace {
 template <typename T>
 struct RowTile {
   int64_t h;
+  bool started;                   // out holds something
   Range rows, visible, unmasked;  // visible and unmasked are keys
   Matrix<T> q_t;                  // (D, rows)
   Matrix<T> out;                  // (rows, Dv), not normalised
@@ -60,12 +62,66 @@ struct Workspace {
   }
 };
 
+// Some tiles of query rows that read one key head, counted from the last rows, for under a causal
+// mask they are the heaviest, and for the same rows head by head.
+struct Share {
+  int64_t b, g;
+  Range tiles;
+};
+
+// How the work is cut into tasks.
+template <typename T>
+struct Division {
+  const Attention<T>& a;
+  int64_t row_tiles, held, runs, tasks;  // runs of tiles held: those of one key head
+
+  Division(const Attention<T>& attention, int64_t threads) : a(attention) {
+    row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
+    held = tiles_held(a.B * a.H * row_tiles, threads);
+    runs = (row_tiles * std::min(a.group_size, a.H) + held - 1) / held;
+    tasks = a.B * a.G * runs;
+  }
+
+  Share share(int64_t task) const {
+    const int64_t g = task / runs % a.G, first = task % runs * held;
+    const int64_t tiles = row_tiles * a.query_heads(g).size();
+    return {task / runs / a.G, g, intersect({first, first + held}, {0, tiles})};
+  }
+
+  // Calls visit(h, rows) for each tile.
+  template <typename Visit>
+  void for_each_tile(const Share& share, Visit&& visit) const {
+    const Range own = a.query_heads(share.g);
+    for (int64_t t = share.tiles.begin; t < share.tiles.end; ++t) {
+      const int64_t begin = (row_tiles - 1 - t / own.size()) * kQueryTile;
+      visit(own.begin + t % own.size(), Range{begin, std::min(begin + kQueryTile, a.Lq)});
+    }
+  }
+};
+
 template <typename T>
 class ForwardTask {
  public:
   ForwardTask(const Attention<T>& a, const AttentionState<T>& state, const Kernels<T>& kernels,
-              Workspace<T>& w, int64_t b, int64_t g, T headroom_sum)
-      : a_(a), state_(state), kernels_(kernels), w_(w), b_(b), g_(g), headroom_sum_(headroom_sum) {}
+              Workspace<T>& w, const Division<T>& division, T headroom_sum)
+      : a_(a),
+        state_(state),
+        kernels_(kernels),
+        w_(w),
+        division_(division),
+        headroom_sum_(headroom_sum) {}
+
+  void run(int64_t task, int64_t probably_next) {
+    const Share share = division_.share(task);
+    b_ = share.b;
+    g_ = share.g;
+    next_ = probably_next;
+    division_.for_each_tile(share, [&](int64_t h, Range rows) { hold(h, rows); });
+    if (count_ > 0) walk();
+  }
+
+ private:
+  std::span<RowTile<T>> held() { return {w_.tiles, static_cast<size_t>(count_)}; }
 
   // Takes a tile of query rows in. Those that see nothing only matter to a result.
   void hold(int64_t h, Range rows) {
@@ -80,21 +136,38 @@ class ForwardTask {
     ++count_;
   }
 
-  void run() {
-    if (count_ == 0) return;
+  void walk() {
     Range visible = w_.tiles[0].visible;
     for (const RowTile<T>& tile : held()) {
       visible = {std::min(visible.begin, tile.visible.begin),
                  std::max(visible.end, tile.visible.end)};
     }
     for (int64_t begin = visible.begin; begin < visible.end; begin += kKeyTile) {
-      add_keys({begin, std::min(begin + kKeyTile, visible.end)});
+      const int64_t end = std::min(begin + kKeyTile, visible.end);
+      look_ahead({end, std::min(end + kKeyTile, visible.end)});
+      add_keys({begin, end});
     }
-    for (const RowTile<T>& tile : held()) store_state(tile);
+    for (RowTile<T>& tile : held()) store_state(tile);
   }
 
- private:
-  std::span<RowTile<T>> held() { return {w_.tiles, static_cast<size_t>(count_)}; }
+  // To the next keys; after the last, to what the next task begins with.
+  void look_ahead(Range keys) {
+    ahead_.forget();
+    if (!keys.empty()) return look_ahead_at_keys(b_, g_, keys);
+    if (next_ >= division_.tasks) return;
+    const Share share = division_.share(next_);
+    Range visible;
+    division_.for_each_tile(share, [&](int64_t h, Range rows) {
+      ahead_.add(a_.q, share.b, h, rows, a_.D);
+      visible = visible_keys(a_.span, rows);
+    });
+    look_ahead_at_keys(share.b, share.g, intersect(visible, {visible.begin, visible.begin + kKeyTile}));
+  }
+
+  void look_ahead_at_keys(int64_t b, int64_t g, Range keys) {
+    ahead_.add(a_.k, b, g, keys, a_.D);
+    ahead_.add(a_.v, b, g, keys, a_.Dv);
+  }
 
   void load_queries(RowTile<T>& tile) {
     const int64_t num_rows = tile.rows.size();
@@ -115,10 +188,16 @@ class ForwardTask {
       tile.softmax.max[i] = row.max;
       tile.softmax.sum[i] = row.sum;
     }
-    std::fill(tile.out.data, tile.out.data + tile.rows.size() * tile.out.ld, T(0));
-    if (state_.out == nullptr) return;
+    tile.started = state_.out != nullptr;
+    if (!tile.started) return;
+    clear_out(tile);
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
                         tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
+  }
+
+  // With its padding.
+  void clear_out(RowTile<T>& tile) {
+    std::fill(tile.out.data, tile.out.data + tile.rows.size() * tile.out.ld, T(0));
   }
 
   void add_keys(Range keys) {
@@ -145,15 +224,22 @@ class ForwardTask {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
     const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
     compute_scores<T>(a_, kernels_, at, k, as_const(tile.q_t), tile.positions, s, nullptr);
+    ahead_.advance();
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, tile.positions, {w_.multiplier, s.keys, s.queries});
     }
     const auto weights = kernels_.softmax_update(s, tile.softmax, w_.multiplier, w_.weights);
-    kernels_.scale_rows(tile.out, num_rows, tile.out.ld, tile.softmax.factor);
-    kernels_.gemm(num_rows, tile.out.ld, num_keys, weights, v, tile.out, T(1), true);
+    ahead_.advance();
+    if (tile.started) {
+      kernels_.scale_rows(tile.out, num_rows, tile.out.ld, tile.softmax.factor);
+    }
+    kernels_.gemm(num_rows, tile.out.ld, num_keys, weights, v, tile.out, T(1), tile.started);
+    tile.started = true;
+    ahead_.advance();
   }
 
-  void store_state(const RowTile<T>& tile) {
+  void store_state(RowTile<T>& tile) {
+    if (!tile.started) clear_out(tile);
     T *lse = lse_of(tile), *factor = tile.softmax.factor;
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const RunningSoftmax<T> row{tile.softmax.max[i], tile.softmax.sum[i]};
@@ -188,9 +274,11 @@ class ForwardTask {
   const AttentionState<T>& state_;
   const Kernels<T>& kernels_;
   Workspace<T>& w_;
-  const int64_t b_, g_;
+  const Division<T>& division_;
   const T headroom_sum_;  // exp(headroom)
+  int64_t b_ = 0, g_ = 0, next_ = 0;
   int64_t count_ = 0;
+  Lookahead ahead_;
 };
 
 }  // namespace
@@ -199,32 +287,17 @@ template <typename T>
 void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
                        const ParallelFor& parallel) {
   if (a.H == 0 || a.Lq == 0) return;
-  // Tiles of one key head: rows from the last, for under a causal mask they are the heaviest, and
-  // for the same rows head by head.
-  const int64_t row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
-  const int64_t heads = std::min(a.group_size, a.H);
-  const int64_t held = tiles_held(a.B * a.H * row_tiles, parallel.num_threads);
-  const int64_t runs = (row_tiles * heads + held - 1) / held;
-  const int64_t tasks = a.B * a.G * runs;
+  const Division<T> division(a, parallel.num_threads);
   Carver measure(nullptr);
-  Workspace<T>(a, held, measure);
-  Scratch scratch(parallel.workers_for(tasks), measure.used());
+  Workspace<T>(a, division.held, measure);
+  const int64_t workers = parallel.workers_for(division.tasks);
+  Scratch scratch(workers, measure.used());
   const Kernels<T>& table = kernels<T>(a.q.dtype);
   const T headroom_sum = std::exp(table.headroom);
-  parallel.for_each_task(tasks, [&](int64_t worker, int64_t index) {
+  parallel.for_each_task(division.tasks, [&](int64_t worker, int64_t task) {
     Carver carver(scratch.of(worker));
-    Workspace<T> workspace(a, held, carver);
-    const int64_t b = index / runs / a.G, g = index / runs % a.G;
-    const Range own = a.query_heads(g);
-    ForwardTask<T> task(a, state, table, workspace, b, g, headroom_sum);
-    const Range tiles =
-        intersect({index % runs * held, (index % runs + 1) * held}, {0, row_tiles * own.size()});
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const int64_t block = row_tiles - 1 - t / own.size();
-      const Range rows = intersect({block * kQueryTile, (block + 1) * kQueryTile}, {0, a.Lq});
-      task.hold(own.begin + t % own.size(), rows);
-    }
-    task.run();
+    Workspace<T> workspace(a, division.held, carver);
+    ForwardTask<T>(a, state, table, workspace, division, headroom_sum).run(task, task + workers);
   });
 }
 

@@ -102,20 +102,31 @@ Matrix<const T> left_rows(DType dtype, const void* src, int64_t src_stride, int6
   return {room.data, room.ld};
 }
 
+// Column by column: where there are fewer than a vector has lanes.
+template <typename T>
+void transpose_narrow(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
+  for (int64_t d = 0; d < cols; ++d) {
+    T* __restrict to = dst.data + d * dst.ld;
+    for (int64_t i = 0; i < rows; ++i) to[i] = src.data[i * src.ld + d];
+    for (int64_t i = rows; i < dst.ld; ++i) to[i] = T(0);
+  }
+}
+
 template <typename T>
 void right_transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> dst) {
   constexpr int64_t kBlock = kLanes<T>;
+  if (cols < kBlock) return transpose_narrow(src, rows, cols, dst);
   for (int64_t i0 = 0; i0 < dst.ld; i0 += kBlock) {
-    const int64_t left = rows - i0, some = left < 0 ? 0 : left < kBlock ? left : kBlock;
-    for (int64_t d = 0; d < cols; ++d) {
-      T* __restrict to = dst.data + d * dst.ld + i0;
-      const T* __restrict from = src.data + i0 * src.ld + d;
-      if (some == kBlock) {
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = from[i * src.ld];
-      } else {
-        store<T>(to, Vec<T>{});
-        for (int64_t i = 0; i < some; ++i) to[i] = from[i * src.ld];
+    for (int64_t end = kBlock; end < cols + kBlock; end += kBlock) {
+      const int64_t d0 = (end < cols ? end : cols) - kBlock;  // the last may overlap another
+      Vec<T> block[kBlock];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kBlock; ++i) {
+        block[i] = i0 + i < rows ? load(src.data + (i0 + i) * src.ld + d0) : Vec<T>{};
       }
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < kBlock; ++d) store<T>(dst.data + (d0 + d) * dst.ld + i0, block[d]);
     }
   }
 }

@@ -114,6 +114,36 @@ USP_SIMD Vec<T> max_or_nan(Vec<T> bound, Vec<T> x) {
 #endif
 }
 
+// Of each group of 2 kStep lanes the lower half of `a`, then that of `b`; or the upper halves.
+template <int kStep, bool kUpper, typename T>
+USP_SIMD Vec<T> half_groups(Vec<T> a, Vec<T> b) {
+  Mask<T> lanes;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const int from_b = lane & kStep ? static_cast<int>(kLanes<T>) - kStep : 0;
+    lanes[lane] = lane + from_b + (kUpper ? kStep : 0);
+  }
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lanes);
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Transposes the matrix of kLanes vectors: swaps the off-diagonal blocks of kStep, then of half.
+template <typename T, int kStep = kLanes<T> / 2>
+USP_SIMD void transpose(Vec<T>* rows) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i & kStep) continue;
+      const Vec<T> a = rows[i], b = rows[i + kStep];
+      rows[i] = half_groups<kStep, false, T>(a, b);
+      rows[i + kStep] = half_groups<kStep, true, T>(a, b);
+    }
+    transpose<T, kStep / 2>(rows);
+  }
+}
+
 template <typename T, bool kCoarse>
 struct Exponential {
   static constexpr auto& kCoefficients = VectorTraits<T>::kExp;
