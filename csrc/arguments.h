@@ -71,12 +71,17 @@ class Arguments {
     return {x.const_data_ptr(), dtype_of(name, x), x.stride(0), x.stride(1), x.stride(2)};
   }
 
+  // Of any dtype.
+  void* dense(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+    shape(name, x, dims);
+    check(x.is_contiguous(), name, " is not contiguous");
+    return x.data_ptr();
+  }
+
   template <typename T>
   T* contiguous(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
-    shape(name, x, dims);
     dtype(name, x, kScalarType<T>);
-    check(x.is_contiguous(), name, " is not contiguous");
-    return static_cast<T*>(x.data_ptr());
+    return static_cast<T*>(dense(name, x, dims));
   }
 
   const int32_t* indices(const char* name, const Tensor& x, const char* dim) {
@@ -183,6 +188,7 @@ Attention<T> read_inputs(Arguments& args, const Tensor& q, const Tensor& k, cons
 struct GradientTensors {
   const Tensor &dout, &delta, &lse, &dq, &dk, &dv;
   const MaybeTensor& dbias;
+  bool overwrite;
 };
 
 template <typename T>
@@ -192,13 +198,32 @@ AttentionState<T> read_state(Arguments& args, const Tensor& q, const MaybeTensor
   check(out || result, "out and result are both None: the block's output has no place to go");
   if (out) state.out = args.contiguous<T>("out", *out, {"B", "Lq", "H", "Dv"});
   if (result) {
-    args.shape("result", *result, {"B", "Lq", "H", "Dv"});
     args.dtype("result", *result, q.scalar_type());
-    check(result->is_contiguous(), "result is not contiguous");
-    state.result = result->data_ptr();
+    state.result = args.dense("result", *result, {"B", "Lq", "H", "Dv"});
     state.result_dtype = dtype_of("result", *result);
   }
   return state;
+}
+
+// Sums to add to, in T, or results to write over, in T or the dtype of q.
+template <typename T>
+void read_targets(Arguments& args, const Tensor& q, const GradientTensors& g,
+                  AttentionGradients<T>& gradients) {
+  const auto target = [&](const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+    if (g.overwrite && x.scalar_type() == q.scalar_type()) return args.dense(name, x, dims);
+    return static_cast<void*>(args.contiguous<T>(name, x, dims));
+  };
+  void* dq = target("dq", g.dq, {"B", "Lq", "H", "D"});
+  void* dk = target("dk", g.dk, {"B", "Lk", "G", "D"});
+  void* dv = target("dv", g.dv, {"B", "Lk", "G", "Dv"});
+  if (g.overwrite) {
+    args.dtype("dv", g.dv, g.dk.scalar_type());
+    gradients.results = {dq, dk, dv, dtype_of("dq", g.dq), dtype_of("dk", g.dk)};
+  } else {
+    gradients.dq = static_cast<T*>(dq);
+    gradients.dk = static_cast<T*>(dk);
+    gradients.dv = static_cast<T*>(dv);
+  }
 }
 
 template <typename T>
@@ -208,11 +233,13 @@ AttentionGradients<T> read_gradients(Arguments& args, const Tensor& q, const May
       .dout = args.view("dout", g.dout, q.scalar_type(), {"B", "Lq", "H", "Dv"}),
       .delta = args.contiguous<T>("delta", g.delta, {"B", "H", "Lq"}),
       .lse = args.contiguous<T>("lse", g.lse, {"B", "H", "Lq"}),
-      .dq = args.contiguous<T>("dq", g.dq, {"B", "Lq", "H", "D"}),
-      .dk = args.contiguous<T>("dk", g.dk, {"B", "Lk", "G", "D"}),
-      .dv = args.contiguous<T>("dv", g.dv, {"B", "Lk", "G", "Dv"}),
+      .dq = nullptr,
+      .dk = nullptr,
+      .dv = nullptr,
       .dbias = {},
+      .results = {},
   };
+  read_targets(args, q, g, gradients);
   if (!g.dbias) return gradients;
   check(bias.has_value(), "dbias is given but bias is None");
   T* data = args.contiguous<T>("dbias", *g.dbias, {"B|1", "H|1", "Lq|1", "Lk"});

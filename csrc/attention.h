@@ -79,8 +79,17 @@ struct AttentionState {
   DType result_dtype = DType::kFloat32;
 };
 
+// Gradients of the only block, contiguous in the shapes of q, k, v, written over what is there and
+// rounded to their dtypes.
+struct GradientResults {
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // all or none
+  DType dq_dtype = DType::kFloat32;
+  DType kv_dtype = DType::kFloat32;
+};
+
 // What the backward pass takes beyond the inputs, and what it adds to. dq, dk, dv are contiguous
-// in the shapes of q, k, v; dbias has the shape of bias (data null: not wanted).
+// in the shapes of q, k, v, null where there are results; dbias has the shape of bias (data null:
+// not wanted).
 template <typename T>
 struct AttentionGradients {
   TensorView dout;
@@ -90,6 +99,7 @@ struct AttentionGradients {
   T* dk;
   T* dv;
   BiasView<T*> dbias;
+  GradientResults results;
 };
 
 }  // namespace usp

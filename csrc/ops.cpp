@@ -2,6 +2,7 @@
 // ABI, so that one library serves torch 2.10 and everything newer.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
 #include "cpu/attention.h"
@@ -27,8 +28,17 @@ void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& ma
               const Scalars& scalars, const GradientTensors& g) {
   Arguments args(q);
   const auto inputs = read_inputs<T>(args, q, k, v, masks, scalars);
-  cpu::attention_backward<T>(inputs, read_gradients<T>(args, q, masks.bias, g),
-                             cpu::torch_threads());
+  auto gradients = read_gradients<T>(args, q, masks.bias, g);
+  auto& results = gradients.results;
+  if (!g.overwrite || cpu::can_sum_dq_in<T>(results.dq_dtype, inputs.Lk)) {
+    return cpu::attention_backward<T>(inputs, gradients, cpu::torch_threads());
+  }
+  const Tensor dq = torch::stable::new_empty(g.dq, g.dq.sizes(), kScalarType<T>);
+  results.dq = dq.data_ptr();
+  results.dq_dtype = dtype_of("dq", dq);
+  cpu::attention_backward<T>(inputs, gradients, cpu::torch_threads());
+  Tensor rounded = g.dq;
+  torch::stable::copy_(rounded, dq);
 }
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
@@ -52,11 +62,11 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
                         const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
                         int64_t group_size, double softmax_scale, double softcap, double dropout_p,
                         int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                        const MaybeTensor& dbias) {
+                        const MaybeTensor& dbias, bool overwrite) {
   const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
   const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
                         softcap,     dropout_p, dropout_seed};
-  const GradientTensors gradients{dout, delta, lse, dq, dk, dv, dbias};
+  const GradientTensors gradients{dout, delta, lse, dq, dk, dv, dbias, overwrite};
   const bool is_double = dtype_of("q", q) == DType::kFloat64;
   (is_double ? backward<double> : backward<float>)(q, k, v, masks, scalars, gradients);
 }
@@ -110,7 +120,7 @@ STABLE_TORCH_LIBRARY(usp, m) {
       "Tensor? first, Tensor? stop, Tensor? bias, Tensor? alibi_slopes, Tensor? q_pos, "
       "Tensor? k_pos, int head_offset, int num_heads, int group_size, float softmax_scale, "
       "float softcap, float dropout_p, int dropout_seed, Tensor(a!) dq, Tensor(b!) dk, "
-      "Tensor(c!) dv, Tensor(d!)? dbias) -> ()");
+      "Tensor(c!) dv, Tensor(d!)? dbias, bool overwrite=False) -> ()");
   m.def("attention_delta(Tensor dout, Tensor out, Tensor(a!) delta) -> ()");
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");

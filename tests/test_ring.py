@@ -60,6 +60,8 @@ def carry(transport: str, lengths: list[int], hops: int) -> list[Tensor]:
     sums = make_transport(transport, axis, hops, parcels).sums(parcels, torch.device("cpu"))
     for step in range(hops + 1):
         (gradient,) = sums.fresh((axis.rank - step) % axis.size)
+        if not hops:
+            gradient.zero_()  # the only block's is to be overwritten
         gradient += 2.0**axis.rank
         sums.pass_on()
     return [tensor.clone() for tensor in sums.home()]

@@ -126,7 +126,16 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients, backend: Ba
     Args:
         block: As in the forward.
         saved: The final output, its gradient, lse and delta.
-        grads: Added to in place; dbias has the shape of ``block.bias``.
+        grads: Added to in place, or overwritten; dbias has the shape of ``block.bias``.
         backend: Whose kernel.
     """
-    backend.attention_backward(block, saved, grads)
+    if not grads.overwrite or backend.OVERWRITES:
+        backend.attention_backward(block, saved, grads)
+        return
+    dtype = saved.lse.dtype
+    places = grads.dq, grads.dk, grads.dv
+    dq, dk, dv = (x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in places)
+    backend.attention_backward(block, saved, Gradients(dq, dk, dv, grads.dbias))
+    for place, total in zip(places, (dq, dk, dv), strict=True):
+        if place is not total:
+            place.copy_(total)

@@ -82,10 +82,14 @@ def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> 
 
 
 def _scatter(tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
+    if call.ulysses.size == 1:
+        return list(tensors.values())
     return scatter_heads(call.ulysses, list(tensors.values()), [call.cut(n) for n in tensors])
 
 
 def _gather(tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
+    if call.ulysses.size == 1:
+        return list(tensors.values())
     return gather_heads(call.ulysses, list(tensors.values()), [call.cut(n) for n in tensors])
 
 
@@ -139,13 +143,11 @@ def attention_backward(
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
     dout = _last_dim_contiguous(dout)
     saved = block.saved_for_backward(dout, dlse, out, lse, call.ring.backend)
-    grads = ring_backward(inputs, saved, call.ring, bias_grad)
     dtype = inputs.q.dtype
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
-    kv_dtype = grads.dk.dtype if kv_heads_shared(call.heads) else dtype
-    dq, dk, dv = _gather(
-        {"q": grads.dq.to(dtype), "k": grads.dk.to(kv_dtype), "v": grads.dv.to(kv_dtype)}, call
-    )
+    kv_dtype = lse.dtype if kv_heads_shared(call.heads) else dtype
+    grads = ring_backward(inputs, saved, call.ring, bias_grad, kv_dtype)
+    dq, dk, dv = _gather({"q": grads.dq, "k": grads.dk, "v": grads.dv}, call)
     dbias = grads.dbias
     if dbias is not None and call.bias_cut is not None:
         dbias = gather_bias_gradient(call.ulysses, dbias, call.bias_cut)

@@ -142,12 +142,18 @@ class Saved:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Sums to add a block's gradients to, in the dtype of the state; shapes of q, k, v, bias."""
+    """Sums to add a block's gradients to, in the dtype of the state; shapes of q, k, v, bias.
+
+    Attributes:
+        overwrite: For the only block: dq, dk and dv hold nothing yet, and each is in the dtype of
+            q or of the state.
+    """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ def ring_forward(inputs: Inputs, ring: Ring) -> tuple[Tensor, Tensor]:
     return out, state.lse
 
 
-def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool) -> Gradients:
+def ring_backward(
+    inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool, kv_dtype: torch.dtype
+) -> Gradients:
     """Gradients of this rank's q, k, v and bias; dk and dv travel one hop behind their block.
 
     Args:
@@ -95,15 +97,21 @@ def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool)
         saved: The forward's results and their gradients.
         ring: As in the forward.
         bias_gradient: Whether to compute that of the bias, in its shape.
+        kv_dtype: Of the resulting dk and dv: that of q or of the state.
+
+    Returns:
+        dq in the dtype of q; dbias in that of the state.
     """
     dtype, device = saved.lse.dtype, inputs.q.device
-    dq = torch.zeros_like(inputs.q, dtype=dtype, memory_format=torch.contiguous_format)
+    only = not ring.plan.hops  # nothing to sum: a kernel writes the final gradients
+    dq_dtype, sum_dtype = (inputs.q.dtype, kv_dtype) if only else (dtype, dtype)
+    dq = (torch.empty if only else torch.zeros)(inputs.q.shape, dtype=dq_dtype, device=device)
     dbias = None
     if bias_gradient:
         assert inputs.bias is not None
         dbias = torch.zeros(inputs.bias.shape, dtype=dtype, device=device)
     transport = _transport(inputs.travelling, ring)
-    sums = transport.sums(_parcels([inputs.k, inputs.v], ring, dtype), device)
+    sums = transport.sums(_parcels([inputs.k, inputs.v], ring, sum_dtype), device)
     for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
         dk, dv = sums.fresh(step.owner)
         if step.pairs and inputs.q.numel():
@@ -112,17 +120,21 @@ def ring_backward(inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool)
             if dbias is not None:
                 assert piece.bias is not None
                 step_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=device)
-            grads = Gradients(dq, dk, dv, step_dbias)
+            grads = Gradients(dq, dk, dv, step_dbias, only)
             block.attention_backward(piece, saved, grads, ring.backend)
             if dbias is not None and step_dbias is not None:
                 _add_columns(dbias, step_dbias, ring.plan, step)
+        elif only:
+            for gradient in (dq, dk, dv):
+                gradient.zero_()
         sums.pass_on()
     dk, dv = sums.home()
-    return Gradients(dq, dk, dv, dbias)
+    return Gradients(dq.to(inputs.q.dtype), dk.to(kv_dtype), dv.to(kv_dtype), dbias)
 
 
 def _transport(tensors: Sequence[Tensor], ring: Ring) -> Transport:
-    return make_transport(ring.transport, ring.axis, ring.plan.hops, _parcels(tensors, ring))
+    parcels = _parcels(tensors, ring) if ring.plan.hops else []
+    return make_transport(ring.transport, ring.axis, ring.plan.hops, parcels)
 
 
 def _parcels(

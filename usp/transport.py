@@ -20,7 +20,8 @@ class Sums(Protocol):
     """Gradients of blocks on their way home."""
 
     def fresh(self, owner: int) -> list[Tensor]:
-        """Zeros to add this rank's gradients of the owner's block to."""
+        """Zeros to add this rank's gradients of the owner's block to; anything if it is the only
+        block, to be overwritten."""
 
     def pass_on(self) -> None:
         """Send on what ``fresh`` gave; returns at once."""
@@ -163,7 +164,7 @@ class OwnSums:
 
     def __init__(self, parcel: Parcel, device: torch.device):
         items = zip(parcel.shapes, parcel.dtypes, strict=True)
-        self._sums = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in items]
+        self._sums = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in items]
 
     def fresh(self, owner: int) -> list[Tensor]:
         return self._sums
@@ -188,7 +189,7 @@ def make_transport(name: str, axis: Axis, hops: int, parcels: Sequence[Parcel]) 
         name: Of TRANSPORTS.
         axis: The ring.
         hops: How often a block is passed on, at most ``axis.size - 1``.
-        parcels: The block of each owner.
+        parcels: The block of each owner; not needed without hops.
     """
     return TRANSPORTS[name](axis, hops, parcels) if hops else NoTransport(axis)
 

@@ -25,6 +25,10 @@ template <typename T>
 void attention_delta(const DeltaInputs<T>& inputs, const ParallelFor& parallel);
 
 // Adds the block's share to dq, dk, dv and dbias.
+// Whether results can hold dq in this dtype: it is summed over runs of keys, in its own memory.
+template <typename T>
+bool can_sum_dq_in(DType dtype, int64_t num_keys);
+
 template <typename T>
 void attention_backward(const Attention<T>& inputs, const AttentionGradients<T>& gradients,
                         const ParallelFor& parallel);

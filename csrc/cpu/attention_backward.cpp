@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "lookahead.h"
 #include "tiles.h"
 
 namespace usp::cpu {
@@ -78,7 +79,7 @@ class Walk {
  public:
   Walk(const Attention<T>& a, const AttentionGradients<T>& grads, const Kernels<T>& kernels,
        Workspace<T>& w)
-      : a_(a), grads_(grads), kernels_(kernels), w_(w) {}
+      : a_(a), grads_(grads), kernels_(kernels), w_(w), overwrite_(grads.results.dq != nullptr) {}
 
   void hold(int64_t b, int64_t g, Range keys) {
     b_ = b;
@@ -91,12 +92,72 @@ class Walk {
     set_zero(w_.dv, keys.size());
   }
 
-  // A tile of query rows past the keys held: all their gradients but what add_key_gradients adds.
+  // What the next calls will read.
+  void expect_keys(int64_t b, int64_t g, Range keys) {
+    ahead_.add(a_.k, b, g, keys, a_.D);
+    ahead_.add(a_.v, b, g, keys, a_.Dv);
+  }
+
+  void expect_queries(int64_t b, int64_t h, Range rows) {
+    ahead_.add(a_.q, b, h, rows, a_.D);
+    ahead_.add(grads_.dout, b, h, rows, a_.Dv);
+  }
+
+  // A tile of query rows past the keys held: all their gradients but what put_key_gradients puts.
   void pass(int64_t h, Range rows) {
     const Range visible = intersect(visible_keys(a_.span, rows), keys_);
-    if (visible.empty()) return;
-    load_queries(h, rows);
+    const bool first = overwrite_ && keys_.begin == 0;  // of these rows' passes
+    if (visible.empty() && !first) return;
     set_zero(w_.dq, rows.size());
+    if (!visible.empty()) add_tiles(h, rows, visible);
+    const int64_t row = (b_ * a_.Lq + rows.begin) * a_.H + h;
+    const auto& results = grads_.results;
+    put(w_.dq, rows.size(), a_.D, scale(), !first,
+        place(grads_.dq, results.dq, results.dq_dtype, row * a_.D, a_.H * a_.D));
+    ahead_.forget();
+  }
+
+  void take_key_gradients_of(const Walk& other) {
+    const auto take = [&](Matrix<T> from, int64_t cols, Matrix<T> to) {
+      kernels_.add_rows(as_const(from), keys_.size(), cols, T(1), to.data, to.ld);
+    };
+    take(other.w_.dk, a_.D, w_.dk);
+    take(other.w_.dv, a_.Dv, w_.dv);
+  }
+
+  void put_key_gradients() {
+    const int64_t row = (b_ * a_.Lk + keys_.begin) * a_.G + g_;
+    const auto& [dq, dk, dv, dq_dtype, dtype] = grads_.results;
+    put(w_.dk, keys_.size(), a_.D, scale(), !overwrite_,
+        place(grads_.dk, dk, dtype, row * a_.D, a_.G * a_.D));
+    put(w_.dv, keys_.size(), a_.Dv, T(1), !overwrite_,
+        place(grads_.dv, dv, dtype, row * a_.Dv, a_.G * a_.Dv));
+  }
+
+ private:
+  // Rows of a gradient.
+  struct Place {
+    void* data;
+    DType dtype;
+    int64_t stride;
+  };
+
+  // In the result where there is one, else in the sum.
+  Place place(T* sum, void* result, DType dtype, int64_t offset, int64_t stride) const {
+    if (!overwrite_) return {sum + offset, kDType<T>, stride};
+    return {static_cast<char*>(result) + offset * element_size(dtype), dtype, stride};
+  }
+
+  void put(Matrix<T> sum, int64_t rows, int64_t cols, T scale, bool add, Place to) {
+    if (add) {
+      kernels_.add_rows(as_const(sum), rows, cols, scale, static_cast<T*>(to.data), to.stride);
+    } else {
+      kernels_.store_rows(as_const(sum), rows, cols, scale, nullptr, to.dtype, to.data, to.stride);
+    }
+  }
+
+  void add_tiles(int64_t h, Range rows, Range visible) {
+    load_queries(h, rows);
     const Range unmasked = unmasked_keys(a_.span, rows);
     for (int64_t begin = keys_.begin; begin < visible.end; begin += kKeyTile) {
       Range keys = intersect({begin, begin + kKeyTile}, visible);
@@ -106,18 +167,8 @@ class Walk {
       if (masked && !sees_any(a_.span, rows, keys)) continue;
       add_tile({b_, h, rows, keys, masked});
     }
-    T* dq = grads_.dq + ((b_ * a_.Lq + rows.begin) * a_.H + h) * a_.D;
-    kernels_.add_rows(as_const(w_.dq), rows.size(), a_.D, scale(), dq, a_.H * a_.D);
   }
 
-  void add_key_gradients() {
-    T* dk = grads_.dk + ((b_ * a_.Lk + keys_.begin) * a_.G + g_) * a_.D;
-    T* dv = grads_.dv + ((b_ * a_.Lk + keys_.begin) * a_.G + g_) * a_.Dv;
-    kernels_.add_rows(as_const(w_.dk), keys_.size(), a_.D, scale(), dk, a_.G * a_.D);
-    kernels_.add_rows(as_const(w_.dv), keys_.size(), a_.Dv, T(1), dv, a_.G * a_.Dv);
-  }
-
- private:
   void add_tile(const TileIndex& at) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
     const int64_t skipped = at.keys.begin - keys_.begin;
@@ -134,11 +185,13 @@ class Walk {
   void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
                    Matrix<T> sum) {
     kernels_.gemm(m, sum.ld, k, left, right, sum, T(1), true);
+    ahead_.advance();
   }
 
   GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
     compute_scores<T>(a_, kernels_, at, k, as_const(w_.q_t), w_.positions, s, w_.derivative);
+    ahead_.advance();
     kernels_.gemm(s.keys, s.queries, a_.Dv, v, as_const(w_.dout_t), {dp.data, s.queries}, T(1),
                   false);
     if (a_.dropout_p > 0) {
@@ -185,30 +238,44 @@ class Walk {
   const AttentionGradients<T>& grads_;
   const Kernels<T>& kernels_;
   Workspace<T>& w_;
+  const bool overwrite_;
   int64_t b_ = 0, g_ = 0;
   Range keys_;
   Matrix<const T> k_, v_;  // left operands
+  Lookahead ahead_;
 };
 
-// The tiles of query rows that may see the keys held: for the same rows head by head.
+// The tiles of query rows that may see the keys held: for the same rows head by head. Where dq is
+// overwritten, all rows pass the first keys.
 struct Passage {
   Range heads, row_tiles;
   int64_t num_rows;
 
   template <typename T>
-  Passage(const Attention<T>& a, int64_t g, Range keys) : heads(a.query_heads(g)), num_rows(a.Lq) {
-    const Range rows = visible_queries(a.span, keys);
+  Passage(const Attention<T>& a, int64_t g, Range keys, bool all_rows)
+      : heads(a.query_heads(g)), num_rows(a.Lq) {
+    const Range rows = all_rows ? Range{0, a.Lq} : visible_queries(a.span, keys);
     row_tiles = {rows.begin / kQueryTile, (rows.end + kQueryTile - 1) / kQueryTile};
   }
 
   int64_t count() const { return row_tiles.size() * heads.size(); }
+  int64_t head(int64_t t) const { return heads.begin + t % heads.size(); }
 
-  template <typename T>
-  void let_pass(Range tiles, Walk<T>& walk) const {
+  Range rows(int64_t t) const {
+    const int64_t begin = (row_tiles.begin + t / heads.size()) * kQueryTile;
+    return {begin, std::min(begin + kQueryTile, num_rows)};
+  }
+
+  // Calls before_last() when one tile is left, to say what will be read after it.
+  template <typename T, typename BeforeLast>
+  void let_pass(Range tiles, int64_t b, Walk<T>& walk, BeforeLast&& before_last) const {
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const int64_t tile = row_tiles.begin + t / heads.size();
-      const Range rows{tile * kQueryTile, std::min((tile + 1) * kQueryTile, num_rows)};
-      walk.pass(heads.begin + t % heads.size(), rows);
+      if (t + 1 < tiles.end) {
+        walk.expect_queries(b, head(t + 1), rows(t + 1));
+      } else {
+        before_last();
+      }
+      walk.pass(head(t), rows(t));
     }
   }
 };
@@ -269,13 +336,31 @@ class Team {
   std::vector<Walk<T>> walks_;
 };
 
-// Calls visit(keys, passage) for every run of keys that a walk holds and some row sees.
+// One run of keys of one key head.
+struct Hold {
+  int64_t b, g;
+  Range keys;
+};
+
+// What is held after it, if the same walk goes on with the head `step` heads later.
+template <typename T>
+Hold next_hold(const Attention<T>& a, const Hold& hold, int64_t step) {
+  if (hold.keys.end < a.Lk) {
+    return {hold.b, hold.g, {hold.keys.end, std::min(hold.keys.end + kKeysHeld, a.Lk)}};
+  }
+  const int64_t head = hold.b * a.G + hold.g + step;
+  if (head >= a.B * a.G) return {0, 0, {0, 0}};
+  return {head / a.G, head % a.G, {0, std::min(kKeysHeld, a.Lk)}};
+}
+
+// Calls visit(hold, passage) for every run of keys that some row sees, or for all of them where
+// the gradients are overwritten.
 template <typename T, typename Visit>
-void for_each_hold(const Attention<T>& a, int64_t g, Visit&& visit) {
+void for_each_hold(const Attention<T>& a, int64_t b, int64_t g, bool overwrite, Visit&& visit) {
   for (int64_t begin = 0; begin < a.Lk; begin += kKeysHeld) {
     const Range keys{begin, std::min(begin + kKeysHeld, a.Lk)};
-    const Passage passage(a, g, keys);
-    if (passage.count() > 0) visit(keys, passage);
+    const Passage passage(a, g, keys, overwrite && begin == 0);
+    if (overwrite || passage.count() > 0) visit(Hold{b, g, keys}, passage);
   }
 }
 
@@ -285,16 +370,26 @@ void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const
                 const ParallelFor& parallel) {
   const int64_t head_tasks = a.G / division.head_run;
   const int64_t tasks = a.B / division.batch_run * head_tasks;
-  Team<T> team(a, grads, parallel.workers_for(tasks));
+  const int64_t workers = parallel.workers_for(tasks);
+  const bool overwrite = grads.results.dq != nullptr;
+  Team<T> team(a, grads, workers);
+  const auto visit = [&](Walk<T>& walk, const Hold& hold, const Passage& passage) {
+    walk.hold(hold.b, hold.g, hold.keys);
+    passage.let_pass({0, passage.count()}, hold.b, walk, [&] {
+      const Hold next = next_hold(a, hold, workers);
+      walk.expect_keys(next.b, next.g, next.keys);
+      const Passage after(a, next.g, next.keys, overwrite);
+      if (after.count() > 0) walk.expect_queries(next.b, after.head(0), after.rows(0));
+    });
+    walk.put_key_gradients();
+  };
   parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
     const int64_t b0 = task / head_tasks * division.batch_run;
     const int64_t g0 = task % head_tasks * division.head_run;
     for (int64_t b = b0; b < b0 + division.batch_run; ++b) {
       for (int64_t g = g0; g < g0 + division.head_run; ++g) {
-        for_each_hold(a, g, [&](Range keys, const Passage& passage) {
-          team[worker].hold(b, g, keys);
-          passage.let_pass({0, passage.count()}, team[worker]);
-          team[worker].add_key_gradients();
+        for_each_hold(a, b, g, overwrite, [&](const Hold& hold, const Passage& passage) {
+          visit(team[worker], hold, passage);
         });
       }
     }
@@ -306,28 +401,52 @@ template <typename T>
 void walk_together(const Attention<T>& a, const AttentionGradients<T>& grads,
                    const Division& division, const ParallelFor& parallel) {
   Team<T> team(a, grads, division.shares);
-  for (int64_t head = 0; head < a.B * a.G; ++head) {
-    const int64_t b = head / a.G, g = head % a.G;
-    for_each_hold(a, g, [&](Range keys, const Passage& passage) {
-      parallel.for_each_task(division.shares, [&](int64_t, int64_t share) {
-        team[share].hold(b, g, keys);
-        passage.let_pass(division.share(share, passage), team[share]);
+  const auto visit = [&](const Hold& hold, const Passage& passage) {
+    parallel.for_each_task(division.shares, [&](int64_t, int64_t share) {
+      team[share].hold(hold.b, hold.g, hold.keys);
+      passage.let_pass(division.share(share, passage), hold.b, team[share], [&] {
+        const Hold next = next_hold(a, hold, 1);
+        team[share].expect_keys(next.b, next.g, next.keys);
       });
-      for (int64_t share = 0; share < division.shares; ++share) team[share].add_key_gradients();
     });
+    for (int64_t share = 1; share < division.shares; ++share) {
+      team[0].take_key_gradients_of(team[share]);
+    }
+    team[0].put_key_gradients();
+  };
+  for (int64_t head = 0; head < a.B * a.G; ++head) {
+    for_each_hold(a, head / a.G, head % a.G, grads.results.dq != nullptr, visit);
   }
+}
+
+// Results of a block without queries or keys.
+template <typename T>
+void clear(const Attention<T>& a, const GradientResults& results) {
+  const auto clear_one = [](void* data, int64_t count, DType dtype) {
+    if (data != nullptr) std::memset(data, 0, static_cast<size_t>(count * element_size(dtype)));
+  };
+  clear_one(results.dq, a.B * a.Lq * a.H * a.D, results.dq_dtype);
+  clear_one(results.dk, a.B * a.Lk * a.G * a.D, results.kv_dtype);
+  clear_one(results.dv, a.B * a.Lk * a.G * a.Dv, results.kv_dtype);
 }
 
 }  // namespace
 
 template <typename T>
+bool can_sum_dq_in(DType dtype, int64_t num_keys) {
+  return dtype == kDType<T> || num_keys <= kKeysHeld;
+}
+
+template <typename T>
 void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grads,
                         const ParallelFor& parallel) {
-  if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return;
+  if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return clear(a, grads.results);
   const Division division(a, grads.dbias, parallel.num_threads);
   (division.shares == 1 ? walk_apart<T> : walk_together<T>)(a, grads, division, parallel);
 }
 
+template bool can_sum_dq_in<float>(DType, int64_t);
+template bool can_sum_dq_in<double>(DType, int64_t);
 template void attention_backward(const Attention<float>&, const AttentionGradients<float>&,
                                  const ParallelFor&);
 template void attention_backward(const Attention<double>&, const AttentionGradients<double>&,

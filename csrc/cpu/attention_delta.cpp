@@ -9,11 +9,11 @@ void attention_delta(const DeltaInputs<T>& a, const ParallelFor& parallel) {
   const int64_t row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
   parallel.for_each_task(a.B * row_tiles, [&](int64_t, int64_t task) {
     const int64_t b = task / row_tiles, begin = task % row_tiles * kQueryTile;
-    const int64_t rows = std::min(kQueryTile, a.Lq - begin);
-    for (int64_t h = 0; h < a.H; ++h) {
-      table.row_products(a.dout.dtype, row_address(a.dout, b, begin, h), a.dout.row_stride,
-                         row_address(a.out, b, begin, h), a.out.row_stride, rows, a.Dv,
-                         a.delta + (b * a.H + h) * a.Lq + begin);
+    const int64_t end = std::min(begin + kQueryTile, a.Lq);
+    for (int64_t i = begin; i < end; ++i) {  // a token's heads are neighbours in memory
+      table.row_products(a.dout.dtype, row_address(a.dout, b, i, 0), a.dout.head_stride,
+                         row_address(a.out, b, i, 0), a.out.head_stride, a.H, a.Dv,
+                         a.delta + b * a.H * a.Lq + i, a.Lq);
     }
   });
 }

@@ -192,7 +192,7 @@ class ForwardTask {
     if (!tile.started) return;
     clear_out(tile);
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
-                        tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
+                        T(1), tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
   }
 
   // With its padding.
@@ -259,7 +259,7 @@ class ForwardTask {
     const int64_t place = row_offset(tile) + rows.begin * row_stride;
     char* to = static_cast<char*>(last ? state_.result : state_.out) + place * element_size(dtype);
     kernels_.store_rows({tile.out.data + rows.begin * tile.out.ld, tile.out.ld}, rows.size(), a_.Dv,
-                        tile.softmax.factor + rows.begin, dtype, to, row_stride);
+                        T(1), tile.softmax.factor + rows.begin, dtype, to, row_stride);
   }
 
   T* lse_of(const RowTile<T>& tile) const {

@@ -105,12 +105,13 @@ struct Kernels {
                      Matrix<T> dst);
   // The transpose of left rows as right operand: dst (cols, ld), zero in the padding columns.
   void (*right_transpose)(Matrix<const T> left, int64_t rows, int64_t cols, Matrix<T> dst);
-  // dst (rows, cols) = factor[i] * src, rounded to `dtype`; factor null: 1.
-  void (*store_rows)(Matrix<const T> src, int64_t rows, int64_t cols, const T* factor, DType dtype,
-                     void* dst, int64_t dst_stride);
-  // result[i] = <row i of a, row i of b>, both in `dtype`.
+  // dst (rows, cols) = scale * factor[i] * src, rounded to `dtype`; factor null: 1.
+  void (*store_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, const T* factor,
+                     DType dtype, void* dst, int64_t dst_stride);
+  // result[i * result_stride] = <row i of a, row i of b>, both in `dtype`.
   void (*row_products)(DType dtype, const void* a, int64_t a_stride, const void* b,
-                       int64_t b_stride, int64_t rows, int64_t cols, T* result);
+                       int64_t b_stride, int64_t rows, int64_t cols, T* result,
+                       int64_t result_stride);
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);

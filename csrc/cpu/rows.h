@@ -132,35 +132,36 @@ void right_transpose(Matrix<const T> src, int64_t rows, int64_t cols, Matrix<T> 
 }
 
 template <typename T, typename Result, typename Round>
-USP_SIMD void store_rows_as(Matrix<const T> src, int64_t rows, int64_t cols, const T* factor,
-                            Result* dst, int64_t dst_stride, Round round) {
+USP_SIMD void store_rows_as(Matrix<const T> src, int64_t rows, int64_t cols, T scale,
+                            const T* factor, Result* dst, int64_t dst_stride, Round round) {
   for (int64_t i = 0; i < rows; ++i) {
-    const T scale = factor == nullptr ? T(1) : factor[i];
+    const T f = factor == nullptr ? scale : scale * factor[i];
     const T* __restrict from = src.data + i * src.ld;
     Result* __restrict to = dst + i * dst_stride;
-    for (int64_t d = 0; d < cols; ++d) to[d] = round(scale * from[d]);
+    for (int64_t d = 0; d < cols; ++d) to[d] = round(f * from[d]);
   }
 }
 
 template <typename T>
-void store_rows(Matrix<const T> src, int64_t rows, int64_t cols, const T* factor, DType dtype,
-                void* dst, int64_t dst_stride) {
+void store_rows(Matrix<const T> src, int64_t rows, int64_t cols, T scale, const T* factor,
+                DType dtype, void* dst, int64_t dst_stride) {
   auto* halves = static_cast<uint16_t*>(dst);
   if (dtype == DType::kBFloat16) {
-    store_rows_as(src, rows, cols, factor, halves, dst_stride,
+    store_rows_as(src, rows, cols, scale, factor, halves, dst_stride,
                   [](T x) { return round_to_bfloat16(static_cast<float>(x)); });
   } else if (dtype == DType::kFloat16) {
-    store_rows_as(src, rows, cols, factor, halves, dst_stride,
+    store_rows_as(src, rows, cols, scale, factor, halves, dst_stride,
                   [](T x) { return round_to_float16(static_cast<float>(x)); });
   } else {
-    store_rows_as(src, rows, cols, factor, static_cast<T*>(dst), dst_stride,
+    store_rows_as(src, rows, cols, scale, factor, static_cast<T*>(dst), dst_stride,
                   [](T x) { return convert_same(x); });
   }
 }
 
 template <typename T, typename Source, typename Convert>
 USP_SIMD void row_products_as(const Source* a, int64_t a_stride, const Source* b, int64_t b_stride,
-                              int64_t rows, int64_t cols, T* result, Convert convert) {
+                              int64_t rows, int64_t cols, T* result, int64_t result_stride,
+                              Convert convert) {
   for (int64_t i = 0; i < rows; ++i) {
     const Source* __restrict x = a + i * a_stride, * __restrict y = b + i * b_stride;
     T sums[kLanes<T>] = {};
@@ -173,23 +174,23 @@ USP_SIMD void row_products_as(const Source* a, int64_t a_stride, const Source* b
     T total = 0;
     for (; d < cols; ++d) total += convert(x[d]) * convert(y[d]);
     for (const T sum : sums) total += sum;
-    result[i] = total;
+    result[i * result_stride] = total;
   }
 }
 
 template <typename T>
 void row_products(DType dtype, const void* a, int64_t a_stride, const void* b, int64_t b_stride,
-                  int64_t rows, int64_t cols, T* result) {
+                  int64_t rows, int64_t cols, T* result, int64_t result_stride) {
   const auto *x = static_cast<const uint16_t*>(a), *y = static_cast<const uint16_t*>(b);
   if (dtype == DType::kBFloat16) {
-    row_products_as(x, a_stride, y, b_stride, rows, cols, result,
+    row_products_as(x, a_stride, y, b_stride, rows, cols, result, result_stride,
                     [](uint16_t h) { return T(convert_bfloat16(h)); });
   } else if (dtype == DType::kFloat16) {
-    row_products_as(x, a_stride, y, b_stride, rows, cols, result,
+    row_products_as(x, a_stride, y, b_stride, rows, cols, result, result_stride,
                     [](uint16_t h) { return T(convert_float16(h)); });
   } else {
     row_products_as(static_cast<const T*>(a), a_stride, static_cast<const T*>(b), b_stride, rows,
-                    cols, result, [](T h) { return convert_same(h); });
+                    cols, result, result_stride, [](T h) { return convert_same(h); });
   }
 }
 

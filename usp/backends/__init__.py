@@ -22,6 +22,7 @@ class Backend(Protocol):
 
     NAME: str
     CARRIES_STATE: bool
+    OVERWRITES: bool  # takes gradients that are to be overwritten
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all, or None."""
@@ -30,7 +31,7 @@ class Backend(Protocol):
         """Why it cannot take a problem; empty where it can."""
 
     def attention_backward(self, block: Block, saved: Saved, grads: Gradients) -> None:
-        """Add the gradients of ``block`` to ``grads``."""
+        """Add the gradients of ``block`` to ``grads``, or overwrite them."""
 
 
 class StateBackend(Backend, Protocol):

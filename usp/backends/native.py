@@ -10,6 +10,7 @@ from usp.problem import Block, Gradients, Saved, State, Traits, state_dtype
 
 NAME = "native"
 CARRIES_STATE = True
+OVERWRITES = True
 # what the GPU kernels' tiles take (csrc/gpu/tiles.h)
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256
@@ -68,4 +69,5 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
         grads.dk,
         grads.dv,
         grads.dbias,
+        grads.overwrite,
     )

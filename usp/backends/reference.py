@@ -12,6 +12,7 @@ from usp.problem import Block, Gradients, Saved, Traits, state_dtype
 
 NAME = "reference"
 CARRIES_STATE = False
+OVERWRITES = False
 _SCORES_AT_ONCE = 1 << 24
 
 

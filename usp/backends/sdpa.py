@@ -17,6 +17,7 @@ from usp.problem import Block, Gradients, Saved, Traits, state_dtype
 
 NAME = "sdpa"
 CARRIES_STATE = False
+OVERWRITES = False
 _MASKED_ROWS = 512
 
 

@@ -11,6 +11,7 @@ from usp.problem import Block, Gradients, Saved, State, Traits
 
 NAME = "triton"
 CARRIES_STATE = True
+OVERWRITES = False
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 
