@@ -11,6 +11,7 @@
 // Dao 2023, arXiv:2307.08691.
 
 #include <span>
+#include <vector>
 
 #include "attention.h"
 #include "lookahead.h"
@@ -292,12 +293,18 @@ void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
   Workspace<T>(a, division.held, measure);
   const int64_t workers = parallel.workers_for(division.tasks);
   Scratch scratch(workers, measure.used());
+  std::vector<Workspace<T>> workspaces;
+  workspaces.reserve(static_cast<size_t>(workers));
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    Carver carver(scratch.of(worker));
+    workspaces.emplace_back(a, division.held, carver);
+  }
   const Kernels<T>& table = kernels<T>(a.q.dtype);
   const T headroom_sum = std::exp(table.headroom);
   parallel.for_each_task(division.tasks, [&](int64_t worker, int64_t task) {
-    Carver carver(scratch.of(worker));
-    Workspace<T> workspace(a, division.held, carver);
-    ForwardTask<T>(a, state, table, workspace, division, headroom_sum).run(task, task + workers);
+    Workspace<T>& workspace = workspaces[static_cast<size_t>(worker)];
+    ForwardTask<T>(a, state, table, workspace, division, headroom_sum)
+        .run(task, parallel.probably_after(task, division.tasks));
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <iterator>
+#include <utility>
 
 #include "capability.h"
 
@@ -117,16 +118,17 @@ USP_SIMD Vec<T> max_or_nan(Vec<T> bound, Vec<T> x) {
 // Of each group of 2 kStep lanes the lower half of `a`, then that of `b`; or the upper halves.
 template <int kStep, bool kUpper, typename T>
 USP_SIMD Vec<T> half_groups(Vec<T> a, Vec<T> b) {
-  Mask<T> lanes;
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    const int from_b = lane & kStep ? static_cast<int>(kLanes<T>) - kStep : 0;
-    lanes[lane] = lane + from_b + (kUpper ? kStep : 0);
-  }
+  constexpr int kUpperStep = kUpper ? kStep : 0;
+  const auto shuffled = [&]<int... lane>(std::integer_sequence<int, lane...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, lanes);
+    return __builtin_shufflevector(
+        a, b, (lane + kUpperStep + (lane & kStep ? int{kLanes<T>} - kStep : 0))...);
 #else
-  return __builtin_shuffle(a, b, lanes);
+    return __builtin_shuffle(
+        a, b, Mask<T>{(lane + kUpperStep + (lane & kStep ? int{kLanes<T>} - kStep : 0))...});
 #endif
+  };
+  return shuffled(std::make_integer_sequence<int, kLanes<T>>{});
 }
 
 // Transposes the matrix of kLanes vectors: swaps the off-diagonal blocks of kStep, then of half.
