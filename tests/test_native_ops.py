@@ -280,6 +280,34 @@ def test_gradients_are_added() -> None:
         torch.testing.assert_close(two, 2 * one)
 
 
+SIZES = ({}, {"batch": 1, "lq": 130, "lk": 600, "heads": (1, 0, 1)}, {"lq": 0}, {"lk": 0})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("span", ["all", "causal", "window", "documents", "gaps", "random"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_overwritten_gradients_are_the_sums_rounded(
+    size: dict[str, Any], span: str, dtype: torch.dtype
+) -> None:
+    case = Case(**size, span=span, dtype=dtype, bias="11QK", value_head_dim=24)
+    x = make_inputs(case)
+    lse, delta = torch.randn(2, case.batch, case.heads[0], case.lq, dtype=case.acc)
+    args = (x.dout, x.q, x.k, x.v, delta, lse + 4, *options(case, x, slice(None), masked=True))
+    capabilities = CAPABILITIES if dtype == torch.bfloat16 else CAPABILITIES[:3]
+    for capability, threads in itertools.product(capabilities, (1, 3)):
+        with running_on(capability, threads):
+            sums = [torch.zeros(t.shape, dtype=case.acc) for t in (x.q, x.k, x.v, x.bias)]
+            torch.ops.usp.attention_backward(*args, *sums)
+            for kept in {dtype, case.acc}:
+                made = [torch.full_like(t, torch.nan, dtype=kept) for t in sums[:3]]
+                dbias = torch.zeros_like(sums[3])
+                torch.ops.usp.attention_backward(*args, *made, dbias, True)
+                for got, want in zip((*made, dbias), sums, strict=True):
+                    # threads share out the rows of all keys, or of those that see them
+                    exact = {"rtol": 0, "atol": 0} if threads == 1 else {}
+                    torch.testing.assert_close(got, want.to(got.dtype), **exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [None, "11QK", "B11K"])
 def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype, bias: str | None) -> None:
