@@ -4,7 +4,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "gpu/attention.h"
 #include "gpu/head_exchange.h"
@@ -58,15 +57,6 @@ void check_takes(const Tensor& q, const Tensor& v) {
   }
 }
 
-// What the kernels carry the state in: they read and write all of it, in fp32. The first block has
-// none yet, and the last one must leave `out` as it was.
-Tensor carried_out(const Attention<float>& a, const Tensor& q, const MaybeTensor& out,
-                   bool is_last) {
-  if (out) return is_last ? torch::stable::clone(*out) : *out;
-  const int64_t sizes[] = {a.B, a.Lq, a.H, a.Dv};
-  return torch::stable::new_zeros(q, {sizes, 4}, ScalarType::Float);
-}
-
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
                        const MaybeTensor& stop, const MaybeTensor& bias,
                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
@@ -79,15 +69,10 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                         softcap,     dropout_p, dropout_seed};
   Arguments args(q);
   const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  AttentionState<float> state = read_state<float>(args, q, out, lse, result);
+  const auto state = read_state<float>(args, q, out, lse, result);
   check_takes(q, v);
-  Tensor carried = carried_out(inputs, q, out, result.has_value());
-  state.out = static_cast<float*>(carried.data_ptr());
   on_device_of(q, "attention_forward",
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
-  if (!result) return;
-  Tensor last = *result;
-  torch::stable::copy_(last, carried);
 }
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,

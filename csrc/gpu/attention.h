@@ -10,8 +10,8 @@
 
 namespace usp::gpu {
 
-// Lets the block's keys into the running softmax `state`, in place. `out` is given, `result` not
-// used.
+// Lets the block's keys into the running softmax `state`, in place. A result is of q's dtype.
+// Without `out`, lse is written and not read.
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream);
 

@@ -95,11 +95,15 @@ USP_DEVICE void drop(Sums<kStrips, kKeys>& weights, const Scoring<kPlain>& scori
 }
 
 // The state of one wave's rows, in memory.
+template <typename T>
 struct StateRows {
-  MatrixRows<float> out;
+  MatrixRows<float> out;  // null: no row has seen anything before, and lse is not read
+  MatrixRows<T> result;   // null: this is not the last block
   float* lse;
 
-  USP_DEVICE float lse_of(int row) const { return row < out.count ? lse[row] : -kInfinity; }
+  USP_DEVICE float lse_of(int row) const {
+    return out.data != nullptr && row < out.count ? lse[row] : -kInfinity;
+  }
 
   template <int kStrips, int kDims>
   USP_DEVICE void load(RunningRows<kStrips>& rows, Sums<kStrips, kDims>& sums) const {
@@ -114,13 +118,14 @@ struct StateRows {
       }
     }
     sums.clear();
+    if (out.data == nullptr) return;
     out.for_each(sums, given, [](float& x, const float* place, int, int) { x = *place; });
   }
 
   // A row that has seen nothing new keeps its state to the bit.
   template <int kStrips, int kDims>
   USP_DEVICE void store(const RunningRows<kStrips>& rows, Sums<kStrips, kDims>& sums) const {
-    PerRow<bool, kStrips> changed;
+    PerRow<bool, kStrips> written;
     PerRow<float, kStrips> factor;
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
@@ -130,29 +135,39 @@ struct StateRows {
         const int row = s * kTile + Accumulator::row_of_slot(slot);
         const float sum = row_sum(rows.sum.of[s][slot]), max = rows.max.of[s][slot];
         const bool leads = Accumulator::leads_row() && row < out.count;
-        const float before = leads ? lse[row] : 0.0f;
+        const float before = leads ? lse_of(row) : 0.0f;
         const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
-        changed.of[s][slot] = row_sum(leads && !same ? 1.0f : 0.0f) > 0.0f;
-        factor.of[s][slot] = fast_reciprocal(sum);
-        if (leads && !same) lse[row] = (max + fast_log2(sum)) * kLn2;
+        const bool changed = row_sum(leads && !same ? 1.0f : 0.0f) > 0.0f;
+        factor.of[s][slot] = changed ? fast_reciprocal(sum) : 1.0f;
+        written.of[s][slot] = result.data != nullptr ? row < result.count : changed;
+        if (leads && (!same || out.data == nullptr)) lse[row] = (max + fast_log2(sum)) * kLn2;
       }
     }
-    out.for_each(sums, changed, [&](const float& x, float* place, int s, int slot) {
-      *place = x * factor.of[s][slot];
-    });
+    if (result.data != nullptr) {
+      result.for_each(sums, written, [&](float x, T* place, int s, int slot) {
+        *place = rounded<T>(x * factor.of[s][slot]);
+      });
+    } else {
+      out.for_each(sums, written, [&](float x, float* place, int s, int slot) {
+        *place = x * factor.of[s][slot];
+      });
+    }
   }
 };
 
-template <int kStrips>
-USP_DEVICE StateRows state_of_wave(const ForwardArguments& arguments, int tile_rows) {
+template <typename T, int kStrips>
+USP_DEVICE StateRows<T> state_of_wave(const ForwardArguments& arguments, int tile_rows) {
   const Attention<float>& a = arguments.inputs;
+  const AttentionState<float>& state = arguments.state;
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tile_rows));
   const int64_t row = int64_t{place.row_tile} * tile_rows + wave() * kStrips * kTile;
-  float* out = arguments.state.out + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
-  float* lse = arguments.state.lse + (place.b * a.H + place.h) * a.Lq + row;
-  const int count = static_cast<int>(a.Lq - row);
-  return {{in_global_memory(out), a.H * a.Dv, count, static_cast<int>(a.Dv)},
-          in_global_memory(lse)};
+  const auto rows_of = [&]<typename Number>(Number* matrix) -> MatrixRows<Number> {
+    Number* data = matrix + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
+    return {matrix == nullptr ? nullptr : in_global_memory(data), a.H * a.Dv,
+            static_cast<int>(a.Lq - row), static_cast<int>(a.Dv)};
+  };
+  return {rows_of(state.out), rows_of(static_cast<T*>(state.result)),
+          in_global_memory(state.lse + (place.b * a.H + place.h) * a.Lq + row)};
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -192,7 +207,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk =
       Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kTiles.columns);
-  if (walk.count == 0) return;
+  if (walk.count == 0 && arguments.state.result == nullptr) return;
 
   const int64_t g = a.key_head(place.h);
   const auto q = HeadRows<T>::of(a.q, place.b, place.h, a.D);
@@ -209,14 +224,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const int first_row = wave() * kStrips * kTile, first_query = rows.begin + first_row;
   RunningRows<kStrips> running;
   Sums<kStrips, kDimTiles> out;
-  state_of_wave<kStrips>(arguments, kTiles.rows()).load(running, out);
+  state_of_wave<T, kStrips>(arguments, kTiles.rows()).load(running, out);
 
   shared.q.template load<kThreads>(q, rows, kPlain || arguments.vectors);
   copies_arrived();
   barrier();
   const LeftRows<T, kStrips, kDim, kTiles.hold_left> queries(shared.q.row(first_row), kStride);
   if (kTiles.hold_left) barrier();
-  load_keys(0);
+  if (walk.count > 0) load_keys(0);
 
   const Scoring<kPlain> scoring(a, place.b, place.h);
   for (int step = 0; step < walk.count; ++step) {
@@ -240,7 +255,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
       load_keys(step + 1);
     }
   }
-  state_of_wave<kStrips>(arguments, kTiles.rows()).store(running, out);
+  state_of_wave<T, kStrips>(arguments, kTiles.rows()).store(running, out);
 }
 
 template <typename T, int kDim, bool kPlain>

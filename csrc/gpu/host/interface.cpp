@@ -102,8 +102,10 @@ int usp_gpu_layout(const char* name, int lane, int element, int* row, int* colum
   return 0;
 }
 
-void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* lse) {
-  usp::gpu::attention_forward(attention(*in), {out, lse}, {});
+// `result` has the dtype of q.
+void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* lse, void* result) {
+  const auto inputs = attention(*in);
+  usp::gpu::attention_forward(inputs, {out, lse, result, inputs.q.dtype}, {});
 }
 
 void usp_gpu_attention_backward(const usp::gpu::Inputs* in, const usp::gpu::Gradients* g) {
