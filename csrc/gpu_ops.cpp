@@ -96,6 +96,12 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   });
 }
 
+void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  const auto inputs = read_delta<float>(dout, out, delta);
+  on_device_of(dout, "attention_delta",
+               [&](gpu::Stream stream) { return gpu::attention_delta(inputs, stream); });
+}
+
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                  const Tensor& more_lse) {
   const auto merge = read_merge<float>(out, lse, more_out, more_lse);
@@ -124,6 +130,7 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

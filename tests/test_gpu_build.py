@@ -40,7 +40,10 @@ MATRIX_INSTRUCTIONS = {
     "attention_backward": _MATRIX,
     "bias_backward": _MATRIX,
 }
-GPU_OPS = ("attention_forward", "attention_backward", "state_merge", "pack", "unpack")
+GPU_OPS = (
+    *("attention_forward", "attention_delta", "attention_backward"),
+    *("state_merge", "pack", "unpack"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ namespace usp::gpu {
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream);
 
+// dout and out are both bf16 or both fp16, of any Dv.
+const char* attention_delta(const AttentionDelta<float>& inputs, Stream stream);
+
 // Adds the block's share to dq, dk, dv and dbias.
 const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream);
