@@ -76,6 +76,8 @@ constexpr NamedLayout kLayouts[] = {
     {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
     {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
     {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
+    {"mfma32x32x8.a", mfma32x32x8::a},   {"mfma32x32x8.b", mfma32x32x8::b},
+    {"mfma32x32x8.c", mfma32x32x8::c},
 };
 
 }  // namespace
