@@ -227,6 +227,20 @@ void read_targets(Arguments& args, const Tensor& q, const GradientTensors& g,
 }
 
 template <typename T>
+AttentionDelta<T> read_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  Arguments args(dout);
+  AttentionDelta<T> a{};
+  a.dout = args.view("dout", dout, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
+  a.out = args.view("out", out, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
+  a.delta = args.contiguous<T>("delta", delta, {"B", "H", "Lq"});
+  a.B = args["B"];
+  a.Lq = args["Lq"];
+  a.H = args["H"];
+  a.Dv = args["Dv"];
+  return a;
+}
+
+template <typename T>
 AttentionGradients<T> read_gradients(Arguments& args, const Tensor& q, const MaybeTensor& bias,
                                      const GradientTensors& g) {
   AttentionGradients<T> gradients{

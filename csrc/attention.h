@@ -22,6 +22,11 @@ struct TensorView {
   int64_t batch_stride = 0;
   int64_t row_stride = 0;
   int64_t head_stride = 0;
+
+  template <typename Number>
+  USP_HOST_DEVICE const Number* row(int64_t b, int64_t l, int64_t h) const {
+    return static_cast<const Number*>(data) + b * batch_stride + l * row_stride + h * head_stride;
+  }
 };
 
 // (B|1, H|1, Lq|1, Lk) with stride 0 where broadcast. `Pointer` is const T* or T*.
@@ -85,6 +90,15 @@ struct GradientResults {
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // all or none
   DType dq_dtype = DType::kFloat32;
   DType kv_dtype = DType::kFloat32;
+};
+
+// delta (B, H, Lq), contiguous, becomes <dout, out> over Dv: once for all blocks of a backward
+// pass.
+template <typename T>
+struct AttentionDelta {
+  int64_t B, Lq, H, Dv;
+  TensorView dout, out;
+  T* delta;
 };
 
 // What the backward pass takes beyond the inputs, and what it adds to. dq, dk, dv are contiguous

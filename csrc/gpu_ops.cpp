@@ -58,15 +58,6 @@ void check_takes(const Tensor& q, const Tensor& v) {
   }
 }
 
-// What the kernels carry the state in: they read and write all of it, in fp32. The first block has
-// none yet, and the last one must leave `out` as it was.
-Tensor carried_out(const Attention<float>& a, const Tensor& q, const MaybeTensor& out,
-                   bool is_last) {
-  if (out) return is_last ? torch::stable::clone(*out) : *out;
-  const int64_t sizes[] = {a.B, a.Lq, a.H, a.Dv};
-  return torch::stable::new_zeros(q, {sizes, 4}, ScalarType::Float);
-}
-
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
                        const MaybeTensor& stop, const MaybeTensor& bias,
                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
@@ -79,15 +70,17 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                         softcap,     dropout_p, dropout_seed};
   Arguments args(q);
   const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  AttentionState<float> state = read_state<float>(args, q, out, lse, result);
+  const auto state = read_state<float>(args, q, out, lse, result);
   check_takes(q, v);
-  Tensor carried = carried_out(inputs, q, out, result.has_value());
-  state.out = static_cast<float*>(carried.data_ptr());
   on_device_of(q, "attention_forward",
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
-  if (!result) return;
-  Tensor last = *result;
-  torch::stable::copy_(last, carried);
+}
+
+// The kernels add to fp32 sums: what is to be overwritten gets them rounded.
+void overwrite_with(const Tensor& sum, Tensor result) { torch::stable::copy_(result, sum); }
+
+Tensor new_sum(const Tensor& like) {
+  return torch::stable::new_zeros(like, like.sizes(), ScalarType::Float);
 }
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -97,18 +90,33 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
                         const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
                         int64_t group_size, double softmax_scale, double softcap, double dropout_p,
                         int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                        const MaybeTensor& dbias) {
+                        const MaybeTensor& dbias, bool overwrite) {
+  if (overwrite) {
+    const Tensor sums[] = {new_sum(dq), new_sum(dk), new_sum(dv)};
+    attention_backward(dout, q, k, v, delta, lse, first, stop, bias, alibi_slopes, q_pos, k_pos,
+                       head_offset, num_heads, group_size, softmax_scale, softcap, dropout_p,
+                       dropout_seed, sums[0], sums[1], sums[2], dbias, false);
+    overwrite_with(sums[0], dq);
+    overwrite_with(sums[1], dk);
+    return overwrite_with(sums[2], dv);
+  }
   const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
   const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
                         softcap,     dropout_p, dropout_seed};
   Arguments args(q);
   const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
   const auto gradients =
-      read_gradients<float>(args, q, bias, {dout, delta, lse, dq, dk, dv, dbias});
+      read_gradients<float>(args, q, bias, {dout, delta, lse, dq, dk, dv, dbias, false});
   check_takes(q, v);
   on_device_of(q, "attention_backward", [&](gpu::Stream stream) {
     return gpu::attention_backward(inputs, gradients, stream);
   });
+}
+
+void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  const auto inputs = read_delta<float>(dout, out, delta);
+  on_device_of(dout, "attention_delta",
+               [&](gpu::Stream stream) { return gpu::attention_delta(inputs, stream); });
 }
 
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
@@ -139,6 +147,7 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

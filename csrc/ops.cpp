@@ -71,19 +71,12 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   (is_double ? backward<double> : backward<float>)(q, k, v, masks, scalars, gradients);
 }
 
-template <typename T>
-void delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
-  Arguments args(dout);
-  const auto left = args.view("dout", dout, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
-  const auto right = args.view("out", out, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
-  T* result = args.contiguous<T>("delta", delta, {"B", "H", "Lq"});
-  cpu::attention_delta<T>({args["B"], args["Lq"], args["H"], args["Dv"], left, right, result},
-                          cpu::torch_threads());
-}
-
-void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& result) {
-  const bool is_double = dtype_of("dout", dout) == DType::kFloat64;
-  (is_double ? delta<double> : delta<float>)(dout, out, result);
+void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  const cpu::ParallelFor threads = cpu::torch_threads();
+  if (dtype_of("dout", dout) == DType::kFloat64) {
+    return cpu::attention_delta(read_delta<double>(dout, out, delta), threads);
+  }
+  cpu::attention_delta(read_delta<float>(dout, out, delta), threads);
 }
 
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,

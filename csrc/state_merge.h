@@ -39,11 +39,6 @@ struct StateMerge {
   USP_HOST_DEVICE T* out_row(int64_t b, int64_t l, int64_t h) const {
     return out + b * out_batch_stride + l * out_row_stride + h * out_head_stride;
   }
-  template <typename Source>
-  USP_HOST_DEVICE const Source* more_row(int64_t b, int64_t l, int64_t h) const {
-    return static_cast<const Source*>(more_out.data) + b * more_out.batch_stride +
-           l * more_out.row_stride + h * more_out.head_stride;
-  }
 };
 
 template <typename T>

@@ -22,7 +22,8 @@ NOT_PIPELINED = "Potential Performance Loss"  # ptxas, of wgmma that waits for e
 INSTRUCTIONS = {
     "HMMA": re.compile(r"\bmma\.sync\."),
     "HGMMA": re.compile(r"\bwgmma\.mma_async\."),
-    "v_mfma": re.compile(r"\bv_mfma_"),
+    "MFMA 32x32x8": re.compile(r"\bv_mfma_f32_32x32x8"),
+    "MFMA 16x16x16": re.compile(r"\bv_mfma_f32_16x16x16"),
 }
 
 

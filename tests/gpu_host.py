@@ -21,6 +21,8 @@ SOURCES = (
     "gpu/host/simt.cpp",
     "gpu/host/interface.cpp",
 )
+# from `first` to `dropout_seed`
+_NUM_OPTIONS = 13
 
 
 class _Tensor(Structure):
@@ -95,7 +97,7 @@ class GpuHostOps:
 
     def __init__(self, wave_size: int, folder: Path, *flags: str) -> None:
         self._library = ctypes.CDLL(str(_build(wave_size, folder, flags)))
-        self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), c_void_p, c_void_p]
+        self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), *[c_void_p] * 3]
         self._library.usp_gpu_attention_backward.argtypes = [POINTER(_Inputs), POINTER(_Gradients)]
         assert self._library.usp_gpu_wave_size() == wave_size
         self.wave_size = wave_size
@@ -112,9 +114,10 @@ class GpuHostOps:
         return row.value, column.value
 
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-        *options, out, lse = rest
-        inputs = _inputs(q, k, v, tuple(options))
-        self._library.usp_gpu_attention_forward(byref(inputs), out.data_ptr(), lse.data_ptr())
+        options, state = rest[:_NUM_OPTIONS], rest[_NUM_OPTIONS:]
+        inputs = _inputs(q, k, v, options)
+        out, lse, result = state if len(state) == 3 else (*state, None)
+        self._library.usp_gpu_attention_forward(byref(inputs), *map(_pointer, (out, lse, result)))
 
     def attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any

@@ -1,4 +1,4 @@
-"""Every implementation of ``state_merge``, ``pack`` and ``unpack`` that runs without a GPU."""
+"""Every implementation that runs without a GPU of the ops that pass over memory once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _LOADED: dict[str, Any] = {}
 
 
 def implementation(name: str, folder: Path) -> Any:
-    """What has the three ops as attributes. Compiled and loaded once in a process."""
+    """What has ``attention_delta``, ``state_merge``, ``pack`` and ``unpack`` as attributes.
+
+    Compiled and loaded once in a process.
+    """
     if name == "cpu":
         if ops.load_error() is not None:
             pytest.skip(f"compiled ops: {ops.load_error()}")
@@ -39,7 +42,8 @@ def _build(wave_size: str, folder: Path) -> Path:
         f"-DUSP_GPU_HOST_OPS=usp_gpu_host_{wave_size}",
     )
     gpu = ROOT / "csrc" / "gpu"
-    sources = (gpu / "state_merge.cu", gpu / "head_exchange.cu", gpu / "host" / "simt.cpp")
+    stems = ("attention_delta", "state_merge", "head_exchange")
+    sources = (*(gpu / f"{stem}.cu" for stem in stems), gpu / "host" / "simt.cpp")
     units = [native.Unit(ROOT / "tests" / "cpp" / "gpu_host_ops.cpp", (*common, *binding))]
     units += [native.Unit(source, common) for source in sources]
     links = (f"-L{torch_found.lib}", "-ltorch_cpu")

@@ -33,14 +33,19 @@ pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "gpu").glob("*.cu"))
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90a"), "hip": ("gfx90a", "gfx942")}
-# File -> architecture -> the matrix instruction that it must use there. Other files use none.
-_MATRIX = {"sm_80": "HMMA", "sm_90a": "HMMA", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
-MATRIX_INSTRUCTIONS = {
-    "attention_forward": _MATRIX,
-    "attention_backward": _MATRIX,
-    "bias_backward": _MATRIX,
+# File -> architecture -> the matrix instructions that it must use there. Other files use none.
+_NVIDIA = {"sm_80": {"HMMA"}, "sm_90a": {"HMMA"}}
+_SMALL, _LARGE = "MFMA 16x16x16", "MFMA 32x32x8"  # by head dim, see csrc/gpu/tiles.h
+_BOTH = _NVIDIA | {"gfx90a": {_SMALL, _LARGE}, "gfx942": {_SMALL, _LARGE}}
+MATRIX_INSTRUCTIONS: dict[str, dict[str, set[str]]] = {
+    "attention_forward": _BOTH,
+    "attention_backward": _BOTH,
+    "bias_backward": _NVIDIA | {"gfx90a": {_SMALL}, "gfx942": {_SMALL}},
 }
-GPU_OPS = ("attention_forward", "attention_backward", "state_merge", "pack", "unpack")
+GPU_OPS = (
+    *("attention_forward", "attention_delta", "attention_backward"),
+    *("state_merge", "pack", "unpack"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,12 @@ def test_no_kernel_spills(built: Built) -> None:
 def test_the_matrix_unit_is_used(built: Built) -> None:
     for source in SOURCES:
         for architecture in ARCHITECTURES[built.kind]:
-            wanted = MATRIX_INSTRUCTIONS.get(source, {}).get(architecture)
+            wanted = MATRIX_INSTRUCTIONS.get(source, {}).get(architecture, set())
             here = [
                 k for k in built.kernels if (k.source, k.architecture) == (source, architecture)
             ]
             found = {name for kernel in here for name in kernel.instructions}
-            assert found == ({wanted} if wanted else set()), f"{source} for {architecture}"
+            assert found == wanted, f"{source} for {architecture}"
     assert NOT_PIPELINED not in built.log
 
 
@@ -219,7 +224,8 @@ def test_cmake_compiles_the_device_files_alone(built: Built, tmp_path: Path) -> 
     [
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1};\n" * 3, {"HMMA": 3}),
         ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1};", {"HGMMA": 1}),
-        ("v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]", {"v_mfma": 1}),
+        ("v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]", {"MFMA 32x32x8": 1}),
+        ("v_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], v[0:3]", {"MFMA 16x16x16": 1}),
         ("wgmma.fence.sync.aligned; wgmma.wait_group.sync.aligned 0; fma.rn.f32", {}),
     ],
 )

@@ -37,6 +37,7 @@ WAVES = (32, 64)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LSE_TOLERANCE = 1e-6
 DTYPES = tuple(TOLERANCE)
+GUARD = 12345.0
 
 
 @pytest.fixture(params=WAVES, ids=("warps_of_32", "waves_of_64"))
@@ -44,6 +45,17 @@ def ops(request: pytest.FixtureRequest) -> GpuHostOps:
     found = host_ops(request.param)
     found.descending_waves(False)
     return found
+
+
+def guarded(
+    shape: torch.Size, value: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """A tensor inside a larger one; the rest of that must stay as it is."""
+    margin, count = 4096, shape.numel()
+    around = torch.full((count + 2 * margin,), GUARD, dtype=dtype)
+    inside = around[margin : margin + count].view(shape)
+    inside.fill_(value)
+    return inside, around
 
 
 def assert_equal_to_oracle(
@@ -207,6 +219,33 @@ def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(why: str, ops: GpuHo
     assert (lse[..., ~blind] != kept[1][..., ~blind]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("span", ["all", "gaps", "nothing"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_result_is_the_new_out_rounded(
+    span: str, dtype: torch.dtype, prior: bool, ops: GpuHostOps
+) -> None:
+    case = replace(SMALL, lq=131, dtype=dtype, span="all" if span == "nothing" else span)
+    case = replace(case, value_head_dim=37 if prior else 64)
+    x = make_inputs(case)
+    shared = options(case, x, slice(None), masked=True)
+    if span == "nothing":
+        shared[:2] = [torch.full((case.lq,), 7, dtype=torch.int32)] * 2
+    out, lse = new_state(case)
+    if prior:
+        ops.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+    before, kept = out.clone() if prior else None, out.clone()
+    # without a state, what lies in lse is not read
+    last_lse = lse.clone() if prior else torch.full_like(lse, torch.nan)
+    (result, around) = guarded(out.shape, torch.nan, dtype)
+    ops.attention_forward(x.q, x.k, x.v, *shared, before, last_lse, result)
+    ops.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+    assert before is None or torch.equal(before, kept)
+    assert torch.equal(lse, last_lse)
+    assert torch.equal(result, out.to(dtype))
+    assert (around == torch.tensor(GUARD, dtype=dtype)).sum() == around.numel() - result.numel()
+
+
 @pytest.mark.parametrize("scale", [-0.125, 0.0])
 def test_scales_that_are_not_positive(scale: float, ops: GpuHostOps) -> None:
     case = replace(SMALL, span="causal")
@@ -249,15 +288,6 @@ def test_gradients_are_added(ops: GpuHostOps) -> None:
         torch.testing.assert_close(two, 2 * one)
 
 
-def guarded(shape: torch.Size, value: float) -> tuple[Tensor, Tensor]:
-    """A tensor inside a larger one; the rest of that must stay as it is."""
-    margin, count = 4096, shape.numel()
-    around = torch.full((count + 2 * margin,), 12345.0)
-    inside = around[margin : margin + count].view(shape)
-    inside.fill_(value)
-    return inside, around
-
-
 @pytest.mark.parametrize("head_dim", [13, 64])
 def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
     case = replace(SMALL, bias="1HQK", head_dim=head_dim, value_head_dim=head_dim)
@@ -275,7 +305,7 @@ def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
     )
     for inside, around in made + grads:
         outside = around.numel() - inside.numel()
-        assert (around == 12345.0).sum() == outside
+        assert (around == GUARD).sum() == outside
         assert largest(inside) > 0
 
 

@@ -13,16 +13,8 @@ template <typename T>
 void attention_forward(const Attention<T>& inputs, const AttentionState<T>& state,
                        const ParallelFor& parallel);
 
-// delta (B, H, Lq) = <dout, out> over Dv, once for all blocks of a backward pass.
 template <typename T>
-struct DeltaInputs {
-  int64_t B, Lq, H, Dv;
-  TensorView dout, out;
-  T* delta;
-};
-
-template <typename T>
-void attention_delta(const DeltaInputs<T>& inputs, const ParallelFor& parallel);
+void attention_delta(const AttentionDelta<T>& inputs, const ParallelFor& parallel);
 
 // Adds the block's share to dq, dk, dv and dbias.
 // Whether results can hold dq in this dtype: it is summed over runs of keys, in its own memory.

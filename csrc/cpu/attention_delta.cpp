@@ -4,7 +4,7 @@
 namespace usp::cpu {
 
 template <typename T>
-void attention_delta(const DeltaInputs<T>& a, const ParallelFor& parallel) {
+void attention_delta(const AttentionDelta<T>& a, const ParallelFor& parallel) {
   const Kernels<T>& table = kernels<T>(a.dout.dtype);
   const int64_t row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
   parallel.for_each_task(a.B * row_tiles, [&](int64_t, int64_t task) {
@@ -18,7 +18,7 @@ void attention_delta(const DeltaInputs<T>& a, const ParallelFor& parallel) {
   });
 }
 
-template void attention_delta(const DeltaInputs<float>&, const ParallelFor&);
-template void attention_delta(const DeltaInputs<double>&, const ParallelFor&);
+template void attention_delta(const AttentionDelta<float>&, const ParallelFor&);
+template void attention_delta(const AttentionDelta<double>&, const ParallelFor&);
 
 }  // namespace usp::cpu

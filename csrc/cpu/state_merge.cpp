@@ -17,7 +17,7 @@ void merge_one(const StateMerge<T>& m, int64_t row, Convert convert) {
       [](T x) { return std::log(x); });
   *lse = merged.lse;
   T* __restrict out = m.out_row(b, l, h);
-  const Source* __restrict more = m.template more_row<Source>(b, l, h);
+  const Source* __restrict more = m.more_out.template row<Source>(b, l, h);
   for (int64_t d = 0; d < m.Dv; ++d) {
     out[d] = merged.share * out[d] + merged.more_share * convert(more[d]);
   }

@@ -10,10 +10,13 @@
 
 namespace usp::gpu {
 
-// Lets the block's keys into the running softmax `state`, in place. `out` is given, `result` not
-// used.
+// Lets the block's keys into the running softmax `state`, in place. A result is of q's dtype.
+// Without `out`, lse is written and not read.
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream);
+
+// dout and out are both bf16 or both fp16, of any Dv.
+const char* attention_delta(const AttentionDelta<float>& inputs, Stream stream);
 
 // Adds the block's share to dq, dk, dv and dbias.
 const char* attention_backward(const Attention<float>& inputs,

@@ -12,14 +12,19 @@ namespace usp::gpu {
 namespace {
 
 // Tiles of one backward block: two of own rows, two that are walked over.
-template <typename T, int kDim>
+template <typename T, int kDim, Gradient kGradient>
 struct BackwardShared {
-  static constexpr Tiles kTiles = backward_tiles(kDim);
+  static constexpr Tiles kTiles = backward_tiles(kGradient, kDim);
   using Own = SharedRows<T, kTiles.rows(), kDim>;
   using Walked = SharedStages<SharedRows<T, kTiles.columns, kDim>, kTiles.stages>;
   static constexpr int kStride = Own::kStride;
   static constexpr int kResults = kTiles.stages * kTiles.columns;  // lse, and delta, of queries
-  static constexpr int kBytes = 2 * Own::kBytes + 2 * Walked::kBytes + 2 * kResults * 4;
+  static constexpr int kWalkedBytes = 2 * Walked::kBytes + 2 * kResults * 4;
+  static constexpr int kBytes = !kTiles.hold_left            ? 2 * Own::kBytes + kWalkedBytes
+                                : Own::kBytes > kWalkedBytes ? Own::kBytes
+                                                             : kWalkedBytes;
+
+  using Operands = OwnRows<T, kTiles.tile, kTiles.strips, kDim, kTiles.hold_left>;
 
   Own own[2];
   Walked walked[2];
@@ -27,23 +32,27 @@ struct BackwardShared {
 
   USP_DEVICE explicit BackwardShared(char* base) {
     SharedCarver carver(base);
-    for (Own& rows : own) rows = carver.template rows<Own>();
+    for (Own& rows : own) {
+      if constexpr (kTiles.hold_left) carver = SharedCarver(base);
+      rows = carver.template rows<Own>();
+    }
+    if constexpr (kTiles.hold_left) carver = SharedCarver(base);
     for (Walked& rows : walked) rows = carver.template rows<Walked>();
     lse = carver.floats(kResults);
     delta = carver.floats(kResults);
   }
 };
 
-template <typename T, int kDim>
-using Waves = LeftRows<T, backward_tiles(kDim).strips, kDim, false>;
-
 template <typename T, int kDim, bool kPlain>
 USP_KERNEL USP_LAUNCH_BOUNDS(
-    backward_tiles(kDim).threads(),
-    backward_tiles(kDim).blocks_at_once) void key_value_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(kDim);
-  constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
-  constexpr int kStride = BackwardShared<T, kDim>::kStride;
+    backward_tiles(Gradient::kKeyValue, kDim).threads(),
+    backward_tiles(Gradient::kKeyValue, kDim)
+        .blocks_at_once) void key_value_kernel(BackwardArguments arguments) {
+  constexpr Tiles kTiles = backward_tiles(Gradient::kKeyValue, kDim);
+  constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
+  constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
+  using Shared = BackwardShared<T, kDim, Gradient::kKeyValue>;
+  constexpr int kStride = Shared::kStride;
   constexpr int kParts = key_value_parts(kDim), kPartDim = kDim / kParts;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
@@ -56,8 +65,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const int steps = walk.count * heads.size();
   if (steps <= 0) return;
 
-  const BackwardShared<T, kDim> shared(shared_memory());
-  const auto [keys, values] = shared.own;
+  const Shared shared(shared_memory());
   const auto [queries, douts] = shared.walked;
   const auto load_queries = [&](int step) {
     const int h = heads.begin + step / walk.count;
@@ -76,16 +84,15 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   };
 
   const Rows own = Rows::of(range);
-  const int first_row = wave() * kStrips * kTile, first_key = own.begin + first_row;
-  keys.template load<kThreads>(HeadRows<T>::of(a.k, place.b, place.h, a.D), own,
-                               kPlain || arguments.vectors);
-  values.template load<kThreads>(HeadRows<T>::of(a.v, place.b, place.h, a.Dv), own,
-                                 kPlain || arguments.vectors);
-  const Waves<T, kDim> left_keys(keys.row(first_row), kStride);
-  const Waves<T, kDim> left_values(values.row(first_row), kStride);
+  const int first_row = wave() * kTiles.wave_rows(), first_key = own.begin + first_row;
+  const auto keys = Shared::Operands::template load<kThreads>(
+      shared.own[0], HeadRows<T>::of(a.k, place.b, place.h, a.D), own, kPlain || arguments.vectors);
+  const auto values = Shared::Operands::template load<kThreads>(
+      shared.own[1], HeadRows<T>::of(a.v, place.b, place.h, a.Dv), own,
+      kPlain || arguments.vectors);
   load_queries(0);
 
-  Sums<kStrips, kPartDim / kTile> dk, dv;
+  Sums<kTile, kStrips, kPartDim / kTile> dk, dv;
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
@@ -97,13 +104,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     const Scoring<kPlain> scoring(a, place.b, heads.begin + step / walk.count);
     const int first_query = walk.step(step % walk.count, kColumns).begin;
     const int stage = step % kTiles.stages * kColumns;
-    Sums<kStrips, kColumns / kTile> scores, dscores;
-    multiply_transposed<kDim>(scores, left_keys, queries.stage(step).data, kStride);
-    multiply_transposed<kDim>(dscores, left_values, douts.stage(step).data, kStride);
+    Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
+    multiply_transposed<kDim>(scores, keys, queries.stage(step).data, kStride);
+    multiply_transposed<kDim>(dscores, values, douts.stage(step).data, kStride);
     tile_gradients(
         scoring, scores, dscores, !walk.is_masked(step % walk.count),
         [&](int s, int slot, int column) {
-          return Pair{first_query + column, first_key + s * kTile + Accumulator::row_of_slot(slot)};
+          return Pair{first_query + column,
+                      first_key + s * kTile + Accumulator<kTile>::row_of_slot(slot)};
         },
         [&](int, int, int column) {
           return QueryResults::of(shared.lse[stage + column], shared.delta[stage + column]);
@@ -124,12 +132,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 }
 
 template <typename T, int kDim, bool kPlain>
-USP_KERNEL USP_LAUNCH_BOUNDS(
-    backward_tiles(kDim).threads(),
-    backward_tiles(kDim).blocks_at_once) void query_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(kDim);
-  constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
-  constexpr int kStride = BackwardShared<T, kDim>::kStride;
+USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
+                             backward_tiles(Gradient::kQuery, kDim)
+                                 .blocks_at_once) void query_kernel(BackwardArguments arguments) {
+  constexpr Tiles kTiles = backward_tiles(Gradient::kQuery, kDim);
+  constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
+  constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
+  using Shared = BackwardShared<T, kDim, Gradient::kQuery>;
+  constexpr int kStride = Shared::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
@@ -138,8 +148,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
   if (walk.count == 0) return;
 
-  const BackwardShared<T, kDim> shared(shared_memory());
-  const auto [queries, douts] = shared.own;
+  const Shared shared(shared_memory());
   const auto [keys, values] = shared.walked;
   const int64_t key_head = a.key_head(place.h);
   const auto k = HeadRows<T>::of(a.k, place.b, key_head, a.D);
@@ -151,16 +160,15 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   };
 
   const Rows own = Rows::of(range);
-  const int first_row = wave() * kStrips * kTile, first_query = own.begin + first_row;
-  queries.template load<kThreads>(HeadRows<T>::of(a.q, place.b, place.h, a.D), own,
-                                  kPlain || arguments.vectors);
-  douts.template load<kThreads>(HeadRows<T>::of(g.dout, place.b, place.h, a.Dv), own,
-                                kPlain || arguments.vectors);
-  const Waves<T, kDim> left_queries(queries.row(first_row), kStride);
-  const Waves<T, kDim> left_douts(douts.row(first_row), kStride);
+  const int first_row = wave() * kTiles.wave_rows(), first_query = own.begin + first_row;
+  const auto queries = Shared::Operands::template load<kThreads>(
+      shared.own[0], HeadRows<T>::of(a.q, place.b, place.h, a.D), own, kPlain || arguments.vectors);
+  const auto douts = Shared::Operands::template load<kThreads>(
+      shared.own[1], HeadRows<T>::of(g.dout, place.b, place.h, a.Dv), own,
+      kPlain || arguments.vectors);
   load_keys(0);
 
-  PerRow<QueryResults, kStrips> results;
+  PerRow<QueryResults, kTile, kStrips> results;
   const int count = own.size() - first_row;
   const int64_t row_of_heads = (place.b * a.H + place.h) * a.Lq + first_query;
   results.for_each([&](QueryResults& result, int row) {
@@ -170,7 +178,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   });
 
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  Sums<kStrips, kDim / kTile> dq;
+  Sums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
   for (int step = 0; step < walk.count; ++step) {
     copies_arrived();
@@ -178,13 +186,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     if (kTiles.stages > 1 && step + 1 < walk.count) load_keys(step + 1);
 
     const int first_key = walk.step(step, kColumns).begin;
-    Sums<kStrips, kColumns / kTile> scores, dscores;
-    multiply_transposed<kDim>(scores, left_queries, keys.stage(step).data, kStride);
-    multiply_transposed<kDim>(dscores, left_douts, values.stage(step).data, kStride);
+    Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
+    multiply_transposed<kDim>(scores, queries, keys.stage(step).data, kStride);
+    multiply_transposed<kDim>(dscores, douts, values.stage(step).data, kStride);
     tile_gradients(
         scoring, scores, dscores, !walk.is_masked(step),
         [&](int s, int slot, int column) {
-          return Pair{first_query + s * kTile + Accumulator::row_of_slot(slot), first_key + column};
+          return Pair{first_query + s * kTile + Accumulator<kTile>::row_of_slot(slot),
+                      first_key + column};
         },
         [&](int s, int slot, int) { return results.of[s][slot]; });
     multiply_accumulate(dq, dscores, keys.stage(step).data, kStride);
@@ -201,15 +210,15 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
 template <typename T, int kDim, bool kPlain>
 void launch_backward(const BackwardArguments& arguments, Stream stream) {
-  constexpr Tiles kTiles = backward_tiles(kDim);
-  constexpr int kBytes = BackwardShared<T, kDim>::kBytes;
-  static_assert(kBytes <= kSharedLimit);
   const Attention<float>& a = arguments.inputs;
+  using OfKeys = BackwardShared<T, kDim, Gradient::kKeyValue>;
+  using OfQueries = BackwardShared<T, kDim, Gradient::kQuery>;
+  static_assert(OfKeys::kBytes <= kSharedLimit && OfQueries::kBytes <= kSharedLimit);
   launch_blocks(key_value_kernel<T, kDim, kPlain>, arguments,
-                tiles_of(a.Lk, kTiles.rows()) * key_value_parts(kDim), a.G, a.B, kTiles.threads(),
-                kBytes, stream);
-  launch_blocks(query_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
-                kTiles.threads(), kBytes, stream);
+                tiles_of(a.Lk, OfKeys::kTiles.rows()) * key_value_parts(kDim), a.G, a.B,
+                OfKeys::kTiles.threads(), OfKeys::kBytes, stream);
+  launch_blocks(query_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, OfQueries::kTiles.rows()),
+                a.H, a.B, OfQueries::kTiles.threads(), OfQueries::kBytes, stream);
 }
 
 template <typename T>

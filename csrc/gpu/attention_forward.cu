@@ -5,9 +5,8 @@
 
 #include "attention.h"
 #include "blocks.h"
-#include "products.h"
+#include "own_rows.h"
 #include "scores.h"
-#include "shared_rows.h"
 
 namespace usp::gpu {
 namespace {
@@ -20,33 +19,34 @@ struct ForwardArguments {
 };
 
 // The running softmax of a wave's rows. A lane keeps its own part of each sum.
-template <int kStrips>
+template <int kTile, int kStrips>
 struct RunningRows {
-  PerRow<float, kStrips> max;  // in units of log2
-  PerRow<float, kStrips> sum;
+  PerRow<float, kTile, kStrips> max;  // in units of log2
+  PerRow<float, kTile, kStrips> sum;
 };
 
 USP_DEVICE float finite(float max) { return max == -kInfinity ? 0.0f : max; }
 
 // Turns scores / scale into weights, and shrinks what was summed before to the new maxima.
-template <int kStrips, int kKeys, int kDims>
-USP_DEVICE void softmax_step(Sums<kStrips, kKeys>& scores, float scale, RunningRows<kStrips>& rows,
-                             Sums<kStrips, kDims>& out) {
+template <int kTile, int kStrips, int kKeys, int kDims>
+USP_DEVICE void softmax_step(Sums<kTile, kStrips, kKeys>& scores, float scale,
+                             RunningRows<kTile, kStrips>& rows, Sums<kTile, kStrips, kDims>& out) {
+  using Element = Accumulator<kTile>;
   USP_UNROLL
   for (int s = 0; s < kStrips; ++s) {
-    float subtract[Accumulator::kRowSlots], shrink[Accumulator::kRowSlots];
+    float subtract[Element::kRowSlots], shrink[Element::kRowSlots];
     USP_UNROLL
-    for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
+    for (int slot = 0; slot < Element::kRowSlots; ++slot) {
       float top = -kInfinity;
       USP_UNROLL
       for (int n = 0; n < kKeys; ++n) {
         USP_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          if (Accumulator::slot(i) == slot) top = larger(top, scores.tile[s][n].x[i]);
+        for (int i = 0; i < kElements<kTile>; ++i) {
+          if (Element::slot(i) == slot) top = larger(top, scores.tile[s][n].x[i]);
         }
       }
       const float old_max = rows.max.of[s][slot];
-      const float new_max = larger(old_max, row_max(top) * scale);
+      const float new_max = larger(old_max, row_max<kTile>(top) * scale);
       subtract[slot] = finite(new_max);
       shrink[slot] = fast_exp2(old_max - subtract[slot]);
       rows.max.of[s][slot] = new_max;
@@ -55,8 +55,8 @@ USP_DEVICE void softmax_step(Sums<kStrips, kKeys>& scores, float scale, RunningR
     USP_UNROLL
     for (int n = 0; n < kKeys; ++n) {
       USP_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        const int slot = Accumulator::slot(i);
+      for (int i = 0; i < kElements<kTile>; ++i) {
+        const int slot = Element::slot(i);
         float& x = scores.tile[s][n].x[i];
         x = fast_exp2(fma(x, scale, -subtract[slot]));
         rows.sum.of[s][slot] += x;
@@ -65,94 +65,113 @@ USP_DEVICE void softmax_step(Sums<kStrips, kKeys>& scores, float scale, RunningR
     USP_UNROLL
     for (int n = 0; n < kDims; ++n) {
       USP_UNROLL
-      for (int i = 0; i < kElements; ++i) out.tile[s][n].x[i] *= shrink[Accumulator::slot(i)];
+      for (int i = 0; i < kElements<kTile>; ++i) out.tile[s][n].x[i] *= shrink[Element::slot(i)];
     }
   }
 }
 
 // Products of the queries from `first_query` on with `keys` into scores, -inf where unseen.
-template <bool kPlain, int kStrips, int kKeys>
-USP_DEVICE void mask_and_score(Sums<kStrips, kKeys>& scores, const Scoring<kPlain>& scoring,
+template <bool kPlain, int kTile, int kStrips, int kKeys>
+USP_DEVICE void mask_and_score(Sums<kTile, kStrips, kKeys>& scores, const Scoring<kPlain>& scoring,
                                int first_query, Rows keys, bool masked) {
-  PerRow<Columns, kStrips> seen;
+  PerRow<Columns, kTile, kStrips> seen;
   seen.for_each([&](Columns& columns, int row) {
     columns = visible_columns(scoring.span(), first_query + row, keys, masked);
   });
   scores.for_each([&](float& x, int s, int slot, int column) {
-    const Pair at{first_query + s * kTile + Accumulator::row_of_slot(slot), keys.begin + column};
+    const Pair at{first_query + s * kTile + Accumulator<kTile>::row_of_slot(slot),
+                  keys.begin + column};
     x = seen.of[s][slot].contain(column) ? scoring.score(x, at).value : -kInfinity;
   });
 }
 
 // Dropout of weights, in place.
-template <bool kPlain, int kStrips, int kKeys>
-USP_DEVICE void drop(Sums<kStrips, kKeys>& weights, const Scoring<kPlain>& scoring, int first_query,
-                     Rows keys) {
+template <bool kPlain, int kTile, int kStrips, int kKeys>
+USP_DEVICE void drop(Sums<kTile, kStrips, kKeys>& weights, const Scoring<kPlain>& scoring,
+                     int first_query, Rows keys) {
   weights.for_each([&](float& x, int s, int slot, int column) {
-    const Pair at{first_query + s * kTile + Accumulator::row_of_slot(slot), keys.begin + column};
+    const Pair at{first_query + s * kTile + Accumulator<kTile>::row_of_slot(slot),
+                  keys.begin + column};
     if (at.query < scoring.span().num_queries && at.key < keys.end) x *= scoring.multiplier(at);
   });
 }
 
 // The state of one wave's rows, in memory.
+template <typename T>
 struct StateRows {
-  MatrixRows<float> out;
+  MatrixRows<float> out;  // null: no row has seen anything before, and lse is not read
+  MatrixRows<T> result;   // null: this is not the last block
   float* lse;
 
-  USP_DEVICE float lse_of(int row) const { return row < out.count ? lse[row] : -kInfinity; }
+  USP_DEVICE float lse_of(int row) const {
+    return out.data != nullptr && row < out.count ? lse[row] : -kInfinity;
+  }
 
-  template <int kStrips, int kDims>
-  USP_DEVICE void load(RunningRows<kStrips>& rows, Sums<kStrips, kDims>& sums) const {
-    PerRow<bool, kStrips> given;
+  template <int kTile, int kStrips, int kDims>
+  USP_DEVICE void load(RunningRows<kTile, kStrips>& rows, Sums<kTile, kStrips, kDims>& sums) const {
+    PerRow<bool, kTile, kStrips> given;
     rows.max.for_each([&](float& max, int row) { max = lse_of(row) * kLog2e; });
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
-      for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
+      for (int slot = 0; slot < Accumulator<kTile>::kRowSlots; ++slot) {
         given.of[s][slot] = rows.max.of[s][slot] != -kInfinity;
-        rows.sum.of[s][slot] = given.of[s][slot] && Accumulator::leads_row() ? 1.0f : 0.0f;
+        rows.sum.of[s][slot] = given.of[s][slot] && Accumulator<kTile>::leads_row() ? 1.0f : 0.0f;
       }
     }
     sums.clear();
+    if (out.data == nullptr) return;
     out.for_each(sums, given, [](float& x, const float* place, int, int) { x = *place; });
   }
 
   // A row that has seen nothing new keeps its state to the bit.
-  template <int kStrips, int kDims>
-  USP_DEVICE void store(const RunningRows<kStrips>& rows, Sums<kStrips, kDims>& sums) const {
-    PerRow<bool, kStrips> changed;
-    PerRow<float, kStrips> factor;
+  template <int kTile, int kStrips, int kDims>
+  USP_DEVICE void store(const RunningRows<kTile, kStrips>& rows,
+                        Sums<kTile, kStrips, kDims>& sums) const {
+    using Element = Accumulator<kTile>;
+    PerRow<bool, kTile, kStrips> written;
+    PerRow<float, kTile, kStrips> factor;
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
-      for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
+      for (int slot = 0; slot < Element::kRowSlots; ++slot) {
         // Only a row's first lane reads and writes its lse: the others may be late.
-        const int row = s * kTile + Accumulator::row_of_slot(slot);
-        const float sum = row_sum(rows.sum.of[s][slot]), max = rows.max.of[s][slot];
-        const bool leads = Accumulator::leads_row() && row < out.count;
-        const float before = leads ? lse[row] : 0.0f;
+        const int row = s * kTile + Element::row_of_slot(slot);
+        const float sum = row_sum<kTile>(rows.sum.of[s][slot]), max = rows.max.of[s][slot];
+        const bool leads = Element::leads_row() && row < out.count;
+        const float before = leads ? lse_of(row) : 0.0f;
         const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
-        changed.of[s][slot] = row_sum(leads && !same ? 1.0f : 0.0f) > 0.0f;
-        factor.of[s][slot] = fast_reciprocal(sum);
-        if (leads && !same) lse[row] = (max + fast_log2(sum)) * kLn2;
+        const bool changed = row_sum<kTile>(leads && !same ? 1.0f : 0.0f) > 0.0f;
+        factor.of[s][slot] = changed ? fast_reciprocal(sum) : 1.0f;
+        written.of[s][slot] = result.data != nullptr ? row < result.count : changed;
+        if (leads && (!same || out.data == nullptr)) lse[row] = (max + fast_log2(sum)) * kLn2;
       }
     }
-    out.for_each(sums, changed, [&](const float& x, float* place, int s, int slot) {
-      *place = x * factor.of[s][slot];
-    });
+    if (result.data != nullptr) {
+      result.for_each(sums, written, [&](float x, T* place, int s, int slot) {
+        *place = rounded<T>(x * factor.of[s][slot]);
+      });
+    } else {
+      out.for_each(sums, written, [&](float x, float* place, int s, int slot) {
+        *place = x * factor.of[s][slot];
+      });
+    }
   }
 };
 
-template <int kStrips>
-USP_DEVICE StateRows state_of_wave(const ForwardArguments& arguments, int tile_rows) {
+template <typename T>
+USP_DEVICE StateRows<T> state_of_wave(const ForwardArguments& arguments, const Tiles& tiles) {
   const Attention<float>& a = arguments.inputs;
-  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tile_rows));
-  const int64_t row = int64_t{place.row_tile} * tile_rows + wave() * kStrips * kTile;
-  float* out = arguments.state.out + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
-  float* lse = arguments.state.lse + (place.b * a.H + place.h) * a.Lq + row;
-  const int count = static_cast<int>(a.Lq - row);
-  return {{in_global_memory(out), a.H * a.Dv, count, static_cast<int>(a.Dv)},
-          in_global_memory(lse)};
+  const AttentionState<float>& state = arguments.state;
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tiles.rows()));
+  const int64_t row = int64_t{place.row_tile} * tiles.rows() + wave() * tiles.wave_rows();
+  const auto rows_of = [&]<typename Number>(Number* matrix) -> MatrixRows<Number> {
+    Number* data = matrix + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
+    return {matrix == nullptr ? nullptr : in_global_memory(data), a.H * a.Dv,
+            static_cast<int>(a.Lq - row), static_cast<int>(a.Dv)};
+  };
+  return {rows_of(state.out), rows_of(static_cast<T*>(state.result)),
+          in_global_memory(state.lse + (place.b * a.H + place.h) * a.Lq + row)};
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -183,7 +202,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     forward_tiles(kDim, kPlain).threads(),
     forward_tiles(kDim, kPlain).blocks_at_once) void forward_kernel(ForwardArguments arguments) {
   constexpr Tiles kTiles = forward_tiles(kDim, kPlain);
-  constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips;
+  constexpr int kThreads = kTiles.threads(), kTile = kTiles.tile, kStrips = kTiles.strips;
   constexpr int kKeyTiles = kTiles.columns / kTile, kDimTiles = kDim / kTile;
   constexpr int kStride = ForwardShared<T, kDim, kPlain>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
@@ -192,7 +211,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk =
       Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kTiles.columns);
-  if (walk.count == 0) return;
+  if (walk.count == 0 && arguments.state.result == nullptr) return;
 
   const int64_t g = a.key_head(place.h);
   const auto q = HeadRows<T>::of(a.q, place.b, place.h, a.D);
@@ -206,17 +225,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   };
 
   const Rows rows = Rows::of(range);
-  const int first_row = wave() * kStrips * kTile, first_query = rows.begin + first_row;
-  RunningRows<kStrips> running;
-  Sums<kStrips, kDimTiles> out;
-  state_of_wave<kStrips>(arguments, kTiles.rows()).load(running, out);
+  const int first_query = rows.begin + wave() * kTiles.wave_rows();
+  RunningRows<kTile, kStrips> running;
+  Sums<kTile, kStrips, kDimTiles> out;
+  state_of_wave<T>(arguments, kTiles).load(running, out);
 
-  shared.q.template load<kThreads>(q, rows, kPlain || arguments.vectors);
-  copies_arrived();
-  barrier();
-  const LeftRows<T, kStrips, kDim, kTiles.hold_left> queries(shared.q.row(first_row), kStride);
-  if (kTiles.hold_left) barrier();
-  load_keys(0);
+  const auto queries = OwnRows<T, kTile, kStrips, kDim, kTiles.hold_left>::template load<kThreads>(
+      shared.q, q, rows, kPlain || arguments.vectors);
+  if (walk.count > 0) load_keys(0);
 
   const Scoring<kPlain> scoring(a, place.b, place.h);
   for (int step = 0; step < walk.count; ++step) {
@@ -224,7 +240,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     barrier();
     if (kTiles.stages > 1 && step + 1 < walk.count) load_keys(step + 1);
 
-    Sums<kStrips, kKeyTiles> scores;
+    Sums<kTile, kStrips, kKeyTiles> scores;
     multiply_transposed<kDim>(scores, queries, shared.k.stage(step).data, kStride);
     if (!kPlain || walk.is_masked(step)) {
       mask_and_score(scores, scoring, first_query, walk.step(step, kTiles.columns),
@@ -240,7 +256,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
       load_keys(step + 1);
     }
   }
-  state_of_wave<kStrips>(arguments, kTiles.rows()).store(running, out);
+  state_of_wave<T>(arguments, kTiles).store(running, out);
 }
 
 template <typename T, int kDim, bool kPlain>

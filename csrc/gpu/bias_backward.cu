@@ -10,7 +10,7 @@ namespace {
 
 template <typename T, int kDim>
 struct BiasShared {
-  static constexpr Tiles kTiles = backward_tiles(kDim);
+  static constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
   using Queries = SharedRows<T, kTiles.rows(), kDim>;
   using Keys = SharedRows<T, kTiles.columns, kDim>;
   static constexpr int kStride = Queries::kStride;
@@ -62,26 +62,27 @@ USP_DEVICE BiasTile tile_of_block(const BiasView<float*>& dbias, const Attention
 }
 
 // Adds the sums over all rows of all waves to one row of the bias, which is contiguous.
-template <int kStrips, int kColumns>
-USP_DEVICE void add_column_sums(Sums<kStrips, kColumns>& sums, float* scratch, int waves,
+template <int kTile, int kStrips, int kColumns>
+USP_DEVICE void add_column_sums(Sums<kTile, kStrips, kColumns>& sums, float* scratch, int waves,
                                 float* row, int columns) {
-  const int first = Accumulator::first_column();
+  using Element = Accumulator<kTile>;
+  const int first = Element::first_column();
   float* sums_of_wave = scratch + wave() * kColumns * kTile;
   USP_UNROLL
   for (int n = 0; n < kColumns; ++n) {
     USP_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      if (Accumulator::slot(i) != 0) continue;
+    for (int i = 0; i < kElements<kTile>; ++i) {
+      if (Element::slot(i) != 0) continue;
       float sum = 0.0f;
       USP_UNROLL
-      for (int other = 0; other < kElements; ++other) {
-        if (Accumulator::offset(other) != Accumulator::offset(i)) continue;
+      for (int other = 0; other < kElements<kTile>; ++other) {
+        if (Element::offset(other) != Element::offset(i)) continue;
         USP_UNROLL
         for (int s = 0; s < kStrips; ++s) sum += sums.tile[s][n].x[other];
       }
-      sum = column_sum(sum);
-      if (Accumulator::row_of_slot(0) == 0) {
-        sums_of_wave[first + n * kTile + Accumulator::offset(i)] = sum;
+      sum = column_sum<kTile>(sum);
+      if (Element::row_of_slot(0) == 0) {
+        sums_of_wave[first + n * kTile + Element::offset(i)] = sum;
       }
     }
   }
@@ -94,11 +95,12 @@ USP_DEVICE void add_column_sums(Sums<kStrips, kColumns>& sums, float* scratch, i
 }
 
 template <typename T, int kDim>
-USP_KERNEL USP_LAUNCH_BOUNDS(
-    backward_tiles(kDim).threads(),
-    backward_tiles(kDim).blocks_at_once) void bias_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(kDim);
-  constexpr int kThreads = kTiles.threads(), kStrips = kTiles.strips, kColumns = kTiles.columns;
+USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
+                             backward_tiles(Gradient::kBias, kDim)
+                                 .blocks_at_once) void bias_kernel(BackwardArguments arguments) {
+  constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
+  constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
+  constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
   constexpr int kStride = BiasShared<T, kDim>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
@@ -107,11 +109,13 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Range key_range = rows_of_tile(tile.key_tile, kColumns, a.Lk);
   const Rows key_rows = Rows::of(key_range);
   const BiasShared<T, kDim> shared(shared_memory());
-  const int first_row = wave() * kStrips * kTile;
-  const LeftRows<T, kStrips, kDim, false> left_queries(shared.queries.row(first_row), kStride);
-  const LeftRows<T, kStrips, kDim, false> left_douts(shared.douts.row(first_row), kStride);
+  const int first_row = wave() * kTiles.wave_rows();
+  const LeftRows<T, kTile, kStrips, kDim, false> left_queries(shared.queries.row(first_row),
+                                                              kStride);
+  const LeftRows<T, kTile, kStrips, kDim, false> left_douts(shared.douts.row(first_row), kStride);
 
-  Sums<kStrips, kColumns / kTile> total;
+  using Element = Accumulator<kTile>;
+  Sums<kTile, kStrips, kColumns / kTile> total;
   total.clear();
   const auto add_tile = [&](int64_t b, int64_t h, Rows rows) {
     barrier();
@@ -128,7 +132,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
     const Scoring<false> scoring(a, static_cast<int>(b), static_cast<int>(h));
     const int64_t row_of_heads = (b * a.H + h) * a.Lq;
-    Sums<kStrips, kColumns / kTile> products, dproducts;
+    Sums<kTile, kStrips, kColumns / kTile> products, dproducts;
     multiply_transposed<kDim>(products, left_queries, shared.keys.data, kStride);
     multiply_transposed<kDim>(dproducts, left_douts, shared.values.data, kStride);
     USP_UNROLL
@@ -136,9 +140,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
       USP_UNROLL
       for (int n = 0; n < kColumns / kTile; ++n) {
         USP_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          const int row = first_row + s * kTile + Accumulator::row_of_slot(Accumulator::slot(i));
-          const int column = n * kTile + Accumulator::first_column() + Accumulator::offset(i);
+        for (int i = 0; i < kElements<kTile>; ++i) {
+          const int row = first_row + s * kTile + Element::row_of_slot(Element::slot(i));
+          const int column = n * kTile + Element::first_column() + Element::offset(i);
           const Pair at{rows.begin + row, key_rows.begin + column};
           if (!is_visible(a.span, at)) continue;
           const int64_t query = row_of_heads + at.query;
@@ -176,7 +180,7 @@ template <typename T>
 void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
   with_head_dim(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    constexpr Tiles kTiles = backward_tiles(kDim);
+    constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
     const Attention<float>& a = arguments.inputs;
     const BiasGrid grid = BiasGrid::of(arguments.gradients.dbias, a, kTiles);
     static_assert(BiasShared<T, kDim>::kBytes <= kSharedLimit);

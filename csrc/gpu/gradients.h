@@ -3,9 +3,8 @@
 // What the backward kernels share: from the products q k and dout v to the gradient of a score.
 
 #include "attention.h"
-#include "products.h"
+#include "own_rows.h"
 #include "scores.h"
-#include "shared_rows.h"
 
 namespace usp::gpu {
 
@@ -59,19 +58,21 @@ USP_DEVICE PairGradients pair_gradients(const Scoring<kPlain>& scoring, float pr
 // Every pair of a tile: `products` become weights, `output_products` gradients of products.
 // pair(strip, slot, column) and query(strip, slot, column) say which pair and what is known of its
 // query. `all_visible`: no pair of the tile is masked, and all exist.
-template <bool kPlain, int kStrips, int kColumns, typename PairOf, typename QueryOf>
-USP_DEVICE void tile_gradients(const Scoring<kPlain>& scoring, Sums<kStrips, kColumns>& products,
-                               Sums<kStrips, kColumns>& output_products, bool all_visible,
+template <bool kPlain, int kTile, int kStrips, int kColumns, typename PairOf, typename QueryOf>
+USP_DEVICE void tile_gradients(const Scoring<kPlain>& scoring,
+                               Sums<kTile, kStrips, kColumns>& products,
+                               Sums<kTile, kStrips, kColumns>& output_products, bool all_visible,
                                PairOf&& pair, QueryOf&& query) {
+  using Element = Accumulator<kTile>;
   const auto visit_all = [&](auto&& is_there) {
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         USP_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          const int slot = Accumulator::slot(i);
-          const int column = Accumulator::first_column() + n * kTile + Accumulator::offset(i);
+        for (int i = 0; i < kElements<kTile>; ++i) {
+          const int slot = Element::slot(i);
+          const int column = Element::first_column() + n * kTile + Element::offset(i);
           float& x = products.tile[s][n].x[i];
           float& dp = output_products.tile[s][n].x[i];
           const Pair at = pair(s, slot, column);

@@ -69,4 +69,9 @@ USP_DEVICE uint32_t pack<Float16>(float low, float high) {
 #endif
 }
 
+template <typename T>
+USP_DEVICE T rounded(float x) {
+  return {static_cast<uint16_t>(pack<T>(x, 0.0f))};
+}
+
 }  // namespace usp::gpu

@@ -13,7 +13,8 @@ namespace usp::gpu {
 
 // mma.sync.aligned.m16n8k16: d += a b.
 template <typename T>
-USP_DEVICE void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
+USP_DEVICE void mma_m16n8k16([[maybe_unused]] float* d, [[maybe_unused]] const uint32_t* a,
+                             [[maybe_unused]] const uint32_t* b) {
 #if defined(USP_GPU_CUDA)
   if constexpr (kIsBFloat16<T>) {
     asm volatile(
@@ -35,7 +36,7 @@ USP_DEVICE void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
 
 // ldmatrix.x4: `row` is this lane's address in shared memory, aligned to 16 bytes.
 template <bool kTransposed>
-USP_DEVICE void load_m8n8x4(uint32_t* d, const void* row) {
+USP_DEVICE void load_m8n8x4([[maybe_unused]] uint32_t* d, [[maybe_unused]] const void* row) {
 #if defined(USP_GPU_CUDA)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   if constexpr (kTransposed) {
@@ -54,27 +55,60 @@ USP_DEVICE void load_m8n8x4(uint32_t* d, const void* row) {
 #endif
 }
 
-// v_mfma_f32_16x16x16: d += a b.
-template <typename T>
-USP_DEVICE void mfma_16x16x16(float* d, const uint32_t* a, const uint32_t* b) {
 #if defined(USP_GPU_HIP)
-  using Float4 = float __attribute__((ext_vector_type(4)));
+// Four bf16 or fp16 in two registers, as the builtins want them.
+template <typename T>
+USP_DEVICE auto four_numbers(const uint32_t* packed) {
+  using Short4 = short __attribute__((ext_vector_type(4)));
+  using Half4 = _Float16 __attribute__((ext_vector_type(4)));
   struct Pair {
     uint32_t low, high;
-  };
-  Float4 sum = {d[0], d[1], d[2], d[3]};
+  } pair{packed[0], packed[1]};
   if constexpr (kIsBFloat16<T>) {
-    using Short4 = short __attribute__((ext_vector_type(4)));
-    sum = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(
-        bits_as<Short4>(Pair{a[0], a[1]}), bits_as<Short4>(Pair{b[0], b[1]}), sum, 0, 0, 0);
+    return bits_as<Short4>(pair);
   } else {
-    using Half4 = _Float16 __attribute__((ext_vector_type(4)));
-    sum = __builtin_amdgcn_mfma_f32_16x16x16f16(bits_as<Half4>(Pair{a[0], a[1]}),
-                                                bits_as<Half4>(Pair{b[0], b[1]}), sum, 0, 0, 0);
+    return bits_as<Half4>(pair);
+  }
+}
+#endif
+
+// v_mfma_f32_16x16x16: d += a b.
+template <typename T>
+USP_DEVICE void mfma_16x16x16([[maybe_unused]] float* d, [[maybe_unused]] const uint32_t* a,
+                              [[maybe_unused]] const uint32_t* b) {
+#if defined(USP_GPU_HIP)
+  using Float4 = float __attribute__((ext_vector_type(4)));
+  const auto left = four_numbers<T>(a), right = four_numbers<T>(b);
+  Float4 sum;
+  for (int i = 0; i < 4; ++i) sum[i] = d[i];
+  if constexpr (kIsBFloat16<T>) {
+    sum = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(left, right, sum, 0, 0, 0);
+  } else {
+    sum = __builtin_amdgcn_mfma_f32_16x16x16f16(left, right, sum, 0, 0, 0);
   }
   for (int i = 0; i < 4; ++i) d[i] = sum[i];
 #elif defined(USP_GPU_HOST)
   host::mfma_16x16x16<T>(d, a, b);
+#endif
+}
+
+// v_mfma_f32_32x32x8: d += a b.
+template <typename T>
+USP_DEVICE void mfma_32x32x8([[maybe_unused]] float* d, [[maybe_unused]] const uint32_t* a,
+                             [[maybe_unused]] const uint32_t* b) {
+#if defined(USP_GPU_HIP)
+  using Float16s = float __attribute__((ext_vector_type(16)));
+  const auto left = four_numbers<T>(a), right = four_numbers<T>(b);
+  Float16s sum;
+  for (int i = 0; i < 16; ++i) sum[i] = d[i];
+  if constexpr (kIsBFloat16<T>) {
+    sum = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(left, right, sum, 0, 0, 0);
+  } else {
+    sum = __builtin_amdgcn_mfma_f32_32x32x8f16(left, right, sum, 0, 0, 0);
+  }
+  for (int i = 0; i < 16; ++i) d[i] = sum[i];
+#elif defined(USP_GPU_HOST)
+  host::mfma_32x32x8<T>(d, a, b);
 #endif
 }
 

@@ -86,4 +86,32 @@ USP_HOST_DEVICE constexpr Position c(int lane, int element) {
 
 }  // namespace mfma16x16x16
 
+// AMD v_mfma_f32_32x32x8_f16 and v_mfma_f32_32x32x8_bf16_1k: a wave of 64 lanes in 2 halves.
+//
+//         k  0..3      4..7           n  0      1     ..  31
+//   A     0  0:0123    32:0123    D m 0  0:0    1:0       31:0
+//   row   1  1:0123    33:0123        1  0:1    1:1       31:1
+//        ..                           4  32:0   33:0      63:0
+//        31  31:0123   63:0123        8  0:4    1:4       31:4
+//                                    12  32:4   33:4      63:4
+//
+//   B is like A with columns for rows.
+//
+// Source: as above.
+namespace mfma32x32x8 {
+
+USP_HOST_DEVICE constexpr Position a(int lane, int element) {
+  return {lane % 32, lane / 32 * 4 + element};
+}
+
+USP_HOST_DEVICE constexpr Position b(int lane, int element) {
+  return {lane / 32 * 4 + element, lane % 32};
+}
+
+USP_HOST_DEVICE constexpr Position c(int lane, int element) {
+  return {element / 4 * 8 + lane / 32 * 4 + element % 4, lane % 32};
+}
+
+}  // namespace mfma32x32x8
+
 }  // namespace usp::gpu

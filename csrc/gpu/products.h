@@ -1,15 +1,17 @@
 #pragma once
 
-// Products of a wave's strips of 16 rows with a tile that all waves share.
+// Products of a wave's strips of rows, each as high as a tile, with rows that all waves share.
 
 #include "mma.h"
 
 namespace usp::gpu {
 
-// (strips * 16, columns * 16) of fp32 in a wave's registers.
-template <int kStrips, int kColumns>
+// (strips, columns) tiles of fp32 in a wave's registers.
+template <int kTile, int kStrips, int kColumns>
 struct Sums {
-  Accumulator tile[kStrips][kColumns];
+  using Element = Accumulator<kTile>;
+
+  Element tile[kStrips][kColumns];
 
   USP_DEVICE void clear() {
     USP_UNROLL
@@ -19,18 +21,17 @@ struct Sums {
     }
   }
 
-  // visit(accumulator element, strip, row slot, column) over strips * 16 rows, columns * 16
+  // visit(accumulator element, strip, row slot, column) in all tiles
   template <typename Visit>
   USP_DEVICE void for_each(Visit&& visit) {
-    const int first = Accumulator::first_column();
+    const int first = Element::first_column();
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         USP_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          visit(tile[s][n].x[i], s, Accumulator::slot(i),
-                first + n * kTile + Accumulator::offset(i));
+        for (int i = 0; i < kElements<kTile>; ++i) {
+          visit(tile[s][n].x[i], s, Element::slot(i), first + n * kTile + Element::offset(i));
         }
       }
     }
@@ -38,9 +39,11 @@ struct Sums {
 };
 
 // One value for each row of a wave's strips that this lane holds part of.
-template <typename Value, int kStrips>
+template <typename Value, int kTile, int kStrips>
 struct PerRow {
-  Value of[kStrips][Accumulator::kRowSlots];
+  static constexpr int kSlots = Accumulator<kTile>::kRowSlots;
+
+  Value of[kStrips][kSlots];
 
   // visit(value, row in the wave's strips)
   template <typename Visit>
@@ -48,8 +51,8 @@ struct PerRow {
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
-      for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
-        visit(of[s][slot], s * kTile + Accumulator::row_of_slot(slot));
+      for (int slot = 0; slot < kSlots; ++slot) {
+        visit(of[s][slot], s * kTile + Accumulator<kTile>::row_of_slot(slot));
       }
     }
   }
@@ -64,11 +67,11 @@ struct MatrixRows {
   int columns;
 
   // visit(accumulator element, its place, strip, row slot) in the rows that are `given`
-  template <int kStrips, int kColumns, typename Visit>
-  USP_DEVICE void for_each(Sums<kStrips, kColumns>& sums, const PerRow<bool, kStrips>& given,
-                           Visit&& visit) const {
-    const int first = Accumulator::first_column();
-    PerRow<T*, kStrips> places;
+  template <int kTile, int kStrips, int kColumns, typename Visit>
+  USP_DEVICE void for_each(Sums<kTile, kStrips, kColumns>& sums,
+                           const PerRow<bool, kTile, kStrips>& given, Visit&& visit) const {
+    const int first = Accumulator<kTile>::first_column();
+    PerRow<T*, kTile, kStrips> places;
     places.for_each([&](T*& place, int row) { place = data + row * row_stride + first; });
     sums.for_each([&](float& x, int s, int slot, int column) {
       const int offset = column - first;
@@ -78,16 +81,16 @@ struct MatrixRows {
   }
 
   // Adds factor * sums.
-  template <int kStrips, int kColumns>
-  USP_DEVICE void add(Sums<kStrips, kColumns>& sums, float factor) const {
-    PerRow<bool, kStrips> exists;
+  template <int kTile, int kStrips, int kColumns>
+  USP_DEVICE void add(Sums<kTile, kStrips, kColumns>& sums, float factor) const {
+    PerRow<bool, kTile, kStrips> exists;
     exists.for_each([&](bool& here, int row) { here = row < count; });
     for_each(sums, exists, [&](float x, T* place, int, int) { *place += factor * x; });
   }
 };
 
-// A wave's own rows (strips * 16, kDim) as left operands: in registers or left in shared memory.
-template <typename T, int kStrips, int kDim, bool kHold>
+// A wave's own rows (strips * kTile, kDim) as left operands: in registers or left in shared memory.
+template <typename T, int kTile, int kStrips, int kDim, bool kHold>
 class LeftRows {
  public:
   USP_DEVICE LeftRows(const T* rows, int stride) : rows_(rows), stride_(stride) {
@@ -97,7 +100,7 @@ class LeftRows {
     }
   }
 
-  USP_DEVICE void get(Left<T> (&left)[kStrips], int k) const {
+  USP_DEVICE void get(Left<T, kTile> (&left)[kStrips], int k) const {
     if constexpr (kHold) {
       USP_UNROLL
       for (int s = 0; s < kStrips; ++s) left[s] = held_[k][s];
@@ -107,7 +110,7 @@ class LeftRows {
   }
 
  private:
-  USP_DEVICE void load(Left<T> (&left)[kStrips], int k) const {
+  USP_DEVICE void load(Left<T, kTile> (&left)[kStrips], int k) const {
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       left[s].load(rows_ + s * kTile * stride_ + k * kTile, stride_);
@@ -116,22 +119,22 @@ class LeftRows {
 
   const T* rows_;
   int stride_;
-  Left<T> held_[kHold ? kDim / kTile : 1][kStrips];
+  Left<T, kTile> held_[kHold ? kDim / kTile : 1][kStrips];
 };
 
-// sums = left right^T, `right` (columns * 16, kDim) in shared memory.
-template <int kDim, typename T, int kStrips, int kColumns, bool kHold>
-USP_DEVICE void multiply_transposed(Sums<kStrips, kColumns>& sums,
-                                    const LeftRows<T, kStrips, kDim, kHold>& left, const T* right,
-                                    int stride) {
+// sums = left right^T, `right` (columns * kTile, kDim) in shared memory.
+template <int kDim, typename T, int kTile, int kStrips, int kColumns, bool kHold>
+USP_DEVICE void multiply_transposed(Sums<kTile, kStrips, kColumns>& sums,
+                                    const LeftRows<T, kTile, kStrips, kDim, kHold>& left,
+                                    const T* right, int stride) {
   sums.clear();
   USP_UNROLL
   for (int k = 0; k < kDim / kTile; ++k) {
-    Left<T> a[kStrips];
+    Left<T, kTile> a[kStrips];
     left.get(a, k);
     USP_UNROLL
     for (int n = 0; n < kColumns; ++n) {
-      Right<T> b;
+      Right<T, kTile> b;
       b.load_transposed(right + n * kTile * stride + k * kTile, stride);
       USP_UNROLL
       for (int s = 0; s < kStrips; ++s) multiply_add(sums.tile[s][n], a[s], b);
@@ -139,18 +142,19 @@ USP_DEVICE void multiply_transposed(Sums<kStrips, kColumns>& sums,
   }
 }
 
-// sums += left right, `left` rounded to T, `right` (depth * 16, columns * 16) in shared memory.
-template <typename T, int kStrips, int kColumns, int kDepth>
-USP_DEVICE void multiply_accumulate(Sums<kStrips, kColumns>& sums,
-                                    const Sums<kStrips, kDepth>& left, const T* right, int stride) {
+// sums += left right, `left` rounded to T, `right` (depth, columns) tiles in shared memory.
+template <typename T, int kTile, int kStrips, int kColumns, int kDepth>
+USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns>& sums,
+                                    const Sums<kTile, kStrips, kDepth>& left, const T* right,
+                                    int stride) {
   USP_UNROLL
   for (int k = 0; k < kDepth; ++k) {
-    Left<T> a[kStrips];
+    Left<T, kTile> a[kStrips];
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) a[s].from(left.tile[s][k]);
     USP_UNROLL
     for (int n = 0; n < kColumns; ++n) {
-      Right<T> b;
+      Right<T, kTile> b;
       b.load(right + k * kTile * stride + n * kTile, stride);
       USP_UNROLL
       for (int s = 0; s < kStrips; ++s) multiply_add(sums.tile[s][n], a[s], b);

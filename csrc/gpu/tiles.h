@@ -13,41 +13,61 @@ namespace usp::gpu {
 // Shared memory of one block: 99 KiB on sm_86 and sm_89, more elsewhere; LDS on AMD.
 inline constexpr int kSharedLimit = (kWarps ? 99 : 64) * 1024;
 
-// A block owns `rows` rows, 16 * strips of them in each wave, and walks over `columns` at a time:
+// A block owns `rows` rows, `wave_rows` of them in each wave, and walks over `columns` at a time:
 // forward and dQ own queries and walk over keys, dK/dV owns keys and walks over queries.
 struct Tiles {
+  int tile;  // 16, or 32 on AMD, see mma.h
   int waves;
-  int strips;
+  int strips;  // tiles of a wave's own rows
   int columns;
   int stages;          // tiles in shared memory: 2 loads one while the other is used
   int blocks_at_once;  // on one multiprocessor, at least: bounds the registers
   bool hold_left;      // a wave's own rows in registers, not in shared memory
 
-  USP_HOST_DEVICE constexpr int rows() const { return waves * strips * kTile; }
+  USP_HOST_DEVICE constexpr int wave_rows() const { return strips * tile; }
+  USP_HOST_DEVICE constexpr int rows() const { return waves * wave_rows(); }
   USP_HOST_DEVICE constexpr int threads() const { return waves * kWaveSize; }
 };
 
+// On AMD a wave takes 32 rows: what it reads of a shared tile serves twice the products that it
+// would with 16, and a row's maximum is one shuffle away, not two. The own rows pass through the
+// LDS once, where the walked ones lie afterwards, and 128 of them with a head dim of 256 do not
+// fit: there a wave takes 16.
 USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
   if (kWarps) {
-    if (head_dim <= 64 && plain) return {4, 2, 64, 2, 1, false};
-    if (head_dim <= 128) return {4, 1, 64, 2, 1, true};
-    return {4, 1, 32, 2, 1, false};
+    if (head_dim <= 64 && plain) return {16, 4, 2, 64, 2, 1, false};
+    if (head_dim <= 128) return {16, 4, 1, 64, 2, 1, true};
+    return {16, 4, 1, 32, 2, 1, false};
   }
-  if (head_dim <= 64) return {4, 2, 64, 1, 1, true};
-  if (head_dim <= 128) return {4, 2, 32, 1, 1, true};
-  return {4, 1, 32, 1, 1, true};
+  if (head_dim <= 192) return {32, 4, 1, 64, 1, 1, true};
+  return {16, 4, 1, 32, 1, 1, true};
 }
 
-USP_HOST_DEVICE constexpr Tiles backward_tiles(int head_dim) {
+enum class Gradient { kQuery, kKeyValue, kBias };
+
+// dK and dV are two sums to hold in registers: on AMD 32 rows of more than 128 columns do not fit
+// beside the own rows, 128 already only with fewer columns walked over at a time. For dbias four
+// tensors lie in shared memory at once.
+USP_HOST_DEVICE constexpr Tiles backward_tiles(Gradient gradient, int head_dim) {
   if (kWarps) {
-    if (head_dim <= 64) return {4, 1, 64, 2, 1, false};
-    if (head_dim <= 128) return {4, 1, 32, 2, 1, false};
-    return {4, 1, 16, 1, 1, false};
+    if (head_dim <= 64) return {16, 4, 1, 64, 2, 1, false};
+    if (head_dim <= 128) return {16, 4, 1, 32, 2, 1, false};
+    return {16, 4, 1, 16, 1, 1, false};
   }
-  if (head_dim <= 64) return {4, 1, 64, 1, 1, false};
-  if (head_dim <= 128) return {4, 1, 32, 1, 1, false};
-  if (head_dim <= 192) return {4, 1, 16, 1, 1, false};
-  return {2, 1, 16, 1, 1, false};
+  if (gradient == Gradient::kQuery) {
+    if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
+    if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
+    return {16, 4, 1, 32, 1, 1, true};
+  }
+  if (gradient == Gradient::kKeyValue) {
+    if (head_dim <= 64) return {32, 4, 1, 64, 1, 1, true};
+    if (head_dim <= 128) return {32, 4, 1, 32, 1, 1, true};
+    return {16, 4, 1, 32, 1, 1, true};
+  }
+  if (head_dim <= 64) return {16, 4, 1, 64, 1, 1, false};
+  if (head_dim <= 128) return {16, 4, 1, 32, 1, 1, false};
+  if (head_dim <= 192) return {16, 4, 1, 16, 1, 1, false};
+  return {16, 2, 1, 16, 1, 1, false};
 }
 
 // Blocks that share the columns of one tile of dK and dV: more than 128 of both do not fit into 255

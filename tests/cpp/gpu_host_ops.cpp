@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "gpu/attention.h"
 #include "gpu/head_exchange.h"
 #include "gpu/state_merge.h"
 #include "move_arguments.h"
@@ -11,6 +12,10 @@ namespace usp {
 namespace {
 
 void done(const char* error) { check(error == nullptr, error == nullptr ? "" : error); }
+
+void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
+  done(gpu::attention_delta(read_delta<float>(dout, out, delta), {}));
+}
 
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                  const Tensor& more_lse) {
@@ -35,12 +40,14 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 #define USP_HOST_OPS_IMPL(name) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
 
 USP_HOST_OPS(USP_GPU_HOST_OPS) {
+  m.def("attention_delta(Tensor dout, Tensor out, Tensor(a!) delta) -> ()");
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
 }
 
 USP_HOST_OPS_IMPL(USP_GPU_HOST_OPS) {
+  m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

@@ -48,10 +48,7 @@ def attention_forward(block: Block, state: State) -> None:
 
 def delta(dout: Tensor, out: Tensor) -> Tensor:
     batch, num_rows, num_heads = out.shape[:3]
-    dtype = state_dtype(out.dtype)
-    if not ops.is_there("attention_delta", out.device.type):
-        return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2)
-    result = out.new_empty((batch, num_heads, num_rows), dtype=dtype)
+    result = out.new_empty((batch, num_heads, num_rows), dtype=state_dtype(out.dtype))
     torch.ops.usp.attention_delta(dout, out, result)
     return result
 

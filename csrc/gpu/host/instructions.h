@@ -63,6 +63,12 @@ void mfma_16x16x16(float* d, const uint32_t* a, const uint32_t* b) {
   meet_wave(multiply_wave<T, 16, 16, 16, mfma16x16x16::a, mfma16x16x16::b, mfma16x16x16::c>, &mine);
 }
 
+template <typename T>
+void mfma_32x32x8(float* d, const uint32_t* a, const uint32_t* b) {
+  MatrixOperands mine{d, a, b};
+  meet_wave(multiply_wave<T, 32, 32, 8, mfma32x32x8::a, mfma32x32x8::b, mfma32x32x8::c>, &mine);
+}
+
 struct MatrixLoad {
   uint32_t* d;
   const void* row;

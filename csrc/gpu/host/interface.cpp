@@ -76,6 +76,8 @@ constexpr NamedLayout kLayouts[] = {
     {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
     {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
     {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
+    {"mfma32x32x8.a", mfma32x32x8::a},   {"mfma32x32x8.b", mfma32x32x8::b},
+    {"mfma32x32x8.c", mfma32x32x8::c},
 };
 
 }  // namespace
@@ -102,8 +104,10 @@ int usp_gpu_layout(const char* name, int lane, int element, int* row, int* colum
   return 0;
 }
 
-void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* lse) {
-  usp::gpu::attention_forward(attention(*in), {out, lse}, {});
+// `result` has the dtype of q.
+void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* lse, void* result) {
+  const auto inputs = attention(*in);
+  usp::gpu::attention_forward(inputs, {out, lse, result, inputs.q.dtype}, {});
 }
 
 void usp_gpu_attention_backward(const usp::gpu::Inputs* in, const usp::gpu::Gradients* g) {
