@@ -26,8 +26,9 @@ inline constexpr int64_t kKeysHeld = kTilesHeld * kKeyTile;
 
 template <typename T>
 struct Workspace {
-  Matrix<T> q_left, q, q_t;           // (rows, D) twice, (D, rows)
-  Matrix<T> dout_left, dout, dout_t;  // (rows, Dv) twice, (Dv, rows)
+  Matrix<T> q_left, q;                // (rows, D)
+  Matrix<T> dout_left, dout;          // (rows, Dv)
+  QueryOperand<T> q_t, dout_t;        // (D, rows), (Dv, rows)
   Matrix<T> k_left, v_left;           // (keys held, D) (keys held, Dv)
   Matrix<T> k;                        // (keys held, D)
   Matrix<T> dq;                       // (rows, D)
@@ -47,10 +48,10 @@ struct Workspace {
     constexpr int64_t kTile = kKeyTile * kQueryTile;
     q_left = matrix(kQueryTile, padded(a.D));
     q = matrix(kQueryTile, padded(a.D));
-    q_t = matrix(a.D, kQueryTile);
+    q_t.transposed = matrix(a.D, kQueryTile);
     dout_left = matrix(kQueryTile, padded(a.Dv));
     dout = matrix(kQueryTile, padded(a.Dv));
-    dout_t = matrix(a.Dv, kQueryTile);
+    dout_t.transposed = matrix(a.Dv, kQueryTile);
     k_left = matrix(kKeysHeld, padded(a.D));
     v_left = matrix(kKeysHeld, padded(a.Dv));
     k = matrix(kKeysHeld, padded(a.D));
@@ -190,10 +191,9 @@ class Walk {
 
   GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
-    compute_scores<T>(a_, kernels_, at, k, as_const(w_.q_t), w_.positions, s, w_.derivative);
+    compute_scores<T>(a_, kernels_, at, k, w_.q_t, w_.positions, s, w_.derivative);
     ahead_.advance();
-    kernels_.gemm(s.keys, s.queries, a_.Dv, v, as_const(w_.dout_t), {dp.data, s.queries}, T(1),
-                  false);
+    w_.dout_t.multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, s.keys, s.queries});
     }
@@ -217,11 +217,10 @@ class Walk {
 
   void load_queries(int64_t h, Range rows) {
     const int64_t num_rows = rows.size(), row_of_lse = (b_ * a_.H + h) * a_.Lq + rows.begin;
-    w_.q_t.ld = w_.dout_t.ld = padded(num_rows);
     const auto q = left_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q_left);
     const auto dout = left_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout_left);
-    kernels_.right_transpose(q, num_rows, a_.D, w_.q_t);
-    kernels_.right_transpose(dout, num_rows, a_.Dv, w_.dout_t);
+    w_.q_t.set(kernels_, q, num_rows, a_.D);
+    w_.dout_t.set(kernels_, dout, num_rows, a_.Dv);
     right_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q);
     right_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout);
     for (int64_t i = 0; i < padded(num_rows); ++i) {

@@ -26,7 +26,8 @@ struct RowTile {
   int64_t h;
   bool started;                   // out holds something
   Range rows, visible, unmasked;  // visible and unmasked are keys
-  Matrix<T> q_t;                  // (D, rows)
+  Matrix<T> q_room;               // (few rows, D)
+  QueryOperand<T> q;              // (D, rows)
   Matrix<T> out;                  // (rows, Dv), not normalised
   SoftmaxRows<T> softmax;
   QueryPositions positions;
@@ -34,7 +35,8 @@ struct RowTile {
   RowTile() = default;
 
   RowTile(const Attention<T>& a, Carver& carver) {
-    q_t = {carver.take<T>(a.D * kQueryTile), kQueryTile};
+    q_room = {carver.take<T>(kFew * padded(a.D)), padded(a.D)};
+    q.transposed = {carver.take<T>(a.D * kQueryTile), kQueryTile};
     out = {carver.take<T>(kQueryTile * padded(a.Dv)), padded(a.Dv)};
     softmax = {carver.take<T>(kQueryTile), carver.take<T>(kQueryTile), carver.take<T>(kQueryTile)};
     positions.carve(carver);
@@ -100,23 +102,26 @@ struct Division {
   }
 };
 
+// One worker's tasks, one after another.
 template <typename T>
-class ForwardTask {
+class ForwardWorker {
  public:
-  ForwardTask(const Attention<T>& a, const AttentionState<T>& state, const Kernels<T>& kernels,
-              Workspace<T>& w, const Division<T>& division, T headroom_sum)
+  ForwardWorker(const Attention<T>& a, const AttentionState<T>& state, const Division<T>& division,
+                Carver& carver)
       : a_(a),
         state_(state),
-        kernels_(kernels),
-        w_(w),
         division_(division),
-        headroom_sum_(headroom_sum) {}
+        kernels_(kernels<T>(a.q.dtype)),
+        headroom_sum_(std::exp(kernels_.headroom)),
+        w_(a, division.held, carver) {}
 
   void run(int64_t task, int64_t probably_next) {
-    const Share share = division_.share(task);
+    const Share share = task == next_ ? next_share_ : division_.share(task);
+    next_ = probably_next;
+    if (next_ < division_.tasks) next_share_ = division_.share(next_);
     b_ = share.b;
     g_ = share.g;
-    next_ = probably_next;
+    count_ = 0;
     division_.for_each_tile(share, [&](int64_t h, Range rows) { hold(h, rows); });
     if (count_ > 0) walk();
   }
@@ -156,13 +161,13 @@ class ForwardTask {
     ahead_.forget();
     if (!keys.empty()) return look_ahead_at_keys(b_, g_, keys);
     if (next_ >= division_.tasks) return;
-    const Share share = division_.share(next_);
     Range visible;
-    division_.for_each_tile(share, [&](int64_t h, Range rows) {
-      ahead_.add(a_.q, share.b, h, rows, a_.D);
+    division_.for_each_tile(next_share_, [&](int64_t h, Range rows) {
+      ahead_.add(a_.q, next_share_.b, h, rows, a_.D);
       visible = visible_keys(a_.span, rows);
     });
-    look_ahead_at_keys(share.b, share.g, intersect(visible, {visible.begin, visible.begin + kKeyTile}));
+    look_ahead_at_keys(next_share_.b, next_share_.g,
+                       intersect(visible, {visible.begin, visible.begin + kKeyTile}));
   }
 
   void look_ahead_at_keys(int64_t b, int64_t g, Range keys) {
@@ -172,9 +177,9 @@ class ForwardTask {
 
   void load_queries(RowTile<T>& tile) {
     const int64_t num_rows = tile.rows.size();
-    const auto q = left_rows(kernels_, a_.q, b_, tile.h, tile.rows, a_.D, w_.q);
-    tile.q_t.ld = padded(num_rows);
-    kernels_.right_transpose(q, num_rows, a_.D, tile.q_t);
+    const Matrix<T> room = num_rows <= kFew ? tile.q_room : w_.q;
+    const auto q = left_rows(kernels_, a_.q, b_, tile.h, tile.rows, a_.D, room);
+    tile.q.set(kernels_, q, num_rows, a_.D);
     tile.positions.load(a_, tile.rows);
   }
 
@@ -224,7 +229,7 @@ class ForwardTask {
   void add_tile(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
     const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
-    compute_scores<T>(a_, kernels_, at, k, as_const(tile.q_t), tile.positions, s, nullptr);
+    compute_scores<T>(a_, kernels_, at, k, tile.q, tile.positions, s, nullptr);
     ahead_.advance();
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, tile.positions, {w_.multiplier, s.keys, s.queries});
@@ -273,12 +278,13 @@ class ForwardTask {
 
   const Attention<T>& a_;
   const AttentionState<T>& state_;
-  const Kernels<T>& kernels_;
-  Workspace<T>& w_;
   const Division<T>& division_;
+  const Kernels<T>& kernels_;
   const T headroom_sum_;  // exp(headroom)
-  int64_t b_ = 0, g_ = 0, next_ = 0;
-  int64_t count_ = 0;
+  Workspace<T> w_;
+  int64_t b_ = 0, g_ = 0, count_ = 0;
+  int64_t next_ = -1;  // task
+  Share next_share_{};
   Lookahead ahead_;
 };
 
@@ -291,20 +297,17 @@ void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
   const Division<T> division(a, parallel.num_threads);
   Carver measure(nullptr);
   Workspace<T>(a, division.held, measure);
-  const int64_t workers = parallel.workers_for(division.tasks);
-  Scratch scratch(workers, measure.used());
-  std::vector<Workspace<T>> workspaces;
-  workspaces.reserve(static_cast<size_t>(workers));
-  for (int64_t worker = 0; worker < workers; ++worker) {
+  const int64_t count = parallel.workers_for(division.tasks);
+  Scratch scratch(count, measure.used());
+  std::vector<ForwardWorker<T>> workers;
+  workers.reserve(static_cast<size_t>(count));
+  for (int64_t worker = 0; worker < count; ++worker) {
     Carver carver(scratch.of(worker));
-    workspaces.emplace_back(a, division.held, carver);
+    workers.emplace_back(a, state, division, carver);
   }
-  const Kernels<T>& table = kernels<T>(a.q.dtype);
-  const T headroom_sum = std::exp(table.headroom);
   parallel.for_each_task(division.tasks, [&](int64_t worker, int64_t task) {
-    Workspace<T>& workspace = workspaces[static_cast<size_t>(worker)];
-    ForwardTask<T>(a, state, table, workspace, division, headroom_sum)
-        .run(task, parallel.probably_after(task, division.tasks));
+    const int64_t next = parallel.probably_after(task, division.tasks);
+    workers[static_cast<size_t>(worker)].run(task, next);
   });
 }
 

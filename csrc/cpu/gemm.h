@@ -77,6 +77,33 @@ void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix
 }
 
 template <typename Words, typename T>
+USP_SIMD T dot(const T* a, const T* b, int64_t words) {
+  Vec<T> sum = {};
+  int64_t p = 0;
+  for (; p + kLanes<T> <= words; p += kLanes<T>) {
+    sum = Words::template multiply_add_lanes<T>(load(a + p), load(b + p), sum);
+  }
+  if (p < words) {
+    const Vec<T> left = load_some(a + p, words - p), right = load_some(b + p, words - p);
+    sum = Words::template multiply_add_lanes<T>(left, right, sum);
+  }
+  return sum_of_lanes<T>(sum)[0];
+}
+
+template <typename Words, typename T>
+void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
+                       Matrix<T> c, T alpha) {
+  const int64_t words = (k + Words::kElements - 1) / Words::kElements;
+  for (int64_t j = 0; j < m; ++j) {
+    T* row = c.data + j * c.ld;
+    for (int64_t i = 0; i < kPad; i += kLanes<T>) store<T>(row + i, Vec<T>{});
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] = alpha * dot<Words>(a.data + j * a.ld, b.data + i * b.ld, words);
+    }
+  }
+}
+
+template <typename Words, typename T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
           T alpha, bool accumulate) {
   const int64_t words = (k + Words::kElements - 1) / Words::kElements;

@@ -23,6 +23,9 @@ namespace usp::cpu {
 // Tiles are padded to this many elements along vectors: 64 bytes of the narrowest type.
 inline constexpr int64_t kPad = 16;
 
+// Up to this many rows of queries take less as rows than padded to kPad columns.
+inline constexpr int64_t kFew = 3;
+
 template <typename T>
 struct Matrix {
   T* data;
@@ -94,6 +97,10 @@ struct Kernels {
   // the other two are any number.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                T alpha, bool accumulate);
+  // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in the
+  // padding columns.
+  void (*products_with_few)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
+                            Matrix<T> c, T alpha);
 
   // Rows (rows, cols) of a tensor as left operand, in words along a row: in place, or copied to
   // `room`.

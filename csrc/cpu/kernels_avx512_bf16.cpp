@@ -43,7 +43,12 @@ struct PairWords {
   static constexpr bool kInPlace = false;
 
   static USP_SIMD_MEMBER Vec<float> multiply_add(float left, Vec<float> right, Vec<float> sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
+    return multiply_add_lanes<float>((Vec<float>)_mm512_set1_ps(left), right, sum);
+  }
+
+  template <typename T>
+  static USP_SIMD_MEMBER Vec<T> multiply_add_lanes(Vec<T> left, Vec<T> right, Vec<T> sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
 
   template <typename T>

@@ -146,6 +146,25 @@ USP_SIMD void transpose(Vec<T>* rows) {
   }
 }
 
+// The sum over the lanes, in the first one.
+template <typename T, int kStep = kLanes<T> / 2>
+USP_SIMD Vec<T> sum_of_lanes(Vec<T> v) {
+  if constexpr (kStep == 0) {
+    return v;
+  } else {
+    const Vec<T> upper = half_groups<kStep, true, T>(v, v);
+    return sum_of_lanes<T, kStep / 2>(v + upper);
+  }
+}
+
+// `count` elements, less than there are lanes, and zeros.
+template <typename T>
+USP_SIMD Vec<T> load_some(const T* p, int64_t count) {
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
 template <typename T, bool kCoarse>
 struct Exponential {
   static constexpr auto& kCoefficients = VectorTraits<T>::kExp;

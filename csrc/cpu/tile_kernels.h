@@ -17,6 +17,7 @@ constexpr Kernels<T> make_kernels() {
       .word = Words::kElements,
       .headroom = Words::kRounds ? T(16) : T(0),
       .gemm = gemm<Words, T>,
+      .products_with_few = products_with_few<Words, T>,
       .left_rows = left_rows<T>,
       .right_rows = right_rows<T>,
       .right_transpose = right_transpose<T>,

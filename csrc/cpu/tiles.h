@@ -54,6 +54,34 @@ Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.ld, m.transposed};
 }
 
+// Rows of queries, or of their gradients, as the second operand of scores.
+template <typename T>
+struct QueryOperand {
+  Matrix<T> transposed;   // right operand (cols, padded rows); its room
+  Matrix<const T> few{};  // left operand instead, where the rows are few
+
+  // From left operand `rows`, which must outlive this where they are few.
+  void set(const Kernels<T>& kernels, Matrix<const T> rows, int64_t num_rows, int64_t cols) {
+    const bool are_few = num_rows <= kFew;
+    few = are_few ? rows : Matrix<const T>{};
+    if (are_few) return;
+    transposed.ld = padded(num_rows);
+    kernels.right_transpose(rows, num_rows, cols, transposed);
+  }
+
+  // products (keys, padded rows) = scale * left (keys, cols) times this.
+  void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
+                Tile<T> products, T scale) const {
+    const Matrix<T> to{products.data, products.queries};
+    if (few.data != nullptr) {
+      kernels.products_with_few(products.keys, num_rows, cols, left, few, to, scale);
+    } else {
+      kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to, scale,
+                   false);
+    }
+  }
+};
+
 // Which tile of which head is being computed.
 struct TileIndex {
   int64_t b;
@@ -92,10 +120,9 @@ struct QueryPositions {
 // ALiBi, -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
-                    Matrix<const T> k, Matrix<const T> q_t, const QueryPositions& positions,
+                    Matrix<const T> k, const QueryOperand<T>& q, const QueryPositions& positions,
                     Tile<T> s, T* softcap_derivative) {
-  kernels.gemm(s.keys, s.queries, a.D, k, q_t, {s.data, s.queries}, static_cast<T>(a.softmax_scale),
-               false);
+  q.multiply(kernels, at.rows.size(), a.D, k, s, static_cast<T>(a.softmax_scale));
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),

@@ -20,6 +20,11 @@ struct SingleWords {
     return sum + left * right;
   }
 
+  template <typename T>
+  static USP_SIMD_MEMBER Vec<T> multiply_add_lanes(Vec<T> left, Vec<T> right, Vec<T> sum) {
+    return sum + left * right;
+  }
+
   // Where store_by_key and store_by_query write, as left operands (keys, queries) and its
   // transpose.
   template <typename T>
