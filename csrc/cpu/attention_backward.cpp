@@ -26,19 +26,19 @@ inline constexpr int64_t kKeysHeld = kTilesHeld * kKeyTile;
 
 template <typename T>
 struct Workspace {
-  Matrix<T> q_left, q;                // (rows, D)
-  Matrix<T> dout_left, dout;          // (rows, Dv)
-  QueryOperand<T> q_t, dout_t;        // (D, rows), (Dv, rows)
-  Matrix<T> k_left, v_left;           // (keys held, D) (keys held, Dv)
-  Matrix<T> k;                        // (keys held, D)
-  Matrix<T> dq;                       // (rows, D)
-  Matrix<T> dk, dv;                   // (keys held, D) (keys held, Dv)
-  T *s, *dp;                          // (keys, rows)
-  T* operands[3];                     // (keys, rows), see GradientOperands
-  T* derivative;                      // (keys, rows), softcap only
-  T* multiplier;                      // (keys, rows), dropout only
-  T* ds;                              // (keys, rows), with a gradient of the bias only
-  T *lse, *delta;                     // (rows,)
+  Matrix<T> q_left, q;          // (rows, D)
+  Matrix<T> dout_left, dout;    // (rows, Dv)
+  QueryOperand<T> q_t, dout_t;  // (D, rows), (Dv, rows)
+  Matrix<T> k_left, v_left;     // (keys held, D) (keys held, Dv)
+  Matrix<T> k;                  // (keys held, D)
+  Matrix<T> dq;                 // (rows, D)
+  Matrix<T> dk, dv;             // (keys held, D) (keys held, Dv)
+  T *s, *dp;                    // (keys, rows)
+  T* operands[3];               // (keys, rows), see GradientOperands
+  T* derivative;                // (keys, rows), softcap only
+  T* multiplier;                // (keys, rows), dropout only
+  T* ds;                        // (keys, rows), with a gradient of the bias only
+  T *lse, *delta;               // (rows,)
   QueryPositions positions;
 
   Workspace(const Attention<T>& a, bool with_dbias, Carver& carver) {

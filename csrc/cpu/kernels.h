@@ -97,8 +97,8 @@ struct Kernels {
   // the other two are any number.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                T alpha, bool accumulate);
-  // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in the
-  // padding columns.
+  // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in
+  // the padding columns.
   void (*products_with_few)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
                             Matrix<T> c, T alpha);
 

@@ -71,6 +71,50 @@ TYPED_TEST(TileKernels, Gemm) {
   });
 }
 
+// Vectors here end where their elements end: the sanitizers see what is read past a row.
+TYPED_TEST(TileKernels, RightTranspose) {
+  using T = TypeParam;
+  this->on_each_capability([&](const Kernels<T>& table) {
+    for (const int64_t rows : {1, 2, 15, 16, 17, 40, 64}) {
+      for (const int64_t cols : {1, 3, 8, 15, 16, 17, 31, 40, 64, 70}) {
+        const int64_t ld = (rows + kPad - 1) / kPad * kPad, stride = cols + 2;
+        const auto x = this->randoms((rows - 1) * stride + cols);
+        std::vector<T> transposed(static_cast<size_t>(cols * ld), T(7));
+        table.right_transpose({x.data(), stride}, rows, cols, {transposed.data(), ld});
+        for (int64_t d = 0; d < cols; ++d) {
+          for (int64_t i = 0; i < ld; ++i) {
+            ASSERT_EQ(transposed[d * ld + i], i < rows ? x[i * stride + d] : T(0));
+          }
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(TileKernels, ProductsWithFew) {
+  using T = TypeParam;
+  this->on_each_capability([&](const Kernels<T>& table) {
+    for (int64_t few = 1; few <= kFew; ++few) {
+      for (const int64_t k : {0, 1, 7, 16, 33, 64, 71}) {
+        const int64_t m = 5, lda = k + 1, ldb = k + 3, ldc = kPad + 1;
+        const auto a = this->randoms((m - 1) * lda + k), b = this->randoms((few - 1) * ldb + k);
+        std::vector<T> c(static_cast<size_t>(m * ldc), T(7));
+        table.products_with_few(m, few, k, {a.data(), lda}, {b.data(), ldb}, {c.data(), ldc},
+                                T(0.5));
+        for (int64_t j = 0; j < m; ++j) {
+          for (int64_t i = 0; i < ldc; ++i) {
+            T expected = i < kPad ? T(0) : T(7);
+            for (int64_t p = 0; p < k && i < few; ++p) {
+              expected += T(0.5) * a[j * lda + p] * b[i * ldb + p];
+            }
+            ASSERT_NEAR(c[j * ldc + i], expected, 50 * this->kEpsilon);
+          }
+        }
+      }
+    }
+  });
+}
+
 // exp(x - lse) by way of a score's gradient where that of its weight is 1. Columns of 16 rows.
 template <typename T>
 std::vector<T> exps(const Kernels<T>& table, std::vector<T> x, std::vector<T> lse) {
@@ -218,6 +262,28 @@ TEST_F(Bf16Products, OfRowsWithRows) {
               for (int64_t d = 0; d < dim && i < queries; ++d) expected += k.at(j, d) * q.at(i, d);
               ASSERT_EQ(s[j * columns + i], 0.25f * expected);
             }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Bf16Products, OfRowsWithFewRows) {
+  std::vector<float> q_memory, k_memory;
+  for (int64_t queries = 1; queries <= kFew; ++queries) {
+    for (const int64_t dim : {1, 5, 32, 37, 80}) {
+      for (const int64_t bytes : {0, 2}) {
+        const int64_t keys = 7;
+        const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
+        auto s = room(keys * kPad);
+        table().products_with_few(keys, queries, dim, left(k, keys, k_memory, bytes),
+                                  left(q, queries, q_memory, bytes), {s.data(), kPad}, 0.25f);
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int64_t i = 0; i < kPad; ++i) {
+            float expected = 0;
+            for (int64_t d = 0; d < dim && i < queries; ++d) expected += k.at(j, d) * q.at(i, d);
+            ASSERT_EQ(s[j * kPad + i], 0.25f * expected);
           }
         }
       }
