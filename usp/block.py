@@ -134,7 +134,9 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients, backend: Ba
         return
     dtype = saved.lse.dtype
     places = grads.dq, grads.dk, grads.dv
-    dq, dk, dv = (x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in places)
+    dq, dk, dv = (
+        x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in places
+    )
     backend.attention_backward(block, saved, Gradients(dq, dk, dv, grads.dbias))
     for place, total in zip(places, (dq, dk, dv), strict=True):
         if place is not total:
