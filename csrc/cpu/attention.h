@@ -16,13 +16,13 @@ void attention_forward(const Attention<T>& inputs, const AttentionState<T>& stat
 template <typename T>
 void attention_delta(const AttentionDelta<T>& inputs, const ParallelFor& parallel);
 
-// Adds the block's share to dq, dk, dv and dbias.
-// Whether results can hold dq in this dtype: it is summed over runs of keys, in its own memory.
-template <typename T>
-bool can_sum_dq_in(DType dtype, int64_t num_keys);
-
+// Adds the block's share to dq, dk, dv and dbias, or writes it to the results.
 template <typename T>
 void attention_backward(const Attention<T>& inputs, const AttentionGradients<T>& gradients,
                         const ParallelFor& parallel);
+
+// Whether results can hold dq in this dtype: it is summed over runs of keys, in its own memory.
+template <typename T>
+bool can_sum_dq_in(DType dtype, int64_t num_keys);
 
 }  // namespace usp::cpu

@@ -5,6 +5,8 @@
 //   dS^T = dS^T * d softcap / dx
 //   dV += (P^T * m) dO,  dK += scale dS^T Q,  dQ += scale dS K
 //
+// The only block writes its gradients over what is there, in their own dtype.
+//
 // A walk holds a few tiles of keys of one key head and passes the tiles of query rows that see
 // them, each row tile's dQ in its hands and the keys' dK and dV in its own memory. Where there are
 // enough heads to go round, a task walks all keys of its heads. Else the threads walk together,
@@ -108,13 +110,14 @@ class Walk {
   void pass(int64_t h, Range rows) {
     const Range visible = intersect(visible_keys(a_.span, rows), keys_);
     const bool first = overwrite_ && keys_.begin == 0;  // of these rows' passes
-    if (visible.empty() && !first) return;
-    set_zero(w_.dq, rows.size());
-    if (!visible.empty()) add_tiles(h, rows, visible);
-    const int64_t row = (b_ * a_.Lq + rows.begin) * a_.H + h;
-    const auto& results = grads_.results;
-    put(w_.dq, rows.size(), a_.D, scale(), !first,
-        place(grads_.dq, results.dq, results.dq_dtype, row * a_.D, a_.H * a_.D));
+    if (!visible.empty() || first) {
+      set_zero(w_.dq, rows.size());
+      if (!visible.empty()) add_tiles(h, rows, visible);
+      const int64_t row = (b_ * a_.Lq + rows.begin) * a_.H + h;
+      const auto& results = grads_.results;
+      put(w_.dq, rows.size(), a_.D, scale(), !first,
+          place(grads_.dq, results.dq, results.dq_dtype, row * a_.D, a_.H * a_.D));
+    }
     ahead_.forget();
   }
 
