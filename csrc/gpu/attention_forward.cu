@@ -218,12 +218,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const auto k = HeadRows<T>::of(a.k, place.b, g, a.D);
   const auto v = HeadRows<T>::of(a.v, place.b, g, a.Dv);
   ForwardShared<T, kDim, kPlain> shared(shared_memory());
-  const auto load_keys = [&](int step) {
-    const Rows keys = walk.step(step, kTiles.columns);
-    shared.k.stage(step).template load<kThreads>(k, keys, kPlain || arguments.vectors);
-    shared.v.stage(step).template load<kThreads>(v, keys, kPlain || arguments.vectors);
-  };
-
+  const bool vectors = kPlain || arguments.vectors;
   const Rows rows = Rows::of(range);
   const int first_query = rows.begin + wave() * kTiles.wave_rows();
   RunningRows<kTile, kStrips> running;
@@ -231,31 +226,31 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   state_of_wave<T>(arguments, kTiles).load(running, out);
 
   const auto queries = OwnRows<T, kTile, kStrips, kDim, kTiles.hold_left>::template load<kThreads>(
-      shared.q, q, rows, kPlain || arguments.vectors);
-  if (walk.count > 0) load_keys(0);
+      shared.q, q, rows, vectors);
 
+  using Walked = WalkedRows<T, kTiles.columns, kDim, kTiles.stages, kThreads>;
+  Walked keys(shared.k), values(shared.v);
+  const auto request = [&](int step, int n) {
+    const Rows next = walk.step(step, kTiles.columns);
+    keys.request(n, k, next, vectors);
+    values.request(n, v, next, vectors);
+  };
+  const auto store = [&](int n) {
+    keys.store(n);
+    values.store(n);
+  };
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  for (int step = 0; step < walk.count; ++step) {
-    copies_arrived();
-    barrier();
-    if (kTiles.stages > 1 && step + 1 < walk.count) load_keys(step + 1);
-
+  walk_tiles<kTiles.stages>(walk.count, request, store, [&](int step, int n) {
+    const Rows here = walk.step(step, kTiles.columns);
     Sums<kTile, kStrips, kKeyTiles> scores;
-    multiply_transposed<kDim>(scores, queries, shared.k.stage(step).data, kStride);
+    multiply_transposed<kDim>(scores, queries, keys.tile(n), kStride);
     if (!kPlain || walk.is_masked(step)) {
-      mask_and_score(scores, scoring, first_query, walk.step(step, kTiles.columns),
-                     walk.is_masked(step));
+      mask_and_score(scores, scoring, first_query, here, walk.is_masked(step));
     }
     softmax_step(scores, scoring.remaining_scale(), running, out);
-    if (scoring.drops()) {
-      drop(scores, scoring, first_query, walk.step(step, kTiles.columns));
-    }
-    multiply_accumulate(out, scores, shared.v.stage(step).data, kStride);
-    if (kTiles.stages == 1 && step + 1 < walk.count) {
-      barrier();
-      load_keys(step + 1);
-    }
-  }
+    if (scoring.drops()) drop(scores, scoring, first_query, here);
+    multiply_accumulate(out, scores, values.tile(n), kStride);
+  });
   state_of_wave<T>(arguments, kTiles).store(running, out);
 }
 

@@ -119,14 +119,12 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
   total.clear();
   const auto add_tile = [&](int64_t b, int64_t h, Rows rows) {
     barrier();
-    shared.queries.template load<kThreads>(HeadRows<T>::of(a.q, b, h, a.D), rows,
-                                           arguments.vectors);
-    shared.douts.template load<kThreads>(HeadRows<T>::of(g.dout, b, h, a.Dv), rows,
-                                         arguments.vectors);
-    shared.keys.template load<kThreads>(HeadRows<T>::of(a.k, b, a.key_head(h), a.D), key_rows,
-                                        arguments.vectors);
-    shared.values.template load<kThreads>(HeadRows<T>::of(a.v, b, a.key_head(h), a.Dv), key_rows,
-                                          arguments.vectors);
+    copy_rows<kThreads>(shared.queries, HeadRows<T>::of(a.q, b, h, a.D), rows, arguments.vectors);
+    copy_rows<kThreads>(shared.douts, HeadRows<T>::of(g.dout, b, h, a.Dv), rows, arguments.vectors);
+    copy_rows<kThreads>(shared.keys, HeadRows<T>::of(a.k, b, a.key_head(h), a.D), key_rows,
+                        arguments.vectors);
+    copy_rows<kThreads>(shared.values, HeadRows<T>::of(a.v, b, a.key_head(h), a.Dv), key_rows,
+                        arguments.vectors);
     copies_arrived();
     barrier();
 

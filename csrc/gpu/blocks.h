@@ -103,8 +103,8 @@ void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t tiles
 // Whether every row of x starts at a multiple of 16 bytes.
 inline bool has_aligned_rows(const TensorView& x, int64_t head_dim) {
   constexpr int64_t kVector = 8;
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim % kVector == 0 &&
-         x.batch_stride % kVector == 0 && x.row_stride % kVector == 0 &&
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim >= kVector &&
+         head_dim % kVector == 0 && x.batch_stride % kVector == 0 && x.row_stride % kVector == 0 &&
          x.head_stride % kVector == 0;
 }
 

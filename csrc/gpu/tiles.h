@@ -39,7 +39,8 @@ USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
     if (head_dim <= 128) return {16, 4, 1, 64, 2, 1, true};
     return {16, 4, 1, 32, 2, 1, false};
   }
-  if (head_dim <= 192) return {32, 4, 1, 64, 1, 1, true};
+  if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
+  if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
   return {16, 4, 1, 32, 1, 1, true};
 }
 
@@ -55,8 +56,8 @@ USP_HOST_DEVICE constexpr Tiles backward_tiles(Gradient gradient, int head_dim) 
     return {16, 4, 1, 16, 1, 1, false};
   }
   if (gradient == Gradient::kQuery) {
-    if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
-    if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
+    if (head_dim <= 64) return {32, 4, 1, 64, 1, 1, true};
+    if (head_dim <= 128) return {32, 4, 1, 32, 1, 1, true};
     return {16, 4, 1, 32, 1, 1, true};
   }
   if (gradient == Gradient::kKeyValue) {
