@@ -79,12 +79,12 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   WalkedFloats<kColumns, kTiles.stages> lse(shared.lse), delta(shared.delta);
   const auto request = [&](int step, int n) {
     const int h = heads.begin + step / walk.count;
-    const Rows next = walk.step(step % walk.count, kColumns);
-    queries.request(n, HeadRows<T>::of(a.q, place.b, h, a.D), next, vectors);
-    douts.request(n, HeadRows<T>::of(g.dout, place.b, h, a.Dv), next, vectors);
-    const int64_t row = (place.b * a.H + h) * a.Lq + next.begin;
-    lse.request(n, g.lse + row, next.size());
-    delta.request(n, g.delta + row, next.size());
+    const Rows rows = walk.step(step % walk.count, kColumns);
+    queries.request(n, HeadRows<T>::of(a.q, place.b, h, a.D), rows, vectors);
+    douts.request(n, HeadRows<T>::of(g.dout, place.b, h, a.Dv), rows, vectors);
+    const int64_t row = (place.b * a.H + h) * a.Lq + rows.begin;
+    lse.request(n, g.lse + row, rows.size());
+    delta.request(n, g.delta + row, rows.size());
   };
   const auto store = [&](int n) {
     queries.store(n);
@@ -97,7 +97,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
-  walk_tiles<kTiles.stages>(steps, request, store, [&](int step, int n) {
+  const auto next = [](int step) { return step + 1; };  // all of them see some key of the tile
+  walk_tiles<kTiles.stages>(steps, next, request, store, [&](int step, int n) {
     const Scoring<kPlain> scoring(a, place.b, heads.begin + step / walk.count);
     const int first_query = walk.step(step % walk.count, kColumns).begin;
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
@@ -116,11 +117,13 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     multiply_accumulate(dk, dscores, queries.tile(n) + first_dim, kStride);
   });
 
+  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
-  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.add(
+  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.template add<kWidth>(
       dk, static_cast<float>(a.softmax_scale));
-  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.add(dv, 1.0f);
+  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}
+      .template add<kWidth>(dv, 1.0f);
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -155,9 +158,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const auto k = HeadRows<T>::of(a.k, place.b, key_head, a.D);
   const auto v = HeadRows<T>::of(a.v, place.b, key_head, a.Dv);
   const auto request = [&](int step, int n) {
-    const Rows next = walk.step(step, kColumns);
-    keys.request(n, k, next, vectors);
-    values.request(n, v, next, vectors);
+    const Rows rows = walk.step(step, kColumns);
+    keys.request(n, k, rows, vectors);
+    values.request(n, v, rows, vectors);
   };
   const auto store = [&](int n) {
     keys.store(n);
@@ -176,7 +179,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const Scoring<kPlain> scoring(a, place.b, place.h);
   Sums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
-  walk_tiles<kTiles.stages>(walk.count, request, store, [&](int step, int n) {
+  const SeenSteps seen(a.span, range, walk, kColumns);
+  const auto next = [&](int step) { return seen.next(step); };
+  walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
     const int first_key = walk.step(step, kColumns).begin;
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
     multiply_transposed<kDim>(scores, queries, keys.tile(n), kStride);
@@ -191,9 +196,11 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
     multiply_accumulate(dq, dscores, keys.tile(n), kStride);
   });
 
+  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lq + first_query) * a.H + place.h;
   const int D = static_cast<int>(a.D);
-  MatrixRows<float>{g.dq + row * D, a.H * D, count, D}.add(dq, static_cast<float>(a.softmax_scale));
+  MatrixRows<float>{g.dq + row * D, a.H * D, count, D}.template add<kWidth>(
+      dq, static_cast<float>(a.softmax_scale));
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -227,7 +234,8 @@ const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream) {
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
-      has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv);
+      has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
+      is_aligned(gradients.dq) && is_aligned(gradients.dk) && is_aligned(gradients.dv);
   const BackwardArguments arguments{inputs, gradients, {}, vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     backward_of<BFloat16>(arguments, stream);

@@ -156,9 +156,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
     for (int64_t h = tile.heads.begin; h < tile.heads.end; ++h) {
       for (int64_t t = tile.query_tiles.begin; t < tile.query_tiles.end; ++t) {
         const Range rows = rows_of_tile(t, kTiles.rows(), a.Lq);
-        if (!intersect(visible_keys(a.span, rows), key_range).empty()) {
-          add_tile(b, h, Rows::of(rows));
-        }
+        if (may_see_any(a.span, rows, key_range)) add_tile(b, h, Rows::of(rows));
       }
     }
   }
@@ -171,7 +169,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
   const int64_t first_query = tile.query_tiles.begin * kTiles.rows() + first_row;
   MatrixRows<float>{corner + first_query * g.dbias.query_stride, g.dbias.query_stride,
                     static_cast<int>(a.Lq - first_query), key_rows.size()}
-      .add(total, 1.0f);
+      .template add<1>(total, 1.0f);
 }
 
 template <typename T>

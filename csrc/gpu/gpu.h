@@ -200,6 +200,13 @@ USP_DEVICE float shuffle_xor(float value, int mask) {
 #endif
 }
 
+// Whether it is true in any lane. Every lane of the wave comes here.
+USP_DEVICE bool any_lane(bool here) {
+  float found = here ? 1.0f : 0.0f;
+  for (int step = 1; step < kWaveSize; step *= 2) found += shuffle_xor(found, step);
+  return found > 0.0f;
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 USP_DEVICE char* shared_memory() {
 #if defined(USP_GPU_CUDA)

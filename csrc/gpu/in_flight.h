@@ -140,25 +140,28 @@ class WalkedFloats {
   float held_;
 };
 
-// Calls use(step, n) for each of the steps 0 to count - 1, the n-th of them, with its rows in
-// shared memory: request(step, n) starts their way and store(n) ends it.
-template <int kStages, typename Request, typename Store, typename Use>
-USP_DEVICE void walk_tiles(int count, Request&& request, Store&& store, Use&& use) {
+// Calls use(step, n) for the steps below `count` that next(step before) names, from next(-1) on,
+// the n-th of them, with its rows in shared memory: request(step, n) starts their way and store(n)
+// ends it.
+template <int kStages, typename Next, typename Request, typename Store, typename Use>
+USP_DEVICE void walk_tiles(int count, Next&& next, Request&& request, Store&& store, Use&& use) {
   constexpr bool kEarly = kStages > 1 || !kAsyncCopies;  // before the rows now there are used
-  if (count == 0) return copies_arrived();               // of the own rows
-  request(0, 0);
-  for (int step = 0; step < count; ++step) {
+  int step = next(-1);
+  if (step >= count) return copies_arrived();  // of the own rows
+  request(step, 0);
+  for (int n = 0; step < count; ++n) {
     if constexpr (!kAsyncCopies) barrier();
-    store(step);
+    store(n);
     copies_arrived();
     barrier();
-    const bool more = step + 1 < count;
-    if (kEarly && more) request(step + 1, step + 1);
-    use(step, step);
-    if (!kEarly && more) {
+    const int following = next(step);
+    if (kEarly && following < count) request(following, n + 1);
+    use(step, n);
+    if (!kEarly && following < count) {
       barrier();
-      request(step + 1, step + 1);
+      request(following, n + 1);
     }
+    step = following;
   }
 }
 
