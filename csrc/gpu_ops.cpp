@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "attention_ops.h"
 #include "gpu/attention.h"
 #include "gpu/head_exchange.h"
 #include "gpu/state_merge.h"
@@ -57,41 +58,21 @@ void check_takes(const Tensor& q, const Tensor& v) {
   }
 }
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
-                       const MaybeTensor& stop, const MaybeTensor& bias,
-                       const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                       const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                       int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
-                       const MaybeTensor& result) {
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  Arguments args(q);
-  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  const auto state = read_state<float>(args, q, out, lse, result);
-  check_takes(q, v);
-  on_device_of(q, "attention_forward",
+void forward(const ForwardCall& call) {
+  Arguments args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  const auto state = read_state<float>(args, call.q, call.out, call.lse, call.result);
+  check_takes(call.q, call.v);
+  on_device_of(call.q, "attention_forward",
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
 }
 
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Tensor& delta, const Tensor& lse, const MaybeTensor& first,
-                        const MaybeTensor& stop, const MaybeTensor& bias,
-                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                        int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                        const MaybeTensor& dbias) {
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  Arguments args(q);
-  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  const auto gradients =
-      read_gradients<float>(args, q, bias, {dout, delta, lse, dq, dk, dv, dbias});
-  check_takes(q, v);
-  on_device_of(q, "attention_backward", [&](gpu::Stream stream) {
+void backward(const BackwardCall& call) {
+  Arguments args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  const auto gradients = read_gradients<float>(args, call.q, call.masks.bias, call.gradients);
+  check_takes(call.q, call.v);
+  on_device_of(call.q, "attention_backward", [&](gpu::Stream stream) {
     return gpu::attention_backward(inputs, gradients, stream);
   });
 }
@@ -128,8 +109,8 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 }  // namespace usp
 
 STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
-  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward<usp::forward>));
+  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));

@@ -218,14 +218,15 @@ void launch_backward(const BackwardArguments& arguments, Stream stream) {
 
 template <typename T>
 void backward_of(const BackwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
-    constexpr int kDim = decltype(dim)::value;
-    if (arguments.vectors && is_plain(arguments.inputs)) {
-      launch_backward<T, kDim, true>(arguments, stream);
-    } else {
-      launch_backward<T, kDim, false>(arguments, stream);
-    }
-  });
+  if (arguments.vectors && is_plain(arguments.inputs)) {
+    with_head_dim<true>(arguments.inputs, [&](auto dim) {
+      launch_backward<T, decltype(dim)::value, true>(arguments, stream);
+    });
+  } else {
+    with_head_dim<false>(arguments.inputs, [&](auto dim) {
+      launch_backward<T, decltype(dim)::value, false>(arguments, stream);
+    });
+  }
 }
 
 }  // namespace

@@ -284,14 +284,15 @@ void launch_forward(const ForwardArguments& arguments, Stream stream) {
 
 template <typename T>
 void forward_of(const ForwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
-    constexpr int kDim = decltype(dim)::value;
-    if (arguments.vectors && is_plain(arguments.inputs)) {
-      launch_forward<T, kDim, true>(arguments, stream);
-    } else {
-      launch_forward<T, kDim, false>(arguments, stream);
-    }
-  });
+  if (arguments.vectors && is_plain(arguments.inputs)) {
+    with_head_dim<true>(arguments.inputs, [&](auto dim) {
+      launch_forward<T, decltype(dim)::value, true>(arguments, stream);
+    });
+  } else {
+    with_head_dim<false>(arguments.inputs, [&](auto dim) {
+      launch_forward<T, decltype(dim)::value, false>(arguments, stream);
+    });
+  }
 }
 
 }  // namespace

@@ -174,7 +174,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
 
 template <typename T>
 void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
+  with_head_dim<false>(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
     const Attention<float>& a = arguments.inputs;

@@ -151,14 +151,15 @@ inline bool has_aligned_rows(const TensorView& x, int64_t head_dim) {
 }
 
 // Calls run(integral constant) with the smallest padded head dim that holds both of a's.
-template <int kIndex = 0, typename Run>
+template <bool kPlain, int kIndex = 0, typename Run>
 void with_head_dim(const Attention<float>& a, Run&& run) {
   constexpr int kDim = kHeadDims[kIndex];
-  if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
-    run(std::integral_constant<int, kDim>{});
-  } else if constexpr (kDim < kMaxHeadDim) {
-    with_head_dim<kIndex + 1>(a, run);
+  if constexpr (is_compiled(kDim, kPlain)) {
+    if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
+      return run(std::integral_constant<int, kDim>{});
+    }
   }
+  if constexpr (kDim < kMaxHeadDim) with_head_dim<kPlain, kIndex + 1>(a, run);
 }
 
 }  // namespace usp::gpu

@@ -80,4 +80,10 @@ USP_HOST_DEVICE constexpr int key_value_parts(int head_dim) {
 inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 inline constexpr int kMaxHeadDim = 256;
 
+// Kernels that read options do much of their work on scores, whatever the head dim: of them fewer
+// are compiled, for the time that a build takes.
+USP_HOST_DEVICE constexpr bool is_compiled(int head_dim, bool plain) {
+  return plain || head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
+
 }  // namespace usp::gpu
