@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "attention_ops.h"
 #include "gpu/attention.h"
 #include "gpu/head_exchange.h"
 #include "gpu/state_merge.h"
@@ -58,57 +59,47 @@ void check_takes(const Tensor& q, const Tensor& v) {
   }
 }
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
-                       const MaybeTensor& stop, const MaybeTensor& bias,
-                       const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                       const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                       int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
-                       const MaybeTensor& result) {
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  Arguments args(q);
-  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  const auto state = read_state<float>(args, q, out, lse, result);
-  check_takes(q, v);
-  on_device_of(q, "attention_forward",
+void forward(const ForwardCall& call) {
+  Arguments args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  const auto state = read_state<float>(args, call.q, call.out, call.lse, call.result);
+  check_takes(call.q, call.v);
+  on_device_of(call.q, "attention_forward",
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
 }
 
-// The kernels add to fp32 sums: what is to be overwritten gets them rounded.
-void overwrite_with(const Tensor& sum, Tensor result) { torch::stable::copy_(result, sum); }
-
-Tensor new_sum(const Tensor& like) {
-  return torch::stable::new_zeros(like, like.sizes(), ScalarType::Float);
-}
-
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Tensor& delta, const Tensor& lse, const MaybeTensor& first,
-                        const MaybeTensor& stop, const MaybeTensor& bias,
-                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                        int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                        const MaybeTensor& dbias, bool overwrite) {
-  if (overwrite) {
-    const Tensor sums[] = {new_sum(dq), new_sum(dk), new_sum(dv)};
-    attention_backward(dout, q, k, v, delta, lse, first, stop, bias, alibi_slopes, q_pos, k_pos,
-                       head_offset, num_heads, group_size, softmax_scale, softcap, dropout_p,
-                       dropout_seed, sums[0], sums[1], sums[2], dbias, false);
-    overwrite_with(sums[0], dq);
-    overwrite_with(sums[1], dk);
-    return overwrite_with(sums[2], dv);
+// The kernels add to fp32 sums; what is to be overwritten gets them rounded.
+class Sums {
+ public:
+  explicit Sums(const GradientTensors& g) : results_{g.dq, g.dk, g.dv} {
+    for (const Tensor& result : results_) {
+      sums_.push_back(torch::stable::new_zeros(result, result.sizes(), ScalarType::Float));
+    }
   }
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  Arguments args(q);
-  const auto inputs = read_inputs<float>(args, q, k, v, masks, scalars);
-  const auto gradients =
-      read_gradients<float>(args, q, bias, {dout, delta, lse, dq, dk, dv, dbias, false});
-  check_takes(q, v);
-  on_device_of(q, "attention_backward", [&](gpu::Stream stream) {
+
+  GradientTensors in_place_of(const GradientTensors& g) const {
+    return {g.dout, g.delta, g.lse, sums_[0], sums_[1], sums_[2], g.dbias, false};
+  }
+
+  void round() {
+    for (size_t i = 0; i < sums_.size(); ++i) torch::stable::copy_(results_[i], sums_[i]);
+  }
+
+ private:
+  std::vector<Tensor> results_, sums_;
+};
+
+void backward(const BackwardCall& call) {
+  if (call.gradients.overwrite) {
+    Sums sums(call.gradients);
+    backward({call.q, call.k, call.v, call.masks, call.scalars, sums.in_place_of(call.gradients)});
+    return sums.round();
+  }
+  Arguments args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  const auto gradients = read_gradients<float>(args, call.q, call.masks.bias, call.gradients);
+  check_takes(call.q, call.v);
+  on_device_of(call.q, "attention_backward", [&](gpu::Stream stream) {
     return gpu::attention_backward(inputs, gradients, stream);
   });
 }
@@ -145,8 +136,8 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
 }  // namespace usp
 
 STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
-  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward<usp::forward>));
+  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));

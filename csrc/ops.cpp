@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "arguments.h"
+#include "attention_ops.h"
 #include "cpu/attention.h"
 #include "cpu/head_exchange.h"
 #include "cpu/state_merge.h"
@@ -15,20 +15,19 @@ namespace usp {
 namespace {
 
 template <typename T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& masks,
-             const Scalars& scalars, const MaybeTensor& out, const Tensor& lse,
-             const MaybeTensor& result) {
-  Arguments args(q);
-  const auto inputs = read_inputs<T>(args, q, k, v, masks, scalars);
-  cpu::attention_forward<T>(inputs, read_state<T>(args, q, out, lse, result), cpu::torch_threads());
+void forward_of(const ForwardCall& call) {
+  Arguments args(call.q);
+  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  cpu::attention_forward<T>(inputs, read_state<T>(args, call.q, call.out, call.lse, call.result),
+                            cpu::torch_threads());
 }
 
 template <typename T>
-void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& masks,
-              const Scalars& scalars, const GradientTensors& g) {
-  Arguments args(q);
-  const auto inputs = read_inputs<T>(args, q, k, v, masks, scalars);
-  auto gradients = read_gradients<T>(args, q, masks.bias, g);
+void backward_of(const BackwardCall& call) {
+  Arguments args(call.q);
+  const GradientTensors& g = call.gradients;
+  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  auto gradients = read_gradients<T>(args, call.q, call.masks.bias, g);
   auto& results = gradients.results;
   if (!g.overwrite || cpu::can_sum_dq_in<T>(results.dq_dtype, inputs.Lk)) {
     return cpu::attention_backward<T>(inputs, gradients, cpu::torch_threads());
@@ -41,34 +40,14 @@ void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& ma
   torch::stable::copy_(rounded, dq);
 }
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& first,
-                       const MaybeTensor& stop, const MaybeTensor& bias,
-                       const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                       const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                       int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                       int64_t dropout_seed, const MaybeTensor& out, const Tensor& lse,
-                       const MaybeTensor& result) {
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  const bool is_double = dtype_of("q", q) == DType::kFloat64;
-  (is_double ? forward<double> : forward<float>)(q, k, v, masks, scalars, out, lse, result);
+void forward(const ForwardCall& call) {
+  const bool is_double = dtype_of("q", call.q) == DType::kFloat64;
+  (is_double ? forward_of<double> : forward_of<float>)(call);
 }
 
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Tensor& delta, const Tensor& lse, const MaybeTensor& first,
-                        const MaybeTensor& stop, const MaybeTensor& bias,
-                        const MaybeTensor& alibi_slopes, const MaybeTensor& q_pos,
-                        const MaybeTensor& k_pos, int64_t head_offset, int64_t num_heads,
-                        int64_t group_size, double softmax_scale, double softcap, double dropout_p,
-                        int64_t dropout_seed, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                        const MaybeTensor& dbias, bool overwrite) {
-  const Masks masks{first, stop, bias, alibi_slopes, q_pos, k_pos};
-  const Scalars scalars{head_offset, num_heads, group_size,  softmax_scale,
-                        softcap,     dropout_p, dropout_seed};
-  const GradientTensors gradients{dout, delta, lse, dq, dk, dv, dbias, overwrite};
-  const bool is_double = dtype_of("q", q) == DType::kFloat64;
-  (is_double ? backward<double> : backward<float>)(q, k, v, masks, scalars, gradients);
+void backward(const BackwardCall& call) {
+  const bool is_double = dtype_of("q", call.q) == DType::kFloat64;
+  (is_double ? backward_of<double> : backward_of<float>)(call);
 }
 
 void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
@@ -121,8 +100,8 @@ STABLE_TORCH_LIBRARY(usp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&usp::attention_forward<usp::forward>));
+  m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::head_exchange<usp::Direction::kPack>));

@@ -27,6 +27,13 @@ INSTRUCTIONS = {
 }
 
 
+# A load, then a product, and nothing between that waits for the one or for other waves.
+_LOAD_AHEAD = re.compile(
+    r"global_load_dwordx4(?:(?!s_barrier|s_waitcnt[^\n]*vmcnt|s_branch|s_endpgm).)*?v_mfma",
+    re.DOTALL,
+)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel.
@@ -38,6 +45,7 @@ class Kernel:
         scratch: Bytes of memory a thread uses as if they were registers, spills included.
         shared: Bytes of shared memory (LDS) fixed at compilation.
         instructions: How often each matrix instruction stands in it; those that do.
+        loads_ahead: Whether vectors from global memory are on their way during products (AMD).
     """
 
     source: str
@@ -48,6 +56,7 @@ class Kernel:
     scratch: int
     shared: int
     instructions: dict[str, int] = field(default_factory=dict)
+    loads_ahead: bool = False
 
 
 def readable(mangled: str) -> str:
@@ -119,6 +128,7 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
                     scratch=int(_metadata(entry, "private_segment_fixed_size")),
                     shared=int(_metadata(entry, "group_segment_fixed_size")),
                     instructions=count_instructions(body[0] if body else ""),
+                    loads_ahead=body is not None and _LOAD_AHEAD.search(body[0]) is not None,
                 )
             )
     return kernels

@@ -133,6 +133,14 @@ def test_the_matrix_unit_is_used(built: Built) -> None:
     assert NOT_PIPELINED not in built.log
 
 
+@pytest.mark.parametrize("built", ["hip"], indirect=True)
+def test_loads_overlap_with_products(built: Built) -> None:
+    """AMD has no asynchronous copies: the next tile waits in registers."""
+    walks = ("attention_forward", "attention_backward")
+    late = [k for k in built.kernels if k.source in walks and not k.loads_ahead]
+    assert not late, f"loads are waited for before the products:\n{table(late)}"
+
+
 def test_the_table_names_files_that_are_there() -> None:
     assert set(MATRIX_INSTRUCTIONS) <= set(SOURCES)
 

@@ -246,6 +246,27 @@ def test_a_result_is_the_new_out_rounded(
     assert (around == torch.tensor(GUARD, dtype=dtype)).sum() == around.numel() - result.numel()
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("option", ["plain", "softcap"])
+def test_tiles_in_a_gap_are_not_computed(option: str, head_dim: int, ops: GpuHostOps) -> None:
+    """Packed documents out of order: rows of one tile see keys far apart, and NaN between them."""
+    case = replace(SMALL, lq=70, lk=1009, head_dim=head_dim, value_head_dim=head_dim)
+    case = replace(case, heads=(2, 0, 2), **OPTIONS[option])
+    x = make_inputs(case)
+    starts = torch.tensor([0, 300, 301, 960]).int()
+    x.first = starts.repeat_interleave(torch.tensor([20, 10, 3, 37]))
+    x.stop = x.first + 29
+    gaps = [slice(93, 236), slice(394, 896)]  # a tile away from what is seen
+    for gap in gaps:
+        x.k[:, gap], x.v[:, gap] = torch.nan, torch.nan
+    got = computed(case, x, ops)
+    for gap in gaps:
+        x.k[:, gap], x.v[:, gap] = 0, 0
+    for name, reference in expected(case, x).items():
+        scale = max(1.0, largest(reference))
+        assert largest(got[name].double() - reference) <= TOLERANCE[case.dtype] * scale, name
+
+
 @pytest.mark.parametrize("scale", [-0.125, 0.0])
 def test_scales_that_are_not_positive(scale: float, ops: GpuHostOps) -> None:
     case = replace(SMALL, span="causal")

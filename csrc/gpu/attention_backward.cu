@@ -66,47 +66,44 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   if (steps <= 0) return;
 
   const Shared shared(shared_memory());
-  const auto [queries, douts] = shared.walked;
-  const auto load_queries = [&](int step) {
-    const int h = heads.begin + step / walk.count;
-    const Rows rows = walk.step(step % walk.count, kColumns);
-    queries.stage(step).template load<kThreads>(HeadRows<T>::of(a.q, place.b, h, a.D), rows,
-                                                kPlain || arguments.vectors);
-    douts.stage(step).template load<kThreads>(HeadRows<T>::of(g.dout, place.b, h, a.Dv), rows,
-                                              kPlain || arguments.vectors);
-    const int64_t row_of_heads = (place.b * a.H + h) * a.Lq + rows.begin;
-    const int slot = step % kTiles.stages * kColumns, i = static_cast<int>(thread_index());
-    if (i < kColumns) {
-      const bool exists = i < rows.size();
-      copy4(shared.lse + slot + i, exists ? g.lse + row_of_heads + i : g.lse, exists);
-      copy4(shared.delta + slot + i, exists ? g.delta + row_of_heads + i : g.delta, exists);
-    }
-  };
-
+  const bool vectors = kPlain || arguments.vectors;
   const Rows own = Rows::of(range);
   const int first_row = wave() * kTiles.wave_rows(), first_key = own.begin + first_row;
   const auto keys = Shared::Operands::template load<kThreads>(
-      shared.own[0], HeadRows<T>::of(a.k, place.b, place.h, a.D), own, kPlain || arguments.vectors);
+      shared.own[0], HeadRows<T>::of(a.k, place.b, place.h, a.D), own, vectors);
   const auto values = Shared::Operands::template load<kThreads>(
-      shared.own[1], HeadRows<T>::of(a.v, place.b, place.h, a.Dv), own,
-      kPlain || arguments.vectors);
-  load_queries(0);
+      shared.own[1], HeadRows<T>::of(a.v, place.b, place.h, a.Dv), own, vectors);
+
+  using Walked = WalkedRows<T, kColumns, kDim, kTiles.stages, kThreads>;
+  Walked queries(shared.walked[0]), douts(shared.walked[1]);
+  WalkedFloats<kColumns, kTiles.stages> lse(shared.lse), delta(shared.delta);
+  const auto request = [&](int step, int n) {
+    const int h = heads.begin + step / walk.count;
+    const Rows rows = walk.step(step % walk.count, kColumns);
+    queries.request(n, HeadRows<T>::of(a.q, place.b, h, a.D), rows, vectors);
+    douts.request(n, HeadRows<T>::of(g.dout, place.b, h, a.Dv), rows, vectors);
+    const int64_t row = (place.b * a.H + h) * a.Lq + rows.begin;
+    lse.request(n, g.lse + row, rows.size());
+    delta.request(n, g.delta + row, rows.size());
+  };
+  const auto store = [&](int n) {
+    queries.store(n);
+    douts.store(n);
+    lse.store(n);
+    delta.store(n);
+  };
 
   Sums<kTile, kStrips, kPartDim / kTile> dk, dv;
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
-  for (int step = 0; step < steps; ++step) {
-    copies_arrived();
-    barrier();
-    if (kTiles.stages > 1 && step + 1 < steps) load_queries(step + 1);
-
+  const auto next = [](int step) { return step + 1; };  // all of them see some key of the tile
+  walk_tiles<kTiles.stages>(steps, next, request, store, [&](int step, int n) {
     const Scoring<kPlain> scoring(a, place.b, heads.begin + step / walk.count);
     const int first_query = walk.step(step % walk.count, kColumns).begin;
-    const int stage = step % kTiles.stages * kColumns;
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
-    multiply_transposed<kDim>(scores, keys, queries.stage(step).data, kStride);
-    multiply_transposed<kDim>(dscores, values, douts.stage(step).data, kStride);
+    multiply_transposed<kDim>(scores, keys, queries.tile(n), kStride);
+    multiply_transposed<kDim>(dscores, values, douts.tile(n), kStride);
     tile_gradients(
         scoring, scores, dscores, !walk.is_masked(step % walk.count),
         [&](int s, int slot, int column) {
@@ -114,21 +111,19 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
                       first_key + s * kTile + Accumulator<kTile>::row_of_slot(slot)};
         },
         [&](int, int, int column) {
-          return QueryResults::of(shared.lse[stage + column], shared.delta[stage + column]);
+          return QueryResults::of(lse.tile(n)[column], delta.tile(n)[column]);
         });
-    multiply_accumulate(dv, scores, douts.stage(step).data + first_dim, kStride);
-    multiply_accumulate(dk, dscores, queries.stage(step).data + first_dim, kStride);
-    if (kTiles.stages == 1 && step + 1 < steps) {
-      barrier();
-      load_queries(step + 1);
-    }
-  }
+    multiply_accumulate(dv, scores, douts.tile(n) + first_dim, kStride);
+    multiply_accumulate(dk, dscores, queries.tile(n) + first_dim, kStride);
+  });
 
+  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
-  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.add(
+  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.template add<kWidth>(
       dk, static_cast<float>(a.softmax_scale));
-  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.add(dv, 1.0f);
+  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}
+      .template add<kWidth>(dv, 1.0f);
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -149,24 +144,28 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   if (walk.count == 0) return;
 
   const Shared shared(shared_memory());
-  const auto [keys, values] = shared.walked;
-  const int64_t key_head = a.key_head(place.h);
-  const auto k = HeadRows<T>::of(a.k, place.b, key_head, a.D);
-  const auto v = HeadRows<T>::of(a.v, place.b, key_head, a.Dv);
-  const auto load_keys = [&](int step) {
-    const Rows rows = walk.step(step, kColumns);
-    keys.stage(step).template load<kThreads>(k, rows, kPlain || arguments.vectors);
-    values.stage(step).template load<kThreads>(v, rows, kPlain || arguments.vectors);
-  };
-
+  const bool vectors = kPlain || arguments.vectors;
   const Rows own = Rows::of(range);
   const int first_row = wave() * kTiles.wave_rows(), first_query = own.begin + first_row;
   const auto queries = Shared::Operands::template load<kThreads>(
-      shared.own[0], HeadRows<T>::of(a.q, place.b, place.h, a.D), own, kPlain || arguments.vectors);
+      shared.own[0], HeadRows<T>::of(a.q, place.b, place.h, a.D), own, vectors);
   const auto douts = Shared::Operands::template load<kThreads>(
-      shared.own[1], HeadRows<T>::of(g.dout, place.b, place.h, a.Dv), own,
-      kPlain || arguments.vectors);
-  load_keys(0);
+      shared.own[1], HeadRows<T>::of(g.dout, place.b, place.h, a.Dv), own, vectors);
+
+  using Walked = WalkedRows<T, kColumns, kDim, kTiles.stages, kThreads>;
+  Walked keys(shared.walked[0]), values(shared.walked[1]);
+  const int64_t key_head = a.key_head(place.h);
+  const auto k = HeadRows<T>::of(a.k, place.b, key_head, a.D);
+  const auto v = HeadRows<T>::of(a.v, place.b, key_head, a.Dv);
+  const auto request = [&](int step, int n) {
+    const Rows rows = walk.step(step, kColumns);
+    keys.request(n, k, rows, vectors);
+    values.request(n, v, rows, vectors);
+  };
+  const auto store = [&](int n) {
+    keys.store(n);
+    values.store(n);
+  };
 
   PerRow<QueryResults, kTile, kStrips> results;
   const int count = own.size() - first_row;
@@ -180,15 +179,13 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const Scoring<kPlain> scoring(a, place.b, place.h);
   Sums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
-  for (int step = 0; step < walk.count; ++step) {
-    copies_arrived();
-    barrier();
-    if (kTiles.stages > 1 && step + 1 < walk.count) load_keys(step + 1);
-
+  const SeenSteps seen(a.span, range, walk, kColumns);
+  const auto next = [&](int step) { return seen.next(step); };
+  walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
     const int first_key = walk.step(step, kColumns).begin;
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
-    multiply_transposed<kDim>(scores, queries, keys.stage(step).data, kStride);
-    multiply_transposed<kDim>(dscores, douts, values.stage(step).data, kStride);
+    multiply_transposed<kDim>(scores, queries, keys.tile(n), kStride);
+    multiply_transposed<kDim>(dscores, douts, values.tile(n), kStride);
     tile_gradients(
         scoring, scores, dscores, !walk.is_masked(step),
         [&](int s, int slot, int column) {
@@ -196,16 +193,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
                       first_key + column};
         },
         [&](int s, int slot, int) { return results.of[s][slot]; });
-    multiply_accumulate(dq, dscores, keys.stage(step).data, kStride);
-    if (kTiles.stages == 1 && step + 1 < walk.count) {
-      barrier();
-      load_keys(step + 1);
-    }
-  }
+    multiply_accumulate(dq, dscores, keys.tile(n), kStride);
+  });
 
+  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lq + first_query) * a.H + place.h;
   const int D = static_cast<int>(a.D);
-  MatrixRows<float>{g.dq + row * D, a.H * D, count, D}.add(dq, static_cast<float>(a.softmax_scale));
+  MatrixRows<float>{g.dq + row * D, a.H * D, count, D}.template add<kWidth>(
+      dq, static_cast<float>(a.softmax_scale));
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -223,14 +218,15 @@ void launch_backward(const BackwardArguments& arguments, Stream stream) {
 
 template <typename T>
 void backward_of(const BackwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
-    constexpr int kDim = decltype(dim)::value;
-    if (arguments.vectors && is_plain(arguments.inputs)) {
-      launch_backward<T, kDim, true>(arguments, stream);
-    } else {
-      launch_backward<T, kDim, false>(arguments, stream);
-    }
-  });
+  if (arguments.vectors && is_plain(arguments.inputs)) {
+    with_head_dim<true>(arguments.inputs, [&](auto dim) {
+      launch_backward<T, decltype(dim)::value, true>(arguments, stream);
+    });
+  } else {
+    with_head_dim<false>(arguments.inputs, [&](auto dim) {
+      launch_backward<T, decltype(dim)::value, false>(arguments, stream);
+    });
+  }
 }
 
 }  // namespace
@@ -239,7 +235,8 @@ const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream) {
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
-      has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv);
+      has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
+      is_aligned(gradients.dq) && is_aligned(gradients.dk) && is_aligned(gradients.dv);
   const BackwardArguments arguments{inputs, gradients, {}, vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     backward_of<BFloat16>(arguments, stream);

@@ -97,14 +97,16 @@ USP_DEVICE void drop(Sums<kTile, kStrips, kKeys>& weights, const Scoring<kPlain>
 }
 
 // The state of one wave's rows, in memory.
-template <typename T>
+template <typename T, bool kAligned>
 struct StateRows {
-  MatrixRows<float> out;  // null: no row has seen anything before, and lse is not read
-  MatrixRows<T> result;   // null: this is not the last block
+  MatrixRows<float> out;
+  MatrixRows<T> result;
   float* lse;
+  bool is_first;  // no row has seen anything before: no out, and lse is not read
+  bool is_last;   // there is a result
 
   USP_DEVICE float lse_of(int row) const {
-    return out.data != nullptr && row < out.count ? lse[row] : -kInfinity;
+    return !is_first && row < out.count ? lse[row] : -kInfinity;
   }
 
   template <int kTile, int kStrips, int kDims>
@@ -120,8 +122,13 @@ struct StateRows {
       }
     }
     sums.clear();
-    if (out.data == nullptr) return;
-    out.for_each(sums, given, [](float& x, const float* place, int, int) { x = *place; });
+    if (is_first) return;
+    constexpr int kWidth = kStateWidth<kTile, kAligned>;
+    out.template for_each<kWidth>(sums, given, [](float* x, const float* place, int, int) {
+      const auto held = *reinterpret_cast<const Numbers<float, kWidth>*>(place);
+      USP_UNROLL
+      for (int i = 0; i < kWidth; ++i) x[i] = held.item[i];
+    });
   }
 
   // A row that has seen nothing new keeps its state to the bit.
@@ -143,35 +150,45 @@ struct StateRows {
         const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
         const bool changed = row_sum<kTile>(leads && !same ? 1.0f : 0.0f) > 0.0f;
         factor.of[s][slot] = changed ? fast_reciprocal(sum) : 1.0f;
-        written.of[s][slot] = result.data != nullptr ? row < result.count : changed;
-        if (leads && (!same || out.data == nullptr)) lse[row] = (max + fast_log2(sum)) * kLn2;
+        written.of[s][slot] = is_last ? row < out.count : changed;
+        if (leads && (!same || is_first)) lse[row] = (max + fast_log2(sum)) * kLn2;
       }
     }
-    if (result.data != nullptr) {
-      result.for_each(sums, written, [&](float x, T* place, int s, int slot) {
-        *place = rounded<T>(x * factor.of[s][slot]);
+    constexpr int kWidth = kStateWidth<kTile, kAligned>;
+    const auto put = [&](const float* x, auto* place, float scale, auto round) {
+      using Number = std::remove_reference_t<decltype(*place)>;
+      Numbers<Number, kWidth> scaled;
+      USP_UNROLL
+      for (int i = 0; i < kWidth; ++i) scaled.item[i] = round(x[i] * scale);
+      *reinterpret_cast<Numbers<Number, kWidth>*>(place) = scaled;
+    };
+    if (is_last) {
+      result.template for_each<kWidth>(sums, written, [&](float* x, T* place, int s, int slot) {
+        put(x, place, factor.of[s][slot], rounded<T>);
       });
     } else {
-      out.for_each(sums, written, [&](float x, float* place, int s, int slot) {
-        *place = x * factor.of[s][slot];
+      out.template for_each<kWidth>(sums, written, [&](float* x, float* place, int s, int slot) {
+        put(x, place, factor.of[s][slot], [](float y) { return y; });
       });
     }
   }
 };
 
-template <typename T>
-USP_DEVICE StateRows<T> state_of_wave(const ForwardArguments& arguments, const Tiles& tiles) {
+template <typename T, bool kAligned>
+USP_DEVICE StateRows<T, kAligned> state_of_wave(const ForwardArguments& arguments,
+                                                const Tiles& tiles) {
   const Attention<float>& a = arguments.inputs;
   const AttentionState<float>& state = arguments.state;
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tiles.rows()));
   const int64_t row = int64_t{place.row_tile} * tiles.rows() + wave() * tiles.wave_rows();
   const auto rows_of = [&]<typename Number>(Number* matrix) -> MatrixRows<Number> {
-    Number* data = matrix + ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
-    return {matrix == nullptr ? nullptr : in_global_memory(data), a.H * a.Dv,
+    const int64_t offset = ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
+    return {in_global_memory(matrix) + (matrix == nullptr ? 0 : offset), a.H * a.Dv,
             static_cast<int>(a.Lq - row), static_cast<int>(a.Dv)};
   };
   return {rows_of(state.out), rows_of(static_cast<T*>(state.result)),
-          in_global_memory(state.lse + (place.b * a.H + place.h) * a.Lq + row)};
+          in_global_memory(state.lse) + (place.b * a.H + place.h) * a.Lq + row,
+          state.out == nullptr, state.result != nullptr};
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -218,45 +235,42 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const auto k = HeadRows<T>::of(a.k, place.b, g, a.D);
   const auto v = HeadRows<T>::of(a.v, place.b, g, a.Dv);
   ForwardShared<T, kDim, kPlain> shared(shared_memory());
-  const auto load_keys = [&](int step) {
-    const Rows keys = walk.step(step, kTiles.columns);
-    shared.k.stage(step).template load<kThreads>(k, keys, kPlain || arguments.vectors);
-    shared.v.stage(step).template load<kThreads>(v, keys, kPlain || arguments.vectors);
-  };
-
+  const bool vectors = kPlain || arguments.vectors;
   const Rows rows = Rows::of(range);
   const int first_query = rows.begin + wave() * kTiles.wave_rows();
   RunningRows<kTile, kStrips> running;
   Sums<kTile, kStrips, kDimTiles> out;
-  state_of_wave<T>(arguments, kTiles).load(running, out);
+  state_of_wave<T, kPlain>(arguments, kTiles).load(running, out);
 
   const auto queries = OwnRows<T, kTile, kStrips, kDim, kTiles.hold_left>::template load<kThreads>(
-      shared.q, q, rows, kPlain || arguments.vectors);
-  if (walk.count > 0) load_keys(0);
+      shared.q, q, rows, vectors);
 
+  using Walked = WalkedRows<T, kTiles.columns, kDim, kTiles.stages, kThreads>;
+  Walked keys(shared.k), values(shared.v);
+  const auto request = [&](int step, int n) {
+    const Rows rows = walk.step(step, kTiles.columns);
+    keys.request(n, k, rows, vectors);
+    values.request(n, v, rows, vectors);
+  };
+  const auto store = [&](int n) {
+    keys.store(n);
+    values.store(n);
+  };
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  for (int step = 0; step < walk.count; ++step) {
-    copies_arrived();
-    barrier();
-    if (kTiles.stages > 1 && step + 1 < walk.count) load_keys(step + 1);
-
+  const SeenSteps seen(a.span, range, walk, kTiles.columns);
+  const auto next = [&](int step) { return seen.next(step); };
+  walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
+    const Rows here = walk.step(step, kTiles.columns);
     Sums<kTile, kStrips, kKeyTiles> scores;
-    multiply_transposed<kDim>(scores, queries, shared.k.stage(step).data, kStride);
+    multiply_transposed<kDim>(scores, queries, keys.tile(n), kStride);
     if (!kPlain || walk.is_masked(step)) {
-      mask_and_score(scores, scoring, first_query, walk.step(step, kTiles.columns),
-                     walk.is_masked(step));
+      mask_and_score(scores, scoring, first_query, here, walk.is_masked(step));
     }
     softmax_step(scores, scoring.remaining_scale(), running, out);
-    if (scoring.drops()) {
-      drop(scores, scoring, first_query, walk.step(step, kTiles.columns));
-    }
-    multiply_accumulate(out, scores, shared.v.stage(step).data, kStride);
-    if (kTiles.stages == 1 && step + 1 < walk.count) {
-      barrier();
-      load_keys(step + 1);
-    }
-  }
-  state_of_wave<T>(arguments, kTiles).store(running, out);
+    if (scoring.drops()) drop(scores, scoring, first_query, here);
+    multiply_accumulate(out, scores, values.tile(n), kStride);
+  });
+  state_of_wave<T, kPlain>(arguments, kTiles).store(running, out);
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -270,23 +284,24 @@ void launch_forward(const ForwardArguments& arguments, Stream stream) {
 
 template <typename T>
 void forward_of(const ForwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
-    constexpr int kDim = decltype(dim)::value;
-    if (arguments.vectors && is_plain(arguments.inputs)) {
-      launch_forward<T, kDim, true>(arguments, stream);
-    } else {
-      launch_forward<T, kDim, false>(arguments, stream);
-    }
-  });
+  if (arguments.vectors && is_plain(arguments.inputs)) {
+    with_head_dim<true>(arguments.inputs, [&](auto dim) {
+      launch_forward<T, decltype(dim)::value, true>(arguments, stream);
+    });
+  } else {
+    with_head_dim<false>(arguments.inputs, [&](auto dim) {
+      launch_forward<T, decltype(dim)::value, false>(arguments, stream);
+    });
+  }
 }
 
 }  // namespace
 
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream) {
-  const bool vectors = has_aligned_rows(inputs.q, inputs.D) &&
-                       has_aligned_rows(inputs.k, inputs.D) &&
-                       has_aligned_rows(inputs.v, inputs.Dv);
+  const bool vectors =
+      has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
+      has_aligned_rows(inputs.v, inputs.Dv) && is_aligned(state.out) && is_aligned(state.result);
   const ForwardArguments arguments{inputs, state, {}, vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     forward_of<BFloat16>(arguments, stream);

@@ -119,14 +119,12 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
   total.clear();
   const auto add_tile = [&](int64_t b, int64_t h, Rows rows) {
     barrier();
-    shared.queries.template load<kThreads>(HeadRows<T>::of(a.q, b, h, a.D), rows,
-                                           arguments.vectors);
-    shared.douts.template load<kThreads>(HeadRows<T>::of(g.dout, b, h, a.Dv), rows,
-                                         arguments.vectors);
-    shared.keys.template load<kThreads>(HeadRows<T>::of(a.k, b, a.key_head(h), a.D), key_rows,
-                                        arguments.vectors);
-    shared.values.template load<kThreads>(HeadRows<T>::of(a.v, b, a.key_head(h), a.Dv), key_rows,
-                                          arguments.vectors);
+    copy_rows<kThreads>(shared.queries, HeadRows<T>::of(a.q, b, h, a.D), rows, arguments.vectors);
+    copy_rows<kThreads>(shared.douts, HeadRows<T>::of(g.dout, b, h, a.Dv), rows, arguments.vectors);
+    copy_rows<kThreads>(shared.keys, HeadRows<T>::of(a.k, b, a.key_head(h), a.D), key_rows,
+                        arguments.vectors);
+    copy_rows<kThreads>(shared.values, HeadRows<T>::of(a.v, b, a.key_head(h), a.Dv), key_rows,
+                        arguments.vectors);
     copies_arrived();
     barrier();
 
@@ -158,9 +156,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
     for (int64_t h = tile.heads.begin; h < tile.heads.end; ++h) {
       for (int64_t t = tile.query_tiles.begin; t < tile.query_tiles.end; ++t) {
         const Range rows = rows_of_tile(t, kTiles.rows(), a.Lq);
-        if (!intersect(visible_keys(a.span, rows), key_range).empty()) {
-          add_tile(b, h, Rows::of(rows));
-        }
+        if (may_see_any(a.span, rows, key_range)) add_tile(b, h, Rows::of(rows));
       }
     }
   }
@@ -173,12 +169,12 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
   const int64_t first_query = tile.query_tiles.begin * kTiles.rows() + first_row;
   MatrixRows<float>{corner + first_query * g.dbias.query_stride, g.dbias.query_stride,
                     static_cast<int>(a.Lq - first_query), key_rows.size()}
-      .add(total, 1.0f);
+      .template add<1>(total, 1.0f);
 }
 
 template <typename T>
 void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
-  with_head_dim(arguments.inputs, [&](auto dim) {
+  with_head_dim<false>(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
     const Attention<float>& a = arguments.inputs;

@@ -79,6 +79,44 @@ struct Walk {
   USP_DEVICE bool is_masked(int index) const { return index < full.begin || index >= full.end; }
 };
 
+// The steps of a walk over keys that some query of `rows` sees. Where the rows' intervals overlap,
+// as under a causal mask or a window, that is all of them; packed documents leave gaps between.
+class SeenSteps {
+ public:
+  USP_DEVICE SeenSteps(const Span& span, Range rows, const Walk& walk, int size)
+      : span_(span), rows_(rows), walk_(walk), size_(size), has_gaps_(find_gaps()) {}
+
+  // The first such step after `step`.
+  USP_DEVICE int next(int step) const {
+    do {
+      ++step;
+    } while (has_gaps_ && step < walk_.count && walk_.is_masked(step) && !is_seen(step));
+    return step;
+  }
+
+ private:
+  USP_DEVICE bool is_seen(int step) const {
+    const Rows keys = walk_.step(step, size_);
+    return may_see_any(span_, rows_, {keys.begin, keys.end});
+  }
+
+  // Once for all steps. Every wave finds the same.
+  USP_DEVICE bool find_gaps() const {
+    if (span_.sees_all()) return false;
+    bool found = false;
+    for (int64_t i = rows_.begin + lane(); i + 1 < rows_.end; i += kWaveSize) {
+      found = found || span_.stop[i] < span_.first[i + 1];
+    }
+    return any_lane(found);
+  }
+
+  const Span& span_;
+  const Range rows_;
+  const Walk& walk_;
+  const int size_;
+  const bool has_gaps_;
+};
+
 USP_HOST_DEVICE int64_t tiles_of(int64_t rows, int tile_rows) {
   return (rows + tile_rows - 1) / tile_rows;
 }
@@ -100,23 +138,28 @@ void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t tiles
   }
 }
 
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector16) == 0;
+}
+
 // Whether every row of x starts at a multiple of 16 bytes.
 inline bool has_aligned_rows(const TensorView& x, int64_t head_dim) {
   constexpr int64_t kVector = 8;
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && head_dim % kVector == 0 &&
+  return is_aligned(x.data) && head_dim >= kVector && head_dim % kVector == 0 &&
          x.batch_stride % kVector == 0 && x.row_stride % kVector == 0 &&
          x.head_stride % kVector == 0;
 }
 
 // Calls run(integral constant) with the smallest padded head dim that holds both of a's.
-template <int kIndex = 0, typename Run>
+template <bool kPlain, int kIndex = 0, typename Run>
 void with_head_dim(const Attention<float>& a, Run&& run) {
   constexpr int kDim = kHeadDims[kIndex];
-  if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
-    run(std::integral_constant<int, kDim>{});
-  } else if constexpr (kDim < kMaxHeadDim) {
-    with_head_dim<kIndex + 1>(a, run);
+  if constexpr (is_compiled(kDim, kPlain)) {
+    if ((a.D <= kDim && a.Dv <= kDim) || kDim == kMaxHeadDim) {
+      return run(std::integral_constant<int, kDim>{});
+    }
   }
+  if constexpr (kDim < kMaxHeadDim) with_head_dim<kPlain, kIndex + 1>(a, run);
 }
 
 }  // namespace usp::gpu

@@ -200,6 +200,13 @@ USP_DEVICE float shuffle_xor(float value, int mask) {
 #endif
 }
 
+// Whether it is true in any lane. Every lane of the wave comes here.
+USP_DEVICE bool any_lane(bool here) {
+  float found = here ? 1.0f : 0.0f;
+  for (int step = 1; step < kWaveSize; step *= 2) found += shuffle_xor(found, step);
+  return found > 0.0f;
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 USP_DEVICE char* shared_memory() {
 #if defined(USP_GPU_CUDA)
@@ -225,36 +232,46 @@ USP_DEVICE T* in_global_memory(T* pointer) {
 #endif
 }
 
+// Sixteen bytes.
+#if defined(USP_GPU_CUDA)
+using Vector16 = uint4;
+#else
+using Vector16 = uint32_t __attribute__((vector_size(16)));
+#endif
+
 // --- Device: copies to shared memory -------------------------------------------------------------
 
-// Sixteen bytes, global to shared, both aligned to 16; zeros where not `valid`, and then `from` is
-// not read. Arrives by copies_arrived(). On AMD the copy is done at once.
-inline constexpr int kVectorBytes = 16;
+// Whether copies to shared memory run by themselves. AMD has none such: there a value passes
+// through a register, and what is read early must wait in one.
+#if defined(USP_GPU_CUDA)
+inline constexpr bool kAsyncCopies = true;
+#elif defined(USP_GPU_HIP)
+inline constexpr bool kAsyncCopies = false;
+#else
+inline constexpr bool kAsyncCopies = kWaveSize == 32;
+#endif
 
-USP_DEVICE void copy16(void* to, const void* from, bool valid) {
+// Sixteen bytes, global to shared, both aligned to 16; zeros where not `valid`, and then `from` is
+// not read. Arrives by copies_arrived().
+USP_DEVICE void copy16([[maybe_unused]] void* to, [[maybe_unused]] const void* from,
+                       [[maybe_unused]] bool valid) {
 #if defined(USP_GPU_CUDA)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 16 : 0));
-#elif defined(USP_GPU_HIP)
-  using Vector = uint32_t __attribute__((ext_vector_type(4)));
-  Vector value = {0, 0, 0, 0};
-  if (valid) value = *in_global_memory(static_cast<const Vector*>(from));
-  *static_cast<Vector*>(to) = value;
-#else
-  host::copy_later(to, from, kVectorBytes, valid);
+#elif defined(USP_GPU_HOST)
+  host::copy_later(to, from, sizeof(Vector16), valid);
 #endif
 }
 
 // One float likewise.
-USP_DEVICE void copy4(float* to, const float* from, bool valid) {
+USP_DEVICE void copy4([[maybe_unused]] float* to, [[maybe_unused]] const float* from,
+                      [[maybe_unused]] bool valid) {
 #if defined(USP_GPU_CUDA)
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 4 : 0));
-#elif defined(USP_GPU_HIP)
-  *to = valid ? *in_global_memory(from) : 0.0f;
-#else
+#elif defined(USP_GPU_HOST)
   host::copy_later(to, from, sizeof(float), valid);
 #endif
 }

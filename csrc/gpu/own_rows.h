@@ -2,8 +2,8 @@
 
 // The rows that a block owns, as left operands of its waves.
 
+#include "in_flight.h"
 #include "products.h"
-#include "shared_rows.h"
 
 namespace usp::gpu {
 
@@ -16,7 +16,7 @@ struct OwnRows {
   template <int kThreads, int kRows>
   USP_DEVICE static Left load(const SharedRows<T, kRows, kDim>& shared, const HeadRows<T>& from,
                               Rows rows, bool vectors) {
-    shared.template load<kThreads>(from, rows, vectors);
+    copy_rows<kThreads>(shared, from, rows, vectors);
     if constexpr (kHold) {
       copies_arrived();
       barrier();

@@ -3,6 +3,7 @@
 // Products of a wave's strips of rows, each as high as a tile, with rows that all waves share.
 
 #include "mma.h"
+#include "numbers.h"
 
 namespace usp::gpu {
 
@@ -66,28 +67,49 @@ struct MatrixRows {
   int count;  // rows and columns that exist
   int columns;
 
-  // visit(accumulator element, its place, strip, row slot) in the rows that are `given`
-  template <int kTile, int kStrips, int kColumns, typename Visit>
+  // visit(accumulator elements, their place, strip, row slot), kWidth neighbours at a time, in the
+  // rows that are `given`. Then `columns` is a multiple of kWidth, and places are aligned to as
+  // many.
+  template <int kWidth, int kTile, int kStrips, int kColumns, typename Visit>
   USP_DEVICE void for_each(Sums<kTile, kStrips, kColumns>& sums,
                            const PerRow<bool, kTile, kStrips>& given, Visit&& visit) const {
-    const int first = Accumulator<kTile>::first_column();
+    using Element = Accumulator<kTile>;
+    const int first = Element::first_column();
     PerRow<T*, kTile, kStrips> places;
     places.for_each([&](T*& place, int row) { place = data + row * row_stride + first; });
-    sums.for_each([&](float& x, int s, int slot, int column) {
-      const int offset = column - first;
-      if (given.of[s][slot] && offset < columns - first)
-        visit(x, places.of[s][slot] + offset, s, slot);
-    });
+    USP_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      USP_UNROLL
+      for (int n = 0; n < kColumns; ++n) {
+        USP_UNROLL
+        for (int i = 0; i < kElements<kTile>; i += kWidth) {
+          const int slot = Element::slot(i), offset = n * kTile + Element::offset(i);
+          if (!given.of[s][slot] || offset >= columns - first) continue;
+          visit(sums.tile[s][n].x + i, places.of[s][slot] + offset, s, slot);
+        }
+      }
+    }
   }
 
   // Adds factor * sums.
-  template <int kTile, int kStrips, int kColumns>
+  template <int kWidth, int kTile, int kStrips, int kColumns>
   USP_DEVICE void add(Sums<kTile, kStrips, kColumns>& sums, float factor) const {
     PerRow<bool, kTile, kStrips> exists;
     exists.for_each([&](bool& here, int row) { here = row < count; });
-    for_each(sums, exists, [&](float x, T* place, int, int) { *place += factor * x; });
+    for_each<kWidth>(sums, exists, [&](const float* x, T* place, int, int) {
+      auto* numbers = reinterpret_cast<Numbers<T, kWidth>*>(place);
+      Numbers<T, kWidth> held = *numbers;
+      USP_UNROLL
+      for (int i = 0; i < kWidth; ++i) held.item[i] += factor * x[i];
+      *numbers = held;
+    });
   }
 };
+
+// So many neighbours of an accumulator are read and written at once where memory is known to be
+// aligned to 16 bytes.
+template <int kTile, bool kAligned>
+inline constexpr int kStateWidth = kAligned ? Accumulator<kTile>::kRun : 1;
 
 // A wave's own rows (strips * kTile, kDim) as left operands: in registers or left in shared memory.
 template <typename T, int kTile, int kStrips, int kDim, bool kHold>

@@ -4,17 +4,12 @@
 // each with 16 bytes at a time; the rows of a block are neighbours in memory.
 
 #include "gpu.h"
+#include "numbers.h"
 
 namespace usp::gpu {
 
 inline constexpr int kRowThreads = 256;  // of a block
 inline constexpr int kMaxThreadsPerRow = 32;
-
-// As many numbers as one or two vector loads take.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Numbers {
-  T item[kWidth];
-};
 
 // A row (b, l, h) of B * L * H, and which of its threads this one is.
 struct ThreadsRow {

@@ -31,44 +31,33 @@ struct SharedRows {
 
   USP_DEVICE T* row(int index) const { return data + index * kStride; }
 
-  // Rows [rows.begin, rows.end), zeros beyond them and beyond head_dim. In steps of 16 bytes where
-  // `vectors`: then every row is aligned to 16 bytes and head_dim a multiple of 8.
-  template <int kThreads>
-  USP_DEVICE void load(const HeadRows<T>& from, Rows rows, bool vectors) const {
-    const int count = rows.size();
-    const T* base = from.data + rows.begin * from.row_stride;
-    if (vectors) {
-      load_vectors<kThreads>(base, from, count);
-    } else {
-      load_elements<kThreads>(base, from, count);
-    }
-  }
+  // visit(i, row, column, whether it is this thread's) for the vectors of 16 bytes that threads
+  // share out: each takes one of every so many rows, i is known to the compiler.
+  static constexpr int kVector = 8;  // numbers
 
- private:
-  // A thread copies one vector of every kStep-th row.
   template <int kThreads>
-  USP_DEVICE void load_vectors(const T* base, const HeadRows<T>& from, int count) const {
-    constexpr int kVector = 8, kPerRow = kDim / kVector, kStep = kThreads / kPerRow;
+  static constexpr int kRowsApart = kThreads / (kDim / kVector);
+  template <int kThreads>
+  static constexpr int kVectors = (kRows + kRowsApart<kThreads> - 1) / kRowsApart<kThreads>;
+
+  template <int kThreads, typename Visit>
+  USP_DEVICE static void for_each_vector(Visit&& visit) {
+    constexpr int kPerRow = kDim / kVector, kApart = kRowsApart<kThreads>;
     const int index = static_cast<int>(thread_index());
-    const int d = index % kPerRow * kVector;
-    if (kThreads % kPerRow != 0 && index >= kStep * kPerRow) return;
-    const T* source = base + index / kPerRow * from.row_stride + d;
+    const bool takes_part = kThreads % kPerRow == 0 || index < kApart * kPerRow;
     USP_UNROLL
-    for (int first = 0; first < kRows; first += kStep) {
-      const int r = first + index / kPerRow;
-      if (kRows % kStep != 0 && r >= kRows) break;
-      const bool valid = r < count && d < from.head_dim;
-      copy16(row(r) + d, valid ? source : base, valid);
-      source += kStep * from.row_stride;
+    for (int i = 0; i < kVectors<kThreads>; ++i) {
+      const int r = i * kApart + index / kPerRow;
+      const bool in_tile = kRows % kApart == 0 || r < kRows;
+      visit(i, r, index % kPerRow * kVector, takes_part && in_tile);
     }
   }
 
-  template <int kThreads>
-  USP_DEVICE void load_elements(const T* base, const HeadRows<T>& from, int count) const {
+  // visit(row, column) of each number that is this thread's.
+  template <int kThreads, typename Visit>
+  USP_DEVICE static void for_each_number(Visit&& visit) {
     for (int index = static_cast<int>(thread_index()); index < kRows * kDim; index += kThreads) {
-      const int r = index / kDim, d = index % kDim;
-      const bool valid = r < count && d < from.head_dim;
-      row(r)[d] = valid ? base[r * from.row_stride + d] : T{0};
+      visit(index / kDim, index % kDim);
     }
   }
 };

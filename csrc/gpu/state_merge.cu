@@ -2,7 +2,7 @@
 
 #include <initializer_list>
 
-#include "gpu.h"
+#include "blocks.h"
 #include "half.h"
 #include "row_threads.h"
 #include "state_merge.h"
@@ -42,8 +42,6 @@ bool divides(int64_t unit, std::initializer_list<int64_t> values) {
   }
   return true;
 }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename Source, int kWidth>
 bool takes_vectors(const StateMerge<float>& m) {

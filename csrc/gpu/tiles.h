@@ -39,7 +39,8 @@ USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
     if (head_dim <= 128) return {16, 4, 1, 64, 2, 1, true};
     return {16, 4, 1, 32, 2, 1, false};
   }
-  if (head_dim <= 192) return {32, 4, 1, 64, 1, 1, true};
+  if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
+  if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
   return {16, 4, 1, 32, 1, 1, true};
 }
 
@@ -55,8 +56,8 @@ USP_HOST_DEVICE constexpr Tiles backward_tiles(Gradient gradient, int head_dim) 
     return {16, 4, 1, 16, 1, 1, false};
   }
   if (gradient == Gradient::kQuery) {
-    if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
-    if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
+    if (head_dim <= 64) return {32, 4, 1, 64, 1, 1, true};
+    if (head_dim <= 128) return {32, 4, 1, 32, 1, 1, true};
     return {16, 4, 1, 32, 1, 1, true};
   }
   if (gradient == Gradient::kKeyValue) {
@@ -78,5 +79,11 @@ USP_HOST_DEVICE constexpr int key_value_parts(int head_dim) {
 
 inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 inline constexpr int kMaxHeadDim = 256;
+
+// Kernels that read options do much of their work on scores, whatever the head dim: of them fewer
+// are compiled, for the time that a build takes.
+USP_HOST_DEVICE constexpr bool is_compiled(int head_dim, bool plain) {
+  return plain || head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
 
 }  // namespace usp::gpu
