@@ -18,7 +18,9 @@ SOURCES = (
     "gpu/attention_forward.cu",
     "gpu/attention_backward.cu",
     "gpu/bias_backward.cu",
+    "gpu/hopper/wgmma_forward.cu",
     "gpu/host/simt.cpp",
+    "gpu/host/hopper.cpp",
     "gpu/host/interface.cpp",
 )
 
@@ -102,6 +104,14 @@ class GpuHostOps:
 
     def descending_waves(self, descending: bool) -> None:
         self._library.usp_gpu_descending_waves(int(descending))
+
+    def compute_capability(self, capability: int) -> None:
+        """80 or 90: the NVIDIA GPU that the target stands in for."""
+        self._library.usp_gpu_compute_capability(capability)
+
+    def late(self, copies: bool, products: bool) -> None:
+        """Whether what runs on by itself on sm_90a is done as late as it may be, or at once."""
+        self._library.usp_gpu_late(int(copies), int(products))
 
     def layout(self, name: str, lane: int, element: int) -> tuple[int, int]:
         row, column = c_int(), c_int()

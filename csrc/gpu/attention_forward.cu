@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "hopper/attention.h"
 #include "products.h"
 #include "scores.h"
 #include "shared_rows.h"
@@ -268,6 +269,12 @@ void forward_of(const ForwardArguments& arguments, Stream stream) {
 
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream) {
+#if defined(USP_WGMMA)
+  const AttentionState<float> carried{state.out, state.lse};
+  if (hopper::takes_forward(inputs, carried)) {
+    return hopper::attention_forward(inputs, carried, stream);
+  }
+#endif
   const bool vectors = has_aligned_rows(inputs.q, inputs.D) &&
                        has_aligned_rows(inputs.k, inputs.D) &&
                        has_aligned_rows(inputs.v, inputs.Dv);

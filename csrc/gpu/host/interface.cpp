@@ -4,8 +4,8 @@
 
 #include "../attention.h"
 #include "../gpu.h"
-#include "../layouts.h"
-#include "simt.h"
+#include "../hopper/layouts.h"
+#include "hopper.h"
 
 namespace usp::gpu {
 namespace {
@@ -76,6 +76,7 @@ constexpr NamedLayout kLayouts[] = {
     {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
     {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
     {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
+    {"m64nNk16.a", m64nNk16::a},         {"m64nNk16.d", m64nNk16::d},
 };
 
 }  // namespace
@@ -88,6 +89,17 @@ int usp_gpu_wave_size() { return usp::gpu::kWaveSize; }
 void usp_gpu_descending_waves(int descending) {
   using usp::gpu::host::WaveOrder;
   usp::gpu::host::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
+}
+
+// The GPU to stand in for: 80, 90. Other targets than NVIDIA's do not look.
+void usp_gpu_compute_capability(int capability) {
+  usp::gpu::host::set_compute_capability(capability);
+}
+
+void usp_gpu_late(int copies, int products) {
+  using usp::gpu::host::Asynchrony;
+  const auto when = [](int late) { return late ? Asynchrony::kLate : Asynchrony::kAtOnce; };
+  usp::gpu::host::set_asynchrony(when(copies), when(products));
 }
 
 // Returns 0 for a name that is not known.

@@ -1,0 +1,169 @@
+#pragma once
+
+// Products by wgmma: D (64 x N) += A (64 x 16) B (16 x N) for a warpgroup. layouts.h says what lies
+// where.
+//
+// They run on while the warps do other things. Between begin_products() and products_done() nobody
+// touches the registers that they read and write.
+
+#include "../products.h"
+#include "barrier.h"
+#include "layouts.h"
+
+namespace usp::gpu::hopper {
+
+constexpr bool warps_lie_like_mma_sync() {
+  for (int lane = 0; lane < kGroup; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const Position own = m16n8k16::a(lane % 32, i);
+      if (!(m64nNk16::d(lane, i) == Position{own.row + lane / 32 * 16, own.column})) return false;
+    }
+  }
+  return true;
+}
+static_assert(warps_lie_like_mma_sync());  // so each warp holds a strip of 16 rows in Sums and Left
+
+// A warp's 16 rows and kColumns columns of a product.
+template <int kColumns>
+using Product = Sums<1, kColumns / kTile>;
+
+// A warp's 16 rows as left operands, kColumns / 16 of them.
+template <typename T, int kColumns>
+struct LeftRegisters {
+  Left<T> tile[kColumns / kTile];
+
+  USP_DEVICE void from(const Product<kColumns>& sums) {
+    USP_UNROLL
+    for (int k = 0; k < kColumns / kTile; ++k) tile[k].from(sums.tile[0][k]);
+  }
+};
+
+// The compiler thinks that asm has written its registers when it ends: it must not move their use.
+template <int kTiles>
+USP_DEVICE void keep_here(Sums<1, kTiles>& sums) {
+#if defined(USP_GPU_CUDA)
+  USP_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    USP_UNROLL
+    for (int i = 0; i < kElements; ++i) asm volatile("" : "+f"(sums.tile[0][n].x[i])::"memory");
+  }
+#endif
+}
+
+template <typename T, int kColumns>
+USP_DEVICE void keep_here(LeftRegisters<T, kColumns>& left) {
+#if defined(USP_GPU_CUDA)
+  USP_UNROLL
+  for (int k = 0; k < kColumns / kTile; ++k) {
+    USP_UNROLL
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(left.tile[k].packed[i])::"memory");
+  }
+#endif
+}
+
+// These registers are ready for products.
+template <typename... Registers>
+USP_DEVICE void begin_products(Registers&... registers) {
+  (keep_here(registers), ...);
+#if defined(USP_GPU_CUDA)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  host::begin_products();
+#endif
+}
+
+// Closes a group of products.
+USP_DEVICE void end_products() {
+#if defined(USP_GPU_CUDA)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  host::end_products();
+#endif
+}
+
+// All groups but the latest kRunning have ended, so that these `registers` are free again.
+template <int kRunning, typename... Registers>
+USP_DEVICE void products_done(Registers&... registers) {
+#if defined(USP_GPU_CUDA)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kRunning) : "memory");
+#else
+  host::products_done(kRunning);
+#endif
+  (keep_here(registers), ...);
+}
+
+#if defined(USP_GPU_CUDA)
+
+#define USP_SUMS(n)                                                              \
+  "+f"(d.tile[0][n].x[0]), "+f"(d.tile[0][n].x[1]), "+f"(d.tile[0][n].x[2]),     \
+      "+f"(d.tile[0][n].x[3]), "+f"(d.tile[0][n].x[4]), "+f"(d.tile[0][n].x[5]), \
+      "+f"(d.tile[0][n].x[6]), "+f"(d.tile[0][n].x[7])
+#define USP_SUMS_64 USP_SUMS(0), USP_SUMS(1), USP_SUMS(2), USP_SUMS(3)
+#define USP_SUMS_128 USP_SUMS_64, USP_SUMS(4), USP_SUMS(5), USP_SUMS(6), USP_SUMS(7)
+
+#define USP_NAMES_64                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "  \
+  "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "  \
+  "%26, %27, %28, %29, %30, %31"
+#define USP_NAMES_128                                             \
+  USP_NAMES_64                                                    \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "     \
+  "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "  \
+  "%55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Two kinds: A and B from shared memory, both K major; A from registers, B MN major.
+#define USP_WGMMA(columns, dtype) \
+  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." dtype "." dtype " {" USP_NAMES_##columns "}"
+#define USP_WGMMA_SHARED(columns, dtype, left, right, add)                                      \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" USP_WGMMA(columns, dtype)   \
+               ", " left ", " right ", add, 1, 1, 0, 0;\n}"                                     \
+               : USP_SUMS_##columns                                                             \
+               : "l"(a), "l"(b), "n"(kAdd))
+#define USP_WGMMA_REGISTERS(columns, dtype, left, right)                                    \
+  asm volatile(USP_WGMMA(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;"             \
+               : USP_SUMS_##columns                                                         \
+               : "r"(a.packed[0]), "r"(a.packed[1]), "r"(a.packed[2]), "r"(a.packed[3]), "l"(b))
+
+#endif
+
+// d (+)= a b^T, a and b K major.
+template <typename T, bool kAdd, int kTiles>
+USP_DEVICE void multiply_16(Sums<1, kTiles>& d, uint64_t a, uint64_t b) {
+  constexpr int kColumns = kTiles * kTile;
+  static_assert(kColumns == 64 || kColumns == 128);
+#if defined(USP_GPU_CUDA)
+  if constexpr (kColumns == 64 && kIsBFloat16<T>) {
+    USP_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34");
+  } else if constexpr (kColumns == 64) {
+    USP_WGMMA_SHARED(64, "f16", "%32", "%33", "%34");
+  } else if constexpr (kIsBFloat16<T>) {
+    USP_WGMMA_SHARED(128, "bf16", "%64", "%65", "%66");
+  } else {
+    USP_WGMMA_SHARED(128, "f16", "%64", "%65", "%66");
+  }
+#else
+  host::wgmma<T, kColumns>({d.tile[0][0].x, nullptr, a, b, kAdd});
+#endif
+}
+
+// d += a b, b MN major.
+template <typename T, int kTiles>
+USP_DEVICE void multiply_16(Sums<1, kTiles>& d, const Left<T>& a, uint64_t b) {
+  constexpr int kColumns = kTiles * kTile;
+  static_assert(kColumns == 64 || kColumns == 128);
+#if defined(USP_GPU_CUDA)
+  if constexpr (kColumns == 64 && kIsBFloat16<T>) {
+    USP_WGMMA_REGISTERS(64, "bf16", "%32, %33, %34, %35", "%36");
+  } else if constexpr (kColumns == 64) {
+    USP_WGMMA_REGISTERS(64, "f16", "%32, %33, %34, %35", "%36");
+  } else if constexpr (kIsBFloat16<T>) {
+    USP_WGMMA_REGISTERS(128, "bf16", "%64, %65, %66, %67", "%68");
+  } else {
+    USP_WGMMA_REGISTERS(128, "f16", "%64, %65, %66, %67", "%68");
+  }
+#else
+  host::wgmma<T, kColumns>({d.tile[0][0].x, a.packed, 0, b, true});
+#endif
+}
+
+}  // namespace usp::gpu::hopper
