@@ -19,6 +19,7 @@ SOURCES = (
     "gpu/attention_backward.cu",
     "gpu/bias_backward.cu",
     "gpu/hopper/wgmma_forward.cu",
+    "gpu/hopper/wgmma_backward.cu",
     "gpu/host/simt.cpp",
     "gpu/host/hopper.cpp",
     "gpu/host/interface.cpp",

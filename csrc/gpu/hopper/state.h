@@ -19,6 +19,19 @@ USP_DEVICE void store_pair(T* to, float x, float y) {
   *reinterpret_cast<uint32_t*>(to) = pack<T>(x, y);
 }
 
+// visit(four numbers of a product, column): 0 and 2 lie in that column, 1 and 3 in the next.
+template <int kTiles, typename Visit>
+USP_DEVICE void for_each_column_pair(Sums<1, kTiles>& sums, Visit&& visit) {
+  USP_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    USP_UNROLL
+    for (int i = 0; i < kElements; i += 4) {
+      visit(sums.tile[0][n].x + i,
+            n * kTile + Accumulator::first_column() + Accumulator::offset(i));
+    }
+  }
+}
+
 // A warp's 16 rows of a matrix in which every row starts at a multiple of two numbers.
 template <typename T>
 struct MatrixRows {

@@ -112,15 +112,15 @@ USP_DEVICE void products_done(Registers&... registers) {
   "%55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // Two kinds: A and B from shared memory, both K major; A from registers, B MN major.
-#define USP_WGMMA(columns, dtype) \
+#define USP_PRODUCT(columns, dtype) \
   "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." dtype "." dtype " {" USP_NAMES_##columns "}"
-#define USP_WGMMA_SHARED(columns, dtype, left, right, add)                                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" USP_WGMMA(columns, dtype)   \
+#define USP_PRODUCT_SHARED(columns, dtype, left, right, add)                                      \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" USP_PRODUCT(columns, dtype)   \
                ", " left ", " right ", add, 1, 1, 0, 0;\n}"                                     \
                : USP_SUMS_##columns                                                             \
                : "l"(a), "l"(b), "n"(kAdd))
-#define USP_WGMMA_REGISTERS(columns, dtype, left, right)                                    \
-  asm volatile(USP_WGMMA(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;"             \
+#define USP_PRODUCT_REGISTERS(columns, dtype, left, right)                                    \
+  asm volatile(USP_PRODUCT(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;"             \
                : USP_SUMS_##columns                                                         \
                : "r"(a.packed[0]), "r"(a.packed[1]), "r"(a.packed[2]), "r"(a.packed[3]), "l"(b))
 
@@ -133,13 +133,13 @@ USP_DEVICE void multiply_16(Sums<1, kTiles>& d, uint64_t a, uint64_t b) {
   static_assert(kColumns == 64 || kColumns == 128);
 #if defined(USP_GPU_CUDA)
   if constexpr (kColumns == 64 && kIsBFloat16<T>) {
-    USP_WGMMA_SHARED(64, "bf16", "%32", "%33", "%34");
+    USP_PRODUCT_SHARED(64, "bf16", "%32", "%33", "%34");
   } else if constexpr (kColumns == 64) {
-    USP_WGMMA_SHARED(64, "f16", "%32", "%33", "%34");
+    USP_PRODUCT_SHARED(64, "f16", "%32", "%33", "%34");
   } else if constexpr (kIsBFloat16<T>) {
-    USP_WGMMA_SHARED(128, "bf16", "%64", "%65", "%66");
+    USP_PRODUCT_SHARED(128, "bf16", "%64", "%65", "%66");
   } else {
-    USP_WGMMA_SHARED(128, "f16", "%64", "%65", "%66");
+    USP_PRODUCT_SHARED(128, "f16", "%64", "%65", "%66");
   }
 #else
   host::wgmma<T, kColumns>({d.tile[0][0].x, nullptr, a, b, kAdd});
@@ -153,13 +153,13 @@ USP_DEVICE void multiply_16(Sums<1, kTiles>& d, const Left<T>& a, uint64_t b) {
   static_assert(kColumns == 64 || kColumns == 128);
 #if defined(USP_GPU_CUDA)
   if constexpr (kColumns == 64 && kIsBFloat16<T>) {
-    USP_WGMMA_REGISTERS(64, "bf16", "%32, %33, %34, %35", "%36");
+    USP_PRODUCT_REGISTERS(64, "bf16", "%32, %33, %34, %35", "%36");
   } else if constexpr (kColumns == 64) {
-    USP_WGMMA_REGISTERS(64, "f16", "%32, %33, %34, %35", "%36");
+    USP_PRODUCT_REGISTERS(64, "f16", "%32, %33, %34, %35", "%36");
   } else if constexpr (kIsBFloat16<T>) {
-    USP_WGMMA_REGISTERS(128, "bf16", "%64, %65, %66, %67", "%68");
+    USP_PRODUCT_REGISTERS(128, "bf16", "%64, %65, %66, %67", "%68");
   } else {
-    USP_WGMMA_REGISTERS(128, "f16", "%64, %65, %66, %67", "%68");
+    USP_PRODUCT_REGISTERS(128, "f16", "%64, %65, %66, %67", "%68");
   }
 #else
   host::wgmma<T, kColumns>({d.tile[0][0].x, a.packed, 0, b, true});

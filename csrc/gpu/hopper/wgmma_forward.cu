@@ -108,7 +108,7 @@ class Consumer {
       Product<kKeys> scores;
       start_scores(scores, 0);
       products_done<0>(scores);
-      weigh_step(scores, running, 0);
+      scale_rows(out, weigh_step(scores, running, 0));
       weights.from(scores);
     }
     for (int step = 1; step < walk_.count; ++step) {

@@ -1,0 +1,424 @@
+// Gradients of one block of keys, from the final lse and delta, on sm_90a.
+//
+// As in ../attention_backward.cu: one kernel owns keys and walks over queries for dK and dV, one
+// owns queries and walks over keys for dQ. A thread block owns 128 rows; one warpgroup brings what
+// it walks over, two have 64 rows each. Scores are computed with the own rows as rows, so that they
+// and their gradients are the left operands of the next products where they lie, in registers.
+
+#include "attention.h"
+
+#if defined(USP_WGMMA)
+
+#include "../gradients.h"
+#include "problem.h"
+#include "state.h"
+
+namespace usp::gpu::hopper {
+namespace {
+
+constexpr int kColumns = 64;  // rows that are walked over at a time
+constexpr int kStages = 3;
+
+struct GradientArguments {
+  Attention<float> inputs;
+  AttentionGradients<float> gradients;
+  FirstBlock first;
+  TensorMap q, k, v, dout;
+};
+
+// Own tiles and walked tiles: keys and values, queries and dout.
+template <typename T, int kDim>
+struct GradientShared {
+  using Own = Tile<T, kOwnRows, kDim>;
+  using Walked = Tile<T, kColumns, kDim>;
+  static constexpr int kWalkedBytes = 2 * Walked::kBytes;  // of a stage
+
+  struct Rest {
+    Barrier own;
+    Ring<kStages> walked;
+    FloatPair results[kStages][kColumns];  // of walked queries: lse and delta
+  };
+  static constexpr int kTileBytes = 2 * Own::kBytes + kStages * kWalkedBytes;
+  static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Rest));
+
+  char* base = aligned_shared_memory();
+
+  USP_DEVICE Own own(int which) const { return {base + which * Own::kBytes}; }
+  USP_DEVICE Walked walked(int which, int step) const {
+    const int stage = static_cast<int>(Ring<kStages>::stage(step));
+    return {base + 2 * Own::kBytes + stage * kWalkedBytes + which * Walked::kBytes};
+  }
+  USP_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kTileBytes); }
+
+  // All threads come here.
+  USP_DEVICE void set_up(int fillers) const {
+    if (thread_index() == 0) {
+      rest().own.init(1);
+      rest().walked.init(fillers);
+      barriers_are_set_up();
+    }
+    barrier();
+  }
+
+  // One thread: the own rows from `row` on, of two tensors.
+  USP_DEVICE void load_own(const TensorMap& first, const TensorMap& second, BoxPlace at) const {
+    rest().own.arrive_expecting(2 * Own::kBytes);
+    own(0).load(first, rest().own, at.row, at.head, at.batch);
+    own(1).load(second, rest().own, at.row, at.head, at.batch);
+  }
+
+  // One thread, when the stage is empty.
+  USP_DEVICE void load_walked(const TensorMap& first, const TensorMap& second, BoxPlace at,
+                              int step) const {
+    Barrier& full = rest().walked.full[Ring<kStages>::stage(step)];
+    full.arrive_expecting(kWalkedBytes);
+    walked(0, step).load(first, full, at.row, at.head, at.batch);
+    walked(1, step).load(second, full, at.row, at.head, at.batch);
+  }
+
+  // Products of a warp's own rows with the walked ones, in two groups. They run on.
+  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int first_row,
+                               int step) const {
+    begin_products(scores, dscores);
+    multiply_transposed(scores, own(0), first_row, walked(0, step));
+    end_products();
+    multiply_transposed(dscores, own(1), first_row, walked(1, step));
+    end_products();
+  }
+};
+
+// sums += left right. Runs on.
+template <typename T, int kDim>
+USP_DEVICE void start_gradient(Product<kDim>& sums, LeftRegisters<T, kColumns>& left,
+                               const Tile<T, kColumns, kDim>& right) {
+  begin_products(sums, left);
+  multiply_accumulate(sums, left, right);
+  end_products();
+}
+
+// -inf where pair(row in the warp's 16, column) does not see.
+template <typename PairOf>
+USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, PairOf&& pair) {
+  scores.for_each([&](float& x, int, int slot, int column) {
+    if (!is_visible(span, pair(Accumulator::row_of_slot(slot), column))) x = -kInfinity;
+  });
+}
+
+// exp2(product * scale - lse)
+USP_DEVICE void weigh(float& product, float scale, QueryResults query) {
+  product = fast_exp2(fma(product, scale, -query.lse));
+}
+
+// --- dK and dV -----------------------------------------------------------------------------------
+
+// What a block of keys walks over: the queries that see them, of each head that reads them.
+struct QueryWalk {
+  Walk walk;
+  Rows heads;
+
+  USP_DEVICE int steps() const { return walk.count * heads.size(); }
+  USP_DEVICE int head(int step) const { return heads.begin + step / walk.count; }
+  USP_DEVICE bool is_masked(int step) const { return walk.is_masked(step % walk.count); }
+  USP_DEVICE Rows rows(int step) const { return walk.step(step % walk.count, kColumns); }
+};
+
+// One wave.
+template <typename T, int kDim>
+USP_DEVICE void produce_queries(const GradientArguments& arguments, const BlockPlace& place,
+                                int first_key, const QueryWalk& walk) {
+  const GradientShared<T, kDim> shared;
+  const Attention<float>& a = arguments.inputs;
+  const AttentionGradients<float>& g = arguments.gradients;
+  auto& rest = shared.rest();
+  if (lane() == 0) {
+    shared.load_own(arguments.k, arguments.v, {0, first_key, place.h, place.b});
+  }
+  for (int step = 0; step < walk.steps(); ++step) {
+    const int head = walk.head(step);
+    const Rows rows = walk.rows(step);
+    const int64_t first = (int64_t{place.b} * a.H + head) * a.Lq + rows.begin;
+    QueryResults found[kColumns / kWaveSize];
+    USP_UNROLL
+    for (int i = 0; i < kColumns / kWaveSize; ++i) {
+      const int row = i * kWaveSize + lane();
+      const bool exists = row < rows.size();
+      found[i] = QueryResults::of(exists ? g.lse[first + row] : -kInfinity,
+                                  exists ? g.delta[first + row] : 0.0f);
+    }
+    rest.walked.wait_empty(step);
+    USP_UNROLL
+    for (int i = 0; i < kColumns / kWaveSize; ++i) {
+      rest.results[Ring<kStages>::stage(step)][i * kWaveSize + lane()] = {found[i].lse,
+                                                                          found[i].delta};
+    }
+    if (lane() == 0) {
+      shared.load_walked(arguments.q, arguments.dout, {0, rows.begin, head, place.b}, step);
+    } else {
+      rest.walked.full[Ring<kStages>::stage(step)].arrive();
+    }
+  }
+}
+
+template <typename T, int kDim>
+USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockPlace& place,
+                                int first_key, const QueryWalk& walk) {
+  const GradientShared<T, kDim> shared;
+  const Attention<float>& a = arguments.inputs;
+  const AttentionGradients<float>& g = arguments.gradients;
+  auto& ring = shared.rest().walked;
+  const OwnRows own = OwnRows::of(wave());
+  first_key += own.of_wave;
+  const float scale = static_cast<float>(a.softmax_scale) * kLog2e;
+
+  Product<kDim> dk, dv;
+  dk.clear();
+  dv.clear();
+  shared.rest().own.wait(0);
+  for (int step = 0; step < walk.steps(); ++step) {
+    Product<kColumns> scores, dscores;
+    LeftRegisters<T, kColumns> weights, gradients;
+    ring.wait_full(step);
+    shared.start_scores(scores, dscores, own.of_group, step);
+    products_done<1>(scores);
+    if (walk.is_masked(step)) {
+      const int first_query = walk.rows(step).begin;
+      mask(scores, a.span, [&](int row, int column) {
+        return Pair{first_query + column, first_key + row};
+      });
+    }
+    const FloatPair* results = shared.rest().results[Ring<kStages>::stage(step)];
+    for_each_column_pair(scores, [&](float* x, int column) {
+      for (int i = 0; i < 4; ++i) weigh(x[i], scale, {results[column + i % 2].x, 0.0f});
+    });
+    weights.from(scores);
+    start_gradient(dv, weights, shared.walked(1, step));
+    products_done<1>(dscores);
+    for_each_column_pair(dscores, [&](float* x, int column) {
+      const float* p = scores.tile[0][0].x + (x - dscores.tile[0][0].x);
+      for (int i = 0; i < 4; ++i) x[i] = p[i] * (x[i] - results[column + i % 2].y);
+    });
+    gradients.from(dscores);
+    start_gradient(dk, gradients, shared.walked(0, step));
+    products_done<0>(dk, dv, weights, gradients);
+    sync_wave();
+    ring.release(step);
+  }
+
+  const int64_t row = (int64_t{place.b} * a.Lk + first_key) * a.G + place.h;
+  const int count = static_cast<int>(a.Lk) - first_key;
+  MatrixRows<float>{g.dk + row * kDim, a.G * kDim, count}.add(dk,
+                                                              static_cast<float>(a.softmax_scale));
+  MatrixRows<float>{g.dv + row * kDim, a.G * kDim, count}.add(dv, 1.0f);
+}
+
+template <typename T, int kDim>
+USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void wgmma_key_value_kernel(
+    const USP_GRID_CONSTANT GradientArguments arguments) {
+#if defined(USP_HOPPER)
+  const Attention<float>& a = arguments.inputs;
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lk, kOwnRows));
+  const Range range = rows_of_tile(place.row_tile, kOwnRows, a.Lk);
+  const QueryWalk walk{
+      Walk::over(visible_queries(a.span, range), unmasked_queries(a.span, range), kColumns),
+      Rows::of(a.query_heads(place.h))};
+  if (walk.steps() <= 0) return;
+
+  GradientShared<T, kDim>().set_up(kWaveSize);
+  const int first_key = static_cast<int>(range.begin);
+  if (wave() < 4) {
+    give_registers_back<kProducerRegisters>();
+    if (wave() == 0) produce_queries<T, kDim>(arguments, place, first_key, walk);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume_queries<T, kDim>(arguments, place, first_key, walk);
+  }
+#endif
+}
+
+// --- dQ ------------------------------------------------------------------------------------------
+
+// One thread.
+template <typename T, int kDim>
+USP_DEVICE void produce_keys(const GradientArguments& arguments, const BlockPlace& place,
+                             int first_query, const Walk& walk) {
+  const GradientShared<T, kDim> shared;
+  const int key_head = static_cast<int>(arguments.inputs.key_head(place.h));
+  shared.load_own(arguments.q, arguments.dout, {0, first_query, place.h, place.b});
+  for (int step = 0; step < walk.count; ++step) {
+    shared.rest().walked.wait_empty(step);
+    shared.load_walked(arguments.k, arguments.v,
+                       {0, walk.step(step, kColumns).begin, key_head, place.b}, step);
+  }
+}
+
+// Rows of queries of a warp. The product of a step's gradients with its keys runs beside the scores
+// of the next step.
+template <typename T, int kDim>
+class KeyConsumer {
+ public:
+  USP_DEVICE KeyConsumer(const GradientArguments& arguments, const BlockPlace& place,
+                         int first_query, const Walk& walk)
+      : a_(arguments.inputs),
+        g_(arguments.gradients),
+        place_(place),
+        walk_(walk),
+        own_(OwnRows::of(wave())),
+        first_query_(first_query + own_.of_wave),
+        count_(static_cast<int>(a_.Lq) - first_query_),
+        scale_(static_cast<float>(a_.softmax_scale) * kLog2e) {}
+
+  USP_DEVICE void run() {
+    auto& ring = shared_.rest().walked;
+    load_results();
+    Product<kDim> dq;
+    dq.clear();
+    LeftRegisters<T, kColumns> gradients;
+    shared_.rest().own.wait(0);
+    {
+      Product<kColumns> scores, dscores;
+      start_scores(scores, dscores, 0);
+      products_done<1>(scores);
+      weigh_step(scores, 0);
+      products_done<0>(dscores);
+      differentiate(dscores, scores);
+      gradients.from(dscores);
+    }
+    for (int step = 1; step < walk_.count; ++step) {
+      Product<kColumns> scores, dscores;
+      start_scores(scores, dscores, step);
+      start_gradient(dq, gradients, shared_.walked(0, step - 1));
+      products_done<2>(scores);
+      weigh_step(scores, step);
+      products_done<1>(dscores);
+      differentiate(dscores, scores);
+      products_done<0>(dq, gradients);
+      ring.release(step - 1);
+      gradients.from(dscores);
+    }
+    start_gradient(dq, gradients, shared_.walked(0, walk_.count - 1));
+    products_done<0>(dq, gradients);
+
+    const int64_t row = (int64_t{place_.b} * a_.Lq + first_query_) * a_.H + place_.h;
+    MatrixRows<float>{g_.dq + row * kDim, a_.H * kDim, count_}.add(
+        dq, static_cast<float>(a_.softmax_scale));
+  }
+
+ private:
+  USP_DEVICE void load_results() {
+    const int64_t first = (int64_t{place_.b} * a_.H + place_.h) * a_.Lq + first_query_;
+    results_.for_each([&](QueryResults& result, int row) {
+      const bool exists = row < count_;
+      result = QueryResults::of(exists ? g_.lse[first + row] : -kInfinity,
+                                exists ? g_.delta[first + row] : 0.0f);
+    });
+  }
+
+  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int step) {
+    shared_.rest().walked.wait_full(step);
+    shared_.start_scores(scores, dscores, own_.of_group, step);
+  }
+
+  USP_DEVICE void weigh_step(Product<kColumns>& scores, int step) {
+    if (walk_.is_masked(step)) {
+      const int first_key = walk_.step(step, kColumns).begin;
+      mask(scores, a_.span, [&](int row, int column) {
+        return Pair{first_query_ + row, first_key + column};
+      });
+    }
+    scores.for_each([&](float& x, int, int slot, int) { weigh(x, scale_, results_.of[0][slot]); });
+  }
+
+  USP_DEVICE void differentiate(Product<kColumns>& dscores, const Product<kColumns>& weights) {
+    USP_UNROLL
+    for (int n = 0; n < kColumns / kTile; ++n) {
+      USP_UNROLL
+      for (int i = 0; i < kElements; ++i) {
+        float& x = dscores.tile[0][n].x[i];
+        x = weights.tile[0][n].x[i] * (x - results_.of[0][Accumulator::slot(i)].delta);
+      }
+    }
+  }
+
+  const Attention<float>& a_;
+  const AttentionGradients<float>& g_;
+  const BlockPlace& place_;
+  const Walk& walk_;
+  OwnRows own_;
+  int first_query_, count_;
+  float scale_;
+  PerRow<QueryResults, 1> results_;
+  GradientShared<T, kDim> shared_;
+};
+
+template <typename T, int kDim>
+USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void wgmma_query_kernel(
+    const USP_GRID_CONSTANT GradientArguments arguments) {
+#if defined(USP_HOPPER)
+  const Attention<float>& a = arguments.inputs;
+  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kOwnRows));
+  const Range range = rows_of_tile(place.row_tile, kOwnRows, a.Lq);
+  const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
+  if (walk.count == 0) return;
+
+  GradientShared<T, kDim>().set_up(1);
+  const int first_query = static_cast<int>(range.begin);
+  if (wave() < 4) {
+    give_registers_back<kProducerRegisters>();
+    if (thread_index() == 0) produce_keys<T, kDim>(arguments, place, first_query, walk);
+  } else {
+    take_registers<kConsumerRegisters>();
+    KeyConsumer<T, kDim>(arguments, place, first_query, walk).run();
+  }
+#endif
+}
+
+// --- Launching -----------------------------------------------------------------------------------
+
+// Fills the four maps; returns null, or what went wrong.
+template <int kDim>
+const char* make_maps(GradientArguments& arguments, int query_rows, int key_rows) {
+  const Attention<float>& a = arguments.inputs;
+  const MapSizes queries{a.B, a.Lq, a.H, kDim, query_rows}, keys{a.B, a.Lk, a.G, kDim, key_rows};
+  const char* error = make_map(arguments.q, a.q, queries);
+  if (error == nullptr) error = make_map(arguments.dout, arguments.gradients.dout, queries);
+  if (error == nullptr) error = make_map(arguments.k, a.k, keys);
+  if (error == nullptr) error = make_map(arguments.v, a.v, keys);
+  return error;
+}
+
+template <typename T, int kDim>
+const char* launch_backward(const Attention<float>& a, const AttentionGradients<float>& gradients,
+                            Stream stream) {
+  constexpr int kBytes = shared_bytes(GradientShared<T, kDim>::kBytes);
+  static_assert(kBytes <= kSharedLimit);
+  GradientArguments arguments{a, gradients, {}, {}, {}, {}, {}};
+  if (const char* error = make_maps<kDim>(arguments, kColumns, kOwnRows)) return error;
+  launch_blocks(wgmma_key_value_kernel<T, kDim>, arguments, tiles_of(a.Lk, kOwnRows), a.G, a.B,
+                kThreads, kBytes, stream);
+  if (const char* error = make_maps<kDim>(arguments, kOwnRows, kColumns)) return error;
+  launch_blocks(wgmma_query_kernel<T, kDim>, arguments, tiles_of(a.Lq, kOwnRows), a.H, a.B,
+                kThreads, kBytes, stream);
+  return last_error();
+}
+
+}  // namespace
+
+bool takes_backward(const Attention<float>& inputs, const AttentionGradients<float>& gradients) {
+  return is_taken(inputs) && can_map(gradients.dout, inputs.B, inputs.Lq, inputs.H) &&
+         has_aligned_pairs(gradients.dq, 4) && has_aligned_pairs(gradients.dk, 4) &&
+         has_aligned_pairs(gradients.dv, 4) && runs_here(wgmma_query_kernel<BFloat16, 64>);
+}
+
+const char* attention_backward(const Attention<float>& inputs,
+                               const AttentionGradients<float>& gradients, Stream stream) {
+  return with_exact_head_dim(inputs, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    return inputs.q.dtype == DType::kBFloat16
+               ? launch_backward<BFloat16, kDim>(inputs, gradients, stream)
+               : launch_backward<Float16, kDim>(inputs, gradients, stream);
+  });
+}
+
+}  // namespace usp::gpu::hopper
+
+#endif
