@@ -100,6 +100,7 @@ class GpuHostOps:
         self._library = ctypes.CDLL(str(_build(wave_size, folder, flags)))
         self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), c_void_p, c_void_p]
         self._library.usp_gpu_attention_backward.argtypes = [POINTER(_Inputs), POINTER(_Gradients)]
+        self._library.usp_gpu_wgmma_count.restype = c_int64
         assert self._library.usp_gpu_wave_size() == wave_size
         self.wave_size = wave_size
 
@@ -113,6 +114,10 @@ class GpuHostOps:
     def late(self, copies: bool, products: bool) -> None:
         """Whether what runs on by itself on sm_90a is done as late as it may be, or at once."""
         self._library.usp_gpu_late(int(copies), int(products))
+
+    def wgmma_count(self) -> int:
+        """How many wgmma there have been."""
+        return int(self._library.usp_gpu_wgmma_count())
 
     def layout(self, name: str, lane: int, element: int) -> tuple[int, int]:
         row, column = c_int(), c_int()

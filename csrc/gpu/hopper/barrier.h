@@ -3,7 +3,8 @@
 // Barriers in shared memory that count threads and bytes (mbarrier), and what else sm_90a has for
 // warps with different tasks.
 //
-// Source: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier", "setmaxnreg".
+// Source: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier",
+// "setmaxnreg".
 
 #include "../gpu.h"
 
@@ -54,10 +55,10 @@ class Barrier {
   // Arrives, and lets the phase wait for `bytes` more.
   USP_DEVICE void arrive_expecting(int bytes) {
 #if defined(USP_GPU_CUDA)
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(this)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
 #else
     host::arrive(&state_, bytes);
 #endif

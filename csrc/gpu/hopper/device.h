@@ -18,7 +18,7 @@ bool runs_here(void (*kernel)(Parameters...)) {
   if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes{};
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
-         attributes.ptxVersion == 90;
+         attributes.ptxVersion >= 90;
 #else
   (void)kernel;
   return host::compute_capability() == 90;

@@ -2,6 +2,7 @@
 
 // The running softmax of a warp's 16 rows, in pieces that run beside products.
 
+#include "../scores.h"
 #include "state.h"
 
 namespace usp::gpu::hopper {
@@ -12,7 +13,20 @@ struct RunningRows {
   PerRow<float, 1> sum;
 };
 
-// Turns scores / scale into weights; returns the factor by which all that was summed before shrinks.
+// Scores of the queries from `first_query` on and of `keys`: -inf where unseen.
+template <int kTiles>
+USP_DEVICE void mask(Sums<1, kTiles>& scores, const Span& span, int first_query, Rows keys) {
+  PerRow<Columns, 1> seen;
+  seen.for_each([&](Columns& columns, int row) {
+    columns = visible_columns(span, first_query + row, keys, true);
+  });
+  scores.for_each([&](float& x, int, int slot, int column) {
+    if (!seen.of[0][slot].contain(column)) x = -kInfinity;
+  });
+}
+
+// Turns scores / scale into weights; returns the factor by which all that was summed before
+// shrinks.
 template <int kTiles>
 USP_DEVICE PerRow<float, 1> weigh(Sums<1, kTiles>& scores, float scale, RunningRows& rows) {
   PerRow<float, 1> shrink;

@@ -44,20 +44,9 @@ inline bool can_map(const TensorView& x, int64_t batch, int64_t rows, int64_t he
          takes(x.head_stride, heads) && takes(x.batch_stride, batch);
 }
 
-// Fills `map`; returns null, or what went wrong. `x` can_map.
-inline const char* make_map(TensorMap& map, const TensorView& x, const MapSizes& sizes) {
-  // a dim of one element is never stepped along, but its stride must be legal
-  const auto bytes = [](int64_t stride, int64_t count) {
-    return static_cast<uint64_t>(count == 1 ? 16 : stride * 2);
-  };
-  const uint64_t dims[] = {
-      static_cast<uint64_t>(sizes.head_dim), static_cast<uint64_t>(sizes.rows),
-      static_cast<uint64_t>(sizes.heads), static_cast<uint64_t>(sizes.batch)};
-  const uint64_t strides[] = {bytes(x.row_stride, sizes.rows), bytes(x.head_stride, sizes.heads),
-                              bytes(x.batch_stride, sizes.batch)};
-  const uint32_t box[] = {kBoxColumns, static_cast<uint32_t>(sizes.box_rows), 1, 1};
 #if defined(USP_GPU_CUDA)
-  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
+// Of the driver, which is not linked: a library built for a GPU loads without one. Null: not there.
+inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status;
 #if CUDART_VERSION >= 12050
@@ -66,14 +55,32 @@ inline const char* make_map(TensorMap& map, const TensorView& x, const MapSizes&
 #else
   cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
 #endif
-  if (found == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+#endif
+
+// Fills `map`; returns null, or what went wrong. `x` can_map.
+inline const char* make_map(TensorMap& map, const TensorView& x, const MapSizes& sizes) {
+  // a dim of one element is never stepped along, but its stride must be legal
+  const auto bytes = [](int64_t stride, int64_t count) {
+    return static_cast<uint64_t>(count == 1 ? 16 : stride * 2);
+  };
+  const uint64_t dims[] = {static_cast<uint64_t>(sizes.head_dim), static_cast<uint64_t>(sizes.rows),
+                           static_cast<uint64_t>(sizes.heads), static_cast<uint64_t>(sizes.batch)};
+  const uint64_t strides[] = {bytes(x.row_stride, sizes.rows), bytes(x.head_stride, sizes.heads),
+                              bytes(x.batch_stride, sizes.batch)};
+  const uint32_t box[] = {kBoxColumns, static_cast<uint32_t>(sizes.box_rows), 1, 1};
+#if defined(USP_GPU_CUDA)
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
+  static const auto encode = find_encoder();
+  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   const auto dtype = x.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const uint32_t every[] = {1, 1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-      reinterpret_cast<CUtensorMap*>(&map), dtype, 4, const_cast<void*>(x.data), dims, strides, box,
-      every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(reinterpret_cast<CUtensorMap*>(&map), dtype, 4, const_cast<void*>(x.data), dims,
+             strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor";
 #else
   host::encode_map(map.words, x.data, dims, strides, box);

@@ -101,27 +101,28 @@ USP_DEVICE void products_done(Registers&... registers) {
 #define USP_SUMS_64 USP_SUMS(0), USP_SUMS(1), USP_SUMS(2), USP_SUMS(3)
 #define USP_SUMS_128 USP_SUMS_64, USP_SUMS(4), USP_SUMS(5), USP_SUMS(6), USP_SUMS(7)
 
-#define USP_NAMES_64                                              \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "  \
-  "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "  \
+#define USP_NAMES_64                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
+  "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
   "%26, %27, %28, %29, %30, %31"
-#define USP_NAMES_128                                             \
-  USP_NAMES_64                                                    \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "     \
-  "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, "  \
+#define USP_NAMES_128                                            \
+  USP_NAMES_64                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "    \
+  "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
   "%55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // Two kinds: A and B from shared memory, both K major; A from registers, B MN major.
-#define USP_PRODUCT(columns, dtype) \
-  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." dtype "." dtype " {" USP_NAMES_##columns "}"
-#define USP_PRODUCT_SHARED(columns, dtype, left, right, add)                                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n" USP_PRODUCT(columns, dtype)   \
-               ", " left ", " right ", add, 1, 1, 0, 0;\n}"                                     \
-               : USP_SUMS_##columns                                                             \
+#define USP_PRODUCT(columns, dtype)                                                                \
+  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." dtype "." dtype " {" USP_NAMES_##columns \
+      "}"
+#define USP_PRODUCT_SHARED(columns, dtype, left, right, add)                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add                                       \
+               ", 0;\n" USP_PRODUCT(columns, dtype) ", " left ", " right ", add, 1, 1, 0, 0;\n}" \
+               : USP_SUMS_##columns                                                              \
                : "l"(a), "l"(b), "n"(kAdd))
-#define USP_PRODUCT_REGISTERS(columns, dtype, left, right)                                    \
-  asm volatile(USP_PRODUCT(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;"             \
-               : USP_SUMS_##columns                                                         \
+#define USP_PRODUCT_REGISTERS(columns, dtype, left, right)                        \
+  asm volatile(USP_PRODUCT(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;" \
+               : USP_SUMS_##columns                                               \
                : "r"(a.packed[0]), "r"(a.packed[1]), "r"(a.packed[2]), "r"(a.packed[3]), "l"(b))
 
 #endif

@@ -9,15 +9,11 @@
 
 #if defined(USP_WGMMA)
 
-#include "../gradients.h"
+#include "gradient_tiles.h"
 #include "problem.h"
-#include "state.h"
 
 namespace usp::gpu::hopper {
 namespace {
-
-constexpr int kColumns = 64;  // rows that are walked over at a time
-constexpr int kStages = 3;
 
 struct GradientArguments {
   Attention<float> inputs;
@@ -26,101 +22,7 @@ struct GradientArguments {
   TensorMap q, k, v, dout;
 };
 
-// Own tiles and walked tiles: keys and values, queries and dout.
-template <typename T, int kDim>
-struct GradientShared {
-  using Own = Tile<T, kOwnRows, kDim>;
-  using Walked = Tile<T, kColumns, kDim>;
-  static constexpr int kWalkedBytes = 2 * Walked::kBytes;  // of a stage
-
-  struct Rest {
-    Barrier own;
-    Ring<kStages> walked;
-    FloatPair results[kStages][kColumns];  // of walked queries: lse and delta
-  };
-  static constexpr int kTileBytes = 2 * Own::kBytes + kStages * kWalkedBytes;
-  static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Rest));
-
-  char* base = aligned_shared_memory();
-
-  USP_DEVICE Own own(int which) const { return {base + which * Own::kBytes}; }
-  USP_DEVICE Walked walked(int which, int step) const {
-    const int stage = static_cast<int>(Ring<kStages>::stage(step));
-    return {base + 2 * Own::kBytes + stage * kWalkedBytes + which * Walked::kBytes};
-  }
-  USP_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(base + kTileBytes); }
-
-  // All threads come here.
-  USP_DEVICE void set_up(int fillers) const {
-    if (thread_index() == 0) {
-      rest().own.init(1);
-      rest().walked.init(fillers);
-      barriers_are_set_up();
-    }
-    barrier();
-  }
-
-  // One thread: the own rows from `row` on, of two tensors.
-  USP_DEVICE void load_own(const TensorMap& first, const TensorMap& second, BoxPlace at) const {
-    rest().own.arrive_expecting(2 * Own::kBytes);
-    own(0).load(first, rest().own, at.row, at.head, at.batch);
-    own(1).load(second, rest().own, at.row, at.head, at.batch);
-  }
-
-  // One thread, when the stage is empty.
-  USP_DEVICE void load_walked(const TensorMap& first, const TensorMap& second, BoxPlace at,
-                              int step) const {
-    Barrier& full = rest().walked.full[Ring<kStages>::stage(step)];
-    full.arrive_expecting(kWalkedBytes);
-    walked(0, step).load(first, full, at.row, at.head, at.batch);
-    walked(1, step).load(second, full, at.row, at.head, at.batch);
-  }
-
-  // Products of a warp's own rows with the walked ones, in two groups. They run on.
-  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int first_row,
-                               int step) const {
-    begin_products(scores, dscores);
-    multiply_transposed(scores, own(0), first_row, walked(0, step));
-    end_products();
-    multiply_transposed(dscores, own(1), first_row, walked(1, step));
-    end_products();
-  }
-};
-
-// sums += left right. Runs on.
-template <typename T, int kDim>
-USP_DEVICE void start_gradient(Product<kDim>& sums, LeftRegisters<T, kColumns>& left,
-                               const Tile<T, kColumns, kDim>& right) {
-  begin_products(sums, left);
-  multiply_accumulate(sums, left, right);
-  end_products();
-}
-
-// -inf where pair(row in the warp's 16, column) does not see.
-template <typename PairOf>
-USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, PairOf&& pair) {
-  scores.for_each([&](float& x, int, int slot, int column) {
-    if (!is_visible(span, pair(Accumulator::row_of_slot(slot), column))) x = -kInfinity;
-  });
-}
-
-// exp2(product * scale - lse)
-USP_DEVICE void weigh(float& product, float scale, QueryResults query) {
-  product = fast_exp2(fma(product, scale, -query.lse));
-}
-
 // --- dK and dV -----------------------------------------------------------------------------------
-
-// What a block of keys walks over: the queries that see them, of each head that reads them.
-struct QueryWalk {
-  Walk walk;
-  Rows heads;
-
-  USP_DEVICE int steps() const { return walk.count * heads.size(); }
-  USP_DEVICE int head(int step) const { return heads.begin + step / walk.count; }
-  USP_DEVICE bool is_masked(int step) const { return walk.is_masked(step % walk.count); }
-  USP_DEVICE Rows rows(int step) const { return walk.step(step % walk.count, kColumns); }
-};
 
 // One wave.
 template <typename T, int kDim>
@@ -182,9 +84,8 @@ USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockP
     products_done<1>(scores);
     if (walk.is_masked(step)) {
       const int first_query = walk.rows(step).begin;
-      mask(scores, a.span, [&](int row, int column) {
-        return Pair{first_query + column, first_key + row};
-      });
+      mask(scores, a.span,
+           [&](int row, int column) { return Pair{first_query + column, first_key + row}; });
     }
     const FloatPair* results = shared.rest().results[Ring<kStages>::stage(step)];
     for_each_column_pair(scores, [&](float* x, int column) {
@@ -321,9 +222,8 @@ class KeyConsumer {
   USP_DEVICE void weigh_step(Product<kColumns>& scores, int step) {
     if (walk_.is_masked(step)) {
       const int first_key = walk_.step(step, kColumns).begin;
-      mask(scores, a_.span, [&](int row, int column) {
-        return Pair{first_query_ + row, first_key + column};
-      });
+      mask(scores, a_.span,
+           [&](int row, int column) { return Pair{first_query_ + row, first_key + column}; });
     }
     scores.for_each([&](float& x, int, int slot, int) { weigh(x, scale_, results_.of[0][slot]); });
   }

@@ -77,17 +77,6 @@ USP_DEVICE void produce(const ForwardArguments& arguments, const BlockPlace& pla
   }
 }
 
-// -inf where unseen.
-USP_DEVICE void mask(Product<kKeys>& scores, const Span& span, int first_query, Rows keys) {
-  PerRow<Columns, 1> seen;
-  seen.for_each([&](Columns& columns, int row) {
-    columns = visible_columns(span, first_query + row, keys, true);
-  });
-  scores.for_each([&](float& x, int, int slot, int column) {
-    if (!seen.of[0][slot].contain(column)) x = -kInfinity;
-  });
-}
-
 template <typename T, int kDim>
 class Consumer {
  public:
@@ -157,9 +146,8 @@ class Consumer {
 };
 
 template <typename T, int kDim>
-USP_KERNEL USP_LAUNCH_BOUNDS(kThreads,
-                             1) void forward_kernel(const USP_GRID_CONSTANT ForwardArguments
-                                                        arguments) {
+USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void forward_kernel(
+    const USP_GRID_CONSTANT ForwardArguments arguments) {
 #if defined(USP_HOPPER)
   const Attention<float>& a = arguments.inputs;
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kOwnRows));
@@ -213,8 +201,8 @@ const char* launch_forward(const Attention<float>& a, const AttentionState<float
 }  // namespace
 
 bool takes_forward(const Attention<float>& inputs, const AttentionState<float>& state) {
-  return is_taken(inputs) && has_aligned_pairs(state.out, 4) && has_aligned_pairs(state.result, 2) &&
-         runs_here(forward_kernel<BFloat16, 64>);
+  return is_taken(inputs) && has_aligned_pairs(state.out, 4) &&
+         has_aligned_pairs(state.result, 2) && runs_here(forward_kernel<BFloat16, 64>);
 }
 
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,

@@ -25,6 +25,7 @@ struct WaveProducts {
 };
 
 int capability = 80;
+int64_t count_of_products = 0;
 Asynchrony copies = Asynchrony::kLate, products = Asynchrony::kLate;
 std::map<const void*, Phases> barriers;
 std::map<int, WaveProducts> waves;
@@ -74,6 +75,8 @@ void set_asynchrony(Asynchrony of_copies, Asynchrony of_products) {
   copies = of_copies;
   products = of_products;
 }
+
+int64_t product_count() { return count_of_products; }
 
 uint32_t shared_address(const void* pointer) {
   const auto offset = static_cast<const char*>(pointer) - shared_memory();
@@ -212,6 +215,7 @@ void begin_products() {
 }
 
 void start_products(void (*run)(const WaveProduct&), void* const* lanes, int count) {
+  ++count_of_products;
   const int first_wave = static_cast<int>(thread_index()) / kGroup * (kGroup / kWave);
   const auto lane = [&](int index) { return *static_cast<const ProductLane*>(lanes[index]); };
   for (int first = 0; first < count; first += kWave) {

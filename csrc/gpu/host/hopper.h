@@ -21,6 +21,9 @@ void set_compute_capability(int capability);
 enum class Asynchrony { kAtOnce, kLate };
 void set_asynchrony(Asynchrony copies, Asynchrony products);
 
+// How many wgmma there have been.
+int64_t product_count();
+
 // As a kernel sees it: 32 bits, the block's dynamic memory not at 0.
 uint32_t shared_address(const void* pointer);
 uint16_t shared_number(uint32_t address);
@@ -95,9 +98,9 @@ void run_product(const WaveProduct& product) {
 
 template <typename T, int kColumns>
 void wgmma(ProductLane mine) {
-  meet_group([](void* const* lanes,
-                int count) { start_products(run_product<T, kColumns>, lanes, count); },
-             &mine);
+  meet_group(
+      [](void* const* lanes, int count) { start_products(run_product<T, kColumns>, lanes, count); },
+      &mine);
 }
 
 }  // namespace usp::gpu::host

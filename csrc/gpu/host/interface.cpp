@@ -102,6 +102,8 @@ void usp_gpu_late(int copies, int products) {
   usp::gpu::host::set_asynchrony(when(copies), when(products));
 }
 
+int64_t usp_gpu_wgmma_count() { return usp::gpu::host::product_count(); }
+
 // Returns 0 for a name that is not known.
 int usp_gpu_layout(const char* name, int lane, int element, int* row, int* column) {
   for (const auto& layout : usp::gpu::kLayouts) {
