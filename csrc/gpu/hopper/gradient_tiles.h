@@ -21,7 +21,7 @@ struct GradientShared {
   struct Rest {
     Barrier own;
     Ring<kStages> walked;
-    FloatPair results[kStages][kColumns];  // of walked queries: lse and delta
+    alignas(8) float lse[kStages][kColumns], delta[kStages][kColumns];  // of walked queries
   };
   static constexpr int kTileBytes = 2 * Own::kBytes + kStages * kWalkedBytes;
   static constexpr int kBytes = kTileBytes + static_cast<int>(sizeof(Rest));
@@ -74,7 +74,7 @@ struct GradientShared {
 
 // sums += left right. Runs on.
 template <typename T, int kDim>
-USP_DEVICE void start_gradient(Product<kDim>& sums, LeftRegisters<T, kColumns>& left,
+USP_DEVICE void start_gradient(Product<kDim>& sums, LeftOperand<T, kColumns>& left,
                                const Tile<T, kColumns, kDim>& right) {
   begin_products(sums, left);
   multiply_accumulate(sums, left, right);
@@ -84,14 +84,14 @@ USP_DEVICE void start_gradient(Product<kDim>& sums, LeftRegisters<T, kColumns>& 
 // -inf where pair(row in the warp's 16, column) does not see.
 template <typename PairOf>
 USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, PairOf&& pair) {
-  scores.for_each([&](float& x, int, int slot, int column) {
-    if (!is_visible(span, pair(Accumulator::row_of_slot(slot), column))) x = -kInfinity;
+  scores.for_each([&](float& x, int slot, int column) {
+    if (!is_visible(span, pair(row_of_slot(slot), column))) x = -kInfinity;
   });
 }
 
 // exp2(product * scale - lse)
-USP_DEVICE void weigh(float& product, float scale, QueryResults query) {
-  product = fast_exp2(fma(product, scale, -query.lse));
+USP_DEVICE void weigh(float& product, float scale, float lse) {
+  product = fast_exp2(fma(product, scale, -lse));
 }
 
 // What a block of keys walks over: the queries that see them, of each head that reads them.

@@ -9,53 +9,53 @@ namespace usp::gpu::hopper {
 
 // A lane keeps its own part of each sum.
 struct RunningRows {
-  PerRow<float, 1> max;  // in units of log2
-  PerRow<float, 1> sum;
+  PerRow<float> max;  // in units of log2
+  PerRow<float> sum;
 };
 
 // Scores of the queries from `first_query` on and of `keys`: -inf where unseen.
-template <int kTiles>
-USP_DEVICE void mask(Sums<1, kTiles>& scores, const Span& span, int first_query, Rows keys) {
-  PerRow<Columns, 1> seen;
+template <int kColumns>
+USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, int first_query, Rows keys) {
+  PerRow<Columns> seen;
   seen.for_each([&](Columns& columns, int row) {
     columns = visible_columns(span, first_query + row, keys, true);
   });
-  scores.for_each([&](float& x, int, int slot, int column) {
-    if (!seen.of[0][slot].contain(column)) x = -kInfinity;
+  scores.for_each([&](float& x, int slot, int column) {
+    if (!seen.of[slot].contain(column)) x = -kInfinity;
   });
 }
 
 // Turns scores / scale into weights; returns the factor by which all that was summed before
 // shrinks.
-template <int kTiles>
-USP_DEVICE PerRow<float, 1> weigh(Sums<1, kTiles>& scores, float scale, RunningRows& rows) {
-  PerRow<float, 1> shrink;
+template <int kColumns>
+USP_DEVICE PerRow<float> weigh(Product<kColumns>& scores, float scale, RunningRows& rows) {
+  PerRow<float> shrink;
   USP_UNROLL
-  for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
+  for (int slot = 0; slot < kSlots; ++slot) {
     float top = -kInfinity;
-    scores.for_each([&](float x, int, int of, int) {
+    scores.for_each([&](float x, int of, int) {
       if (of == slot) top = larger(top, x);
     });
-    const float old_max = rows.max.of[0][slot];
-    const float new_max = larger(old_max, row_max(top) * scale);
+    const float old_max = rows.max.of[slot];
+    const float new_max = larger(old_max, max_of_row(top) * scale);
     const float subtract = new_max == -kInfinity ? 0.0f : new_max;
-    shrink.of[0][slot] = fast_exp2(old_max - subtract);
-    rows.max.of[0][slot] = new_max;
-    float sum = rows.sum.of[0][slot] * shrink.of[0][slot];
-    scores.for_each([&](float& x, int, int of, int) {
+    shrink.of[slot] = fast_exp2(old_max - subtract);
+    rows.max.of[slot] = new_max;
+    float sum = rows.sum.of[slot] * shrink.of[slot];
+    scores.for_each([&](float& x, int of, int) {
       if (of != slot) return;
       x = fast_exp2(fma(x, scale, -subtract));
       sum += x;
     });
-    rows.sum.of[0][slot] = sum;
+    rows.sum.of[slot] = sum;
   }
   return shrink;
 }
 
 // Multiplies rows.
-template <int kTiles>
-USP_DEVICE void scale_rows(Sums<1, kTiles>& sums, const PerRow<float, 1>& factor) {
-  sums.for_each([&](float& x, int, int slot, int) { x *= factor.of[0][slot]; });
+template <int kColumns>
+USP_DEVICE void scale_rows(Product<kColumns>& sums, const PerRow<float>& factor) {
+  sums.for_each([&](float& x, int slot, int) { x *= factor.of[slot]; });
 }
 
 // The state of a warp's rows in memory. `out` null: nothing has been seen before. `result` given:
@@ -81,40 +81,40 @@ struct StateRows {
     return out.data != nullptr && row < out.count ? lse[row] : -kInfinity;
   }
 
-  template <int kTiles>
-  USP_DEVICE void load(RunningRows& rows, Sums<1, kTiles>& sums) const {
-    PerRow<bool, 1> given;
+  template <int kColumns>
+  USP_DEVICE void load(RunningRows& rows, Product<kColumns>& sums) const {
+    PerRow<bool> given;
     rows.max.for_each([&](float& max, int row) { max = lse_of(row) * kLog2e; });
     USP_UNROLL
-    for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
-      given.of[0][slot] = rows.max.of[0][slot] != -kInfinity;
-      rows.sum.of[0][slot] = given.of[0][slot] && Accumulator::leads_row() ? 1.0f : 0.0f;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      given.of[slot] = rows.max.of[slot] != -kInfinity;
+      rows.sum.of[slot] = given.of[slot] && leads_rows() ? 1.0f : 0.0f;
     }
     sums.clear();
-    out.for_each(sums, given, [](float& x, float& y, const float* place, int) {
-      const FloatPair before = *reinterpret_cast<const FloatPair*>(place);
-      x = before.x;
-      y = before.y;
+    out.for_each(sums, given, [](float* x, const float* place) {
+      const FloatPair before = load_pair(place);
+      x[0] = before.x;
+      x[1] = before.y;
     });
   }
 
   // A row that has seen nothing new keeps its state to the bit.
-  template <int kTiles>
-  USP_DEVICE void store(const RunningRows& rows, Sums<1, kTiles>& sums) const {
-    PerRow<bool, 1> changed;
+  template <int kColumns>
+  USP_DEVICE void store(const RunningRows& rows, Product<kColumns>& sums) const {
+    PerRow<bool> changed;
     USP_UNROLL
-    for (int slot = 0; slot < Accumulator::kRowSlots; ++slot) {
+    for (int slot = 0; slot < kSlots; ++slot) {
       // Only a row's first lane reads and writes its lse: the others may be late.
-      const int row = Accumulator::row_of_slot(slot);
-      const float sum = row_sum(rows.sum.of[0][slot]), max = rows.max.of[0][slot];
-      const bool leads = Accumulator::leads_row() && row < out.count;
+      const int row = row_of_slot(slot);
+      const float sum = sum_of_row(rows.sum.of[slot]), max = rows.max.of[slot];
+      const bool leads = leads_rows() && row < out.count;
       const float before = leads ? lse_of(row) : 0.0f;
       const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
-      changed.of[0][slot] = row_sum(leads && !same ? 1.0f : 0.0f) > 0.0f;
-      if (changed.of[0][slot]) scale_slot(sums, slot, fast_reciprocal(sum));
-      if (leads && !same) lse[row] = (max + fast_log2(sum)) * kLn2;
+      changed.of[slot] = sum_of_row(leads && !same ? 1.0f : 0.0f) > 0.0f;
+      if (changed.of[slot]) scale_slot(sums, slot, fast_reciprocal(sum));
+      if (leads && (!same || out.data == nullptr)) lse[row] = (max + fast_log2(sum)) * kLn2;
     }
-    const auto store = [](float x, float y, auto* place, int) { store_pair(place, x, y); };
+    const auto store = [](const float* x, auto* place) { store_pair(place, x[0], x[1]); };
     if (result.data == nullptr) {
       out.for_each(sums, changed, store);
     } else {
@@ -123,9 +123,9 @@ struct StateRows {
   }
 
  private:
-  template <int kTiles>
-  USP_DEVICE static void scale_slot(Sums<1, kTiles>& sums, int which, float factor) {
-    sums.for_each([&](float& x, int, int slot, int) {
+  template <int kColumns>
+  USP_DEVICE static void scale_slot(Product<kColumns>& sums, int which, float factor) {
+    sums.for_each([&](float& x, int slot, int) {
       if (slot == which) x *= factor;
     });
   }

@@ -60,7 +60,7 @@ USP_DEVICE void multiply_transposed(Product<kRightRows>& sums, const Tile<T, kLe
                                     int first_row, const Tile<T, kRightRows, kDim>& right) {
   multiply_16<T, false>(sums, left.summed_over_columns(0, first_row), right.summed_over_columns(0));
   USP_UNROLL
-  for (int k = 1; k < kDim / kTile; ++k) {
+  for (int k = 1; k < kDim / 16; ++k) {
     multiply_16<T, true>(sums, left.summed_over_columns(k, first_row),
                          right.summed_over_columns(k));
   }
@@ -68,11 +68,11 @@ USP_DEVICE void multiply_transposed(Product<kRightRows>& sums, const Tile<T, kLe
 
 // sums += left right. Runs on.
 template <typename T, int kRows, int kDim>
-USP_DEVICE void multiply_accumulate(Product<kDim>& sums, const LeftRegisters<T, kRows>& left,
+USP_DEVICE void multiply_accumulate(Product<kDim>& sums, const LeftOperand<T, kRows>& left,
                                     const Tile<T, kRows, kDim>& right) {
   USP_UNROLL
-  for (int k = 0; k < kRows / kTile; ++k) {
-    multiply_16<T>(sums, left.tile[k], right.summed_over_rows(k));
+  for (int k = 0; k < kRows / 16; ++k) {
+    multiply_16<T>(sums, left.packed[k], right.summed_over_rows(k));
   }
 }
 
@@ -117,7 +117,7 @@ struct OwnRows {
   int of_group, of_wave;  // first row
 
   USP_DEVICE static OwnRows of(int wave) {
-    const int row = (wave - 4) * kTile;
+    const int row = (wave - 4) * 16;
     return {row / 64 * 64, row};
   }
 };

@@ -6,57 +6,27 @@
 // They run on while the warps do other things. Between begin_products() and products_done() nobody
 // touches the registers that they read and write.
 
-#include "../products.h"
 #include "barrier.h"
-#include "layouts.h"
+#include "registers.h"
 
 namespace usp::gpu::hopper {
 
-constexpr bool warps_lie_like_mma_sync() {
-  for (int lane = 0; lane < kGroup; ++lane) {
-    for (int i = 0; i < 8; ++i) {
-      const Position own = m16n8k16::a(lane % 32, i);
-      if (!(m64nNk16::d(lane, i) == Position{own.row + lane / 32 * 16, own.column})) return false;
-    }
-  }
-  return true;
-}
-static_assert(warps_lie_like_mma_sync());  // so each warp holds a strip of 16 rows in Sums and Left
-
-// A warp's 16 rows and kColumns columns of a product.
-template <int kColumns>
-using Product = Sums<1, kColumns / kTile>;
-
-// A warp's 16 rows as left operands, kColumns / 16 of them.
-template <typename T, int kColumns>
-struct LeftRegisters {
-  Left<T> tile[kColumns / kTile];
-
-  USP_DEVICE void from(const Product<kColumns>& sums) {
-    USP_UNROLL
-    for (int k = 0; k < kColumns / kTile; ++k) tile[k].from(sums.tile[0][k]);
-  }
-};
-
 // The compiler thinks that asm has written its registers when it ends: it must not move their use.
-template <int kTiles>
-USP_DEVICE void keep_here(Sums<1, kTiles>& sums) {
+template <int kColumns>
+USP_DEVICE void keep_here(Product<kColumns>& product) {
 #if defined(USP_GPU_CUDA)
   USP_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    USP_UNROLL
-    for (int i = 0; i < kElements; ++i) asm volatile("" : "+f"(sums.tile[0][n].x[i])::"memory");
-  }
+  for (int i = 0; i < kColumns / 2; ++i) asm volatile("" : "+f"(product.x[i])::"memory");
 #endif
 }
 
 template <typename T, int kColumns>
-USP_DEVICE void keep_here(LeftRegisters<T, kColumns>& left) {
+USP_DEVICE void keep_here(LeftOperand<T, kColumns>& left) {
 #if defined(USP_GPU_CUDA)
   USP_UNROLL
-  for (int k = 0; k < kColumns / kTile; ++k) {
+  for (int k = 0; k < left.kSteps; ++k) {
     USP_UNROLL
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(left.tile[k].packed[i])::"memory");
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(left.packed[k][i])::"memory");
   }
 #endif
 }
@@ -94,12 +64,11 @@ USP_DEVICE void products_done(Registers&... registers) {
 
 #if defined(USP_GPU_CUDA)
 
-#define USP_SUMS(n)                                                              \
-  "+f"(d.tile[0][n].x[0]), "+f"(d.tile[0][n].x[1]), "+f"(d.tile[0][n].x[2]),     \
-      "+f"(d.tile[0][n].x[3]), "+f"(d.tile[0][n].x[4]), "+f"(d.tile[0][n].x[5]), \
-      "+f"(d.tile[0][n].x[6]), "+f"(d.tile[0][n].x[7])
-#define USP_SUMS_64 USP_SUMS(0), USP_SUMS(1), USP_SUMS(2), USP_SUMS(3)
-#define USP_SUMS_128 USP_SUMS_64, USP_SUMS(4), USP_SUMS(5), USP_SUMS(6), USP_SUMS(7)
+#define USP_SUMS(i)                                                                     \
+  "+f"(d.x[i]), "+f"(d.x[i + 1]), "+f"(d.x[i + 2]), "+f"(d.x[i + 3]), "+f"(d.x[i + 4]), \
+      "+f"(d.x[i + 5]), "+f"(d.x[i + 6]), "+f"(d.x[i + 7])
+#define USP_SUMS_64 USP_SUMS(0), USP_SUMS(8), USP_SUMS(16), USP_SUMS(24)
+#define USP_SUMS_128 USP_SUMS_64, USP_SUMS(32), USP_SUMS(40), USP_SUMS(48), USP_SUMS(56)
 
 #define USP_NAMES_64                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
@@ -123,14 +92,13 @@ USP_DEVICE void products_done(Registers&... registers) {
 #define USP_PRODUCT_REGISTERS(columns, dtype, left, right)                        \
   asm volatile(USP_PRODUCT(columns, dtype) ", {" left "}, " right ", 1, 1, 1, 1;" \
                : USP_SUMS_##columns                                               \
-               : "r"(a.packed[0]), "r"(a.packed[1]), "r"(a.packed[2]), "r"(a.packed[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 #endif
 
 // d (+)= a b^T, a and b K major.
-template <typename T, bool kAdd, int kTiles>
-USP_DEVICE void multiply_16(Sums<1, kTiles>& d, uint64_t a, uint64_t b) {
-  constexpr int kColumns = kTiles * kTile;
+template <typename T, bool kAdd, int kColumns>
+USP_DEVICE void multiply_16(Product<kColumns>& d, uint64_t a, uint64_t b) {
   static_assert(kColumns == 64 || kColumns == 128);
 #if defined(USP_GPU_CUDA)
   if constexpr (kColumns == 64 && kIsBFloat16<T>) {
@@ -143,14 +111,13 @@ USP_DEVICE void multiply_16(Sums<1, kTiles>& d, uint64_t a, uint64_t b) {
     USP_PRODUCT_SHARED(128, "f16", "%64", "%65", "%66");
   }
 #else
-  host::wgmma<T, kColumns>({d.tile[0][0].x, nullptr, a, b, kAdd});
+  host::wgmma<T, kColumns>({d.x, nullptr, a, b, kAdd});
 #endif
 }
 
 // d += a b, b MN major.
-template <typename T, int kTiles>
-USP_DEVICE void multiply_16(Sums<1, kTiles>& d, const Left<T>& a, uint64_t b) {
-  constexpr int kColumns = kTiles * kTile;
+template <typename T, int kColumns>
+USP_DEVICE void multiply_16(Product<kColumns>& d, const uint32_t (&a)[4], uint64_t b) {
   static_assert(kColumns == 64 || kColumns == 128);
 #if defined(USP_GPU_CUDA)
   if constexpr (kColumns == 64 && kIsBFloat16<T>) {
@@ -163,7 +130,7 @@ USP_DEVICE void multiply_16(Sums<1, kTiles>& d, const Left<T>& a, uint64_t b) {
     USP_PRODUCT_REGISTERS(128, "f16", "%64, %65, %66, %67", "%68");
   }
 #else
-  host::wgmma<T, kColumns>({d.tile[0][0].x, a.packed, 0, b, true});
+  host::wgmma<T, kColumns>({d.x, a, 0, b, true});
 #endif
 }
 

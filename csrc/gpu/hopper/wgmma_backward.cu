@@ -47,16 +47,17 @@ USP_DEVICE void produce_queries(const GradientArguments& arguments, const BlockP
       found[i] = QueryResults::of(exists ? g.lse[first + row] : -kInfinity,
                                   exists ? g.delta[first + row] : 0.0f);
     }
+    const uint32_t stage = Ring<kStages>::stage(step);
     rest.walked.wait_empty(step);
     USP_UNROLL
     for (int i = 0; i < kColumns / kWaveSize; ++i) {
-      rest.results[Ring<kStages>::stage(step)][i * kWaveSize + lane()] = {found[i].lse,
-                                                                          found[i].delta};
+      rest.lse[stage][i * kWaveSize + lane()] = found[i].lse;
+      rest.delta[stage][i * kWaveSize + lane()] = found[i].delta;
     }
     if (lane() == 0) {
       shared.load_walked(arguments.q, arguments.dout, {0, rows.begin, head, place.b}, step);
     } else {
-      rest.walked.full[Ring<kStages>::stage(step)].arrive();
+      rest.walked.full[stage].arrive();
     }
   }
 }
@@ -78,7 +79,7 @@ USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockP
   shared.rest().own.wait(0);
   for (int step = 0; step < walk.steps(); ++step) {
     Product<kColumns> scores, dscores;
-    LeftRegisters<T, kColumns> weights, gradients;
+    LeftOperand<T, kColumns> weights, gradients;
     ring.wait_full(step);
     shared.start_scores(scores, dscores, own.of_group, step);
     products_done<1>(scores);
@@ -87,16 +88,20 @@ USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockP
       mask(scores, a.span,
            [&](int row, int column) { return Pair{first_query + column, first_key + row}; });
     }
-    const FloatPair* results = shared.rest().results[Ring<kStages>::stage(step)];
-    for_each_column_pair(scores, [&](float* x, int column) {
-      for (int i = 0; i < 4; ++i) weigh(x[i], scale, {results[column + i % 2].x, 0.0f});
+    const uint32_t stage = Ring<kStages>::stage(step);
+    scores.for_each_pair([&](float* x, int, int column) {
+      const FloatPair lse = load_pair(shared.rest().lse[stage] + column);
+      weigh(x[0], scale, lse.x);
+      weigh(x[1], scale, lse.y);
     });
     weights.from(scores);
     start_gradient(dv, weights, shared.walked(1, step));
     products_done<1>(dscores);
-    for_each_column_pair(dscores, [&](float* x, int column) {
-      const float* p = scores.tile[0][0].x + (x - dscores.tile[0][0].x);
-      for (int i = 0; i < 4; ++i) x[i] = p[i] * (x[i] - results[column + i % 2].y);
+    dscores.for_each_pair([&](float* x, int, int column) {
+      const float* p = scores.x + (x - dscores.x);
+      const FloatPair delta = load_pair(shared.rest().delta[stage] + column);
+      x[0] = p[0] * (x[0] - delta.x);
+      x[1] = p[1] * (x[1] - delta.y);
     });
     gradients.from(dscores);
     start_gradient(dk, gradients, shared.walked(0, step));
@@ -173,7 +178,7 @@ class KeyConsumer {
     load_results();
     Product<kDim> dq;
     dq.clear();
-    LeftRegisters<T, kColumns> gradients;
+    LeftOperand<T, kColumns> gradients;
     shared_.rest().own.wait(0);
     {
       Product<kColumns> scores, dscores;
@@ -225,17 +230,13 @@ class KeyConsumer {
       mask(scores, a_.span,
            [&](int row, int column) { return Pair{first_query_ + row, first_key + column}; });
     }
-    scores.for_each([&](float& x, int, int slot, int) { weigh(x, scale_, results_.of[0][slot]); });
+    scores.for_each([&](float& x, int slot, int) { weigh(x, scale_, results_.of[slot].lse); });
   }
 
   USP_DEVICE void differentiate(Product<kColumns>& dscores, const Product<kColumns>& weights) {
     USP_UNROLL
-    for (int n = 0; n < kColumns / kTile; ++n) {
-      USP_UNROLL
-      for (int i = 0; i < kElements; ++i) {
-        float& x = dscores.tile[0][n].x[i];
-        x = weights.tile[0][n].x[i] * (x - results_.of[0][Accumulator::slot(i)].delta);
-      }
+    for (int i = 0; i < dscores.kCount; ++i) {
+      dscores.x[i] = weights.x[i] * (dscores.x[i] - results_.of[dscores.slot(i)].delta);
     }
   }
 
@@ -246,7 +247,7 @@ class KeyConsumer {
   OwnRows own_;
   int first_query_, count_;
   float scale_;
-  PerRow<QueryResults, 1> results_;
+  PerRow<QueryResults> results_;
   GradientShared<T, kDim> shared_;
 };
 

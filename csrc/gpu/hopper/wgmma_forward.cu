@@ -91,7 +91,7 @@ class Consumer {
 
   USP_DEVICE void run(RunningRows& running, Product<kDim>& out) {
     auto& barriers = shared_.barriers();
-    LeftRegisters<T, kKeys> weights;
+    LeftOperand<T, kKeys> weights;
     barriers.queries.wait(0);
     {
       Product<kKeys> scores;
@@ -105,7 +105,7 @@ class Consumer {
       start_scores(scores, step);
       start_values(out, weights, step - 1);
       products_done<1>(scores);
-      const PerRow<float, 1> shrink = weigh_step(scores, running, step);
+      const PerRow<float> shrink = weigh_step(scores, running, step);
       products_done<0>(out, weights);
       barriers.values.release(step - 1);
       scale_rows(out, shrink);
@@ -123,7 +123,7 @@ class Consumer {
     end_products();
   }
 
-  USP_DEVICE void start_values(Product<kDim>& out, LeftRegisters<T, kKeys>& weights, int step) {
+  USP_DEVICE void start_values(Product<kDim>& out, LeftOperand<T, kKeys>& weights, int step) {
     shared_.barriers().values.wait_full(step);
     begin_products(out, weights);
     multiply_accumulate(out, weights, shared_.values(step));
@@ -131,7 +131,7 @@ class Consumer {
   }
 
   // The scores of a step are there: the keys are no longer needed.
-  USP_DEVICE PerRow<float, 1> weigh_step(Product<kKeys>& scores, RunningRows& running, int step) {
+  USP_DEVICE PerRow<float> weigh_step(Product<kKeys>& scores, RunningRows& running, int step) {
     shared_.barriers().keys.release(step);
     if (walk_.is_masked(step)) mask(scores, a_.span, first_query_, walk_.step(step, kKeys));
     return weigh(scores, scale_, running);
