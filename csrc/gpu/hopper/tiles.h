@@ -42,27 +42,32 @@ struct Tile {
   }
 
   // Rows from `row` (a multiple of 8) on, and columns 16 k to 16 k + 15, summed over columns.
-  USP_DEVICE uint64_t summed_over_columns(int k, int row = 0) const {
-    const uint64_t tile = descriptor::make(shared_address(data), 16, kGroupBytes);
+  USP_HOST_DEVICE static constexpr uint64_t over_columns(uint32_t address, int k, int row) {
+    const uint64_t tile = descriptor::make(address, 16, kGroupBytes);
     return descriptor::advance(tile, k / 4 * kPanelBytes + k % 4 * 32 + row * 128);
   }
 
   // Rows 16 k to 16 k + 15 and all columns, summed over rows.
-  USP_DEVICE uint64_t summed_over_rows(int k) const {
-    const uint64_t tile = descriptor::make(shared_address(data), kPanelBytes, kGroupBytes);
+  USP_HOST_DEVICE static constexpr uint64_t over_rows(uint32_t address, int k) {
+    const uint64_t tile = descriptor::make(address, kPanelBytes, kGroupBytes);
     return descriptor::advance(tile, k * 2 * kGroupBytes);
   }
+
+  USP_DEVICE uint64_t over_columns(int k, int row = 0) const {
+    return over_columns(shared_address(data), k, row);
+  }
+
+  USP_DEVICE uint64_t over_rows(int k) const { return over_rows(shared_address(data), k); }
 };
 
 // sums = left right^T, `left` from row `first_row` on. Runs on.
 template <typename T, int kLeftRows, int kRightRows, int kDim>
 USP_DEVICE void multiply_transposed(Product<kRightRows>& sums, const Tile<T, kLeftRows, kDim>& left,
                                     int first_row, const Tile<T, kRightRows, kDim>& right) {
-  multiply_16<T, false>(sums, left.summed_over_columns(0, first_row), right.summed_over_columns(0));
+  multiply_16<T, false>(sums, left.over_columns(0, first_row), right.over_columns(0));
   USP_UNROLL
   for (int k = 1; k < kDim / 16; ++k) {
-    multiply_16<T, true>(sums, left.summed_over_columns(k, first_row),
-                         right.summed_over_columns(k));
+    multiply_16<T, true>(sums, left.over_columns(k, first_row), right.over_columns(k));
   }
 }
 
@@ -72,7 +77,7 @@ USP_DEVICE void multiply_accumulate(Product<kDim>& sums, const LeftOperand<T, kR
                                     const Tile<T, kRows, kDim>& right) {
   USP_UNROLL
   for (int k = 0; k < kRows / 16; ++k) {
-    multiply_16<T>(sums, left.packed[k], right.summed_over_rows(k));
+    multiply_16<T>(sums, left.packed[k], right.over_rows(k));
   }
 }
 
