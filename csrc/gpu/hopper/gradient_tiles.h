@@ -11,6 +11,13 @@ namespace usp::gpu::hopper {
 inline constexpr int kColumns = 64;  // rows that are walked over at a time
 inline constexpr int kStages = 3;
 
+struct GradientArguments {
+  Attention<float> inputs;
+  AttentionGradients<float> gradients;
+  FirstBlock first;
+  TensorMap q, k, v, dout;
+};
+
 // Own tiles and walked tiles: keys and values, queries and dout.
 template <typename T, int kDim>
 struct GradientShared {
@@ -93,16 +100,5 @@ USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, PairOf&& pair)
 USP_DEVICE void weigh(float& product, float scale, float lse) {
   product = fast_exp2(fma(product, scale, -lse));
 }
-
-// What a block of keys walks over: the queries that see them, of each head that reads them.
-struct QueryWalk {
-  Walk walk;
-  Rows heads;
-
-  USP_DEVICE int steps() const { return walk.count * heads.size(); }
-  USP_DEVICE int head(int step) const { return heads.begin + step / walk.count; }
-  USP_DEVICE bool is_masked(int step) const { return walk.is_masked(step % walk.count); }
-  USP_DEVICE Rows rows(int step) const { return walk.step(step % walk.count, kColumns); }
-};
 
 }  // namespace usp::gpu::hopper
