@@ -21,9 +21,9 @@ NOT_PIPELINED = "Potential Performance Loss"  # ptxas, of wgmma that waits for e
 # Names of the matrix instructions, and of the TMA's copies that feed some of them, and how each is
 # written in what is read here.
 INSTRUCTIONS = {
+    "UTMALDG": re.compile(r"\bcp\.async\.bulk\.tensor\."),
     "HMMA": re.compile(r"\bmma\.sync\."),
     "HGMMA": re.compile(r"\bwgmma\.mma_async\."),
-    "UTMALDG": re.compile(r"\bcp\.async\.bulk\.tensor\."),
     "v_mfma": re.compile(r"\bv_mfma_"),
 }
 

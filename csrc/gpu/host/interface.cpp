@@ -73,10 +73,10 @@ struct NamedLayout {
 };
 
 constexpr NamedLayout kLayouts[] = {
+    {"m64nNk16.a", m64nNk16::a},         {"m64nNk16.d", m64nNk16::d},
     {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
     {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
     {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
-    {"m64nNk16.a", m64nNk16::a},         {"m64nNk16.d", m64nNk16::d},
 };
 
 struct TilePart {
