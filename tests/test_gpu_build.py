@@ -36,9 +36,9 @@ SOURCES = {
 }
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90a"), "hip": ("gfx90a", "gfx942")}
 # File -> architecture -> the instructions that it must use there. Other files use none.
-_MATRIX = {"sm_80": "HMMA", "sm_90a": "HMMA", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
-_WGMMA = {"sm_90a": "HGMMA UTMALDG"}
-MATRIX_INSTRUCTIONS = {
+_MATRIX = {"sm_80": {"HMMA"}, "sm_90a": {"HMMA"}, "gfx90a": {"v_mfma"}, "gfx942": {"v_mfma"}}
+_WGMMA = {"sm_90a": {"HGMMA", "UTMALDG"}}
+MATRIX_INSTRUCTIONS: dict[str, dict[str, set[str]]] = {
     "attention_forward": _MATRIX,
     "attention_backward": _MATRIX,
     "bias_backward": _MATRIX,
@@ -124,7 +124,7 @@ def test_no_kernel_spills(built: Built) -> None:
 def test_the_matrix_unit_is_used(built: Built) -> None:
     for source in SOURCES[built.kind]:
         for architecture in ARCHITECTURES[built.kind]:
-            wanted = set(MATRIX_INSTRUCTIONS.get(source, {}).get(architecture, "").split())
+            wanted = MATRIX_INSTRUCTIONS.get(source, {}).get(architecture, set())
             here = [
                 k for k in built.kernels if (k.source, k.architecture) == (source, architecture)
             ]
@@ -137,7 +137,7 @@ def test_every_wgmma_kernel_multiplies_what_the_tma_brings(built: Built) -> None
     kernels = [kernel for kernel in built.kernels if kernel.source.startswith("wgmma")]
     assert bool(kernels) == (built.kind == "cuda")
     for kernel in kernels:  # without a body on other devices, where they are never launched
-        wanted = {"HGMMA", "UTMALDG"} if kernel.architecture == "sm_90a" else set()
+        wanted = _WGMMA.get(kernel.architecture, set())
         assert set(kernel.instructions) == wanted, table([kernel])
 
 
