@@ -4,6 +4,7 @@
 // of scores.
 
 #include "../gradients.h"
+#include "masks.h"
 #include "state.h"
 
 namespace usp::gpu::hopper {
@@ -86,14 +87,6 @@ USP_DEVICE void start_gradient(Product<kDim>& sums, LeftOperand<T, kColumns>& le
   begin_products(sums, left);
   multiply_accumulate(sums, left, right);
   end_products();
-}
-
-// -inf where pair(row in the warp's 16, column) does not see.
-template <typename PairOf>
-USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, PairOf&& pair) {
-  scores.for_each([&](float& x, int slot, int column) {
-    if (!is_visible(span, pair(row_of_slot(slot), column))) x = -kInfinity;
-  });
 }
 
 // exp2(product * scale - lse)

@@ -83,11 +83,7 @@ USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockP
     ring.wait_full(step);
     shared.start_scores(scores, dscores, own.of_group, step);
     products_done<1>(scores);
-    if (walk.is_masked(step)) {
-      const int first_query = walk.rows(step).begin;
-      mask(scores, a.span,
-           [&](int row, int column) { return Pair{first_query + column, first_key + row}; });
-    }
+    if (walk.is_masked(step)) mask_transposed(scores, a.span, walk.rows(step).begin, first_key);
     const uint32_t stage = Ring<kStages>::stage(step);
     scores.for_each_pair([&](float* x, int, int column) {
       const FloatPair lse = load_pair(shared.rest().lse[stage] + column);

@@ -4,6 +4,9 @@
 //
 //   products   S0 dP0 |     S1 dP1 dQ0 |     S2 dP2 dQ1 |
 //   the rest          |  0             |  1             |
+//
+// ptxas moves a wait for products up as far as its block of instructions goes, and so before what
+// is to run beside them. That is why the next tile is waited for in between, not where it is used.
 
 #include "gradient_tiles.h"
 
@@ -61,6 +64,7 @@ class KeyConsumer {
       start_gradient(dq, gradients, shared_.walked(0, step - 1));
       products_done<2>(scores);
       weigh_step(scores, step);
+      if (step + 1 < walk_.count) ring.wait_full(step + 1);
       products_done<1>(dscores);
       differentiate(dscores, scores);
       products_done<0>(dq, gradients);
@@ -91,11 +95,7 @@ class KeyConsumer {
   }
 
   USP_DEVICE void weigh_step(Product<kColumns>& scores, int step) {
-    if (walk_.is_masked(step)) {
-      const int first_key = walk_.step(step, kColumns).begin;
-      mask(scores, a_.span,
-           [&](int row, int column) { return Pair{first_query_ + row, first_key + column}; });
-    }
+    if (walk_.is_masked(step)) mask(scores, a_.span, first_query_, walk_.step(step, kColumns));
     scores.for_each([&](float& x, int slot, int) { weigh(x, scale_, results_.of[slot].lse); });
   }
 

@@ -2,7 +2,6 @@
 
 // The running softmax of a warp's 16 rows, in pieces that run beside products.
 
-#include "../scores.h"
 #include "state.h"
 
 namespace usp::gpu::hopper {
@@ -12,18 +11,6 @@ struct RunningRows {
   PerRow<float> max;  // in units of log2
   PerRow<float> sum;
 };
-
-// Scores of the queries from `first_query` on and of `keys`: -inf where unseen.
-template <int kColumns>
-USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, int first_query, Rows keys) {
-  PerRow<Columns> seen;
-  seen.for_each([&](Columns& columns, int row) {
-    columns = visible_columns(span, first_query + row, keys, true);
-  });
-  scores.for_each([&](float& x, int slot, int column) {
-    if (!seen.of[slot].contain(column)) x = -kInfinity;
-  });
-}
 
 // Turns scores / scale into weights; returns the factor by which all that was summed before
 // shrinks.

@@ -7,6 +7,10 @@
 //   products   S0 |     S1  O0 |     S2  O1 |     S3  O2 |
 //   softmax       |  0         |  1         |  2         |
 //
+// ptxas moves a wait for products up as far as its block of instructions goes, and so before what
+// is to run beside them. That is why the next keys are waited for in between, not where they are
+// used.
+//
 // Source: Shah et al. 2024, "FlashAttention-3", arXiv:2407.08608; here the state comes from memory
 // and goes back.
 
@@ -14,6 +18,7 @@
 
 #if defined(USP_WGMMA)
 
+#include "masks.h"
 #include "problem.h"
 #include "softmax.h"
 
@@ -106,6 +111,7 @@ class Consumer {
       start_values(out, weights, step - 1);
       products_done<1>(scores);
       const PerRow<float> shrink = weigh_step(scores, running, step);
+      if (step + 1 < walk_.count) barriers.keys.wait_full(step + 1);
       products_done<0>(out, weights);
       barriers.values.release(step - 1);
       scale_rows(out, shrink);
