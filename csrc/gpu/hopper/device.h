@@ -12,16 +12,16 @@ template <typename... Parameters>
 bool runs_here(void (*kernel)(Parameters...)) {
 #if defined(USP_GPU_CUDA)
   int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return false;
   cudaFuncAttributes attributes{};
-  const bool runs =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-      major == 9 && minor == 0 &&
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
-      attributes.ptxVersion >= 90;
-  if (!runs) (void)cudaGetLastError();  // not an error of what runs instead
-  return runs;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (cudaFuncGetAttributes(&attributes, function) == cudaSuccess)
+    return attributes.ptxVersion >= 90;
+  (void)cudaGetLastError();  // not an error of what runs instead
+  return false;
 #else
   (void)kernel;
   return host::compute_capability() == 90;
