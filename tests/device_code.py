@@ -18,8 +18,10 @@ ASK_NVCC = "-Xptxas=-v --keep --keep-dir="  # NVCC_APPEND_FLAGS
 ASK_CLANG = "#+-save-temps=obj"  # CCC_OVERRIDE_OPTIONS; the # keeps it quiet
 NOT_PIPELINED = "Potential Performance Loss"  # ptxas, of wgmma that waits for each product
 
-# Names of the matrix instructions, and how each is written in what is read here.
+# Names of the matrix instructions, and of the TMA's copies that feed some of them, and how each is
+# written in what is read here.
 INSTRUCTIONS = {
+    "UTMALDG": re.compile(r"\bcp\.async\.bulk\.tensor\."),
     "HMMA": re.compile(r"\bmma\.sync\."),
     "HGMMA": re.compile(r"\bwgmma\.mma_async\."),
     "MFMA 32x32x8": re.compile(r"\bv_mfma_f32_32x32x8"),
@@ -44,7 +46,7 @@ class Kernel:
         spills: Bytes (NVIDIA), or vector registers (AMD), kept in memory for lack of registers.
         scratch: Bytes of memory a thread uses as if they were registers, spills included.
         shared: Bytes of shared memory (LDS) fixed at compilation.
-        instructions: How often each matrix instruction stands in it; those that do.
+        instructions: How often each of INSTRUCTIONS stands in it; those that do.
         loads_ahead: Whether vectors from global memory are on their way during products (AMD).
     """
 

@@ -31,16 +31,21 @@ from wheels import ROOT, build_wheel, copy_sources, open_wheel
 BUILD_TIMEOUT_S = 1500
 pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 
-SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "gpu").glob("*.cu"))
+SOURCES = {
+    kind: [path.stem for path in native.device_sources(ROOT, kind)] for kind in toolchains.KINDS
+}
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90a"), "hip": ("gfx90a", "gfx942")}
-# File -> architecture -> the matrix instructions that it must use there. Other files use none.
+# File -> architecture -> the instructions that it must use there. Other files use none.
 _NVIDIA = {"sm_80": {"HMMA"}, "sm_90a": {"HMMA"}}
+_WGMMA = {"sm_90a": {"HGMMA", "UTMALDG"}}
 _SMALL, _LARGE = "MFMA 16x16x16", "MFMA 32x32x8"  # by head dim, see csrc/gpu/tiles.h
 _BOTH = _NVIDIA | {"gfx90a": {_SMALL, _LARGE}, "gfx942": {_SMALL, _LARGE}}
 MATRIX_INSTRUCTIONS: dict[str, dict[str, set[str]]] = {
     "attention_forward": _BOTH,
     "attention_backward": _BOTH,
     "bias_backward": _NVIDIA | {"gfx90a": {_SMALL}, "gfx942": {_SMALL}},
+    "wgmma_forward": _WGMMA,
+    "wgmma_backward": _WGMMA,
 }
 GPU_OPS = (
     *("attention_forward", "attention_delta", "attention_backward"),
@@ -113,7 +118,7 @@ def test_every_file_is_compiled_for_every_architecture(
     with capsys.disabled():
         print(f"\n{overview(built.kernels)}")
     there = {(kernel.source, kernel.architecture) for kernel in built.kernels}
-    assert there == {(s, a) for s in SOURCES for a in ARCHITECTURES[built.kind]}
+    assert there == {(s, a) for s in SOURCES[built.kind] for a in ARCHITECTURES[built.kind]}
 
 
 def test_no_kernel_spills(built: Built) -> None:
@@ -122,7 +127,7 @@ def test_no_kernel_spills(built: Built) -> None:
 
 
 def test_the_matrix_unit_is_used(built: Built) -> None:
-    for source in SOURCES:
+    for source in SOURCES[built.kind]:
         for architecture in ARCHITECTURES[built.kind]:
             wanted = MATRIX_INSTRUCTIONS.get(source, {}).get(architecture, set())
             here = [
@@ -141,8 +146,16 @@ def test_loads_overlap_with_products(built: Built) -> None:
     assert not late, f"loads are waited for before the products:\n{table(late)}"
 
 
+def test_every_wgmma_kernel_multiplies_what_the_tma_brings(built: Built) -> None:
+    kernels = [kernel for kernel in built.kernels if kernel.source.startswith("wgmma")]
+    assert bool(kernels) == (built.kind == "cuda")
+    for kernel in kernels:  # without a body on other devices, where they are never launched
+        wanted = _WGMMA.get(kernel.architecture, set())
+        assert set(kernel.instructions) == wanted, table([kernel])
+
+
 def test_the_table_names_files_that_are_there() -> None:
-    assert set(MATRIX_INSTRUCTIONS) <= set(SOURCES)
+    assert set(MATRIX_INSTRUCTIONS) <= {name for names in SOURCES.values() for name in names}
 
 
 # -- what was built, on a machine without a GPU
@@ -221,7 +234,9 @@ def test_cmake_compiles_the_device_files_alone(built: Built, tmp_path: Path) -> 
     assert (tmp_path / one).stat().st_size > 0
     commands = [ninja, "-C", str(tmp_path), "-t", "commands", "usp_gpu"]
     listed = subprocess.run(commands, check=True, capture_output=True, text=True).stdout
-    assert [name for name in SOURCES if f"/csrc/gpu/{name}.cu -o" in listed] == SOURCES
+    names = SOURCES[built.kind]
+    assert [name for name in names if f"/{name}.cu -o" in listed] == names
+    assert listed.count(".cu -o") == len(names)
 
 
 # -- the readers themselves
@@ -232,6 +247,7 @@ def test_cmake_compiles_the_device_files_alone(built: Built, tmp_path: Path) -> 
     [
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1};\n" * 3, {"HMMA": 3}),
         ("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1};", {"HGMMA": 1}),
+        ("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier [%r1];", {"UTMALDG": 1}),
         ("v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]", {"MFMA 32x32x8": 1}),
         ("v_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], v[0:3]", {"MFMA 16x16x16": 1}),
         ("wgmma.fence.sync.aligned; wgmma.wait_group.sync.aligned 0; fma.rn.f32", {}),

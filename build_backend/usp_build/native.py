@@ -59,6 +59,13 @@ def compiler_version(compiler: Sequence[str]) -> str:
     return (done.stdout.splitlines() or [" ".join(compiler)])[0]
 
 
+def device_sources(root: Path, kind: str) -> list[Path]:
+    """The kernels of one kind of device: those for all GPUs, and those for one family."""
+    gpu = root / "csrc" / "gpu"
+    family = sorted((gpu / "hopper").glob("*.cu")) if kind == "cuda" else []
+    return sorted(gpu.glob("*.cu")) + family
+
+
 def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None) -> Library:
     """The torch ops: only `ops.cpp` and `gpu_ops.cpp` see torch, the kernels are free of it."""
     csrc = root / "csrc"
@@ -68,7 +75,7 @@ def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None
     link_flags = [f"-L{torch.lib}", "-ltorch_cpu"]
     if device is not None:
         # First, for they take longest.
-        units += [Unit(source, device=device) for source in sorted((csrc / "gpu").glob("*.cu"))]
+        units += [Unit(source, device=device) for source in device_sources(root, device.kind)]
         units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
         # After torch's folder: a torch that brings its own HIP runtime must get no second one.
         link_flags += device.link_flags

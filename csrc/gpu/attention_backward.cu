@@ -7,6 +7,7 @@
 // bits. Source of the recomputation: Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 
 #include "gradients.h"
+#include "hopper/attention.h"
 
 namespace usp::gpu {
 namespace {
@@ -233,6 +234,11 @@ void backward_of(const BackwardArguments& arguments, Stream stream) {
 
 const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream) {
+#if defined(USP_WGMMA)
+  if (hopper::takes_backward(inputs, gradients)) {
+    return hopper::attention_backward(inputs, gradients, stream);
+  }
+#endif
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
