@@ -35,6 +35,15 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has the Gluon that the Hopper kernels are written in."""
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+    except ImportError:
+        return False
+
+
 def reason_against(device_type: str) -> str | None:
     """Why no kernel can take tensors of that device, or None."""
     missing = unavailable()
