@@ -25,13 +25,16 @@ if not kernels.has_gluon():
 
 from gluon_emulator import emulated
 from gluon_machine import Timing
-from hopper_case import TIMINGS, assert_right, attended, errors, finished
+from hopper_case import TIMINGS, assert_right, attended, errors, finished, small_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_case import Case, expected, largest, make_inputs
+from native_case import Case, computed, expected, largest, make_inputs, new_state, options
 from test_native_ops import HEADS, SPANS
+from triton_interpreter import Kernels
 
-from usp.kernels import configs
+from usp.kernels import configs, hopper, tune
+from usp.kernels.arguments import Options
+from usp.kernels.attention_backward import Given
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
 
 SMALL = Case(
@@ -81,9 +84,6 @@ def test_timing_does_not_change_a_bit() -> None:
 
 def test_blocks_of_the_table() -> None:
     case = replace(SMALL, head_dim=128, value_head_dim=128, span="causal", lq=257, lk=257)
-    from native_case import computed
-    from triton_interpreter import Kernels
-
     with emulated(TIMINGS[0]), configs.pipelined():
         assert_right(case, computed(case, make_inputs(case), Kernels))
 
@@ -234,3 +234,64 @@ def test_a_mistake_would_show(mistake: str, changed: Any, monkeypatch: pytest.Mo
             return True
 
     assert any(shows(replace(timing, seed=seed)) for seed in range(3) for timing in TIMINGS)
+
+
+def test_tuning_sees_what_is_wrong(changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = tune.problem((1, 70, 2, 1, 64), torch.bfloat16, torch.device("cpu"))
+    with small_steps(TIMINGS[3]):
+        wanted = [trial.answer() for trial in trials]
+        assert trials[0].agrees(wanted[0]) and trials[1].agrees(wanted[1])
+    wrong = changed(forward, "if is_edge(u, walk):", "if u > walk[1] + walk[3]:")
+    monkeypatch.setattr(launch, "forward_kernel", wrong.forward_kernel)
+    with small_steps(TIMINGS[3]):
+        assert not trials[0].agrees(wanted[0])
+
+
+NOT_TAKEN: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "head_dim": {"head_dim": 136},
+    "value_head_dim": {"value_head_dim": 256},
+    "bias": {"bias": "BHQK"},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": "1H"},
+    "dropout": {"dropout_p": 0.1},
+    "rows_not_aligned": {"head_dim": 20, "heads": (1, 0, 1)},
+    "expanded": {"batch": 2, "layout": "expanded"},
+    "no_keys": {"lk": 0},
+}
+
+
+@pytest.mark.parametrize("reason", [None, *NOT_TAKEN])
+def test_the_portable_kernels_take_the_rest(reason: str | None) -> None:
+    case = replace(SMALL, **NOT_TAKEN[reason]) if reason else SMALL
+    x = make_inputs(case)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    assert hopper.takes(shared, x.dout, x.q, x.k, x.v) == (reason is None)
+    assert not hopper.takes(replace(shared, softmax_scale=-1.0), x.dout, x.q, x.k, x.v)
+    given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
+    out, lse = new_state(case)
+    with small_steps(TIMINGS[0]):
+        took = [
+            hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None),
+            hopper.add_query_gradients(given, shared, sums[0]),
+            hopper.add_key_gradients(given, shared, None, *sums[1:]),
+        ]
+    assert took == [reason is None] * 3
+    if reason is not None:
+        assert not any(t.any() for t in (out, *sums)) and (lse == -torch.inf).all()
+
+
+def test_a_base_that_is_not_aligned_is_not_taken() -> None:
+    x = make_inputs(SMALL)
+    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    moved = torch.empty(x.k.numel() + 1, dtype=x.k.dtype)[1:].view(x.k.shape)
+    assert hopper.takes(shared, x.q, x.k, x.v) and not hopper.takes(shared, x.q, moved, x.v)
+
+
+def test_by_default_they_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(SMALL)
+    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    monkeypatch.setattr(configs, "_won", lambda *_: None)
+    monkeypatch.setattr(configs, "family", lambda device: "sm_90")
+    assert not hopper.attention_forward(x.q, x.k, x.v, shared, *new_state(SMALL), None)
