@@ -295,3 +295,14 @@ def test_by_default_they_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_won", lambda *_: None)
     monkeypatch.setattr(configs, "family", lambda device: "sm_90")
     assert not hopper.attention_forward(x.q, x.k, x.v, shared, *new_state(SMALL), None)
+
+
+def test_an_older_triton_has_no_gluon_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = kernels.has_gluon.__wrapped__
+    assert asked()
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert not asked()
+    monkeypatch.setattr("triton.__version__", "4.0.0+git")
+    assert asked()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not asked()

@@ -37,11 +37,17 @@ def unavailable() -> str | None:
 
 @cache
 def has_gluon() -> bool:
-    """Whether this Triton has the Gluon that the Hopper kernels are written in."""
+    """Whether this Triton has the Gluon that the Hopper kernels are written in: 3.6 or newer."""
+    if not _installed():
+        return False
     try:
-        return importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is not None
+        import triton
+
+        found = importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper")
     except ImportError:
         return False
+    major, minor = triton.__version__.split(".")[:2]
+    return found is not None and (int(major), int(minor)) >= (3, 6)
 
 
 def reason_against(device_type: str) -> str | None:
