@@ -58,10 +58,7 @@ def keys_kernel(
     STAGES: gl.constexpr,
 ):
     """dout, q, k, v are descriptors of tiles; k's and v's have the rows of one consumer."""
-    tile, sequence = program(gl.cdiv(sizes.k_len, BLOCK_K), 1)
-    b = sequence // sizes.num_kv_heads
-    g = sequence % sizes.num_kv_heads
-    start = tile * BLOCK_K
+    b, g, start = _place(sizes.k_len, sizes.num_kv_heads, BLOCK_K)
     walk = walk_of(seen_by, start, sizes.k_len, sizes.q_len, BLOCK_K, BLOCK_Q)
     # the query heads here that read this key head
     h_begin = gl.maximum(g * sizes.group - sizes.shift, 0)
@@ -87,6 +84,13 @@ def keys_kernel(
         [4, 1],
         [240, 24],
     )
+
+
+@gluon.jit
+def _place(k_len, num_kv_heads, BLOCK_K: gl.constexpr):
+    """Which keys are this program's."""
+    tile, sequence = program(gl.cdiv(k_len, BLOCK_K), 1)
+    return sequence // num_kv_heads, sequence % num_kv_heads, tile * BLOCK_K
 
 
 @gluon.jit
@@ -145,7 +149,8 @@ def _consume(
         dk_sum, dv_sum = _visit(
             dk_sum, dv_sum, tiles, rows, barriers, walk, heads, seen, C, K, V
         )  # fmt: skip
-        start = once_more(start)
+        b, g, start = _place(once_more(sizes.k_len), sizes.num_kv_heads, 2 * ROWS)
+        start += C * ROWS
         at, inside = fragment(dk, b, g, start, sizes.k_len, ROWS, D, BLOCK_D, K)
         gl.store(at, dk_sum * scales[0], mask=inside)
         at, inside = fragment(dv, b, g, start, sizes.k_len, ROWS, DV, BLOCK_DV, V)
@@ -172,6 +177,8 @@ def _visit(
     k = matrix(k_tiles, C)
     v = matrix(v_tiles, C)
     mbarrier.wait(held.index(C), 0)
+    u = 0
+    heads_left = heads
     for visit in range(visits(walk) * heads):
         stage = visit % STAGES
         q = matrix(q_tiles, stage)
@@ -182,7 +189,7 @@ def _visit(
         lse = lse_rows.index(stage).load(gl.SliceLayout(0, S))
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * scale - lse[None, :])
-        if is_edge(visit // heads, walk):
+        if is_edge(u, walk):
             i = i_rows.index(stage).load(gl.SliceLayout(0, S))
             p = gl.where(visible(seen_by, ends, i, q_len), p, 0.0)
         weights = gl.convert_layout(p.to(dout_tiles.dtype), gl.DotOperandLayout(0, V, 2))
@@ -194,4 +201,8 @@ def _visit(
         dk_sum = warpgroup_mma(ds, q, dk_sum, is_async=True)
         dk_sum, dv_sum = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])
         mbarrier.arrive(empty.index(stage), count=1)
+        heads_left -= 1
+        if heads_left == 0:
+            u += 1
+            heads_left = heads
     return dk_sum, dv_sum
