@@ -1,11 +1,14 @@
-"""One call of the contract through the Hopper kernels, emulated."""
+"""Attention through the Hopper kernels, emulated: one call of the contract, or a whole mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from unittest import mock
 
+import judge
 import torch
+from cases import Case as MeshCase
 from gluon_emulator import emulated
 from gluon_machine import Timing
 from native_case import (
@@ -83,3 +86,18 @@ def finished(case: Case, carried: bool, timing: Timing) -> tuple[Tensor, Tensor]
     with small_steps(timing):
         attention_forward(x.q, x.k, x.v, shared, out if carried else None, lse, result)
     return out, result
+
+
+def attended_on_a_mesh(case: MeshCase, timing: Timing) -> dict[str, Tensor]:
+    """On a worker: this rank's results by the public function, whose Triton backend this is."""
+
+    def delta(dout: Tensor, out: Tensor) -> Tensor:
+        return (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+
+    with (
+        small_steps(timing),
+        mock.patch("usp.backends.triton.reasons_against", lambda traits: ()),
+        # a portable kernel, which does not run here
+        mock.patch("usp.kernels.attention_delta.attention_delta", delta),
+    ):
+        return judge.run(case)

@@ -23,12 +23,23 @@ from usp import kernels
 if not kernels.has_gluon():
     pytest.skip("no Triton with Gluon for Hopper", allow_module_level=True)
 
+from cases import Case as MeshCase
 from gluon_emulator import emulated
 from gluon_machine import Timing
-from hopper_case import TIMINGS, assert_right, attended, errors, finished, small_steps
+from hopper_case import (
+    TIMINGS,
+    assert_right,
+    attended,
+    attended_on_a_mesh,
+    errors,
+    finished,
+    small_steps,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge import assert_close, join, oracle
 from native_case import Case, computed, expected, largest, make_inputs, new_state, options
+from pool import Pool
 from test_native_ops import HEADS, SPANS
 from triton_interpreter import Kernels
 
@@ -118,6 +129,31 @@ def test_the_last_step_fills_the_result(carried: bool, span: str) -> None:
 @settings(max_examples=max(8, settings.default.max_examples // 12))
 def test_equals_dense_attention_in_any_mix(case: Case, timing: Timing) -> None:
     assert_right(case, attended(case, timing))
+
+
+ON_A_MESH = MeshCase(
+    backend="triton",
+    dtype="bfloat16",
+    seq_len=149,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    value_dim=24,
+    causal=True,
+    seed=3,
+)
+MESHES: dict[str, dict[str, Any]] = {
+    "zigzag": {"ring": 2, "layout": "zigzag", "return_lse": True},
+    "window": {"ulysses": 2, "window": (40, 0), "dtype": "float16"},
+    "documents": {"ring": 2, "layout": "documents", "cu_seqlens": (0, 31, 31, 128, 149)},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_whole_meshes(mesh: str, pool: Pool) -> None:
+    case = replace(ON_A_MESH, **MESHES[mesh])
+    results = pool.run(attended_on_a_mesh, case, TIMINGS[0], ranks=case.ranks)
+    assert_close(case, join(case, results), oracle(case))
 
 
 # What could be wrong: in which file, what stands there, and what would stand there instead.

@@ -93,7 +93,8 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
     scoring = (None, None, None, 0, 4, 2, head_dim**-0.5, 0.0, 0.0, 0)
     options = Options(first, stop, None, *scoring)
     attention_forward(q, k, k, options, out, lse)
-    attention_forward(q, k, k, options, out, lse, result=q)
+    if not hopper or head_dim == 128:  # where registers are scarce
+        attention_forward(q, k, k, options, out, lse, result=q)
     given = Given(q, q, k, k, lse, lse)
     attention_backward(given, options, seen_by, out, dk, dk)
     if hopper:
