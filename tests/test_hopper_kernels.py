@@ -285,8 +285,6 @@ def test_tuning_sees_what_is_wrong(changed: Any, monkeypatch: pytest.MonkeyPatch
 
 NOT_TAKEN: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
-    "head_dim": {"head_dim": 136},
-    "value_head_dim": {"value_head_dim": 256},
     "bias": {"bias": "BHQK"},
     "softcap": {"softcap": 2.0},
     "alibi": {"alibi": "1H"},
@@ -316,6 +314,22 @@ def test_the_portable_kernels_take_the_rest(reason: str | None) -> None:
     assert took == [reason is None] * 3
     if reason is not None:
         assert not any(t.any() for t in (out, *sums)) and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dims", [(136, 136), (256, 64), (64, 256), (264, 64)])
+def test_forward_takes_wider_heads(dims: tuple[int, int]) -> None:
+    case = replace(SMALL, lq=70, head_dim=dims[0], value_head_dim=dims[1], span="causal")
+    x = make_inputs(case)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    out, lse = new_state(case)
+    with small_steps(TIMINGS[0]):
+        took = hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None)
+        given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+        assert not hopper.add_query_gradients(given, shared, x.q)
+        assert not hopper.add_key_gradients(given, shared, None, x.k, x.v)
+    assert took == (max(dims) <= 256)
+    if took:
+        assert largest(out - expected(case, x)["out"]) <= 1e-2
 
 
 def test_a_base_that_is_not_aligned_is_not_taken() -> None:

@@ -1,8 +1,9 @@
 """Kernels for Hopper in Gluon, Triton's lower level: one warp loads, two warpgroups multiply.
 
 They take what training is made of, and say so of each call: attention without bias, softcap,
-ALiBi and dropout, from bf16 or fp16, of head dims up to 128, where rows and heads start at
-multiples of 16 bytes. All else, and all of it where Triton has no Gluon, is the portable kernels'.
+ALiBi and dropout, from bf16 or fp16, where rows and heads start at multiples of 16 bytes; forward
+up to head dim 256, backward up to 128. All else, and all of it where Triton has no Gluon, is the
+portable kernels'.
 
 Whether a call is for them at all is said by ``configs.choose_pipeline``.
 """
@@ -22,7 +23,6 @@ from usp.kernels.pipelines import Pipeline
 if TYPE_CHECKING:
     from usp.kernels.attention_backward import Given
 
-MAX_HEAD_DIM = 128
 # TMA: addresses and strides are multiples of 16 bytes, strides have 40 bits
 _ALIGNMENT, _FARTHEST = 16, 2**40
 
@@ -33,7 +33,7 @@ def takes(options: Options, *tensors: Tensor) -> bool:
         options.folded
         and not options.dropout_p
         and all(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
-        and all(x.shape[-1] <= MAX_HEAD_DIM and _fits_tma(x) for x in tensors)
+        and all(map(_fits_tma, tensors))
         and kernels.has_gluon()
     )
 

@@ -101,7 +101,7 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
     A tile never reaches into the next sequence: rows have a dim of their own.
     """
     batch, length, heads, width = x.shape
-    padded = 64 if width <= 64 else 128
+    padded = 64 if width <= 64 else 128 if width <= 128 else 256
     # strides of dims of one element may be anything, and mean nothing
     strides = [s if n > 1 else padded for s, n in zip(x.stride(), x.shape, strict=True)]
     by_batch, by_row, by_head, _ = strides
