@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from usp import kernels
 from usp.kernels import configs, tune, tuned
+from usp.kernels.pipelines import HOPPER, Pipeline
 
 triton = pytest.importorskip("triton")
 DEVICE = torch.device("cpu")  # stands in: only its name and family are asked
@@ -40,8 +42,9 @@ def test_the_fastest_is_used_and_remembered(a_gpu: None) -> None:
             raise RuntimeError("out of resource")
         return {2: 3.0, 3: 1.0}[len(tried)]
 
-    best = tune.fastest("forward", candidates, seconds)
-    assert tried == [config.launch() for config in candidates]
+    portable = tuple(c for c in candidates if isinstance(c, configs.Config))
+    best = tune.fastest("forward", portable, seconds, lambda: True)
+    assert tried == [config.launch() for config in portable]
     assert best == candidates[2]
     tuned.remember("some GPU", {("forward", 128): asdict(best)})
     configs.forget()  # as a new process would
@@ -55,7 +58,55 @@ def test_no_candidate_runs(a_gpu: None) -> None:
 
     candidates = configs.candidates("forward", 64, DEVICE)
     with pytest.raises(RuntimeError, match="no configuration of forward"):
-        tune.fastest("forward", candidates, seconds)
+        tune.fastest("forward", candidates, seconds, lambda: True)
+
+
+def test_what_is_wrong_is_not_timed(a_gpu: None) -> None:
+    wrong, right = configs.candidates("forward", 64, DEVICE)[:2]
+
+    def is_right() -> bool:
+        return launch(64) == right.launch()
+
+    def seconds() -> float:
+        assert is_right()
+        return 1.0
+
+    with pytest.warns(UserWarning, match=r"Config\(block_q=128.* computes something else"):
+        assert tune.fastest("forward", (wrong, right), seconds, is_right) == right
+
+
+def choose_pipeline(kernel: str = "forward", head_dim: int = 128) -> Pipeline | None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    return configs.choose_pipeline(kernel, head_dim, like)
+
+
+def test_hopper_kernels_are_candidates_that_must_win(
+    a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_gluon", lambda: True)
+    assert choose_pipeline() is None
+    best = next(c for c in configs.candidates("forward", 128, DEVICE) if isinstance(c, Pipeline))
+    tuned.remember("some GPU", {("forward", 128): asdict(best)})
+    configs.forget()
+    assert choose_pipeline() == best == choose_pipeline(head_dim=72)
+    # what it cannot take is launched by default
+    assert launch(128) == configs.candidates("forward", 128, DEVICE)[0].launch()
+    assert choose_pipeline(head_dim=64) is choose_pipeline("backward_keys") is None
+    with configs.trying("forward", configs.candidates("forward", 128, DEVICE)[1]):
+        assert choose_pipeline() is None
+    monkeypatch.setattr(kernels, "has_gluon", lambda: False)
+    assert not any(isinstance(c, Pipeline) for c in configs.candidates("forward", 128, DEVICE))
+
+
+def test_hopper_kernels_can_be_asked_for(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with configs.pipelined():
+        for kernel, rows in HOPPER.items():
+            for head_dim, row in rows.items():
+                assert choose_pipeline(kernel, head_dim) == row[0]
+            assert choose_pipeline(kernel, max(rows) + 1) is None
+        monkeypatch.setattr(configs, "family", lambda device: "default")
+        assert choose_pipeline() is None
+    assert choose_pipeline() is None
 
 
 def test_a_broken_store_is_no_error(a_gpu: None) -> None:

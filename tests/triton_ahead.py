@@ -1,10 +1,13 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
-``python tests/triton_ahead.py cuda:90 bfloat16:64 float16:128`` prints a JSON row for each kernel.
+``python tests/triton_ahead.py cuda:90 bfloat16:64 float16:128`` prints a JSON row for each kernel,
+``cuda:90 --hopper bfloat16:64`` for each of the Hopper kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -16,6 +19,7 @@ from unittest import mock
 
 import torch
 import triton.backends.nvidia
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -74,8 +78,8 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget(backend, int(arch) if arch.isdigit() else arch, WARP_SIZES[backend])
 
 
-def launches(dtype: torch.dtype, head_dim: int) -> None:
-    """One causal block with shared key heads through every attention kernel."""
+def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
+    """One causal block with shared key heads through every attention kernel, or the Hopper ones."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -88,34 +92,61 @@ def launches(dtype: torch.dtype, head_dim: int) -> None:
     seen_by = Span(*transposed(first, stop, LENGTH))
     scoring = (None, None, None, 0, 4, 2, head_dim**-0.5, 0.0, 0.0, 0)
     options = Options(first, stop, None, *scoring)
-    attention_forward(q, k, k, options, out, lse)
-    attention_forward(q, k, k, options, out, lse, result=q)
+    if not hopper or head_dim < 256:
+        attention_forward(q, k, k, options, out, lse)
+    if not hopper or head_dim >= 128:  # where registers are scarce
+        attention_forward(q, k, k, options, out, lse, result=q)
+    if hopper and head_dim == 256:
+        return
     given = Given(q, q, k, k, lse, lse)
     attention_backward(given, options, seen_by, out, dk, dk)
+    if hopper:
+        return
     bias = new(2, 4, LENGTH, LENGTH)
     bias_gradient(given, Options(first, stop, bias, *scoring), seen_by, bias)
 
 
-def compiled(target: str, dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
+def compiled(
+    target: str, dtype: torch.dtype, head_dim: int, hopper: bool = False
+) -> list[dict[str, Any]]:
     """What the compiler says of each kernel."""
     driver.set_active(NoDevice(target_of(target)))
     rows: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        rows.append({"kernel": self.__name__.removesuffix("_kernel"), **resources(kernel)})
+        assert self.is_gluon() == hopper, f"{self.__name__} is not the kernel that was asked for"
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found = resources(kernel) | (pipeline(kernel, log.getvalue()) if hopper else {})
+        rows.append({"kernel": self.__name__.removesuffix("_kernel"), **found})
         return kernel
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(configs, "family", lambda device: FAMILIES[target]),
         mock.patch.object(configs, "device_name", lambda device: target),
+        configs.pipelined() if hopper else contextlib.nullcontext(),
     ):
         configs.forget()
-        launches(dtype, head_dim)
+        launches(dtype, head_dim, hopper)
     about = {"target": target, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
     return [about | row for row in rows]
+
+
+def pipeline(kernel: Any, log: str) -> dict[str, Any]:
+    """Of a Hopper kernel: its asynchronous instructions, and what ptxas says about their order."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    names = ("HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL")
+    assert "registers" in log, "ptxas has not said what it did"
+    return {
+        "asynchronous": {name: len(re.findall(rf"\b{name}\b", said.stdout)) for name in names},
+        "serialized": "serialized" in log,
+    }
 
 
 def resources(kernel: Any) -> dict[str, Any]:
@@ -151,9 +182,11 @@ def amd_usage(text: str) -> dict[str, int]:
 
 def main() -> None:
     target, *problems = sys.argv[1:]
-    for problem in problems:
+    hopper = problems[0] == "--hopper"
+    knobs.nvidia.dump_ptxas_log = hopper
+    for problem in problems[hopper:]:
         dtype, _, head_dim = problem.partition(":")
-        for row in compiled(target, getattr(torch, dtype), int(head_dim)):
+        for row in compiled(target, getattr(torch, dtype), int(head_dim), hopper):
             print(json.dumps(row), flush=True)
 
 

@@ -35,6 +35,21 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has the Gluon that the Hopper kernels are written in: 3.6 or newer."""
+    if not _installed():
+        return False
+    try:
+        import triton
+
+        found = importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper")
+    except ImportError:
+        return False
+    major, minor = triton.__version__.split(".")[:2]
+    return found is not None and (int(major), int(minor)) >= (3, 6)
+
+
 def reason_against(device_type: str) -> str | None:
     """Why no kernel can take tensors of that device, or None."""
     missing = unavailable()

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from usp.kernels import configs
+from usp.kernels import configs, hopper
 from usp.kernels.arguments import Options, Span, cdiv, is_wide, padded, rows_of
 from usp.kernels.key_gradients import keys_kernel
 from usp.kernels.query_gradients import queries_kernel
@@ -80,30 +80,32 @@ def attention_backward(
     tensors = [rows_of(x) for x in (given.dout, q, k, given.v)]
     shared = (given.vectors, options.sizes(q, k))
     widest = max(q.shape[-1], given.v.shape[-1])
-    launch = configs.choose("backward_keys", widest, q)
-    keys_kernel[(cdiv(k_len, launch["BLOCK_K"]) * batch * num_kv_heads,)](
-        *tensors,
-        *shared,
-        seen_by,
-        options.scoring,
-        *options.seeds,
-        rows_of(dk),
-        rows_of(dv),
-        scales,
-        **given.dims,
-        WIDE=given.wide or is_wide(dk, dv),
-        **launch,
-    )
-    launch = configs.choose("backward_queries", widest, q)
-    queries_kernel[(cdiv(q_len, launch["BLOCK_Q"]) * batch * num_heads,)](
-        *tensors,
-        *shared,
-        options.span,
-        options.scoring,
-        *options.seeds,
-        rows_of(dq),
-        scales,
-        **given.dims,
-        WIDE=given.wide or is_wide(dq),
-        **launch,
-    )
+    if not hopper.add_key_gradients(given, options, seen_by, dk, dv):
+        launch = configs.choose("backward_keys", widest, q)
+        keys_kernel[(cdiv(k_len, launch["BLOCK_K"]) * batch * num_kv_heads,)](
+            *tensors,
+            *shared,
+            seen_by,
+            options.scoring,
+            *options.seeds,
+            rows_of(dk),
+            rows_of(dv),
+            scales,
+            **given.dims,
+            WIDE=given.wide or is_wide(dk, dv),
+            **launch,
+        )
+    if not hopper.add_query_gradients(given, options, dq):
+        launch = configs.choose("backward_queries", widest, q)
+        queries_kernel[(cdiv(q_len, launch["BLOCK_Q"]) * batch * num_heads,)](
+            *tensors,
+            *shared,
+            options.span,
+            options.scoring,
+            *options.seeds,
+            rows_of(dq),
+            scales,
+            **given.dims,
+            WIDE=given.wide or is_wide(dq),
+            **launch,
+        )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usp.kernels import configs
+from usp.kernels import configs, hopper
 from usp.kernels.arguments import Options, cdiv, is_wide, padded, rows_of
 from usp.kernels.scores import added_to_scores, kept, tanh
 from usp.kernels.tiles import base, load_tile, program, ranges, store_tile
@@ -42,6 +42,8 @@ def attention_forward(
     """
     batch, q_len, num_heads, head_dim = q.shape
     if not (batch * q_len * num_heads):
+        return
+    if hopper.attention_forward(q, k, v, options, out, lse, result):
         return
     value_dim = v.shape[-1]
     launch = configs.choose("forward", max(head_dim, value_dim), q)

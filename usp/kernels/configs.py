@@ -18,6 +18,7 @@ from torch import Tensor
 
 from usp import kernels
 from usp.kernels import tuned
+from usp.kernels.pipelines import HOPPER, Pipeline
 
 BUCKETS = (64, 128, 256)
 
@@ -182,8 +183,9 @@ def choose(kernel: str, head_dim: int, like: Tensor) -> dict[str, Any]:
     """
     if kernels.interpreted():
         return INTERPRETED.launch()
-    if kernel in _trial:
-        return _trial[kernel].launch(NUM_XCDS.get(family(like.device), 1))
+    config = _trial.get(kernel)
+    if isinstance(config, Config):
+        return config.launch(NUM_XCDS.get(family(like.device), 1))
     return _chosen(kernel, bucket(head_dim), like.dtype == torch.float32, like.device)
 
 
@@ -192,22 +194,56 @@ def _chosen(kernel: str, size: int, exact: bool, device: torch.device) -> dict[s
     if exact:
         return EXACT.launch()
     found = family(device)
-    won = tuned.recall(device_name(device), kernel, size)
-    config = TABLE[found][kernel][size][0] if won is None else Config(**won)
+    won = _won(kernel, size, device)
+    config = won if isinstance(won, Config) else TABLE[found][kernel][size][0]
     return config.launch(NUM_XCDS.get(found, 1))
 
 
-def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config, ...]:
+def choose_pipeline(kernel: str, head_dim: int, like: Tensor) -> Pipeline | None:
+    """Which Hopper kernel shall do it if it can, or None: what ``choose`` says is for the rest."""
+    if kernels.interpreted() or head_dim > max(HOPPER[kernel]):
+        return None
+    config = _trial.get(kernel)
+    if config is None:
+        size = bucket(head_dim)
+        config = HOPPER[kernel][size][0] if _preferred else _won(kernel, size, like.device)
+    return config if isinstance(config, Pipeline) and family(like.device) == "sm_90" else None
+
+
+@cache
+def _won(kernel: str, size: int, device: torch.device) -> Config | Pipeline | None:
+    """What tuning has found for this device."""
+    found = tuned.recall(device_name(device), kernel, size)
+    if found is None:
+        return None
+    return Config(**found) if "edge" in found else Pipeline(**found)
+
+
+def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config | Pipeline, ...]:
     """What tuning chooses from."""
-    return TABLE[family(device)][kernel][bucket(head_dim)]
+    found, size = family(device), bucket(head_dim)
+    pipelines = HOPPER[kernel].get(size, ()) if found == "sm_90" and kernels.has_gluon() else ()
+    return TABLE[found][kernel][size] + pipelines
 
 
-# Set by ``trying`` alone.
-_trial: dict[str, Config] = {}
+# Set by ``trying`` and ``pipelined`` alone.
+_trial: dict[str, Config | Pipeline] = {}
+_preferred = False
 
 
 @contextmanager
-def trying(kernel: str, config: Config) -> Iterator[None]:
+def pipelined() -> Iterator[None]:
+    """In here the Hopper kernels do what they can."""
+    global _preferred
+    before, _preferred = _preferred, True
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+@contextmanager
+def trying(kernel: str, config: Config | Pipeline) -> Iterator[None]:
     """In here a kernel is launched so, on every device."""
     _trial[kernel] = config
     try:
@@ -218,6 +254,7 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
 
 def forget() -> None:
     """Look up anew what was tuned."""
+    _won.cache_clear()
     _chosen.cache_clear()
 
 

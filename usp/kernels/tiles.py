@@ -90,7 +90,14 @@ def store_tile(
 
 @triton.jit
 def ranges(
-    span, start, length, other_len, BLOCK: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr
+    span,
+    start,
+    length,
+    other_len,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    EDGE: tl.constexpr,
+    lanes=None,
 ):
     """Where the rows of a tile look: three loops, edge, full, edge.
 
@@ -100,6 +107,7 @@ def ranges(
         span: ``first, stop`` of each row, both non-decreasing; None where all see everything.
         start, length: First row of the tile, number of rows.
         other_len: How far spans may reach.
+        lanes: ``arange(0, BLOCK)`` in a layout of the caller's.
 
     Returns:
         begin, full_begin, full_end, resume, end: ``[full_begin, full_end)`` needs no mask,
@@ -120,7 +128,7 @@ def ranges(
         full_end = tl.maximum(tl.load(span.stop + start) // STEP * STEP, full_begin)
         resume = full_end
         if full_begin == full_end:
-            i = start + tl.arange(0, BLOCK)
+            i = start + tl.arange(0, BLOCK) if lanes is None else start + lanes
             stop = tl.load(span.stop + i, mask=i < last, other=0)
             gap = tl.load(span.first + i + 1, mask=i < last, other=0) - stop
             widest = tl.max(gap, 0)

@@ -5,16 +5,19 @@ What won is kept in Triton's cache folder, so later processes on the same GPU fi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from usp import kernels
 from usp.kernels import configs, tuned
 from usp.kernels.arguments import Options, Span
 from usp.kernels.configs import Config
+from usp.kernels.pipelines import Pipeline
 
 _TUNED = ("forward", "backward_keys", "backward_queries")
 
@@ -26,11 +29,12 @@ def tune(
     seq_len: int = 8192,
     num_heads: int = 16,
     num_kv_heads: int | None = None,
-) -> dict[str, Config]:
+) -> dict[str, Config | Pipeline]:
     """Find the fastest configurations for causal attention on the current GPU and use them.
 
     They hold for every head dim of the same row of ``configs.TABLE``, in this process and in
-    later ones with the same GPU and Triton. Takes a minute, most of it compiling.
+    later ones with the same GPU and Triton. Takes a minute, most of it compiling. On Hopper the
+    kernels of ``kernels/hopper`` take part. What disagrees with the default is not timed.
 
     Args:
         head_dim: Of q, k and v, up to 256.
@@ -53,22 +57,38 @@ def tune(
     forward, backward = problem(shape, dtype, device)
     found = {}
     for kernel in _TUNED:
-        run = forward if kernel == "forward" else backward
-        candidates = configs.candidates(kernel, head_dim, device)
-        found[kernel] = fastest(kernel, candidates, partial(do_bench, run))
+        trial = forward if kernel == "forward" else backward
+        default, *others = configs.candidates(kernel, head_dim, device)
+        with configs.trying(kernel, default):
+            wanted = trial.answer()
+        seconds, is_right = partial(do_bench, trial), partial(trial.agrees, wanted)
+        found[kernel] = fastest(kernel, (default, *others), seconds, is_right)
     size, name = configs.bucket(head_dim), configs.device_name(device)
     tuned.remember(name, {(kernel, size): asdict(config) for kernel, config in found.items()})
     configs.forget()
     return found
 
 
-def fastest(kernel: str, candidates: tuple[Config, ...], seconds: Callable[[], float]) -> Config:
-    """The candidate under which ``seconds()`` is least; one that cannot be launched is left out."""
+def fastest(
+    kernel: str,
+    candidates: tuple[Config | Pipeline, ...],
+    seconds: Callable[[], float],
+    is_right: Callable[[], bool],
+) -> Config | Pipeline:
+    """The candidate under which ``seconds()`` is least.
+
+    One that is not right is not timed; one that cannot be launched is left out.
+    """
     times = {}
+    reason: Exception | None = None
     for config in candidates:
         with configs.trying(kernel, config):
             try:
-                times[config] = seconds()
+                if is_right():
+                    times[config] = seconds()
+                else:
+                    reason = RuntimeError(f"{config} of {kernel} computes something else")
+                    warnings.warn(f"not timed: {reason}", stacklevel=3)
             # too much shared memory, say: Triton has many ways to say it
             except Exception as error:
                 reason = error
@@ -77,9 +97,31 @@ def fastest(kernel: str, candidates: tuple[Config, ...], seconds: Callable[[], f
     return min(times, key=lambda config: times[config])
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A call, and the tensors that it updates."""
+
+    call: Callable[..., None]
+    tensors: tuple[Tensor, ...]
+
+    def __call__(self) -> None:
+        self.call(*self.tensors)
+
+    def answer(self) -> tuple[Tensor, ...]:
+        """What it makes of copies of the tensors."""
+        copies = tuple(x.clone() for x in self.tensors)
+        self.call(*copies)
+        return copies
+
+    def agrees(self, wanted: tuple[Tensor, ...]) -> bool:
+        """Whether the answer is that, up to the rounding of weights to 16 bits."""
+        pairs = list(zip(self.answer(), wanted, strict=True))
+        return all(bool((x - y).abs().max() <= 0.02 * y.abs().max()) for x, y in pairs)
+
+
 def problem(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[], None], Callable[[], None]]:
+) -> tuple[Trial, Trial]:
     """A causal block's forward and backward, each on tensors that it may update at will."""
     from usp.kernels.attention_backward import Given, attention_backward
     from usp.kernels.attention_forward import attention_forward
@@ -110,6 +152,6 @@ def problem(
     )
     given = Given(dout, q, k, v, torch.zeros_like(lse), lse)
     return (
-        lambda: attention_forward(q, k, v, options, out, lse.clone()),
-        lambda: attention_backward(given, options, seen_by, dq, dk, dv),
+        Trial(partial(attention_forward, q, k, v, options), (out, lse.clone())),
+        Trial(partial(attention_backward, given, options, seen_by), (dq, dk, dv)),
     )

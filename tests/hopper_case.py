@@ -1,0 +1,103 @@
+"""Attention through the Hopper kernels, emulated: one call of the contract, or a whole mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import judge
+import torch
+from cases import Case as MeshCase
+from gluon_emulator import emulated
+from gluon_machine import Timing
+from native_case import (
+    Case,
+    computed,
+    error_scale,
+    expected,
+    largest,
+    make_inputs,
+    new_state,
+    options,
+)
+from torch import Tensor
+from triton_interpreter import Kernels
+
+from usp.kernels import configs
+from usp.kernels.arguments import Options
+from usp.kernels.attention_forward import attention_forward
+from usp.kernels.pipelines import Pipeline
+
+TIMINGS = [Timing(loads, products) for loads in (False, True) for products in (False, True)]
+# Weights and their gradients are rounded to the inputs' dtype before they enter a product.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+# Steps as small as wgmma and a warp take them, so that short sequences have many.
+SMALL_STEPS = {
+    "forward": Pipeline(128, 16, 3),
+    "backward_keys": Pipeline(32, 128, 3),
+    "backward_queries": Pipeline(128, 16, 2),
+}
+
+
+@contextmanager
+def small_steps(timing: Timing) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(emulated(timing))
+        for kernel, config in SMALL_STEPS.items():
+            stack.enter_context(configs.trying(kernel, config))
+        yield
+
+
+def attended(case: Case, timing: Timing) -> dict[str, Tensor]:
+    """All results. A call that fell back would not: the portable kernels do not run on CPU."""
+    with small_steps(timing):
+        return computed(case, make_inputs(case), Kernels)
+
+
+def errors(case: Case, got: dict[str, Tensor]) -> dict[str, float]:
+    """Of each result what it is off by, in units of what is allowed; NaN where it is NaN."""
+    x = make_inputs(case)
+    want = expected(case, x)
+    assert got.keys() == want.keys()
+    found = {}
+    for name, reference in want.items():
+        empty = reference == -torch.inf
+        result = got[name].double()
+        assert result.shape == reference.shape, name
+        assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
+        worst = largest(torch.where(empty, 0, result - reference))
+        found[name] = worst / (TOLERANCE[case.dtype] * error_scale(case, x, want, name))
+    return found
+
+
+def assert_right(case: Case, got: dict[str, Tensor]) -> None:
+    for name, error in errors(case, got).items():
+        # a NaN is no success
+        assert error <= 1, f"{name} is off by {error:.2f} of what is allowed in {case}"
+
+
+def finished(case: Case, carried: bool, timing: Timing) -> tuple[Tensor, Tensor]:
+    """out and the result after one step that is the last; with a state, or none."""
+    x = make_inputs(case)
+    out, lse = new_state(case)
+    result = torch.full_like(out, torch.nan, dtype=case.dtype)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    with small_steps(timing):
+        attention_forward(x.q, x.k, x.v, shared, out if carried else None, lse, result)
+    return out, result
+
+
+def attended_on_a_mesh(case: MeshCase, timing: Timing) -> dict[str, Tensor]:
+    """On a worker: this rank's results by the public function, whose Triton backend this is."""
+
+    def delta(dout: Tensor, out: Tensor) -> Tensor:
+        return (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+
+    with (
+        small_steps(timing),
+        mock.patch("usp.backends.triton.reasons_against", lambda traits: ()),
+        # a portable kernel, which does not run here
+        mock.patch("usp.kernels.attention_delta.attention_delta", delta),
+    ):
+        return judge.run(case)

@@ -1,0 +1,63 @@
+"""The Hopper kernels compiled ahead of time for sm_90a, as their own launches call them.
+
+No GPU is needed. The table of registers, shared memory and asynchronous instructions is printed
+(``pytest -s``). The test fails where a kernel spills, or where the compiler gives up the order of
+products that the kernel is made for. Each head dim is compiled in one dtype, to save time: bf16 and
+fp16 differ in the type that the same instructions name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from usp import kernels
+
+TESTS = Path(__file__).resolve().parent
+# at 128, where registers are scarce, the forward with a state, and with a state and a result
+PROBLEMS = {
+    "bfloat16:128": ["forward", "forward", "keys", "queries"],
+    "float16:64": ["forward", "keys", "queries"],
+    "bfloat16:256": ["forward"],
+}
+SHARED = 227 * 1024
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not kernels.has_gluon(), reason="no Triton with Gluon for Hopper")
+def test_defaults_keep_their_registers_and_their_order(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    # usp from where it came from here
+    environment["PYTHONPATH"] = os.pathsep.join(folder for folder in sys.path if folder)
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "triton_ahead.py"), "cuda:90", "--hopper", *PROBLEMS],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    print("", *map(row_text, rows), sep="\n")
+    seen = [(row["kernel"], f"{row['dtype']}:{row['head_dim']}") for row in rows]
+    assert seen == [(kernel, problem) for problem in PROBLEMS for kernel in PROBLEMS[problem]]
+    for row in rows:
+        found = row["asynchronous"]
+        assert not row["spilled"] and not found["LDL"] and not found["STL"], row_text(row)
+        assert not row["serialized"], f"products wait for each other: {row_text(row)}"
+        assert found["HGMMA"] and found["UTMALDG"] and found["USETMAXREG"], row_text(row)
+        assert row["shared"] <= SHARED, row_text(row)
+
+
+def row_text(row: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in row["asynchronous"].items())
+    return (
+        f"{row['target']:8} {row['kernel']:8} {row['head_dim']:4} {row['dtype']:9} "
+        f"{row['registers']:4} registers {row['spilled']:4} B spilled {row['shared']:7} B shared  "
+        f"{counts}"
+    )

@@ -1,0 +1,358 @@
+"""The Hopper kernels' own source, run by the Gluon emulator, against dense attention in fp64.
+
+Loads and products that run by themselves are done at once or as late as can be, and partitions
+take turns at random. That these tests would show a barrier that is missing is a test of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from usp import kernels
+
+if not kernels.has_gluon():
+    pytest.skip("no Triton with Gluon for Hopper", allow_module_level=True)
+
+from cases import Case as MeshCase
+from gluon_emulator import emulated
+from gluon_machine import Timing
+from hopper_case import (
+    TIMINGS,
+    assert_right,
+    attended,
+    attended_on_a_mesh,
+    errors,
+    finished,
+    small_steps,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge import assert_close, join, oracle
+from native_case import Case, computed, expected, largest, make_inputs, new_state, options
+from pool import Pool
+from test_native_ops import HEADS, SPANS
+from triton_interpreter import Kernels
+
+from usp.kernels import configs, hopper, tune
+from usp.kernels.arguments import Options
+from usp.kernels.attention_backward import Given
+from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
+
+SMALL = Case(
+    batch=1,
+    lq=131,
+    lk=83,
+    heads=(2, 0, 2),
+    head_dim=64,
+    value_head_dim=64,
+    dtype=torch.bfloat16,
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"span_{span}": {"span": span} for span in SPANS},
+    "wide_gap": {"span": "gaps", "lq": 67, "lk": 307},
+    "second_batch": {"batch": 2, "span": "causal", "lq": 67, "heads": (1, 0, 1)},
+    "carried_state": {"prior_keys": 37, "span": "random"},
+    "fp16": {"dtype": torch.float16, "span": "causal"},
+    **{f"heads_{'_'.join(map(str, heads))}": {"heads": heads, "lq": 19} for heads in HEADS},
+    **{f"head_dim_{dim}": {"head_dim": dim, "lq": 37, "prior_keys": 5} for dim in (8, 40, 72, 128)},
+    "value_head_dim_larger": {"head_dim": 24, "value_head_dim": 96, "lq": 37},
+    "value_head_dim_smaller": {"head_dim": 128, "value_head_dim": 16, "lq": 37},
+    "one_query": {"lq": 1},
+    "one_key": {"lk": 1},
+    "one_by_one": {"lq": 1, "lk": 1},
+    "no_queries": {"lq": 0, "span": "causal"},
+    "no_heads": {"heads": (0, 2, 2)},
+    "strides_heads_first": {"layout": "heads_first", "span": "causal"},
+    "strides_and_poison_between_rows": {"layout": "sliced", "span": "window", "batch": 2, "lq": 67},
+}
+_turn = count()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_equals_dense_attention(option: str) -> None:
+    case = replace(SMALL, **OPTIONS[option])
+    # every option meets another timing than its neighbour
+    number = list(OPTIONS).index(option)
+    assert_right(case, attended(case, replace(TIMINGS[number % 4], seed=number)))
+
+
+def test_timing_does_not_change_a_bit() -> None:
+    case = replace(SMALL, span="causal", prior_keys=17, heads=(1, 0, 1))
+    first, *others = (attended(case, timing) for timing in TIMINGS)
+    for other in others:
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_blocks_of_the_table() -> None:
+    case = replace(SMALL, head_dim=128, value_head_dim=128, span="causal", lq=257, lk=257)
+    with emulated(TIMINGS[0]), configs.pipelined():
+        assert_right(case, computed(case, make_inputs(case), Kernels))
+
+
+@pytest.mark.parametrize("span", ["strictly_causal", "gaps"])
+@pytest.mark.parametrize("carried", [True, False])
+def test_the_last_step_fills_the_result(carried: bool, span: str) -> None:
+    case = replace(SMALL, span=span, value_head_dim=24)
+    out, result = finished(case, carried, TIMINGS[0])
+    want = expected(case, make_inputs(case))["out"]
+    assert result.dtype == case.dtype and (out == 0).all()
+    assert largest(result.double() - want) <= 1e-2 * max(1.0, largest(want))
+
+
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        lq=st.sampled_from((1, 63, 65, 128, 193)),
+        lk=st.sampled_from((1, 15, 16, 33, 97)),
+        heads=st.sampled_from(((1, 0, 1), (2, 1, 2), (3, 0, 3))),
+        head_dim=st.sampled_from((16, 64, 104)),
+        value_head_dim=st.sampled_from((16, 64, 104)),
+        dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+        span=st.sampled_from(SPANS),
+        layout=st.sampled_from(("contiguous", "heads_first", "sliced")),
+        prior_keys=st.sampled_from((0, 1, 37)),
+        seed=st.integers(0, 10**6),
+    ),
+    timing=st.builds(Timing, st.booleans(), st.booleans(), st.integers(0, 10**6)),
+)
+@settings(max_examples=max(8, settings.default.max_examples // 12))
+def test_equals_dense_attention_in_any_mix(case: Case, timing: Timing) -> None:
+    assert_right(case, attended(case, timing))
+
+
+ON_A_MESH = MeshCase(
+    backend="triton",
+    dtype="bfloat16",
+    seq_len=149,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    value_dim=24,
+    causal=True,
+    seed=3,
+)
+MESHES: dict[str, dict[str, Any]] = {
+    "zigzag": {"ring": 2, "layout": "zigzag", "return_lse": True},
+    "window": {"ulysses": 2, "window": (40, 0), "dtype": "float16"},
+    "documents": {"ring": 2, "layout": "documents", "cu_seqlens": (0, 31, 31, 128, 149)},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_whole_meshes(mesh: str, pool: Pool) -> None:
+    case = replace(ON_A_MESH, **MESHES[mesh])
+    results = pool.run(attended_on_a_mesh, case, TIMINGS[0], ranks=case.ranks)
+    assert_close(case, join(case, results), oracle(case))
+
+
+# What could be wrong: in which file, what stands there, and what would stand there instead.
+MISTAKES = {
+    "keys_not_awaited": (forward, "mbarrier.wait(k_full.index(stage), u // STAGES & 1)", "pass"),
+    "values_not_awaited": (forward, "mbarrier.wait(v_full.index(before), (u", "abs((u"),
+    "queries_not_awaited": (forward, "mbarrier.wait(q_full.index(C), 0)", "pass"),
+    "full_stage_overwritten": (
+        forward,
+        "mbarrier.wait(k_empty.index(stage), u // STAGES & 1 ^ 1)",
+        "pass",
+    ),
+    "wrong_parity": (query_gradients, "free = u // STAGES & 1 ^ 1", "free = u // STAGES & 1"),
+    "values_released_too_early": (
+        forward,
+        "acc = warpgroup_mma_wait(0, deps=[acc])\n"
+        "        mbarrier.arrive(v_empty.index(before), count=1)\n",
+        "mbarrier.arrive(v_empty.index(before), count=1)\n"
+        "        acc = warpgroup_mma_wait(0, deps=[acc])\n",
+    ),
+    "keys_released_too_early": (
+        forward,
+        "s = warpgroup_mma_wait(1, deps=[s])\n"
+        "        mbarrier.arrive(k_empty.index(stage), count=1)\n",
+        "mbarrier.arrive(k_empty.index(stage), count=1)\n"
+        "        s = warpgroup_mma_wait(1, deps=[s])\n",
+    ),
+    "scores_not_awaited": (forward, "s = warpgroup_mma_wait(1,", "s = warpgroup_mma_wait(2,"),
+    "sum_not_awaited": (forward, "acc = warpgroup_mma_wait(0,", "acc = warpgroup_mma_wait(1,"),
+    "released_twice": (
+        forward,
+        "v_empty.index(before), count=1",
+        "v_empty.index(before), count=2",
+    ),
+    "never_released": (forward, "mbarrier.arrive(v_empty.index(before), count=1)", "pass"),
+    "turn_kept": (forward, "        mbarrier.arrive(turn.index(1 - C), count=1)\n", ""),
+    "more_bytes_expected": (
+        forward,
+        "k_full.index(stage), k.block_type.nbytes",
+        "k_full.index(stage), 16 + k.block_type.nbytes",
+    ),
+    "edge_not_masked": (forward, "if is_edge(u, walk):", "if u > walk[1] + walk[3]:"),
+    "maximum_of_nothing": (forward, 'gl.where(higher == float("-inf"), 0.0, higher)', "higher"),
+    "rows_of_another_stage": (
+        key_gradients,
+        "delta_rows.index(stage).load",
+        "delta_rows.index(0).load",
+    ),
+    "rows_not_awaited": (
+        key_gradients,
+        "mbarrier.wait(full.index(stage), visit // STAGES & 1)",
+        "pass",
+    ),
+    "rows_overwritten": (
+        key_gradients,
+        "mbarrier.wait(empty.index(stage), visit // STAGES & 1 ^ 1)",
+        "pass",
+    ),
+    "held_keys_not_awaited": (key_gradients, "mbarrier.wait(held.index(C), 0)", "pass"),
+    "edge_of_rows_not_masked": (key_gradients, "if is_edge(u, walk):", "if False:"),
+    "rows_released_too_early": (
+        key_gradients,
+        "dk_sum, dv_sum = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])\n"
+        "        mbarrier.arrive(empty.index(stage), count=1)\n",
+        "mbarrier.arrive(empty.index(stage), count=1)\n"
+        "        dk_sum, dv_sum = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])\n",
+    ),
+    "keys_of_dq_released_too_early": (
+        query_gradients,
+        "        dq_sum = warpgroup_mma_wait(0, deps=[dq_sum])\n"
+        "        mbarrier.arrive(k_empty.index(before), count=1)\n",
+        "        mbarrier.arrive(k_empty.index(before), count=1)\n"
+        "        dq_sum = warpgroup_mma_wait(0, deps=[dq_sum])\n",
+    ),
+}
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Iterator[Any]:
+    """Makes a module like another one, with some of its source changed."""
+    made = []
+
+    def change(module: ModuleType, old: str, new: str) -> ModuleType:
+        source = Path(str(module.__file__)).read_text()
+        assert old in source, f"{old!r} no longer stands in {module.__name__}"
+        path = tmp_path / f"changed_{next(_turn)}.py"
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = found
+        made.append(path.stem)
+        spec.loader.exec_module(found)
+        return found
+
+    yield change
+    for name in made:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_would_show(mistake: str, changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, old, new = MISTAKES[mistake]
+    names = {forward: "forward_kernel", key_gradients: "keys_kernel"}
+    name = names.get(module, "queries_kernel")
+    wrong = getattr(changed(module, old, new), name)
+    case = replace(SMALL, span="strictly_causal", lk=131, heads=(1, 0, 1))
+
+    def shows(timing: Timing) -> bool:
+        monkeypatch.setattr(launch, name, wrong)
+        try:
+            return not all(error <= 1 for error in errors(case, attended(case, timing)).values())
+        except AssertionError:  # a Hazard is one
+            return True
+
+    assert any(shows(replace(timing, seed=seed)) for seed in range(3) for timing in TIMINGS)
+
+
+def test_tuning_sees_what_is_wrong(changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = tune.problem((1, 70, 2, 1, 64), torch.bfloat16, torch.device("cpu"))
+    with small_steps(TIMINGS[3]):
+        wanted = [trial.answer() for trial in trials]
+        assert trials[0].agrees(wanted[0]) and trials[1].agrees(wanted[1])
+    wrong = changed(forward, "if is_edge(u, walk):", "if u > walk[1] + walk[3]:")
+    monkeypatch.setattr(launch, "forward_kernel", wrong.forward_kernel)
+    with small_steps(TIMINGS[3]):
+        assert not trials[0].agrees(wanted[0])
+
+
+NOT_TAKEN: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "bias": {"bias": "BHQK"},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": "1H"},
+    "dropout": {"dropout_p": 0.1},
+    "rows_not_aligned": {"head_dim": 20, "heads": (1, 0, 1)},
+    "expanded": {"batch": 2, "layout": "expanded"},
+    "no_keys": {"lk": 0},
+}
+
+
+@pytest.mark.parametrize("reason", [None, *NOT_TAKEN])
+def test_the_portable_kernels_take_the_rest(reason: str | None) -> None:
+    case = replace(SMALL, **NOT_TAKEN[reason]) if reason else SMALL
+    x = make_inputs(case)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    assert hopper.takes(shared, x.dout, x.q, x.k, x.v) == (reason is None)
+    assert not hopper.takes(replace(shared, softmax_scale=-1.0), x.dout, x.q, x.k, x.v)
+    given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
+    out, lse = new_state(case)
+    with small_steps(TIMINGS[0]):
+        took = [
+            hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None),
+            hopper.add_query_gradients(given, shared, sums[0]),
+            hopper.add_key_gradients(given, shared, None, *sums[1:]),
+        ]
+    assert took == [reason is None] * 3
+    if reason is not None:
+        assert not any(t.any() for t in (out, *sums)) and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dims", [(136, 136), (256, 64), (64, 256), (264, 64)])
+def test_forward_takes_wider_heads(dims: tuple[int, int]) -> None:
+    case = replace(SMALL, lq=70, head_dim=dims[0], value_head_dim=dims[1], span="causal")
+    x = make_inputs(case)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    out, lse = new_state(case)
+    with small_steps(TIMINGS[0]):
+        took = hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None)
+        given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+        assert not hopper.add_query_gradients(given, shared, x.q)
+        assert not hopper.add_key_gradients(given, shared, None, x.k, x.v)
+    assert took == (max(dims) <= 256)
+    if took:
+        assert largest(out - expected(case, x)["out"]) <= 1e-2
+
+
+def test_a_base_that_is_not_aligned_is_not_taken() -> None:
+    x = make_inputs(SMALL)
+    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    moved = torch.empty(x.k.numel() + 1, dtype=x.k.dtype)[1:].view(x.k.shape)
+    assert hopper.takes(shared, x.q, x.k, x.v) and not hopper.takes(shared, x.q, moved, x.v)
+
+
+def test_by_default_they_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(SMALL)
+    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    monkeypatch.setattr(configs, "_won", lambda *_: None)
+    monkeypatch.setattr(configs, "family", lambda device: "sm_90")
+    assert not hopper.attention_forward(x.q, x.k, x.v, shared, *new_state(SMALL), None)
+
+
+def test_an_older_triton_has_no_gluon_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = kernels.has_gluon.__wrapped__
+    assert asked()
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert not asked()
+    monkeypatch.setattr("triton.__version__", "4.0.0+git")
+    assert asked()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not asked()
