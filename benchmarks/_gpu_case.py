@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from _attention_case import DTYPES, GROUP, WINDOW
 from _gpu_exact import NAMES, exact_heads, relative_error
+from _gpu_own import Own, own
 from torch import Tensor
 
 from usp import long_context_attention
-from usp.backends import TABLE
-from usp.problem import Traits
 
 Run = Callable[[], Any]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -118,12 +117,15 @@ class Problem:
         self.dout = randn(heads)
         for leaf in self.leaves:
             leaf.requires_grad_()
-        ours = {f"usp {name}": self._usp(name) for name in own_backends(case, device)}
+        self.own = own(DTYPES[case.dtype], case.head_dim, device)
+        ours = {name: self._usp(contestant) for name, contestant in self.own.items()}
         self.candidates: dict[str, Attend] = ours | rivals
 
-    def _usp(self, backend: str) -> Attend:
+    def _usp(self, contestant: Own) -> Attend:
+        options = self.case.options | {"backend": contestant.backend.NAME}
+
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = long_context_attention(q, k, v, backend=backend, **self.case.options)
+            out = contestant(partial(long_context_attention, **options), q, k, v)
             assert isinstance(out, Tensor)
             return out
 
@@ -140,7 +142,13 @@ class Problem:
 
             return forward
         out = attend(*self.leaves)
-        return lambda: torch.autograd.grad(out, self.leaves, self.dout, retain_graph=True)
+        return partial(self._grads, name, out)
+
+    def _grads(self, name: str, out: Tensor) -> tuple[Tensor, ...]:
+        grad = partial(torch.autograd.grad, retain_graph=True)
+        if name in self.own:
+            return self.own[name](grad, out, self.leaves, self.dout)
+        return grad(out, self.leaves, self.dout)
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
@@ -153,14 +161,8 @@ class Problem:
     def errors(self, name: str) -> dict[str, float]:
         """Relative rms error of each tensor there."""
         out = self.candidates[name](*self.leaves)
-        grads = torch.autograd.grad(out, self.leaves, self.dout)
+        grads = self._grads(name, out)
         group = self.case.heads // self.case.kv_heads
         found = dict(zip(NAMES, (out.detach(), *grads), strict=True))
         heads = {"out": slice(-group, None), "dq": slice(-group, None), "dk": -1, "dv": -1}
         return {n: relative_error(x[-1, :, heads[n]], self.exact[n]) for n, x in found.items()}
-
-
-def own_backends(case: Case, device: str) -> list[str]:
-    """Names of usp's own kernel families that take a case there."""
-    traits = Traits(device, DTYPES[case.dtype], case.head_dim, case.head_dim, case.head_dim**-0.5)
-    return [b.NAME for b in TABLE if b.CARRIES_STATE and not b.reasons_against(traits)]

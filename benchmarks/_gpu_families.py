@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from _attention_case import DTYPES
-from _gpu_case import Case, Problem, own_backends
+from _gpu_case import Case, Problem
 from _gpu_exact import relative_error, wrong
 from _gpu_exchange import HeadExchange
 from _gpu_libraries import MERGES, libraries
 from _gpu_measure import Run, Settings, peak_memory, ratio, timed, timed_eagerly
+from _gpu_own import own
 from _gpu_ring import RingStep, VirtualRing
 from _gpu_rivals import rivals
 from _gpu_sizes import Sizes, sizes_for
 
-from usp.backends import TABLE
-
-BACKENDS: dict[str, Any] = {backend.NAME: backend for backend in TABLE}
 Record = dict[str, Any]
 
 
@@ -63,7 +61,7 @@ def local(case: Case, settings: Settings) -> list[Record]:
     checks = {name: partial(problem.errors, name) for name in problem.candidates}
     about = judged(*settings.guard.tried(checks), case.dtype)
     names = [name for name in checks if name not in about["not_timed"]]
-    about["usp"] = [name for name in checks if name.startswith("usp ")]
+    about["usp"] = list(problem.own)
     records = []
     for which in ("forward", "backward"):
         result = timed({name: problem.run(name, which) for name in names}, settings)
@@ -77,15 +75,15 @@ def ring_step(length: int, sizes: Sizes, settings: Settings) -> list[Record]:
     heads = 2 * sizes.ring_heads
     q, k, v, k2, v2 = sizes.randn(settings.device, 5, 1, length, heads, sizes.head_dim)
     step = RingStep(q, ((k, v), (k2, v2)))
-    names = own_backends(Case(sizes.dtype, sizes.head_dim, length, "full"), settings.device)
+    ours = own(DTYPES[sizes.dtype], sizes.head_dim, settings.device)
     steps: dict[str, Callable[..., Any]] = {
-        f"usp {name}": partial(step.usp, BACKENDS[name]) for name in names
+        name: partial(step.usp, contestant) for name, contestant in ours.items()
     }
     for (name, library), (how, merge) in itertools.product(
         libraries(settings.device).items(), MERGES.items()
     ):
         steps[f"{name} + {how}"] = partial(step.library, library, merge)
-    new_state = partial(step.state, BACKENDS[names[0]])
+    new_state = partial(step.state, next(iter(ours.values())))
     results, failed = settings.guard.tried(
         {n: partial(after, new_state(), run) for n, run in steps.items()}
     )
@@ -93,7 +91,7 @@ def ring_step(length: int, sizes: Sizes, settings: Settings) -> list[Record]:
     errors = {n: {"out": relative_error(out[0, :, -1], exact)} for n, out in results.items()}
     about = judged(errors, failed, sizes.dtype)
     runs = {n: partial(s, new_state()) for n, s in steps.items() if n not in about["not_timed"]}
-    for name in [name for name in runs if name.startswith("usp ")]:
+    for name in [name for name in runs if name in ours]:
         runs[f"{name}, no state"] = partial(steps[name], step.no_state())
     shape = {"length": length, "heads": heads, "head_dim": sizes.head_dim}
     eager = timed_eagerly(runs, settings)["seconds"]
@@ -111,9 +109,9 @@ def ring(ranks: int, which: str, sizes: Sizes, settings: Settings) -> list[Recor
     """A causal zigzag ring whose ranks take turns, and one call for the whole sequence."""
     length, heads = ranks * sizes.ring_length, sizes.ring_heads
     made = VirtualRing(ranks, sizes.randn(settings.device, 4, 1, length, heads, sizes.head_dim))
-    names = own_backends(Case(sizes.dtype, sizes.head_dim, length, "causal"), settings.device)
+    usps = own(DTYPES[sizes.dtype], sizes.head_dim, settings.device)
     makers: dict[str, Callable[..., Run]] = {
-        f"usp {name}": partial(made.usp, BACKENDS[name], which) for name in names
+        name: partial(made.usp, contestant, which) for name, contestant in usps.items()
     }
     for name, library in libraries(settings.device).items():
         merge = MERGES["Python merge"]
@@ -128,9 +126,9 @@ def ring(ranks: int, which: str, sizes: Sizes, settings: Settings) -> list[Recor
     )
     runs = {name: run for name, run in runs.items() if name not in about["not_timed"]}
     peaks = {name: peak_memory(makers[name](range(ranks)[-1:]), settings) for name in runs}
-    ours = [name for name in runs if name.startswith("usp ")]
+    ours = [name for name in usps if name in runs]
     for name in ours:
-        runs[f"{name}, one call"] = made.one_call(BACKENDS[name.removeprefix("usp ")], which)
+        runs[f"{name}, one call"] = made.one_call(usps[name], which)
     result = timed(runs, settings)
     theirs = peaks.get("flash + Python merge", 0)
     found = {

@@ -126,8 +126,8 @@ GOALS = (
     Goal("backward over flash", 0.85, against("sdpa flash", "backward", "usp native")),
     Goal("forward over cudnn", 0.95, against("sdpa cudnn", "forward", "usp native")),
     Goal("backward over cudnn", 0.9, against("sdpa cudnn", "backward", "usp native")),
-    Goal("forward over cudnn", 0.9, against("sdpa cudnn", "forward", "best")),
-    Goal("backward over cudnn", 0.85, against("sdpa cudnn", "backward", "best")),
+    Goal("forward over cudnn", 0.9, against("sdpa cudnn", "forward", "usp hopper")),
+    Goal("backward over cudnn", 0.85, against("sdpa cudnn", "backward", "usp hopper")),
     Goal("masks, forward over flex", 1.0, against("flex", "forward", "best", MASKED)),
     Goal("masks, backward over flex", 1.0, against("flex", "backward", "best", MASKED)),
     *(

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
+from typing import Any
 
 import torch
 from _gpu_exact import NAMES, exact_heads, relative_error
 from _gpu_libraries import Library, Merge
+from _gpu_own import Own
 from torch import Tensor
 
 from usp import block, long_context_attention
-from usp.backends import Backend
 from usp.comm import Axis, Parcel, Wait
 from usp.mask import make_mask
 from usp.plan import Step, make_plan
@@ -33,10 +35,10 @@ class RingStep:
     q: Tensor
     blocks: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    def state(self, backend: Backend) -> State:
+    def state(self, own: Own) -> State:
         """That has seen the first block."""
         state = block.new_state(self.q, self.q.shape[-1])
-        self.usp(backend, state, 0)
+        self.usp(own, state, 0)
         return state
 
     def no_state(self) -> State:
@@ -44,13 +46,13 @@ class RingStep:
         state = block.new_state(self.q, self.q.shape[-1], carried=False)
         return State(None, state.lse, torch.empty_like(self.q))
 
-    def usp(self, backend: Backend, state: State, which: int = 1) -> None:
+    def usp(self, own: Own, state: State, which: int = 1) -> None:
         length, heads = self.q.shape[1], self.q.shape[2]
         step = Step(0, length, length, None, length * length)
         k, v = self.blocks[which]
         scoring = Scoring(self.q.shape[-1] ** -0.5)
         piece = Block(self.q, k, v, step, Heads(0, heads, heads, 1), scoring)
-        block.attention_forward(piece, state, backend)
+        own(block.attention_forward, piece, state, own.backend)
 
     def library(self, library: Library, merge: Merge, state: State) -> None:
         out, lse, _ = library.forward(self.q, *self.blocks[1], False)
@@ -105,7 +107,7 @@ class VirtualRing:
         self.rows = [plan.queries.positions_on(tensors[0].device) for plan in self.plans]
         self.shards = [[x.index_select(1, row) for x in tensors] for row in self.rows]
 
-    def usp(self, backend: Backend, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:
+    def usp(self, own: Own, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:
         """A call of usp's executor for some ranks in turn; dk and dv are right if it is all."""
         messages = tuple(Parcel.of(shard[1:3]).pack(shard[1:3]) for shard in self.shards)
         sums = tuple(x.new_zeros(2 * x.numel()) for x in messages)
@@ -113,14 +115,14 @@ class VirtualRing:
         def run() -> Parts:
             for total in sums:
                 total.zero_()
-            return joined(self._rank(rank, backend, which, messages, sums) for rank in ranks)
+            return own(joined, (self._rank(r, own.backend, which, messages, sums) for r in ranks))
 
         return run
 
     def _rank(
         self,
         rank: int,
-        backend: Backend,
+        backend: Any,
         which: str,
         messages: tuple[Tensor, ...],
         sums: tuple[Tensor, ...],
@@ -157,18 +159,18 @@ class VirtualRing:
 
         return run
 
-    def one_call(self, backend: Backend, which: str) -> Callable[[], object]:
+    def one_call(self, own: Own, which: str) -> Callable[[], object]:
         """The whole sequence at once, which a ring can at best be as fast as."""
         q, k, v = (x.detach().requires_grad_(which == "both") for x in self.tensors[:3])
 
         def run() -> object:
-            out = long_context_attention(q, k, v, causal=True, backend=backend.NAME)
+            out = long_context_attention(q, k, v, causal=True, backend=own.backend.NAME)
             assert isinstance(out, Tensor)
             if which == "both":
                 return torch.autograd.grad(out, (q, k, v), self.tensors[3])
             return out
 
-        return run
+        return partial(own, run)
 
     def errors(self, parts: Parts, exact: dict[str, Tensor]) -> dict[str, float]:
         """Relative rms error of the last head."""

@@ -106,8 +106,8 @@ def write(report: Report, file: Path | None) -> None:
 
 def start(args: argparse.Namespace, report: Report, settings: Any) -> None:
     """A new run of a report: the machine, its matrix product and its copy."""
-    from _gpu_case import Case, own_backends
     from _gpu_measure import copy_bandwidth, matrix_tflops
+    from _gpu_own import own
 
     if settings.on_gpu:
         # recording a graph needs one stream for all that led there
@@ -120,7 +120,7 @@ def start(args: argparse.Namespace, report: Report, settings: Any) -> None:
     about["copy_bytes_per_second"] = copy_bandwidth(settings)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     report["runs"].append(about)
-    report["auto"] = f"usp {own_backends(Case('bf16', 128, 8192, 'causal'), settings.device)[0]}"
+    report["auto"] = next(iter(own(torch.float16, 128, settings.device)))
 
 
 def measure(args: argparse.Namespace, report: Report, settings: Any, began: float) -> None:

@@ -42,6 +42,7 @@ def test_its_fp64_is_the_oracles(mask: str) -> None:
         torch.testing.assert_close(made.exact[name], x.detach()[0, :, heads], rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("mask", MASKS)
 def test_flex_is_given_the_same_mask(mask: str) -> None:
     case, rivals = small(mask), module("_gpu_rivals")
@@ -68,7 +69,7 @@ def test_rings_of_virtual_ranks_are_exact(ranks: int, which: str) -> None:
     libraries, everyone = module("_gpu_libraries"), range(ranks)
     ring = module("_gpu_ring").VirtualRing(ranks, sizes.randn("cpu", 4, 1, 20 * ranks, 3, 16))
     exact = ring.exact()
-    runs = [ring.usp(native, which, everyone)]
+    runs = [ring.usp(module("_gpu_own").Own(native), which, everyone)]
     for merge in libraries.MERGES.values():
         runs.append(ring.library(libraries.CPU, merge, which, everyone))
     for run in runs:
@@ -121,8 +122,8 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = module("_gpu_case")
     right = case.Problem._usp
 
-    def off(self: Any, backend: str) -> Any:
-        attend = right(self, backend)
+    def off(self: Any, contestant: Any) -> Any:
+        attend = right(self, contestant)
         return lambda q, k, v: attend(q, k, v) + 0.1
 
     monkeypatch.setattr(case.Problem, "_usp", off)
@@ -162,7 +163,8 @@ def test_who_faults_or_hangs_is_left_out() -> None:
     assert dead == [("hangs", "it hangs")]
 
 
-NAMES = ("usp triton", "usp native", "sdpa flash", "sdpa cudnn", "flex")
+USP = ("usp triton", "usp native", "usp hopper")
+NAMES = (*USP, "sdpa flash", "sdpa cudnn", "flex")
 
 
 def record(family: str, seconds: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def made_up(usp: float) -> dict[str, Any]:
     shape = {"dtype": "bf16", "head_dim": 128, "length": 8192, "errors": errors}
     for mask in ("causal", "full", "window"):
         for which in ("forward", "backward"):
-            more = {"mask": mask, "pass": which, "usp": list(NAMES[:2]), "tflops": seconds}
+            more = {"mask": mask, "pass": which, "usp": list(USP), "tflops": seconds}
             local.append(record("local", dict(seconds), **shape, **more))
     for length in (1024, 2048, 4096, 8192):
         names = (
