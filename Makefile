@@ -27,7 +27,7 @@ test:
 test-gpu:
 	@$(SETUP) --extras dev,demo
 	@$(VENV)/bin/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
-	@$(VENV)/bin/pytest -m gpu tests/test_gpu.py $(ARGS)
+	@scripts/gpu_tests.sh $(VENV) $(ARGS)
 
 bench-gpu:
 	@$(SETUP) --extras dev,demo
