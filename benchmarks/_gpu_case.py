@@ -137,7 +137,8 @@ class Problem:
         if which == "forward":
 
             def forward() -> Tensor:
-                with torch.no_grad():
+                # FlexAttention would be compiled once more
+                with torch.set_grad_enabled(name == "flex"):
                     return attend(*self.leaves)
 
             return forward

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 # the workers and the tests import helpers of this folder by name
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from background import Background, Said
 from pool import Pool
 from triton_interpreter import start_interpreter
 
@@ -29,6 +30,9 @@ settings.load_profile("default")
 
 _pool = Pool()
 _interpreter = Pool(size=4, setup=start_interpreter)
+_background = Background(
+    {"ahead_of_time": "test_triton_compile", "rehearsal": "test_gpu_rehearsal"}
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,6 +82,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    _background.start(wanted)
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         _pool.prepare()
 
@@ -95,3 +103,19 @@ def interpreter() -> Iterator[Pool]:
     pytest.importorskip("triton")
     yield _interpreter
     _interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time() -> Said:
+    """Every Triton kernel compiled ahead of time; see ``tests/test_triton_compile.py``."""
+    return _background.result("ahead_of_time")
+
+
+@pytest.fixture(scope="session")
+def rehearsal() -> Said:
+    """The tests that need a GPU on a CPU; see ``tests/test_gpu_rehearsal.py``."""
+    return _background.result("rehearsal")
+
+
+def pytest_unconfigure() -> None:
+    _background.stop()

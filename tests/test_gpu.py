@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case as MeshCase
-from gpu_checks import DTYPES, NAMES, Subject, assert_merged, assert_packed, assert_right
+from gpu_checks import DTYPES, NAMES, Subject, assert_merged, assert_packed, assert_right_twice
 from gpu_worker import one_rank_alone, run_on_device, start_gpu_worker
 from hypothesis import given, seed, settings
 from judge import assert_close, join, oracle
@@ -54,7 +54,7 @@ def assert_right_if_taken(subject: Subject, case: Case) -> None:
     reason = subject.reason_against(case.dtype, max(case.head_dim, case.value_head_dim))
     if reason is not None:
         pytest.skip(f"{subject.name}: {reason}")
-    assert_right(subject, case)
+    assert_right_twice(subject, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +77,7 @@ def test_long_blocks(span: str, head_dim: int, dtype: torch.dtype, subject: Subj
 @pytest.mark.parametrize("heads", HEADS)
 def test_shared_key_heads(heads: tuple[int, int, int], subject: Subject) -> None:
     case = LONG if subject.device == "cuda" else SHORT
-    assert_right(subject, replace(case, heads=heads, dtype=torch.bfloat16, span="causal"))
+    assert_right_twice(subject, replace(case, heads=heads, dtype=torch.bfloat16, span="causal"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -170,7 +170,7 @@ def test_tuning_finds_what_runs(
     found = tune.tune(64, seq_len=1024, num_heads=4)
     assert set(found) == {"forward", "backward_keys", "backward_queries"}
     here = Subject("triton", device)
-    assert_right(here, replace(LONG, dtype=torch.bfloat16, span="causal"))
+    assert_right_twice(here, replace(LONG, dtype=torch.bfloat16, span="causal"))
     configs.forget()
 
 

@@ -1,15 +1,19 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
-``python tests/triton_ahead.py cuda:90 bfloat16:64 float16:128`` prints a JSON row for each kernel.
+``python tests/triton_ahead.py cuda:90/bfloat16:64 hip:gfx942/float16:128`` prints a JSON row for
+each kernel, from as many processes as there are cores.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -149,12 +153,26 @@ def amd_usage(text: str) -> dict[str, int]:
     return {"registers": number("vgpr_count"), "spilled": spilled}
 
 
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Of one target, dtype and head dim; one row with the error where they do not compile."""
+    target, _, problem = task.partition("/")
+    dtype, _, head_dim = problem.partition(":")
+    try:
+        return compiled(target, getattr(torch, dtype), int(head_dim))
+    except Exception:
+        return [{"target": target, "error": f"{problem}: {traceback.format_exc()}"}]
+
+
 def main() -> None:
-    target, *problems = sys.argv[1:]
-    for problem in problems:
-        dtype, _, head_dim = problem.partition(":")
-        for row in compiled(target, getattr(torch, dtype), int(head_dim)):
-            print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory(prefix="usp-triton-") as cache:
+        # fresh, so that every kernel is compiled
+        os.environ["TRITON_CACHE_DIR"] = cache
+        # forked, so that torch and Triton are imported once; a process knows one target alone
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(os.cpu_count(), maxtasksperchild=1) as processes:
+            for rows in processes.imap_unordered(rows_of, sys.argv[1:]):
+                for row in rows:
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
