@@ -81,7 +81,7 @@ _SM_90: dict[str, _Rows] = {
     "bias_gradient": {
         64: (Config(64, 64, 64, 4, 1),),
         128: (Config(64, 64, 64, 8, 1),),
-        256: (Config(32, 32, 32, 4, 1),),
+        256: (Config(32, 32, 32, 8, 1),),
     },
 }
 # mma.sync keeps its left operand in registers: smaller tiles of keys than with wgmma.
