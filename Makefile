@@ -9,7 +9,8 @@ help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
 	@echo "make test      set up $(VENV) and run every test      (ARGS='-k ring -x' goes to pytest)"
 	@echo "make test-gpu  the tests that need a GPU, and fail without one"
-	@echo "make bench-gpu GPU kernels against others, under 8 minutes: JSON and plots in build/"
+	@echo "make bench-gpu GPU kernels against others, under 8 minutes: JSON and plots in build/;"
+	@echo "               again: goes on with what there was no time for"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make sanitize  the extension's tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built; keeps $(VENV)"
@@ -26,7 +27,7 @@ test:
 test-gpu:
 	@$(SETUP) --extras dev,demo
 	@$(VENV)/bin/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
-	@$(VENV)/bin/pytest -m gpu tests/test_gpu.py $(ARGS)
+	@scripts/gpu_tests.sh $(VENV) $(ARGS)
 
 bench-gpu:
 	@$(SETUP) --extras dev,demo

@@ -1,25 +1,27 @@
-"""What the GPU benchmark computes: one case, by usp and by each rival that is there."""
+"""What the GPU benchmark computes: one case of local attention, by usp and by whoever is there."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from _attention_case import DTYPES, GROUP
+from _attention_case import DTYPES, GROUP, WINDOW
+from _gpu_exact import NAMES, exact_heads, relative_error
+from _gpu_own import Own, own
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from usp import long_context_attention
 
 Run = Callable[[], Any]
-MASKS = ("causal", "full", "gqa")  # gqa: causal, 8 query heads for a key head
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# gqa: causal, GROUP query heads for a key head. window and documents are causal, too.
+MASKS = ("causal", "full", "gqa", "window", "documents")
+DOCUMENT_CUTS = (0, 1, 3, 4, 8, 9, 13, 15, 16)  # sixteenths of a sequence: uneven, as packed ones
 FLOPS = {"forward": 4.0, "backward": 10.0}  # of a visible pair, a head and a head dim
-_FLASH = {"flash_attn": "flash-attn 2", "flash_attn_interface": "flash-attn 3"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Case:
     mask: str
     tokens: int = 16384
     width: int = 2048
+    window: int = WINDOW
+
+    @property
+    def key(self) -> str:
+        return f"local {self.mask} {self.dtype} {self.head_dim} {self.length}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,20 +56,54 @@ class Case:
     def is_causal(self) -> bool:
         return self.mask != "full"
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        return tuple(self.length * cut // 16 for cut in DOCUMENT_CUTS)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of usp."""
+        if self.mask == "window":
+            return {"causal": True, "window_size": (self.window - 1, 0)}
+        if self.mask == "documents":
+            return {"causal": True, "cu_seqlens": self.boundaries}
+        return {"causal": self.is_causal}
+
+    @property
+    def pairs(self) -> float:
+        """Visible pairs of a head, counted the usual way: a causal mask halves."""
+        n = float(self.length)
+        if self.mask == "window":
+            w = min(float(self.window), n)
+            return n * w - w * (w - 1) / 2
+        if self.mask == "documents":
+            return sum((b - a) ** 2 / 2 for a, b in itertools.pairwise(self.boundaries))
+        return n * n / 2 if self.is_causal else n * n
+
     def flops(self, which: str) -> float:
-        """The usual way: a causal mask halves."""
-        batch, length, heads, head_dim = self.shape
-        pairs = float(batch) * length * length * heads
-        return FLOPS[which] * pairs * head_dim * (0.5 if self.is_causal else 1.0)
+        return FLOPS[which] * self.shape[0] * self.heads * self.pairs * self.head_dim
+
+    def interval(self, device: str) -> tuple[Tensor, Tensor] | None:
+        """First key and one past the last that each row sees; None for all."""
+        if self.mask == "full":
+            return None
+        stop = torch.arange(1, self.length + 1, device=device)
+        first = torch.zeros_like(stop)
+        if self.mask == "window":
+            first = (stop - self.window).clamp_min(0)
+        if self.mask == "documents":
+            for a, b in itertools.pairwise(self.boundaries):
+                first[a:b] = a
+        return first, stop
 
 
 class Problem:
-    """Inputs of a case on a device, and every way to compute it.
+    """Inputs of a case on a device, and every way to compute it, by name.
 
     Each is a function of q, k, v (B, L, H, D) that returns out in the same layout.
     """
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, rivals: dict[str, Attend]) -> None:
         self.case, self.device = case, device
         generator = torch.Generator(device).manual_seed(0)
         batch, length, heads, head_dim = case.shape
@@ -76,54 +117,19 @@ class Problem:
         self.dout = randn(heads)
         for leaf in self.leaves:
             leaf.requires_grad_()
+        self.own = own(DTYPES[case.dtype], case.head_dim, device)
+        ours = {name: self._usp(contestant) for name, contestant in self.own.items()}
+        self.candidates: dict[str, Attend] = ours | rivals
 
-    @cached_property
-    def candidates(self) -> dict[str, Callable[..., Tensor]]:
-        found: dict[str, Callable[..., Tensor]] = {"usp": self._usp}
-        if self.device == "cpu":
-            return found | {"sdpa": self._sdpa}
-        found |= {
-            "sdpa flash": self._forced(SDPBackend.FLASH_ATTENTION),
-            "sdpa cudnn": self._forced(SDPBackend.CUDNN_ATTENTION),
-            "flex": self._flex,
-        }
-        return found | dict(self._installed())
+    def _usp(self, contestant: Own) -> Attend:
+        options = self.case.options | {"backend": contestant.backend.NAME}
 
-    def _usp(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return long_context_attention(q, k, v, causal=self.case.is_causal, backend="triton")
-
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=self.case.is_causal, enable_gqa=self.case.mask == "gqa"
-        )
-        return out.transpose(1, 2)
-
-    def _forced(self, backend: SDPBackend) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return self._sdpa(q, k, v)
+            out = contestant(partial(long_context_attention, **options), q, k, v)
+            assert isinstance(out, Tensor)
+            return out
 
         return attend
-
-    def _flex(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = _compiled_flex()(
-            *(x.transpose(1, 2) for x in (q, k, v)),
-            block_mask=_causal_mask(self.case.length) if self.case.is_causal else None,
-            enable_gqa=self.case.mask == "gqa",
-        )
-        return out.transpose(1, 2)
-
-    def _installed(self) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-        for module, name in _FLASH.items():
-            if importlib.util.find_spec(module) is not None:
-                function = importlib.import_module(module).flash_attn_func
-
-                def attend(q: Tensor, k: Tensor, v: Tensor, call: Any = function) -> Tensor:
-                    out = call(q, k, v, causal=self.case.is_causal)
-                    return out[0] if isinstance(out, tuple) else out
-
-                yield name, attend
 
     def run(self, name: str, which: str) -> Run:
         """One forward, or one backward through a graph that is kept."""
@@ -131,49 +137,33 @@ class Problem:
         if which == "forward":
 
             def forward() -> Tensor:
-                with torch.no_grad():
+                # FlexAttention would be compiled once more
+                with torch.set_grad_enabled(name == "flex"):
                     return attend(*self.leaves)
 
             return forward
         out = attend(*self.leaves)
-        return lambda: torch.autograd.grad(out, self.leaves, self.dout, retain_graph=True)
+        return partial(self._grads, name, out)
 
-    def results(self, name: str) -> dict[str, Tensor]:
+    def _grads(self, name: str, out: Tensor) -> tuple[Tensor, ...]:
+        grad = partial(torch.autograd.grad, retain_graph=True)
+        if name in self.own:
+            return self.own[name](grad, out, self.leaves, self.dout)
+        return grad(out, self.leaves, self.dout)
+
+    @cached_property
+    def exact(self) -> dict[str, Tensor]:
+        """In fp64: the heads of the last key head in the last sequence."""
+        q, k, v = (x[-1] for x in self.leaves)
+        group = self.case.heads // self.case.kv_heads
+        tensors = (q[:, -group:], k[:, -1], v[:, -1], self.dout[-1, :, -group:])
+        return exact_heads(tensors, self.case.interval(self.device), self.case.head_dim**-0.5)
+
+    def errors(self, name: str) -> dict[str, float]:
+        """Relative rms error of each tensor there."""
         out = self.candidates[name](*self.leaves)
-        grads = torch.autograd.grad(out, self.leaves, self.dout)
-        return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
-
-    def exact_rows(self, rows: Tensor) -> dict[str, Tensor]:
-        """out and dq of some rows of the last head of the last sequence, in fp64."""
-        q, k, v = (x.detach()[-1, :, -1].double() for x in self.leaves)
-        scores = q[rows] @ k.T * self.case.head_dim**-0.5
-        if self.case.is_causal:
-            hidden = torch.arange(len(k), device=k.device) > rows[:, None]
-            scores = scores.masked_fill(hidden, -torch.inf)
-        p = scores.softmax(1)
-        out = p @ v
-        dout = self.dout[-1, rows, -1].double()
-        ds = p * (dout @ v.T - (dout * out).sum(1, keepdim=True))
-        return {"out": out, "dq": ds @ k * self.case.head_dim**-0.5}
-
-
-_flex_cache: dict[Any, Any] = {}
-
-
-def _compiled_flex() -> Any:
-    if "function" not in _flex_cache:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _flex_cache["function"] = torch.compile(flex_attention, dynamic=False)
-    return _flex_cache["function"]
-
-
-def _causal_mask(length: int) -> Any:
-    if length not in _flex_cache:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return i >= j
-
-        _flex_cache[length] = create_block_mask(causal, None, None, length, length, device="cuda")
-    return _flex_cache[length]
+        grads = self._grads(name, out)
+        group = self.case.heads // self.case.kv_heads
+        found = dict(zip(NAMES, (out.detach(), *grads), strict=True))
+        heads = {"out": slice(-group, None), "dq": slice(-group, None), "dk": -1, "dv": -1}
+        return {n: relative_error(x[-1, :, heads[n]], self.exact[n]) for n, x in found.items()}

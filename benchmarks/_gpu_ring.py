@@ -1,63 +1,31 @@
-"""Ring steps and whole rings of virtual ranks on one device: usp against library call + merge.
+"""One ring step, and whole rings whose ranks take turns on one device.
 
-The rival is the ring as ring-flash-attention's users run it: a library's partial results in the
-inputs' dtype, merged in fp32 by PyTorch, zigzag cut into whole halves of queries or keys.
+usp runs its own executor; only the messages are not sent: each lies where the next rank finds it.
+The rival is the ring as ring-flash-attention runs it: a library's partial results in the inputs'
+dtype, merged in fp32 by PyTorch, zigzag cut into whole halves of queries or keys, gradients of a
+block added to fp32 sums that travel with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, count
+from typing import Any
 
 import torch
+from _gpu_exact import NAMES, exact_heads, relative_error
+from _gpu_libraries import Library, Merge
+from _gpu_own import Own
 from torch import Tensor
 
-from usp import block
-from usp.backends import triton
+from usp import block, long_context_attention
+from usp.comm import Axis, Parcel, Wait
 from usp.mask import make_mask
-from usp.plan import Plan, Step, make_plan
+from usp.plan import Step, make_plan
 from usp.problem import Block, Heads, Scoring, State
-
-Partial = tuple[Tensor, Tensor]
-Library = Callable[[Tensor, Tensor, Tensor, bool], Partial]
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
-    """torch's FlashAttention-2 with its LSE; (B, L, H, D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return out.transpose(1, 2), lse
-
-
-def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
-    """cuDNN's attention with its LSE."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal
-    )
-    return out.transpose(1, 2), lse.reshape(q.shape[:3])
-
-
-def on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
-    """torch's CPU kernel, for a dry run."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    return out.transpose(1, 2), lse
-
-
-LIBRARIES: dict[str, Library] = {"flash": flash, "cudnn": cudnn}
-
-
-def eager_merge(state: State, out: Tensor, lse: Tensor) -> None:
-    """The usual update: out - sigmoid(lse' - lse) (out - out'), in PyTorch."""
-    share = torch.sigmoid(lse - state.lse).transpose(1, 2)[..., None]
-    state.out.sub_(share * (state.out - out.float()))
-    state.lse.copy_(state.lse - torch.nn.functional.logsigmoid(state.lse - lse))
-
-
-def fused_merge(state: State, out: Tensor, lse: Tensor) -> None:
-    """usp's own merge kernel."""
-    block.merge_into(state.out, state.lse, out, lse)
+from usp.ring import Inputs, Ring, ring_backward, ring_forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,74 +35,227 @@ class RingStep:
     q: Tensor
     blocks: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    def state(self) -> State:
+    def state(self, own: Own) -> State:
+        """That has seen the first block."""
         state = block.new_state(self.q, self.q.shape[-1])
-        self.usp(state, 0)
+        self.usp(own, state, 0)
         return state
 
-    def usp(self, state: State, which: int = 1) -> None:
+    def no_state(self) -> State:
+        """That has seen nothing and gives its result at once, in the dtype of q."""
+        state = block.new_state(self.q, self.q.shape[-1], carried=False)
+        return State(None, state.lse, torch.empty_like(self.q))
+
+    def usp(self, own: Own, state: State, which: int = 1) -> None:
         length, heads = self.q.shape[1], self.q.shape[2]
         step = Step(0, length, length, None, length * length)
-        scoring = Scoring(self.q.shape[-1] ** -0.5)
         k, v = self.blocks[which]
+        scoring = Scoring(self.q.shape[-1] ** -0.5)
         piece = Block(self.q, k, v, step, Heads(0, heads, heads, 1), scoring)
-        block.attention_forward(piece, state, triton)
+        own(block.attention_forward, piece, state, own.backend)
 
-    def library(self, state: State, call: Library, merge: Callable[..., None]) -> None:
-        merge(state, *call(self.q, *self.blocks[1], False))
+    def library(self, library: Library, merge: Merge, state: State) -> None:
+        out, lse, _ = library.forward(self.q, *self.blocks[1], False)
+        merge(state, out, lse)
+
+    def exact(self, head: int) -> Tensor:
+        """out of one head over both blocks, in fp64."""
+        k, v = (torch.cat([b[part][0, :, head] for b in self.blocks]) for part in (0, 1))
+        p = (self.q[0, :, head].double() @ k.double().T * k.shape[1] ** -0.5).softmax(1)
+        return p @ v.double()
+
+
+@dataclass(frozen=True)
+class VirtualAxis(Axis):
+    """A ring seen from one rank whose neighbours' messages are all there already.
+
+    Attributes:
+        blocks: Every owner's packed keys and values.
+        sums: Every owner's packed gradients so far, fp32; what a rank sends on is added there.
+    """
+
+    blocks: tuple[Tensor, ...] = ()
+    sums: tuple[Tensor, ...] = ()
+    hops: Iterator[int] = field(default_factory=count)
+    sent: Iterator[int] = field(default_factory=count)
+
+    def shift(self, message: Tensor, out: Tensor, by: int = 1) -> Wait:
+        if message.numel() == self.blocks[0].numel():
+            source = (self.rank - next(self.hops) - 1) % self.size
+            return lambda: self.blocks[source]
+        step = next(self.sent)
+        held = self.sums[(self.rank - step) % self.size]
+        if held.data_ptr() != message.data_ptr():
+            held.view(torch.float32).add_(message.view(torch.float32))
+        # the last message jumps home, and what comes home to this rank is its own
+        following = self.sums[self.rank if by < 0 else (self.rank - step - 1) % self.size]
+        return lambda: following
+
+
+class VirtualRing:
+    """A causal zigzag ring whose ranks take turns.
+
+    Args:
+        ranks: Size of the ring.
+        tensors: q, k, v, dout (1, all tokens, H, D) in 16 bits.
+    """
+
+    def __init__(self, ranks: int, tensors: Sequence[Tensor]) -> None:
+        self.ranks, self.tensors = ranks, tensors
+        length, mask = tensors[0].shape[1], make_mask(causal=True)
+        self.plans = [make_plan(mask, "zigzag", length, length, ranks, r) for r in range(ranks)]
+        self.rows = [plan.queries.positions_on(tensors[0].device) for plan in self.plans]
+        self.shards = [[x.index_select(1, row) for x in tensors] for row in self.rows]
+
+    def usp(self, own: Own, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:
+        """A call of usp's executor for some ranks in turn; dk and dv are right if it is all."""
+        messages = tuple(Parcel.of(shard[1:3]).pack(shard[1:3]) for shard in self.shards)
+        sums = tuple(x.new_zeros(2 * x.numel()) for x in messages)
+
+        def run() -> Parts:
+            for total in sums:
+                total.zero_()
+            return own(joined, (self._rank(r, own.backend, which, messages, sums) for r in ranks))
+
+        return run
+
+    def _rank(
+        self,
+        rank: int,
+        backend: Any,
+        which: str,
+        messages: tuple[Tensor, ...],
+        sums: tuple[Tensor, ...],
+    ) -> Sequence[Tensor]:
+        q, k, v, dout = self.shards[rank]
+        inputs, heads = Inputs(q, k, v), Heads(0, q.shape[2], q.shape[2], 1)
+        scoring = Scoring(q.shape[-1] ** -0.5)
+
+        def ring() -> Ring:
+            axis = VirtualAxis(self.ranks, rank, None, messages, sums)
+            return Ring(axis, self.plans[rank], "ring", heads, scoring, backend)
+
+        out, lse = ring_forward(inputs, ring())
+        if which == "forward":
+            return (out,)
+        saved = block.saved_for_backward(dout, None, out, lse, backend)
+        grads = ring_backward(inputs, saved, ring(), False)
+        # dk and dv change until every rank has added to them
+        return out, grads.dq.to(q.dtype), grads.dk, grads.dv
+
+    def library(
+        self, library: Library, merge: Merge, which: str, ranks: Sequence[int]
+    ) -> Callable[[], Parts]:
+        """The same by a library and a merge."""
+
+        home = [[torch.zeros_like(x, dtype=torch.float32) for x in s[1:3]] for s in self.shards]
+
+        def run() -> Parts:
+            for total in chain(*home):
+                total.zero_()
+            return joined(
+                LibraryRank(self, rank, library, merge, home).run(which) for rank in ranks
+            )
+
+        return run
+
+    def one_call(self, own: Own, which: str) -> Callable[[], object]:
+        """The whole sequence at once, which a ring can at best be as fast as."""
+        q, k, v = (x.detach().requires_grad_(which == "both") for x in self.tensors[:3])
+
+        def run() -> object:
+            out = long_context_attention(q, k, v, causal=True, backend=own.backend.NAME)
+            assert isinstance(out, Tensor)
+            if which == "both":
+                return torch.autograd.grad(out, (q, k, v), self.tensors[3])
+            return out
+
+        return partial(own, run)
+
+    def errors(self, parts: Parts, exact: dict[str, Tensor]) -> dict[str, float]:
+        """Relative rms error of the last head."""
+        order = torch.cat(self.rows).argsort()
+        return {
+            name: relative_error(torch.cat(found, 1)[0, order, -1], exact[name].flatten(1))
+            for name, found in parts.items()
+        }
+
+    def exact(self) -> dict[str, Tensor]:
+        """out, dq, dk, dv of the last head in fp64."""
+        q, k, v, dout = (x[0, :, -1] for x in self.tensors)
+        stop = torch.arange(1, len(q) + 1, device=q.device)
+        interval = torch.zeros_like(stop), stop
+        return exact_heads((q[:, None], k, v, dout[:, None]), interval, q.shape[1] ** -0.5)
+
+
+Parts = dict[str, list[Tensor]]
+
+
+def joined(ranks: Iterator[Sequence[Tensor]]) -> Parts:
+    """out and, with a backward, dq, dk, dv of all ranks, in the dtype of the first."""
+    columns = zip(*list(ranks), strict=True)
+    parts = dict(zip(NAMES, map(list, columns), strict=False))
+    dtype = parts["out"][0].dtype
+    return {name: [x.to(dtype) for x in found] for name, found in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class VirtualRing:
-    """A causal zigzag ring whose ranks take turns on one device; forward."""
+class LibraryRank:
+    """One rank of a zigzag ring by library calls.
 
-    ranks: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    What it reads and adds to lies where it is, in the shards and in ``home``, every owner's fp32
+    dk and dv. What a rank would have received them in is made, and not used: it takes memory.
+    """
 
-    @property
-    def plans(self) -> list[Plan]:
-        length = self.q.shape[1]
-        mask = make_mask(causal=True)
-        return [make_plan(mask, "zigzag", length, length, self.ranks, r) for r in range(self.ranks)]
+    ring: VirtualRing
+    rank: int
+    library: Library
+    merge: Merge
+    home: list[list[Tensor]]
 
-    def shards(self) -> list[list[Tensor]]:
-        """q, k, v of each rank."""
-        rows = [plan.queries.positions_on(self.q.device) for plan in self.plans]
-        return [[x.index_select(1, row) for x in (self.q, self.k, self.v)] for row in rows]
+    def run(self, which: str) -> Sequence[Tensor]:
+        q, k, v, _ = self.ring.shards[self.rank]
+        out, lse, kept = self.library.forward(q, k, v, True)
+        whole, sums, kept_of = out.float(), lse.float().clone(), [kept]
+        for _, rows, keys, (k, v) in self.hops():
+            out, lse, kept = self.library.forward(q[:, rows], k[:, keys], v[:, keys], False)
+            self.merge(State(whole[:, rows], sums[:, :, rows]), out, lse)
+            kept_of.append(kept)
+        out = whole.to(q.dtype)
+        if which == "forward":
+            return (out,)
+        del whole
+        return out, *self.backward(out, sums, kept_of)
 
-    def usp(self, shards: list[list[Tensor]]) -> list[Tensor]:
-        heads = self.q.shape[2]
-        held = Heads(0, heads, heads, 1)
-        scoring = Scoring(self.q.shape[-1] ** -0.5)
-        outs = []
-        for plan in self.plans:
-            q = shards[plan.ring_rank][0]
-            state = block.new_state(q, q.shape[-1])
-            for step in plan.steps:
-                _, k, v = shards[step.owner]
-                piece = Block(q, k, v, step, held, scoring)
-                block.attention_forward(piece, state, triton)
-            outs.append(state.out.to(q.dtype))
-        return outs
+    def hops(self) -> Iterator[tuple[int, slice, slice, list[Tensor]]]:
+        """Step, rows of queries and of keys, and the keys and values that arrived for it."""
+        half = self.ring.shards[self.rank][0].shape[1] // 2
+        for step in range(1, self.ring.ranks):
+            arrived = self.ring.shards[(self.rank - step) % self.ring.ranks][1:3]
+            # where they would have been received, and those of the next step
+            sets = 1 + (step + 1 < self.ring.ranks)
+            room = [torch.empty_like(x) for x in sets * arrived]
+            earlier = step <= self.rank
+            rows, keys = slice(0 if earlier else half, None), slice(half if earlier else None)
+            yield step, rows, keys, arrived
+            del room
 
-    def library(
-        self, shards: list[list[Tensor]], call: Library, merge: Callable[..., None]
-    ) -> list[Tensor]:
-        outs = []
-        for rank in range(self.ranks):
-            q, k, v = shards[rank]
-            half = q.shape[1] // 2
-            out, lse = call(q, k, v, True)
-            state = State(out.float(), lse.float().clone())
-            for step in range(1, self.ranks):
-                owner = (rank - step) % self.ranks
-                _, k, v = shards[owner]
-                if step <= rank:
-                    merge(state, *call(q, k[:, :half], v[:, :half], False))
-                else:
-                    later = State(state.out[:, half:], state.lse[:, :, half:])
-                    merge(later, *call(q[:, half:], k, v, False))
-            outs.append(state.out.to(q.dtype))
-        return outs
+    def backward(self, out: Tensor, lse: Tensor, kept_of: list[object]) -> list[Tensor]:
+        q, k, v, dout = self.ring.shards[self.rank]
+        grads = self.library.backward(dout, q, k, v, out, lse, True, kept_of[0])
+        dq = grads[0].float()
+        self.add(self.rank, slice(None), grads[1:])
+        for step, rows, keys, (k, v) in self.hops():
+            room = [torch.empty_like(x) for x in 2 * self.home[0]]  # sums here and arriving
+            grads = self.library.backward(
+                dout[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows],
+                lse[:, :, rows].contiguous(), False, kept_of[step],
+            )  # fmt: skip
+            dq[:, rows] += grads[0]
+            self.add((self.rank - step) % self.ring.ranks, keys, grads[1:])
+            del room
+        return [dq.to(q.dtype), *self.home[self.rank]]
+
+    def add(self, owner: int, keys: slice, grads: Sequence[Tensor]) -> None:
+        for total, grad in zip(self.home[owner], grads, strict=True):
+            total[:, keys] += grad

@@ -25,11 +25,6 @@ MATMUL_SIZE = 1024
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def _gpu_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @dataclass(frozen=True)
 class Times:
     """Seconds of each candidate in each round; round i of all was taken within one stretch."""
@@ -53,9 +48,9 @@ def interleave(
     Args:
         rounds: At most so many; at least 3.
         budget: Seconds after which no further round begins.
-        clock: One of CLOCKS, or "gpu": the wall clock once the GPU is done.
+        clock: One of CLOCKS.
     """
-    now = _gpu_clock if clock == "gpu" else CLOCKS[clock]
+    now = CLOCKS[clock]
 
     def seconds(run: Callable[[], object]) -> float:
         start = now()

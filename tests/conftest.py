@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # the workers and the tests import helpers of this folder by name
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from background import Background, Said
 from pool import Pool
 from triton_interpreter import start_interpreter
 
@@ -27,9 +30,62 @@ settings.load_profile("default")
 
 _pool = Pool()
 _interpreter = Pool(size=4, setup=start_interpreter)
+_background = Background(
+    {"ahead_of_time": "test_triton_compile", "rehearsal": "test_gpu_rehearsal"}
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "where the tests marked gpu run; on a cpu one case of each is rehearsed, a small one"
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help=about)
+    parser.addoption("--part", metavar="K/N", help="the K-th of N parts of the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        start_interpreter()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = list(items)
+    if config.getoption("--device") == "cpu":
+        kept = rehearsed(kept)
+    kept = taken_part(kept, config.getoption("--part"))
+    left = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = kept
+
+
+def taken_part(items: list[Any], part: str | None) -> list[Any]:
+    if part is None:
+        return items
+    k, n = map(int, part.split("/"))
+    return items[k - 1 :: n]
+
+
+def rehearsed(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One case of each test of each subject."""
+    found = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        found[item.path, getattr(item, "originalname", item.name), params.get("subject")] = item
+    return list(found.values())
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Of the tests marked gpu, which fail where there is none: they were asked for."""
+    found: str = request.config.getoption("--device")
+    assert found == "cpu" or torch.cuda.is_available(), "torch sees no GPU"
+    return found
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        return
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    _background.start(wanted)
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         _pool.prepare()
 
@@ -47,3 +103,19 @@ def interpreter() -> Iterator[Pool]:
     pytest.importorskip("triton")
     yield _interpreter
     _interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time() -> Said:
+    """Every Triton kernel compiled ahead of time; see ``tests/test_triton_compile.py``."""
+    return _background.result("ahead_of_time")
+
+
+@pytest.fixture(scope="session")
+def rehearsal() -> Said:
+    """The tests that need a GPU on a CPU; see ``tests/test_gpu_rehearsal.py``."""
+    return _background.result("rehearsal")
+
+
+def pytest_unconfigure() -> None:
+    _background.stop()

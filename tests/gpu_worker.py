@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,10 +12,15 @@ import torch.distributed as dist
 from cases import Case, Tensors, local
 from judge import attend
 from torch import Tensor
+from triton_interpreter import start_interpreter
 
 
 def start_gpu_worker() -> None:
     """In a fresh process: gloo has no point to point for GPU tensors, so lend it host copies."""
+    # what torch asks for so that its own products are deterministic, as workers want them
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if os.environ.get("TRITON_INTERPRET"):
+        start_interpreter()
     from usp.comm import Axis, Wait
 
     shift, all_gather, all_to_all = Axis.shift, Axis.all_gather, Axis.all_to_all
@@ -35,34 +41,36 @@ def start_gpu_worker() -> None:
     Axis.shift, Axis.all_gather, Axis.all_to_all = shift_by_host, gather_by_host, exchange_by_host
 
 
-def run_on_gpu(case: Case) -> dict[str, Tensor]:
-    """On a worker: this rank's results and gradients, computed on the GPU."""
+def run_on_device(case: Case, device: str) -> dict[str, Tensor]:
+    """On a worker: this rank's results and gradients, computed there."""
     import pool
 
     mesh = pool.mesh(case.ulysses, case.ring) if case.on_mesh else None
     t = local(case, dist.get_rank())
-    on_gpu: dict[str, Any] = {
-        field.name: None if (x := getattr(t, field.name)) is None else x.cuda()
+    moved: dict[str, Any] = {
+        field.name: None if (x := getattr(t, field.name)) is None else x.to(device)
         for field in fields(Tensors)
     }
-    return {name: x.cpu() for name, x in attend(case, Tensors(**on_gpu), mesh).items()}
+    return {name: x.cpu() for name, x in attend(case, Tensors(**moved), mesh).items()}
 
 
-def nccl_of_one_rank(store: str) -> None:
-    """A program of its own: the NCCL path with one rank, against one device."""
+def one_rank_alone(store: str, device: str) -> None:
+    """A program of its own: the NCCL path with one rank (gloo on CPU), against one device."""
     import usp
 
-    dist.init_process_group("nccl", store=dist.FileStore(store, 1), rank=0, world_size=1)
+    family = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(family, store=dist.FileStore(store, 1), rank=0, world_size=1)
     try:
-        mesh = usp.init_mesh(1, 1, device_type="cuda")
-        q, k, v, dout = (torch.randn(2, 257, 4, 64, device="cuda").bfloat16() for _ in range(4))
+        mesh = usp.init_mesh(1, 1, device_type=device)
+        shape = (2, 257, 4, 64) if device == "cuda" else (2, 19, 4, 8)
+        q, k, v, dout = (torch.randn(shape, device=device).bfloat16() for _ in range(4))
         results = []
         for where in (mesh, None):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             out = usp.LongContextAttention(where, causal=True, layout="zigzag")(*leaves)
             results.append([out, *torch.autograd.grad(out, leaves, dout)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-        message = torch.arange(8, device="cuda")
+        message = torch.arange(8, device=device)
         total = message.clone()
         dist.all_reduce(total)
         assert torch.equal(message, total)

@@ -270,3 +270,25 @@ def error_scale(case: Case, x: Inputs, want: dict[str, Tensor], name: str) -> fl
     cancelling = largest((x.dout.double() * want["out"]).sum(-1)) * largest(factors[name].double())
     scale = 1.0 if name == "dbias" else case.head_dim**-0.5
     return max(1.0, largest(seen), scale * cancelling)
+
+
+def assert_right(
+    case: Case, x: Inputs, got: dict[str, Tensor], tolerance: float, lse: float | None = None
+) -> None:
+    """Every result is within the tolerance of dense attention, relative to ``error_scale``.
+
+    Args:
+        lse: Another tolerance of that one.
+    """
+    want = expected(case, x)
+    assert got.keys() == want.keys()
+    for name, reference in want.items():
+        result = got[name].cpu().double()
+        assert result.shape == reference.shape, name
+        empty = reference == -torch.inf
+        assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
+        worst = largest(torch.where(empty, 0, result - reference))
+        allowed = lse if name == "lse" and lse is not None else tolerance
+        scale = error_scale(case, x, want, name)
+        # a NaN is no success
+        assert worst <= allowed * scale, f"{name} is off by {worst:.2e} of {scale:.1f} in {case}"

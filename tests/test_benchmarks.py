@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pool import Pool, mesh
+from programs import module, program
 
-import usp
 from usp.backends import native
 from usp.testing import dense_attention
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 needs_kernels = pytest.mark.skipif(
     native.unavailable() is not None, reason="the compiled extension was not built"
 )
 RING, TOLERANCE = 4, {torch.float32: 3e-6, torch.bfloat16: 2e-2}
-
-
-def module(name: str) -> Any:
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    package = Path(usp.__file__).resolve().parents[1]  # the usp that is tested, wherever it lies
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,4 +1,7 @@
-"""What only a GPU can show: ``make test-gpu``. ``make test`` leaves it out."""
+"""What only a GPU can show: ``make test-gpu``. ``make test`` rehearses it on a CPU.
+
+``test_gpu_large.py`` holds what fills the memory of one.
+"""
 
 from __future__ import annotations
 
@@ -13,93 +16,137 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case as MeshCase
-from gpu_worker import nccl_of_one_rank, run_on_gpu, start_gpu_worker
-from hypothesis import given, settings
+from gpu_checks import DTYPES, NAMES, Subject, assert_merged, assert_packed, assert_right_twice
+from gpu_worker import one_rank_alone, run_on_device, start_gpu_worker
+from hypothesis import given, seed, settings
 from judge import assert_close, join, oracle
-from native_case import Case, Inputs, computed, error_scale, expected, largest, make_inputs
+from native_case import Case
 from pool import Pool
 from test_native_ops import HEADS, SPANS
-from test_property import cases
+from test_property import CORNERS, cases
 from test_triton_kernels import OPTIONS
 from torch import Tensor
-from triton_interpreter import Kernels
 
-import usp
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+pytestmark = pytest.mark.gpu
 LONG = Case(batch=1, lq=997, lk=1511, heads=(3, 1, 2), head_dim=64, value_head_dim=64)
+SHORT = replace(LONG, lq=37, lk=41)  # for a rehearsal
+HEAD_DIMS = (16, 40, 64, 72, 80, 96, 128, 192, 256)
+PARTS = 8  # of the property test, so that processes can share it
+
+
+@pytest.fixture(params=NAMES)
+def subject(request: pytest.FixtureRequest, device: str) -> Subject:
+    found = Subject(request.param, device)
+    reason = found.reason_against()
+    if reason is not None:
+        pytest.skip(f"{found.name}: {reason}")
+    return found
 
 
 @pytest.fixture(scope="module")
-def gpu_pool() -> Iterator[Pool]:
+def gpu_pool(device: str) -> Iterator[Pool]:
     pool = Pool(setup=start_gpu_worker)
     yield pool
     pool.close()
 
 
-def assert_right_on_gpu(case: Case) -> None:
-    x = make_inputs(case)
-    on_gpu = Inputs(
-        **{
-            name: value.cuda() if isinstance(value, Tensor) else value
-            for name, value in vars(x).items()
-        }
-    )
-    with torch.device("cuda"):  # the states and sums that `computed` makes
-        got = computed(case, on_gpu, Kernels)
-        again = computed(case, on_gpu, Kernels)
-    want = expected(case, x)
-    for name, reference in want.items():
-        assert torch.equal(got[name], again[name]), f"{name} differs from run to run"
-        result = got[name].cpu().double()
-        empty = reference == -torch.inf
-        assert torch.equal(result == -torch.inf, empty), name
-        worst = largest(torch.where(empty, 0, result - reference))
-        scale = error_scale(case, x, want, name)
-        assert worst <= TOLERANCE[case.dtype] * scale, f"{name} is off by {worst:.2e} in {case}"
+def assert_right_if_taken(subject: Subject, case: Case) -> None:
+    reason = subject.reason_against(case.dtype, max(case.head_dim, case.value_head_dim))
+    if reason is not None:
+        pytest.skip(f"{subject.name}: {reason}")
+    assert_right_twice(subject, case)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option(option: str, dtype: torch.dtype) -> None:
-    case = replace(Case(batch=2, lq=131, lk=257), **OPTIONS[option])
-    assert_right_on_gpu(replace(case, dtype=dtype))
+def test_every_option(option: str, dtype: torch.dtype, subject: Subject) -> None:
+    small = Case(batch=2, lq=131, lk=257) if subject.device == "cuda" else SHORT
+    case = replace(small, **OPTIONS[option])
+    assert_right_if_taken(subject, replace(case, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("span", SPANS)
-def test_long_blocks(span: str, head_dim: int, dtype: torch.dtype) -> None:
-    case = replace(LONG, span=span, head_dim=head_dim, value_head_dim=head_dim, dtype=dtype)
-    assert_right_on_gpu(replace(case, prior_keys=130))
+def test_long_blocks(span: str, head_dim: int, dtype: torch.dtype, subject: Subject) -> None:
+    case = replace(LONG, prior_keys=130) if subject.device == "cuda" else SHORT
+    case = replace(case, span=span, head_dim=head_dim, value_head_dim=head_dim, dtype=dtype)
+    assert_right_if_taken(subject, case)
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_shared_key_heads(heads: tuple[int, int, int]) -> None:
-    assert_right_on_gpu(replace(LONG, heads=heads, dtype=torch.bfloat16, span="causal"))
+def test_shared_key_heads(heads: tuple[int, int, int], subject: Subject) -> None:
+    case = LONG if subject.device == "cuda" else SHORT
+    assert_right_twice(subject, replace(case, heads=heads, dtype=torch.bfloat16, span="causal"))
 
 
-def on_triton(case: MeshCase) -> MeshCase:
-    """The nearest case that the kernels take."""
-    dtype = "float32" if case.dtype == "float64" else case.dtype
-    magnitude = min(case.magnitude, 1.0)
-    return replace(case, dtype=dtype, backend="triton", magnitude=magnitude)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partial_results_are_merged(dtype: torch.dtype, subject: Subject) -> None:
+    from usp.kernels import state_merge
+
+    merge = torch.ops.usp.state_merge if subject.name == "native" else state_merge.merge_into
+    assert_merged(subject, merge, dtype)
 
 
-@settings(max_examples=2 * settings.default.max_examples)
-@given(case=cases())
-def test_every_mesh_and_option_equals_dense_attention(gpu_pool: Pool, case: MeshCase) -> None:
-    case = on_triton(case)
-    results = gpu_pool.run(run_on_gpu, case, ranks=case.ranks)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+def test_heads_are_packed(dtype: torch.dtype, subject: Subject) -> None:
+    from usp.comm import Parcel
+    from usp.kernels import head_exchange
+
+    def copy(pieces: list[Tensor], message: Tensor) -> None:
+        head_exchange.copy_pieces(pieces, Parcel.of(pieces).views(message))
+
+    pack = torch.ops.usp.pack if subject.name == "native" else copy
+    assert_packed(subject, pack, dtype)
+
+
+def on_gpu(case: MeshCase, device: str) -> MeshCase:
+    """The nearest case that kernels take there; every head dim is a kernel to compile: two of them.
+
+    "auto" and the reference take fp64, too.
+    """
+    if case.backend in ("sdpa", "native"):
+        native = Subject("native", device).reason_against() is None
+        case = replace(case, backend="native" if native else "triton")
+    if case.backend not in ("auto", "reference"):
+        magnitude = min(case.magnitude, 1.0)
+        dtypes = {"float64": "bfloat16", "float32": "float16"}
+        if case.backend == "triton":
+            dtypes = {"float64": "float32"}
+        case = replace(case, dtype=dtypes.get(case.dtype, case.dtype), magnitude=magnitude)
+    dims = {"head_dim": 5 if case.head_dim < 5 else 8, "value_dim": 3 if case.value_dim < 5 else 8}
+    return replace(case, **dims)
+
+
+def judge_on(pool: Pool, device: str, case: MeshCase) -> None:
+    results = pool.run(run_on_device, case, device, ranks=case.ranks, timeout=240)
     assert_close(case, join(case, results), oracle(case))
 
 
-def test_nccl_with_one_rank(tmp_path: Path) -> None:
-    code = f"import gpu_worker; gpu_worker.{nccl_of_one_rank.__name__}({str(tmp_path / 'store')!r})"
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_mesh_and_option_equals_dense_attention(
+    part: int, gpu_pool: Pool, device: str
+) -> None:
+    """The whole property test of ``test_property.py`` on tensors there, gloo between the ranks."""
+
+    @seed(part)
+    @settings(max_examples=settings.default.max_examples // 4 if device == "cuda" else 2)
+    @given(case=cases())
+    def judged(case: MeshCase) -> None:
+        judge_on(gpu_pool, device, on_gpu(case, device))
+
+    judged()
+
+
+@pytest.mark.parametrize("case", CORNERS, ids=repr)
+def test_corners(case: MeshCase, gpu_pool: Pool, device: str) -> None:
+    judge_on(gpu_pool, device, on_gpu(case, device))
+
+
+def test_nccl_with_one_rank(tmp_path: Path, device: str) -> None:
+    store = str(tmp_path / "store")
+    code = f"import gpu_worker; gpu_worker.{one_rank_alone.__name__}({store!r}, {device!r})"
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -111,102 +158,42 @@ def test_nccl_with_one_rank(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_rows_that_lie_2_to_the_30_elements_apart() -> None:
-    rows, width, gap = 3, 16, 2**30 + 16
-    case = Case(batch=1, lq=rows, lk=rows, heads=(1, 0, 1), head_dim=width, value_head_dim=width)
-    case = replace(case, dtype=torch.bfloat16, span="causal")
-    x = make_inputs(case)
-    far = torch.empty(rows * gap, dtype=case.dtype, device="cuda")
-    far = far.as_strided(x.k.shape, (1, gap, 1, 1)).copy_(x.k)
-    want = expected(case, replace_all(x, x.k))
-    on_gpu = replace_all(Inputs(**vars(x)), far)
-    on_gpu.first, on_gpu.stop = (end.cuda() for end in (x.first, x.stop))
-    on_gpu.dlse = x.dlse.cuda()
-    with torch.device("cuda"):
-        got = computed(case, on_gpu, Kernels)
-    for name, reference in want.items():
-        assert largest(got[name].cpu().double() - reference) <= 1e-2, name
+def test_tuning_finds_what_runs(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from usp.kernels import configs, tune, tuned
+
+    if device == "cpu":
+        pytest.skip("there is nothing to tune in the interpreter")
+    monkeypatch.setattr(tuned, "store", lambda: tmp_path / "tuned.json")
+    configs.forget()
+    found = tune.tune(64, seq_len=1024, num_heads=4)
+    assert set(found) == {"forward", "backward_keys", "backward_queries"}
+    here = Subject("triton", device)
+    assert_right_twice(here, replace(LONG, dtype=torch.bfloat16, span="causal"))
+    configs.forget()
 
 
-def replace_all(x: Inputs, same: Tensor) -> Inputs:
-    return Inputs(**{**vars(x), "q": same, "k": same, "v": same, "dout": same})
+# Of test_every_option, one of each kind: -k takes no brackets.
+SANITIZED = "bfloat16 and (span_gaps or everything or bias_1H1K or head_dim_80 or carried_state)"
 
 
-class Sampled:
-    """Self-attention over many tokens, judged at some rows and keys in fp64."""
-
-    def __init__(self, length: int, heads: int, head_dim: int, window: int | None) -> None:
-        torch.manual_seed(0)
-        shape = (1, length, heads, head_dim)
-        self.window = window
-        self.q, self.k, self.v, self.dout = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-        )
-        leaves = [x.requires_grad_() for x in (self.q, self.k, self.v)]
-        left = None if window is None else window - 1
-        out, lse = usp.long_context_attention(
-            *leaves, causal=True, window_size=(left, 0), return_lse=True, backend="triton"
-        )
-        self.grads = torch.autograd.grad(out, leaves, self.dout)
-        self.out, self.lse = out.detach(), lse.detach()
-
-    def check(self, head: int, places: list[int]) -> None:
-        q, k, v, out, dout = (
-            x.detach()[0, :, head] for x in (self.q, self.k, self.v, self.out, self.dout)
-        )
-        dq, dk, dv = (x[0, :, head] for x in self.grads)
-        lse = self.lse[0, head].double()
-        for place in places:
-            low = 0 if self.window is None else max(0, place + 1 - self.window)
-            keys = slice(low, place + 1)
-            scores = k[keys].double() @ q[place].double() * q.shape[1] ** -0.5
-            p = scores.softmax(0)
-            wanted = p @ v[keys].double()
-            self.assert_close("out", out[place], wanted)
-            self.assert_close("lse", lse[place], scores.logsumexp(0))
-            ds = p * (v[keys].double() @ dout[place].double() - dout[place].double() @ wanted)
-            self.assert_close("dq", dq[place], ds @ k[keys].double() * q.shape[1] ** -0.5)
-            # a key's column needs the lse of every row that sees it: those just judged by sample
-            high = len(q) if self.window is None else min(len(q), place + self.window)
-            rows = slice(place, high)
-            column = q[rows].double() @ k[place].double() * q.shape[1] ** -0.5
-            p = (column - lse[rows]).exp()
-            self.assert_close("dv", dv[place], p @ dout[rows].double())
-            delta = (dout[rows].double() * out[rows].double()).sum(1)
-            ds = p * (dout[rows].double() @ v[place].double() - delta)
-            self.assert_close("dk", dk[place], ds @ q[rows].double() * q.shape[1] ** -0.5)
-
-    @staticmethod
-    def assert_close(name: str, ours: Tensor, wanted: Tensor) -> None:
-        error = largest(ours.double() - wanted)
-        assert error <= 1e-2 * max(largest(wanted), 1e-2), f"{name} is off by {error:.2e}"
+def sanitizer_tests(device: str) -> list[str]:
+    """A pytest of a few small cases."""
+    tests = f"{__file__}::{test_every_option.__name__}"
+    plain = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    return [*plain, f"--device={device}", "-k", SANITIZED, tests]
 
 
 @pytest.mark.timeout(600)
-def test_188160_tokens() -> None:
-    length = 188_160
-    Sampled(length, 2, 128, None).check(1, [0, 1, 127, 94_081, length - 129, length - 1])
-
-
-@pytest.mark.timeout(600)
-def test_1048576_tokens() -> None:
-    length = 2**20
-    Sampled(length, 1, 64, None).check(0, [0, 5, 65_537, 700_001, length - 1])
-
-
-@pytest.mark.timeout(600)
-def test_more_than_2_to_the_31_elements() -> None:
-    length, heads = 2**20, 17
-    assert length * heads * 128 > 2**31
-    Sampled(length, heads, 128, 1024).check(heads - 1, [0, 1023, 1024, 999_983, length - 1])
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer here")
-def test_small_cases_under_compute_sanitizer() -> None:
-    tests = f"{__file__}::test_every_option"
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
-    command += ["-k", "bfloat16 and (span_gaps or everything or bias_1H1K or head_dim_80)"]
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_small_cases_under_compute_sanitizer(tool: str, device: str) -> None:
+    if device == "cpu":  # which tests it would run
+        command = [*sanitizer_tests(device), "--collect-only"]
+    elif shutil.which("compute-sanitizer") is None:
+        pytest.skip("no compute-sanitizer here")
+    else:
+        check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command = [*check, *sanitizer_tests(device)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -9,13 +9,13 @@ fp16 differ in the type that the same instructions name.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from background import environment
 
 from usp import kernels
 
@@ -31,18 +31,19 @@ SHARED = 227 * 1024
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not kernels.has_gluon(), reason="no Triton with Gluon for Hopper")
-def test_defaults_keep_their_registers_and_their_order(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    # usp from where it came from here
-    environment["PYTHONPATH"] = os.pathsep.join(folder for folder in sys.path if folder)
+def test_defaults_keep_their_registers_and_their_order() -> None:
+    tasks = [f"cuda:90/{problem}/hopper" for problem in PROBLEMS]
     done = subprocess.run(
-        [sys.executable, str(TESTS / "triton_ahead.py"), "cuda:90", "--hopper", *PROBLEMS],
-        env=environment,
+        [sys.executable, str(TESTS / "triton_ahead.py"), *tasks],
+        env=environment(),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
+    refused = [row["error"] for row in rows if "error" in row]
+    assert not refused, "\n".join(refused)[-4000:]
+    rows.sort(key=lambda row: list(PROBLEMS).index(f"{row['dtype']}:{row['head_dim']}"))
     print("", *map(row_text, rows), sep="\n")
     seen = [(row["kernel"], f"{row['dtype']}:{row['head_dim']}") for row in rows]
     assert seen == [(kernel, problem) for problem in PROBLEMS for kernel in PROBLEMS[problem]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from native_case import Case, error_scale, expected, largest, make_inputs
+from native_case import Case, assert_right, expected, largest, make_inputs
 from pool import Pool
 from test_native_ops import BIASES, HEADS, SPANS
-from triton_interpreter import computed, finished
+from triton_interpreter import computed, delta_of, far_apart, finished, written_outside
 
 # Weights and their gradients are rounded to the inputs' dtype before they enter a product.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -21,17 +21,7 @@ SMALL = Case(batch=1, lq=37, lk=59, heads=(2, 0, 1))
 
 def assert_equal_to_oracle(case: Case, interpreter: Pool) -> None:
     (got,) = interpreter.run(computed, case, ranks=1, timeout=240)
-    x = make_inputs(case)
-    want = expected(case, x)
-    assert got.keys() == want.keys()
-    for name, reference in want.items():
-        result = got[name].double()
-        assert result.shape == reference.shape, name
-        empty = reference == -torch.inf
-        assert torch.equal(result == -torch.inf, empty), f"{name}: rows that see nothing differ"
-        worst = largest(torch.where(empty, 0, result - reference))
-        scale = error_scale(case, x, want, name)
-        assert worst <= TOLERANCE[case.dtype] * scale, f"{name} is off by {worst:.2e} in {case}"
+    assert_right(case, make_inputs(case), got, TOLERANCE[case.dtype])
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,7 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias_with_holes": {"bias": "BHQK", "bias_holes": True, "span": "window"},
     "padding": {"bias": "B11K", "bias_holes": True, "span": "causal", "batch": 2, "lq": 19},
     "softcap": {"softcap": 1.5},
-    "alibi": {"alibi": "1H"},
+    "softcap_far_above_the_scores": {"softcap": 1000.0},
+    "alibi": {"alibi": "1H", "batch": 2, "lq": 19},
     "alibi_of_each_batch": {"alibi": "BH", "span": "causal", "batch": 2, "lq": 19},
     "dropout": {"dropout_p": 0.3},
     "carried_state": {"prior_keys": 77, "span": "random"},
@@ -82,17 +73,50 @@ def test_dtypes(dtype: torch.dtype, interpreter: Pool) -> None:
     assert_equal_to_oracle(replace(SMALL, dtype=dtype, span="causal"), interpreter)
 
 
+# In the last whole tiles of rows see nothing.
+LAST = {"strictly_causal": {}, "gaps": {}, "window": {"lq": 101, "lk": 20}}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("span", ["strictly_causal", "gaps"])
-@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("span", LAST)
+@pytest.mark.parametrize("prior_keys", [0, 21])
 def test_the_last_step_fills_the_result(
-    carried: bool, span: str, dtype: torch.dtype, interpreter: Pool
+    prior_keys: int, span: str, dtype: torch.dtype, interpreter: Pool
 ) -> None:
-    case = replace(SMALL, span=span, dtype=dtype, value_head_dim=9)
-    ((out, result),) = interpreter.run(finished, case, carried, ranks=1)
+    case = replace(SMALL, span=span, dtype=dtype, value_head_dim=9, **LAST[span])
+    case = replace(case, prior_keys=prior_keys)
     want = expected(case, make_inputs(case))["out"]
-    assert result.dtype == dtype and (out == 0).all()
-    assert largest(result.double() - want) <= TOLERANCE[dtype] * max(1.0, largest(want))
+    for carried in (True, False)[: 1 if prior_keys else 2]:
+        (result,) = interpreter.run(finished, case, carried, ranks=1)
+        assert result.dtype == dtype
+        assert largest(result.double() - want) <= TOLERANCE[dtype] * max(1.0, largest(want))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 3, 16), (1, 5, 2, 40), (3, 1, 1, 256)])
+def test_delta(shape: tuple[int, ...], interpreter: Pool) -> None:
+    torch.manual_seed(0)
+    dout, out = torch.randn(shape).transpose(0, 1).contiguous().transpose(0, 1), torch.randn(shape)
+    (delta,) = interpreter.run(delta_of, dout, out.bfloat16(), ranks=1)
+    exact = (dout.double() * out.bfloat16().double()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(delta.double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("head_dim", [13, 32])
+def test_nothing_is_written_outside(head_dim: int, interpreter: Pool) -> None:
+    case = replace(SMALL, bias="1HQK", head_dim=head_dim, value_head_dim=head_dim, heads=(3, 0, 3))
+    (changed,) = interpreter.run(written_outside, case, ranks=1)
+    assert changed == dict.fromkeys(("out", "lse", "delta", "dq", "dk", "dv", "dbias"), 0)
+
+
+def test_rows_so_far_apart_that_a_tile_passes_31_bits(interpreter: Pool) -> None:
+    """Of the memory between them, only what is used comes into being."""
+    case = replace(SMALL, lq=20, lk=20, heads=(1, 0, 1), dtype=torch.bfloat16, span="causal")
+    gap = 2**27 + 16
+    assert (case.lq - 1) * gap > 2**31
+    (got,) = interpreter.run(far_apart, case, gap, ranks=1)
+    x = make_inputs(case)
+    x.q = x.v = x.dout = x.k
+    assert_right(case, x, got, TOLERANCE[case.dtype])
 
 
 LENGTHS = st.sampled_from((0, 1, 2, 15, 16, 17, 31, 33, 65))

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import Case
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judge import judge, run
 from pool import Pool
@@ -69,6 +69,9 @@ def copied(source: Tensor, cuts: list[tuple[int, int]], offset: int) -> list[Ten
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.bool, torch.float64]),
     heads_first=st.booleans(),
     offset=st.integers(0, 5),
+)
+@example(  # no stride says how long a row is
+    shape=(1, 1, 1, 5), cuts=[(0, 1)], dtype=torch.bfloat16, heads_first=False, offset=0
 )
 def test_pieces_arrive(
     shape: tuple[int, ...],

@@ -1,7 +1,7 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
-``python tests/triton_ahead.py cuda:90 bfloat16:64 float16:128`` prints a JSON row for each kernel,
-``cuda:90 --hopper bfloat16:64`` for each of the Hopper kernels.
+``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row for
+each kernel, or for each of the Hopper kernels, from as many processes as there are cores.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -180,14 +183,27 @@ def amd_usage(text: str) -> dict[str, int]:
     return {"registers": number("vgpr_count"), "spilled": spilled}
 
 
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Of one target, dtype and head dim; one row with the error where they do not compile."""
+    target, problem, *hopper = task.split("/")
+    dtype, _, head_dim = problem.partition(":")
+    knobs.nvidia.dump_ptxas_log = bool(hopper)
+    try:
+        return compiled(target, getattr(torch, dtype), int(head_dim), bool(hopper))
+    except Exception:
+        return [{"target": target, "error": f"{problem}: {traceback.format_exc()}"}]
+
+
 def main() -> None:
-    target, *problems = sys.argv[1:]
-    hopper = problems[0] == "--hopper"
-    knobs.nvidia.dump_ptxas_log = hopper
-    for problem in problems[hopper:]:
-        dtype, _, head_dim = problem.partition(":")
-        for row in compiled(target, getattr(torch, dtype), int(head_dim), hopper):
-            print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory(prefix="usp-triton-") as cache:
+        # fresh, so that every kernel is compiled
+        os.environ["TRITON_CACHE_DIR"] = cache
+        # forked, so that torch and Triton are imported once; a process knows one target alone
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(os.cpu_count(), maxtasksperchild=1) as processes:
+            for rows in processes.imap_unordered(rows_of, sys.argv[1:]):
+                for row in rows:
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,28 @@ def attention_delta(dout: Tensor, out: Tensor) -> Tensor:
     Returns:
         (B, H, L) fp32.
     """
-    batch, length, num_heads, width = out.shape
+    batch, length, num_heads, _ = out.shape
     delta = out.new_empty((batch, num_heads, length), dtype=torch.float32)
     if delta.numel():
-        block = max(1, _BLOCK_ELEMENTS // padded(width))
-        delta_kernel[(cdiv(length, block) * batch * num_heads,)](
-            rows_of(dout),
-            rows_of(out),
-            delta,
-            length,
-            num_heads,
-            DV=width,
-            BLOCK_DV=padded(width),
-            BLOCK=block,
-            num_warps=4,
-        )
+        launch_delta(dout, out, delta)
     return delta
+
+
+def launch_delta(dout: Tensor, out: Tensor, delta: Tensor) -> None:
+    """The same into ``delta``, which has at least one element and is contiguous."""
+    batch, length, num_heads, width = out.shape
+    block = max(1, _BLOCK_ELEMENTS // padded(width))
+    delta_kernel[(cdiv(length, block) * batch * num_heads,)](
+        rows_of(dout),
+        rows_of(out),
+        delta,
+        length,
+        num_heads,
+        DV=width,
+        BLOCK_DV=padded(width),
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 @triton.jit

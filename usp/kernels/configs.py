@@ -82,7 +82,8 @@ _SM_90: dict[str, _Rows] = {
     "bias_gradient": {
         64: (Config(64, 64, 64, 4, 1),),
         128: (Config(64, 64, 64, 8, 1),),
-        256: (Config(32, 32, 32, 4, 1),),
+        # 32 rows would take mma.sync, and spill
+        256: (Config(64, 32, 32, 8, 1),),
     },
 }
 # mma.sync keeps its left operand in registers: smaller tiles of keys than with wgmma.
@@ -102,7 +103,8 @@ _SM_80: dict[str, _Rows] = {
         128: (Config(128, 32, 32, 8, 2), Config(64, 64, 32, 8, 2)),
         256: (Config(64, 64, 32, 8, 1), Config(64, 32, 32, 8, 2)),
     },
-    "bias_gradient": _SM_90["bias_gradient"] | {128: (Config(64, 32, 32, 8, 1),)},
+    "bias_gradient": _SM_90["bias_gradient"]
+    | {128: (Config(64, 32, 32, 8, 1),), 256: (Config(32, 32, 32, 8, 1),)},
 }
 # Four waves fill a compute unit once; wide tiles take the whole register file (one wave a SIMD).
 _GFX942: dict[str, _Rows] = {

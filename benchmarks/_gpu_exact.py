@@ -1,0 +1,73 @@
+"""Attention of a few heads in fp64 by the formula, a chunk of rows at a time: what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ROWS_AT_ONCE = 1024
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def exact_heads(
+    tensors: Iterable[Tensor], interval: tuple[Tensor, Tensor] | None, softmax_scale: float
+) -> dict[str, Tensor]:
+    """out, dq, dk, dv of query heads that share one key head.
+
+    Args:
+        tensors: q (L, H, D), k (L, D), v (L, D), dout (L, H, D), any dtype.
+        interval: First key and one past the last of each row, (L,), or None for all.
+        softmax_scale: Factor of the scores.
+
+    Returns:
+        (L, H, D), (L, H, D), (L, D), (L, D) in fp64.
+    """
+    q, k, v, dout = (x.detach().double() for x in tensors)
+    length = len(q)
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    for start in range(0, length, ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, length))
+        keys, hidden = slice(0, len(k)), None
+        if interval is not None:
+            first, stop = (end[rows] for end in interval)
+            keys = slice(int(first.min()), int(stop.max()))
+            j = torch.arange(keys.start, keys.stop, device=k.device)
+            hidden = (j < first[:, None]) | (j >= stop[:, None])
+        for h in range(q.shape[1]):
+            scores = q[rows, h] @ k[keys].T * softmax_scale
+            if hidden is not None:
+                scores.masked_fill_(hidden, -torch.inf)
+            p = scores.softmax(1)
+            out[rows, h] = p @ v[keys]
+            dv[keys] += p.T @ dout[rows, h]
+            delta = (dout[rows, h] * out[rows, h]).sum(1, keepdim=True)
+            ds = p * (dout[rows, h] @ v[keys].T - delta) * softmax_scale
+            dq[rows, h] = ds @ k[keys]
+            dk[keys] += ds.T @ q[rows, h]
+    return dict(zip(NAMES, (out, dq, dk, dv), strict=True))
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """Root mean square of the error over that of the exact values."""
+    return ((x.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+def wrong(errors: dict[str, dict[str, float]], dtype: torch.dtype) -> dict[str, str]:
+    """Who is off by more than three times the best, or by more than rounding explains, and how far.
+
+    Args:
+        errors: Of each candidate, of each tensor.
+        dtype: Of the inputs.
+    """
+    rounding = torch.finfo(dtype).eps
+    found: dict[str, str] = {}
+    for name in NAMES:
+        known = {who: e[name] for who, e in errors.items() if name in e}
+        best = min((e for e in known.values() if e == e), default=0.0)
+        allowed = min(max(3 * best, rounding / 2), 4 * rounding)
+        for who, error in known.items():
+            if not error <= allowed:  # a NaN is no success
+                found.setdefault(who, f"{name} is off by {error:.2e}, the best by {best:.2e}")
+    return found
