@@ -330,12 +330,17 @@ def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
         assert largest(inside) > 0
 
 
-def test_elements_past_2_to_the_31(ops: GpuHostOps) -> None:
-    """Rows that lie 2^30 elements apart; only the pages that are used come into being."""
-    rows, width, gap = 3, 8, 2**30 + 16
-    case = Case(batch=1, lq=rows, lk=rows, heads=(1, 0, 1), head_dim=width, value_head_dim=width)
+@pytest.mark.parametrize("far", ["batch", "rows", "heads"])
+def test_elements_past_2_to_the_31(far: str, ops: GpuHostOps) -> None:
+    """Entries that lie 2^30 elements apart; only the pages that are used come into being."""
+    width, gap = 8, 2**30 + 16
+    case = Case(batch=3, lq=3, lk=3, heads=(3, 0, 1), head_dim=width, value_head_dim=width)
     case = replace(case, dtype=torch.bfloat16, span="causal")
+    strides = {"batch": (gap, 3, 1), "rows": (3, gap, 1), "heads": (3, 1, gap)}[far]
+    strides = tuple(stride if stride == gap else stride * width for stride in strides)
     x = make_inputs(case)
-    far = torch.empty(rows * gap, dtype=case.dtype).as_strided(x.k.shape, (1, gap, 1, 1))
-    x.q = x.k = x.v = x.dout = far.copy_(x.k)
+    for name in ("q", "k", "v", "dout"):
+        near = getattr(x, name)
+        memory = torch.empty(2 * gap + 9 * width, dtype=case.dtype)
+        setattr(x, name, memory.as_strided(near.shape, (*strides, 1)).copy_(near))
     assert_equal_to_oracle(ops, case, x)

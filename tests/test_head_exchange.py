@@ -93,6 +93,22 @@ def test_a_run_longer_than_a_task(kernels: Any) -> None:
     assert_there_and_back(kernels, [random_bytes(3 * n), random_bytes(3 * n).view(3, n)[:, 5:]])
 
 
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_bytes_past_2_to_the_31(kernels: Any, far: int) -> None:
+    """Entries that lie 2^30 elements apart; only the pages that are used come into being."""
+    gap, near = 2**30 + 16, filled((3, 3, 3, 5), torch.bfloat16, 4)
+    strides = [15, 45, 5, 1]
+    strides[far] = gap
+    memories = [torch.empty(2 * gap + 256, dtype=near.dtype) for _ in range(2)]
+    there, back = (memory.as_strided(near.shape, strides) for memory in memories)
+    there.view(torch.int16).copy_(near.view(torch.int16))
+    message = torch.empty(near.numel() * 2, dtype=torch.uint8)
+    kernels.pack([there], message)
+    assert torch.equal(message, message_of([near]))
+    kernels.unpack(message, [back])
+    assert torch.equal(back.view(torch.int16), near.view(torch.int16))
+
+
 def test_a_message_that_starts_askew(kernels: Any) -> None:
     tensors = [filled((3, 5), torch.float64)]
     whole = torch.full((128,), 7, dtype=torch.uint8)

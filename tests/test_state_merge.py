@@ -94,6 +94,24 @@ def test_strided_views_are_updated_in_place(
     assert whole_lse[:, :, untouched].isnan().all()
 
 
+@pytest.mark.parametrize("far", [0, 1, 2])
+@pytest.mark.parametrize("head_dim", [13, 16])
+def test_elements_past_2_to_the_31(kernels: Any, head_dim: int, far: int) -> None:
+    """A partial result of which only the pages that are used come into being."""
+    out, lse, more_out, more_lse = parts(torch.float32, torch.bfloat16, head_dim)
+    index = (slice(None), slice(9, 18), slice(None, 3))
+    out, more_out = out[index].contiguous(), more_out[index]
+    lse, more_lse = (x[:, :3, 9:18].contiguous() for x in (lse, more_lse))
+    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    gap = 2**31 // (out.shape[far] - 1) + 16
+    strides = [32 * 32, 32, 32 * 512, 1]
+    strides[far] = gap
+    memory = torch.empty(2**31 + 2**16, dtype=torch.bfloat16)
+    far_away = memory.as_strided(more_out.shape, strides).copy_(more_out)
+    kernels.state_merge(out, lse, far_away, more_lse)
+    assert_merged(out, lse, *want)
+
+
 def test_two_halves_are_the_whole(kernels: Any) -> None:
     """Against dense attention: nothing of the formula above is used."""
     dtype = torch.float64 if kernels is torch.ops.usp else torch.float32

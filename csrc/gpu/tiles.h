@@ -46,9 +46,9 @@ USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
 
 enum class Gradient { kQuery, kKeyValue, kBias };
 
-// dK and dV are two sums to hold in registers: on AMD 32 rows of more than 128 columns do not fit
-// beside the own rows, 128 already only with fewer columns walked over at a time. For dbias four
-// tensors lie in shared memory at once.
+// On AMD what is held decides: sums (two of them for dK and dV), own rows, and the rows in flight,
+// in 512 registers without spills. Beyond head dim 64 that leaves fewer columns at a time, beyond
+// 128 it leaves 16 rows. For dbias four tensors lie in shared memory at once.
 USP_HOST_DEVICE constexpr Tiles backward_tiles(Gradient gradient, int head_dim) {
   if (kWarps) {
     if (head_dim <= 64) return {16, 4, 1, 64, 2, 1, false};
