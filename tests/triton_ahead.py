@@ -1,7 +1,7 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
-``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row for
-each kernel, or for each of the Hopper kernels, from as many processes as there are cores.
+``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row
+for each kernel, or each of the Hopper kernels, from as many processes as there are cores.
 """
 
 from __future__ import annotations
