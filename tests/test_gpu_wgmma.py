@@ -16,7 +16,7 @@ import pytest
 import torch
 from gpu_host import GpuHostOps, host_ops
 from native_case import Case, computed, largest, make_inputs, new_state, options
-from test_gpu_kernels import DTYPES, assert_equal_to_oracle, guarded
+from test_gpu_kernels import DTYPES, GUARD, assert_equal_to_oracle, guarded
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -170,7 +170,7 @@ def test_what_lies_around_is_neither_read_nor_written(head_dim: int, ops: GpuHos
     ops.attention_backward(x.dout, x.q, x.k, x.v, delta, lse, *shared, *sums, None)
     assert ops.wgmma_count() > before
     for inside, around in made + grads:
-        assert (around == 12345.0).sum() == around.numel() - inside.numel()
+        assert (around == GUARD).sum() == around.numel() - inside.numel()
         assert torch.isfinite(inside).all()
         assert largest(inside) > 0
 
@@ -190,6 +190,33 @@ def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(ops: GpuHostOps) -> 
     assert torch.equal(out[:, :160], kept[0][:, :160])
     assert torch.equal(lse[..., :160], kept[1][..., :160])
     assert (lse[..., 160:] != kept[1][..., 160:]).all()
+
+
+@pytest.mark.parametrize("span", ["gaps", "nothing"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_a_result_is_the_new_out_rounded(span: str, prior: bool, ops: GpuHostOps) -> None:
+    case = replace(BASE, dtype=torch.bfloat16, span="all" if span == "nothing" else span)
+    x = make_inputs(case)
+    shared = options(case, x, slice(None), masked=True)
+    if span == "nothing":
+        shared[:2] = [torch.full((case.lq,), 7, dtype=torch.int32)] * 2
+    out, lse = new_state(case)
+    if prior:
+        full = options(case, x, slice(None), masked=False)
+        ops.attention_forward(x.q, x.k, x.v, *full, out, lse)
+    before, kept = out.clone() if prior else None, out.clone()
+    # without a state, what lies in lse is not read
+    last_lse = lse.clone() if prior else torch.full_like(lse, torch.nan)
+    result, around = guarded(out.shape, torch.nan, case.dtype)
+    count = ops.wgmma_count()
+    ops.attention_forward(x.q, x.k, x.v, *shared, before, last_lse, result)
+    assert (ops.wgmma_count() > count) == (span != "nothing")
+    ops.attention_forward(x.q, x.k, x.v, *shared, out, lse)
+    assert before is None or torch.equal(before, kept)
+    assert torch.equal(lse, last_lse)
+    assert torch.equal(result, out.to(case.dtype))
+    outside = around.numel() - result.numel()
+    assert (around == torch.tensor(GUARD, dtype=case.dtype)).sum() == outside
 
 
 def test_three_blocks_equal_one(ops: GpuHostOps) -> None:
