@@ -139,9 +139,9 @@ class VirtualRing:
         if which == "forward":
             return (out,)
         saved = block.saved_for_backward(dout, None, out, lse, backend)
-        grads = ring_backward(inputs, saved, ring(), False)
+        grads = ring_backward(inputs, saved, ring(), False, kv_dtype=lse.dtype)
         # dk and dv change until every rank has added to them
-        return out, grads.dq.to(q.dtype), grads.dk, grads.dv
+        return out, grads.dq, grads.dk, grads.dv
 
     def library(
         self, library: Library, merge: Merge, which: str, ranks: Sequence[int]
