@@ -252,6 +252,19 @@ def computed(case: Case, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
     return results | {n: torch.cat(p, joined[n]) for n, p in parts.items() if p}
 
 
+def whole_and_in_blocks(
+    case: Case, x: Inputs, ops: Any = torch.ops.usp
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The state after all 300 keys at once, and after three blocks of them in some order."""
+    whole, parts = new_state(case), new_state(case)
+    order = (slice(200, 300), slice(0, 77), slice(77, 200))
+    for state, runs in ((whole, (slice(None),)), (parts, order)):
+        for keys in runs:
+            shared = options(case, x, keys, masked=False)
+            ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, *state)
+    return whole, parts
+
+
 def largest(x: Tensor) -> float:
     """Largest magnitude, 0 for an empty tensor; NaN stays NaN and fails every bound."""
     return x.abs().amax().item() if x.numel() else 0.0

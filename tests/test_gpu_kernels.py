@@ -26,6 +26,7 @@ from native_case import (
     make_inputs,
     new_state,
     options,
+    whole_and_in_blocks,
 )
 from torch import Tensor
 
@@ -187,12 +188,7 @@ def test_any_order_of_waves_gives_the_same_bits(option: str, ops: GpuHostOps) ->
 def test_three_blocks_equal_one(softcap: float, ops: GpuHostOps) -> None:
     case = replace(SMALL, lk=300, softcap=softcap)
     x = make_inputs(case)
-    whole, parts = new_state(case), new_state(case)
-    order = (slice(200, 300), slice(0, 77), slice(77, 200))
-    for state, runs in ((whole, (slice(None),)), (parts, order)):
-        for keys in runs:
-            shared = options(case, x, keys, masked=False)
-            ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, *state)
+    whole, parts = whole_and_in_blocks(case, x, ops)
     torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=2e-4)
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-6, atol=1e-6)
 

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from gpu_host import GpuHostOps, host_ops
-from native_case import Case, computed, largest, make_inputs, new_state, options
+from native_case import (
+    Case,
+    computed,
+    largest,
+    make_inputs,
+    new_state,
+    options,
+    whole_and_in_blocks,
+)
 from test_gpu_kernels import DTYPES, GUARD, assert_equal_to_oracle, guarded
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -222,12 +230,7 @@ def test_a_result_is_the_new_out_rounded(span: str, prior: bool, ops: GpuHostOps
 def test_three_blocks_equal_one(ops: GpuHostOps) -> None:
     case = replace(BASE, lk=300)
     x = make_inputs(case)
-    whole, parts = new_state(case), new_state(case)
-    order = (slice(200, 300), slice(0, 77), slice(77, 200))
-    for state, runs in ((whole, (slice(None),)), (parts, order)):
-        for keys in runs:
-            shared = options(case, x, keys, masked=False)
-            ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, *state)
+    whole, parts = whole_and_in_blocks(case, x, ops)
     torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=2e-4)
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-6, atol=1e-6)
 

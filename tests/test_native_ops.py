@@ -21,6 +21,7 @@ from native_case import (
     make_inputs,
     new_state,
     options,
+    whole_and_in_blocks,
 )
 from torch import Tensor
 
@@ -155,12 +156,7 @@ def test_equals_dense_attention_in_any_mix(case: Case) -> None:
 def test_three_blocks_equal_one() -> None:
     case = Case(lk=300, dtype=torch.float64)
     x = make_inputs(case)
-    whole, parts = new_state(case), new_state(case)
-    order = (slice(200, 300), slice(0, 77), slice(77, 200))
-    for state, runs in ((whole, (slice(None),)), (parts, order)):
-        for keys in runs:
-            shared = options(case, x, keys, masked=False)
-            torch.ops.usp.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, *state)
+    whole, parts = whole_and_in_blocks(case, x)
     for one, three in zip(whole, parts, strict=True):
         torch.testing.assert_close(three, one, rtol=1e-13, atol=1e-13)
 
