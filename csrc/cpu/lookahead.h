@@ -1,8 +1,8 @@
 #pragma once
 
 // Rows of tensors that will be read soon, asked for a few at a time between the products. A head's
-// rows lie a whole token apart, which the hardware does not foresee, and a short sequence would spend
-// much of its time waiting for them.
+// rows lie a whole token apart, which the hardware does not foresee, and a short sequence would
+// spend much of its time waiting for them.
 
 #include "tiles.h"
 
