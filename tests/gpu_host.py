@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_launches import Launches
 from torch import Tensor
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -99,7 +100,9 @@ class GpuHostOps:
     """Has the ops' own arguments, as in docs/design.md; tensors are bf16 or fp16, on the CPU."""
 
     def __init__(self, wave_size: int, folder: Path, *flags: str) -> None:
-        self._library = ctypes.CDLL(str(_build(wave_size, folder, flags)))
+        built = _build(wave_size, folder, flags)
+        self._library = ctypes.CDLL(str(built))
+        self.redirected = Launches(self._library, built).redirected
         self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), *[c_void_p] * 3]
         self._library.usp_gpu_attention_backward.argtypes = [POINTER(_Inputs), POINTER(_Gradients)]
         self._library.usp_gpu_wgmma_count.restype = c_int64

@@ -92,8 +92,16 @@ void launch(void (*kernel)(Parameters...), Grid grid, int block, size_t shared_b
             Parameters... arguments) {
 #if defined(USP_GPU_HOST)
   (void)stream;
-  host::run_grid({grid.x, grid.y, grid.z}, block, kWaveSize, shared_bytes,
-                 [&] { kernel(arguments...); });
+  const host::Argument given[] = {{&arguments, sizeof(arguments)}...};
+  const host::Index3 blocks{grid.x, grid.y, grid.z};
+  const host::Launch told{reinterpret_cast<const void*>(kernel),
+                          given,
+                          sizeof...(arguments),
+                          blocks,
+                          block,
+                          shared_bytes};
+  if (host::redirected(told)) return;
+  host::run_grid(blocks, block, kWaveSize, shared_bytes, [&] { kernel(arguments...); });
 #else
   void* pointers[] = {static_cast<void*>(&arguments)...};
   const void* function = reinterpret_cast<const void*>(kernel);

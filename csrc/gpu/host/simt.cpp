@@ -64,6 +64,8 @@ struct Block {
 
 Block block;
 
+LaunchListener listener = nullptr;
+
 std::vector<void (*)()>& end_checks() {
   static std::vector<void (*)()> checks;
   return checks;
@@ -198,6 +200,13 @@ void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
       for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run_block();
     }
   }
+}
+
+void redirect_launches(LaunchListener to) { listener = to; }
+
+bool redirected(const Launch& launch) {
+  if (listener != nullptr) listener(&launch);
+  return listener != nullptr;
 }
 
 void set_wave_order(WaveOrder order) { block.order = order; }

@@ -18,6 +18,27 @@ struct Index3 {
   uint32_t x, y, z;
 };
 
+// A parameter of a kernel: its bytes.
+struct Argument {
+  const void* data;
+  size_t bytes;
+};
+
+// A launch as a GPU's runtime is told of it.
+struct Launch {
+  const void* kernel;
+  const Argument* arguments;
+  size_t num_arguments;
+  Index3 grid;
+  int threads;
+  size_t shared_bytes;
+};
+
+// From now on launches are only told of, not run; null ends it.
+using LaunchListener = void (*)(const Launch*);
+void redirect_launches(LaunchListener listener);
+bool redirected(const Launch& launch);
+
 // Ends the program: a kernel broke a rule of the machine.
 [[noreturn]] void fail(const char* what);
 
