@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from usp import kernels
-from usp.backends import TABLE
+from usp.backends import in_order
 from usp.kernels import configs
 from usp.problem import Traits
 
@@ -33,7 +33,7 @@ def own(dtype: torch.dtype, head_dim: int, device: str) -> dict[str, Own]:
     traits = Traits(device, dtype, head_dim, head_dim, head_dim**-0.5)
     found = {
         f"usp {backend.NAME}": Own(backend)
-        for backend in TABLE
+        for backend in in_order(kernels.architecture(torch.device(device)))
         if backend.CARRIES_STATE and not backend.reasons_against(traits)
     }
     if "usp triton" in found and has_pipelines(head_dim, device):

@@ -67,7 +67,10 @@ def machine(args: argparse.Namespace, device: str) -> Report:
     """Where and with what."""
     import triton
 
+    from usp import kernels
+
     about: Report = {**environment(), "triton": triton.__version__, "dry_run": args.dry_run}
+    about["architecture"] = kernels.architecture(torch.device(device))
     about["commit"] = about["commit"] or args.commit or "unknown: no git here"
     if device == "cuda":
         about["gpu"] = torch.cuda.get_device_name()

@@ -103,7 +103,7 @@ def test_every_case_is_measured_and_said() -> None:
     pytest.importorskip("triton")
     goals, families = module("_gpu_goals"), module("_gpu_families")
     report = {"records": {n: [] for n in ("local", "ring_steps", "rings", "exchange")}}
-    report |= {"auto": "usp native"}
+    report |= {"auto": "usp native", "runs": [{"dry_run": True}]}
     for item in families.items(settings()):
         records = item.measure()
         for record in records:
@@ -202,6 +202,7 @@ def made_up(usp: float) -> dict[str, Any]:
     exchange.append(record("exchange", {"usp native": usp}, **share))
     families = {"local": local, "ring_steps": steps, "rings": rings, "exchange": exchange}
     about = {"matrix_tflops": {"bf16": 2.0}, "copy_bytes_per_second": 1.0}
+    about |= {"architecture": "sm_90", "dry_run": False}
     more = {"runs": [about], "done": [], "left_out": [], "failed": {}, "avoid": {}}
     return {"auto": "usp triton", "records": families, **more}
 
@@ -231,6 +232,7 @@ def test_the_worst_case_counts_and_the_fastest_is_preferred() -> None:
     )
     text = goals.text(report)
     assert '"auto" takes usp triton on this device' in text and "missed" in text
+    assert "\"sm_90\": Preference(('native', 'triton')" in text
 
 
 def test_plots_and_tables_come_from_the_file_alone(tmp_path: Path) -> None:

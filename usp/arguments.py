@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from usp.backends import Backend, check_name, select
+from usp.kernels import architecture
 from usp.layout import DocumentZigzag, Layout, check_layout, pieces, row_lengths
 from usp.mask import Mask, make_mask
 from usp.mesh import SequenceMesh, degrees_and_place
@@ -263,6 +264,7 @@ def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
         alibi=tensors.alibi_slopes is not None,
         dropout=scoring.dropout_p > 0,
         returns_lse=returns_lse,
+        architecture=architecture(tensors.q.device),
     )
 
 

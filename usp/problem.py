@@ -170,6 +170,7 @@ class Traits:
     alibi: bool = False
     dropout: bool = False
     returns_lse: bool = False
+    architecture: str = ""  # of the device, where it is known
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

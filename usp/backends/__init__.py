@@ -1,7 +1,8 @@
-"""The kernel families, in order of preference, and the choice among them.
+"""The kernel families, and the choice among them.
 
 A backend is a module. Each says in plain sentences why it cannot take a problem; ``"auto"``
-takes the first without reasons, a named backend never falls back.
+takes the first without reasons, in the order that ``preference.py`` has for the device; a named
+backend never falls back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from usp.backends import native, reference, sdpa, triton
+from usp.backends.preference import preference
 from usp.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -51,6 +53,7 @@ class PartialBackend(Backend, Protocol):
         """``(rows, out, lse)`` of runs of rows: (B, n, H, Dv) and (B, H, n) of this block."""
 
 
+# What carries the state before what does not, what takes everything last.
 TABLE: tuple[StateBackend | PartialBackend, ...] = (triton, native, sdpa, reference)
 
 
@@ -70,6 +73,13 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
 
 
+def in_order(architecture: str) -> tuple[StateBackend | PartialBackend, ...]:
+    """Every backend, in the order in which "auto" asks them on a device."""
+    names = preference(architecture).order
+    rank = {backend_name: place for place, backend_name in enumerate(names)}
+    return tuple(sorted(TABLE, key=lambda backend: rank.get(backend.NAME, len(names))))
+
+
 def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
     """The backend for a problem.
 
@@ -83,7 +93,7 @@ def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
     """
     check_name(name)
     against = []
-    for backend in TABLE:
+    for backend in in_order(traits.architecture):
         if name not in ("auto", backend.NAME):
             continue
         reasons = backend.reasons_against(traits)

@@ -50,6 +50,17 @@ def has_gluon() -> bool:
     return found is not None and (int(major), int(minor)) >= (3, 6)
 
 
+@cache
+def architecture(device: torch.device) -> str:
+    """What kernels are compiled and tuned for: "sm_90", "gfx90a"; of other devices the type."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def reason_against(device_type: str) -> str | None:
     """Why no kernel can take tensors of that device, or None."""
     missing = unavailable()

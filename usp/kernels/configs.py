@@ -266,11 +266,7 @@ def device_name(device: torch.device) -> str:
 
 def family(device: torch.device) -> str:
     """The row of ``TABLE`` for a GPU."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        name = properties.gcnArchName.split(":")[0]
-        # gfx950 is gfx942 with more of everything
-        name = "gfx942" if name == "gfx950" else name
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
+    name = kernels.architecture(device)
+    # gfx950 is gfx942 with more of everything
+    name = "gfx942" if name == "gfx950" else name
     return name if name in TABLE else "default"
