@@ -25,12 +25,12 @@ test:
 	@scripts/test.sh $(VENV) $(ARGS)
 
 test-gpu:
-	@$(SETUP) --extras dev,demo
+	@$(SETUP) --extras test
 	@$(VENV)/bin/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'"
 	@scripts/gpu_tests.sh $(VENV) $(ARGS)
 
 bench-gpu:
-	@$(SETUP) --extras dev,demo
+	@$(SETUP) --extras test,demo
 	@mkdir -p build
 	@$(VENV)/bin/python benchmarks/gpu_attention.py --json build/gpu_attention.json $(ARGS)
 

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,26 @@ def is_editable(venv: Path) -> bool:
     return False
 
 
+def build_tools() -> list[tuple[str, tuple[int, ...]]]:
+    """What a build requires, and from which version on."""
+    listed = re.search(r"(?m)^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text())
+    assert listed is not None
+    required = re.findall(r'"([\w-]+)>=([\d.]+)"', listed[1])
+    return [(name, release(version)) for name, version in required]
+
+
+def has_build_tools(venv: Path) -> bool:
+    """Whether `venv` holds all that a build requires: pip need not make an environment for it."""
+    folders = [str(folder) for folder in site_packages(venv)]
+    return all(
+        any(
+            release(found.version) >= minimum
+            for found in metadata.distributions(name=name, path=folders)
+        )
+        for name, minimum in build_tools()
+    )
+
+
 def fingerprint(torch: str, editable: bool) -> str:
     """A digest of everything an install depends on."""
     # An editable install reads its Python files from the tree: only what is compiled matters.
@@ -164,7 +185,10 @@ def install_usp(python: Path, venv: Path, torch: str, extras: set[str]) -> None:
     say(f"installing usp{listed} and compiling its kernels")
     constraint = venv / "usp-constraint.txt"
     constraint.write_text(f"torch=={torch}\n")
-    run_pip(python, ["-c", str(constraint), *(["-e"] if editable else []), f".{listed}"])
+    # without isolation nothing is downloaded where everything is there
+    options = ["--no-build-isolation"] if has_build_tools(venv) else []
+    package = [*(["-e"] if editable else []), f".{listed}"]
+    run_pip(python, [*options, "-c", str(constraint), *package])
     stamp.write_text(json.dumps({"fingerprint": now, "extras": sorted(extras)}) + "\n")
 
 

@@ -59,7 +59,7 @@ def test_installed_metadata() -> None:
     required = installed.requires or []
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
     assert set(installed.metadata.get_all("Provides-Extra") or []) == {
-        *("demo", "dev", "flash", "integrations", "triton")
+        *("demo", "dev", "flash", "integrations", "test", "triton")
     }
     assert any(entry.name == "usp" for entry in installed.entry_points)
 
@@ -75,6 +75,29 @@ def test_the_installed_package_is_what_is_tested() -> None:
     expected = ROOT / "usp" if editable else Path(str(installed.locate_file("usp")))
     assert Path(usp.__file__).parent == expected.resolve()
     assert (expected / "py.typed").is_file()
+
+
+# -- with what is there
+
+
+@pytest.mark.parametrize(
+    ("versions", "enough"),
+    [
+        ({"setuptools": "77.0.3", "pybind11": "3.0.1", "ninja": "1.13.0"}, True),
+        ({"setuptools": "76.1", "pybind11": "3.0.1", "ninja": "1.13.0"}, False),
+        ({"setuptools": "80", "ninja": "1.13.0"}, False),
+        ({}, False),
+    ],
+)
+def test_a_build_uses_the_tools_that_are_there(
+    tmp_path: Path, versions: dict[str, str], enough: bool
+) -> None:
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name, version in versions.items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    assert setup_env.has_build_tools(tmp_path) is enough
 
 
 # -- which torch
