@@ -38,6 +38,10 @@ def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str
         assert re.search(rf"^  {name} +{re.escape(state)}", out, re.MULTILINE), name
 
 
+def test_info_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cpu  native, sdpa, " in run(capsys, "info")[1]
+
+
 def test_info_says_whether_the_extension_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "info")[1]
     try:

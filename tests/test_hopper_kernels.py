@@ -213,7 +213,11 @@ MISTAKES = {
         "pass",
     ),
     "held_keys_not_awaited": (key_gradients, "mbarrier.wait(held.index(C), 0)", "pass"),
-    "edge_of_rows_not_masked": (key_gradients, "if is_edge(u, walk):", "if False:"),
+    "edge_of_rows_not_masked": (
+        key_gradients,
+        "if (visit < full_begin) | (visit >= full_end):",
+        "if False:",
+    ),
     "rows_released_too_early": (
         key_gradients,
         "dk_sum, dv_sum = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])\n"

@@ -56,6 +56,23 @@ def device_lines() -> list[tuple[str, str]]:
     return lines
 
 
+def preference_lines() -> list[tuple[str, str]]:
+    """What "auto" asks, in order, on each kind of device that is here."""
+    import torch
+
+    from usp.backends import in_order, preference
+    from usp.kernels import architecture
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    lines = {}
+    for name in map(architecture, devices):
+        order = ", ".join(backend.NAME for backend in in_order(name))
+        measured = preference(name).results
+        lines[name] = order if measured else f"{order}  (a guess: not measured)"
+    return list(lines.items())
+
+
 def info(_: argparse.Namespace) -> int:
     import torch
 
@@ -69,8 +86,10 @@ def info(_: argparse.Namespace) -> int:
         *device_lines(),
     ]
     print(table(lines, indent=""))
-    print("\nbackends, in order of preference")
+    print("\nbackends")
     print(table(usp.backends().items()))
+    print('\nbackend="auto" takes the first that can')
+    print(table(preference_lines()))
     return 0
 
 

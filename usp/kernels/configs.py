@@ -91,12 +91,13 @@ _SM_80: dict[str, _Rows] = {
     "forward": {
         64: (Config(128, 128, 32, 8, 2), Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 2)),
         128: (Config(128, 32, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 32, 32, 8, 2)),
-        256: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+        # with Triton 3.6 larger steps keep 24 to 40 bytes in local memory, backward 8
+        256: (Config(64, 32, 16, 8, 2), Config(64, 64, 32, 8, 2)),
     },
     "backward_keys": {
         64: (Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 2)),
         128: (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 8, 2)),
-        256: (Config(32, 32, 16, 8, 1),),
+        256: (Config(32, 16, 16, 8, 1), Config(32, 32, 16, 8, 1)),
     },
     "backward_queries": {
         64: (Config(128, 64, 32, 8, 2), Config(128, 32, 32, 8, 2)),
@@ -104,7 +105,7 @@ _SM_80: dict[str, _Rows] = {
         256: (Config(64, 64, 32, 8, 1), Config(64, 32, 32, 8, 2)),
     },
     "bias_gradient": _SM_90["bias_gradient"]
-    | {128: (Config(64, 32, 32, 8, 1),), 256: (Config(32, 32, 32, 8, 1),)},
+    | {128: (Config(64, 32, 32, 8, 1),), 256: (Config(32, 16, 16, 8, 1),)},
 }
 # Four waves fill a compute unit once; wide tiles take the whole register file (one wave a SIMD).
 _GFX942: dict[str, _Rows] = {

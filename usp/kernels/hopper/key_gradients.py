@@ -23,7 +23,6 @@ from usp.kernels.hopper.pipeline import (
     ends_of,
     fill,
     fragment,
-    is_edge,
     matrix,
     new_barriers,
     new_rows,
@@ -177,8 +176,9 @@ def _visit(
     k = matrix(k_tiles, C)
     v = matrix(v_tiles, C)
     mbarrier.wait(held.index(C), 0)
-    u = 0
-    heads_left = heads
+    # the visits whose tiles need no mask
+    full_begin = walk[1] * heads
+    full_end = full_begin + walk[3] * heads
     for visit in range(visits(walk) * heads):
         stage = visit % STAGES
         q = matrix(q_tiles, stage)
@@ -189,7 +189,7 @@ def _visit(
         lse = lse_rows.index(stage).load(gl.SliceLayout(0, S))
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * scale - lse[None, :])
-        if is_edge(u, walk):
+        if (visit < full_begin) | (visit >= full_end):
             i = i_rows.index(stage).load(gl.SliceLayout(0, S))
             p = gl.where(visible(seen_by, ends, i, q_len), p, 0.0)
         weights = gl.convert_layout(p.to(dout_tiles.dtype), gl.DotOperandLayout(0, V, 2))
@@ -201,8 +201,4 @@ def _visit(
         dk_sum = warpgroup_mma(ds, q, dk_sum, is_async=True)
         dk_sum, dv_sum = warpgroup_mma_wait(0, deps=[dk_sum, dv_sum])
         mbarrier.arrive(empty.index(stage), count=1)
-        heads_left -= 1
-        if heads_left == 0:
-            u += 1
-            heads_left = heads
     return dk_sum, dv_sum
