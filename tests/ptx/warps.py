@@ -156,8 +156,11 @@ _FROM_C = np.argsort(_C.reshape(-1))  # which element each place holds
 
 def _numbers(f: Frame, slots: list[int], brain: bool) -> Array:
     """(warps, lanes x elements) in fp32, of registers with two 16-bit numbers."""
-    packed = np.stack([f.only(f.v[slot]) for slot in slots], 1).view(np.uint16)
-    numbers = from_bfloat16(packed) if brain else packed.view(np.float16).astype(np.float32)
+    packed = np.empty((f.active, len(slots)), np.uint32)
+    for n, slot in enumerate(slots):
+        packed[:, n] = f.only(f.v[slot])
+    halves = packed.view(np.uint16)
+    numbers = from_bfloat16(halves) if brain else halves.view(np.float16).astype(np.float32)
     return numbers.reshape(-1, WARP * 2 * len(slots))
 
 
@@ -174,8 +177,8 @@ def multiply_matrices(code: Code, i: Instruction) -> Step:
     c = [code.read(part, "f32", i) for part in sources[2]]
 
     def step(f: Frame) -> None:
-        left = _numbers(f, a, brain)[:, _A].astype(np.float64)
-        right = _numbers(f, b, brain)[:, _B].astype(np.float64)
+        left = _numbers(f, a, brain).take(_A, 1).astype(np.float64)
+        right = _numbers(f, b, brain).take(_B, 1).astype(np.float64)
         sums = (left @ right).reshape(-1, 128)[:, _FROM_C].reshape(-1, 4)
         for n, (slot, start) in enumerate(zip(to, c, strict=True)):
             f.put_only(slot, (sums[:, n] + f.only(f.v[start])).astype(np.float32))
