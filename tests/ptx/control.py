@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .parse import Immediate, Instruction, Refused
-from .table import Step, instruction
+from .parse import Immediate, Instruction, Refused, Symbol
+from .table import RESCHEDULE, Step, instruction
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -18,11 +18,36 @@ if TYPE_CHECKING:
 def branch(code: Code, i: Instruction) -> Step:
     """PTX ISA, "bra". ``.uni`` promises that no warp parts here, which is checked."""
     target = code.label(i.operands[0], i)
-    if i.parts[1:] == ("uni",) and i.guard is not None:
-        raise i.refuse("a branch with .uni and a predicate")
     if i.parts[1:] not in ((), ("uni",)):
         raise i.refuse("modifier not known")
-    return lambda f: target
+    if i.parts[1:] == () or i.guard is None:
+        return lambda f: target
+
+    def whole_warps(f: Frame) -> int:
+        if not f.has_whole_warps():
+            raise i.refuse("a warp parts")
+        return target
+
+    return whole_warps
+
+
+@instruction("brx.idx")
+def branch_by_table(code: Code, i: Instruction) -> Step:
+    """PTX ISA, "brx.idx": to the label of that number in a list of .branchtargets."""
+    if i.parts[2:] not in ((), ("uni",)):
+        raise i.refuse("modifier not known")
+    number, table = code.read(i.operands[0], "u32", i), code.label(i.operands[1], i)
+    targets = [code.label(Symbol(name), i) for name in code.body.tables[table]]
+
+    def step(f: Frame) -> int:
+        chosen = f.v[number]
+        if int(f.only(chosen).max()) >= len(targets):
+            raise Refused(f"branch {int(f.only(chosen).max())} of {len(targets)}")
+        for n in np.unique(f.only(chosen)).tolist():
+            f.at[f.where() & (chosen == n)] = targets[n]
+        return RESCHEDULE
+
+    return step
 
 
 @instruction("ret", "exit")

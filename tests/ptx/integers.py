@@ -204,6 +204,20 @@ def extract_bits(code: Code, i: Instruction) -> Step:
     return compute(code, i, kind, [kind, "u32", "u32"], extract)
 
 
+@instruction("bfi")
+def insert_bits(code: Code, i: Instruction) -> Step:
+    """bfi: the low ``length`` bits of a take the place of b's from bit ``start`` on."""
+    expect(i, ("b32",))
+
+    def insert(a: Array, b: Array, start: Array, length: Array) -> Array:
+        start, length = (start & 255).astype(np.uint64), (length & 255).astype(np.uint64)
+        mask = ((np.uint64(1) << np.minimum(length, 32)) - 1) << np.minimum(start, 32)
+        moved = a.astype(np.uint64) << np.minimum(start, 32)
+        return (b & ~mask | moved & mask).astype(np.uint32)
+
+    return compute(code, i, "b32", ["b32", "b32", "u32", "u32"], insert)
+
+
 # -- comparisons and selection
 
 _ORDERED: dict[str, Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less}

@@ -106,6 +106,7 @@ class Body:
     labels: dict[str, int] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
     shared: list[Variable] = field(default_factory=list)
+    tables: dict[int, list[str]] = field(default_factory=dict)  # labels to jump to, by place
 
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -118,6 +119,7 @@ _ENTRY = re.compile(r"(?m)^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s
 _STATEMENT = re.compile(
     r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$]+):|(?P<text>[^;{}]*(?:\{[^}]*\}[^;{}]*)*);)"
 )
+_BRACE = re.compile(r"//[^\n]*|[{}]")
 # A directive of debugging ends with its line.
 _NOISE = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:loc|file)\b[^\n]*", re.DOTALL | re.MULTILINE)
 
@@ -170,11 +172,21 @@ def entries(ptx: str) -> dict[str, Entry]:
     found = {}
     for start in starts:
         opening = ptx.index("\n{", start.end())
-        end = ptx.index("\n}", opening)
+        end = _closing_brace(ptx, opening + 1)
         header = _NOISE.sub("", ptx[start.end() : opening])
         text = ptx[opening + 2 : end]
         found[start[1]] = Entry(start[1], header, text, module_shared)
     return found
+
+
+def _closing_brace(text: str, opening: int) -> int:
+    """Of the brace at ``opening``; inline assembly may have others at the start of a line."""
+    depth = 0
+    for match in _BRACE.finditer(text, opening):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return match.start()
+    raise Refused("a brace that is not closed")
 
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
@@ -235,6 +247,8 @@ def _read_body(text: str) -> Body:
             body.shared += _variables(content, "shared")
         elif content.startswith(".pragma"):
             continue
+        elif content.startswith(".branchtargets"):
+            body.tables[len(body.code)] = content.split(None, 1)[1].split(", ")
         elif content.startswith("."):
             raise Refused(f"directive not known: {content}")
         elif content:

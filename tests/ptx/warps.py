@@ -88,6 +88,26 @@ def vote(code: Code, i: Instruction) -> Step:
     return step
 
 
+_REDUCE = {"min": np.min, "max": np.max, "add": np.sum}
+
+
+@instruction("redux.sync", whole_warps=True)
+def reduce(code: Code, i: Instruction) -> Step:
+    """redux.sync.min, .max, .add of 32-bit integers of all lanes."""
+    if len(i.parts) != 4 or i.parts[2] not in _REDUCE or i.parts[3] not in ("s32", "u32"):
+        raise i.refuse("modifier not known")
+    function = _REDUCE[i.parts[2]]
+    d, a = code.write(i.operands[0], i.parts[3], i), code.read(i.operands[1], i.parts[3], i)
+    members = code.read(i.operands[2], "u32", i)
+
+    def step(f: Frame) -> None:
+        _all_lanes(f, members)
+        found = function(f.v[a].reshape(-1, WARP), axis=1)
+        f.put(d, np.repeat(found.astype(f.v[a].dtype), WARP))
+
+    return step
+
+
 # -- matrices
 
 
