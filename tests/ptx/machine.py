@@ -17,7 +17,7 @@ import numpy as np
 from .frame import WARP, Frame
 from .memory import Memory, Region
 from .parse import Entry, Refused
-from .program import SHARED_BASE, Program
+from .program import SHARED_BASE, Program, program
 from .registers import Array
 
 Order = Literal["ascending", "descending", "random"]
@@ -80,7 +80,6 @@ class Machine:
     ) -> None:
         self.memory, self.order, self.together = memory, order, together
         self._random = random.Random(seed)
-        self._programs: dict[Entry, Program] = {}
 
     def launch(
         self,
@@ -103,23 +102,16 @@ class Machine:
             raise Refused(f"{threads} threads, {entry.name} takes {entry.max_threads}")
         if threads % WARP:
             raise Refused(f"{threads} threads are no whole warps")
-        program = self.program(entry)
-        parameters = Region("parameters", 0, _parameters(program, arguments), writable=False)
+        made = program(entry)
+        parameters = Region("parameters", 0, _parameters(made, arguments), writable=False)
         width = (self.together or threads // WARP) * WARP
-        frames = [
-            Frame(program, first, min(width, threads - first)) for first in range(0, threads, width)
-        ]
-        size = program.code.shared_bytes + shared_bytes
+        frames = made.frames(threads, width)
+        size = made.code.shared_bytes + shared_bytes
         for index in itertools.product(*map(range, reversed(grid))):
             data = np.full(-(-size // 8), -1, np.int64).view(np.uint8)[:size]  # poison: NaN
             shared = Region("shared memory", SHARED_BASE, data)
             block = Block(index[::-1], threads, self.memory, shared, parameters)
             self._run(block, frames, grid)
-
-    def program(self, entry: Entry) -> Program:
-        if entry not in self._programs:
-            self._programs[entry] = Program(entry)
-        return self._programs[entry]
 
     def _run(self, block: Block, frames: list[Frame], grid: tuple[int, int, int]) -> None:
         special = {"%tid.y": 0, "%tid.z": 0, "%ntid.x": block.threads, "%ntid.y": 1, "%ntid.z": 1}
@@ -147,12 +139,12 @@ class Machine:
         return self._random.sample(frames, len(frames))
 
 
-def _parameters(program: Program, arguments: Sequence[bytes]) -> Array:
-    places = list(program.code.parameters.values())
-    sizes = [variable.size for variable in program.entry.parameters]
+def _parameters(made: Program, arguments: Sequence[bytes]) -> Array:
+    places = list(made.code.parameters.values())
+    sizes = [variable.size for variable in made.entry.parameters]
     if [len(argument) for argument in arguments] != sizes:
         raise Refused(f"arguments of {[*map(len, arguments)]} bytes, wanted are {sizes}")
-    data = np.zeros(-(-program.code.parameter_bytes // 8), np.int64).view(np.uint8)
+    data = np.zeros(-(-made.code.parameter_bytes // 8), np.int64).view(np.uint8)
     for at, argument in zip(places, arguments, strict=True):
         data[at : at + len(argument)] = np.frombuffer(argument, np.uint8)
     return data

@@ -119,7 +119,6 @@ _ENTRY = re.compile(r"(?m)^[ \t]*(?:\.visible\s+|\.weak\s+)?\.entry\s+([\w$]+)\s
 _STATEMENT = re.compile(
     r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$]+):|(?P<text>[^;{}]*(?:\{[^}]*\}[^;{}]*)*);)"
 )
-_BRACE = re.compile(r"//[^\n]*|[{}]")
 # A directive of debugging ends with its line.
 _NOISE = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:loc|file)\b[^\n]*", re.DOTALL | re.MULTILINE)
 
@@ -138,7 +137,11 @@ def _variables(text: str, space: str) -> list[Variable]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel of a module; its body is read when it is first wanted."""
+    """One kernel of a module; its body is read when it is first wanted.
+
+    Attributes:
+        text: What stands behind its opening brace, in the whole file.
+    """
 
     name: str
     header: str
@@ -170,34 +173,27 @@ def entries(ptx: str) -> dict[str, Entry]:
     starts = list(_ENTRY.finditer(ptx))
     module_shared = tuple(_variables(ptx[: starts[0].start()], "shared")) if starts else ()
     found = {}
-    for start in starts:
+    ends = [start.start() for start in starts[1:]] + [len(ptx)]
+    for start, end in zip(starts, ends, strict=True):
         opening = ptx.index("\n{", start.end())
-        end = _closing_brace(ptx, opening + 1)
         header = _NOISE.sub("", ptx[start.end() : opening])
-        text = ptx[opening + 2 : end]
-        found[start[1]] = Entry(start[1], header, text, module_shared)
+        found[start[1]] = Entry(start[1], header, ptx[opening + 2 : end], module_shared)
     return found
 
 
-def _closing_brace(text: str, opening: int) -> int:
-    """Of the brace at ``opening``; inline assembly may have others at the start of a line."""
-    depth = 0
-    for match in _BRACE.finditer(text, opening):
-        depth += (match[0] == "{") - (match[0] == "}")
-        if depth == 0:
-            return match.start()
-    raise Refused("a brace that is not closed")
-
-
 def _statements(text: str) -> Iterator[tuple[str, str]]:
+    """Up to the brace that closes the body."""
     text = _NOISE.sub("", text)
-    at = 0
-    while text[at:].strip():
+    at, depth = 0, 1
+    while True:
         match = _STATEMENT.match(text, at)
         if match is None:
             raise Refused(f"not a statement: {text[at : at + 80]!r}")
         kind = match.lastgroup
         assert kind is not None
+        depth += (kind == "open") - (kind == "close")
+        if depth == 0:
+            return
         yield kind, " ".join(match[kind].split())
         at = match.end()
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .frame import Frame
 from .memory import SHARED_WINDOW, Memory, Region
 from .parse import Address, Entry, Immediate, Instruction, Operand, Refused, Register, Symbol
 from .registers import Array, Registers
 from .table import Step, guarded, maker
-
-if TYPE_CHECKING:
-    from .frame import Frame
 
 # Shared memory begins behind what the driver keeps for itself, as on sm_90.
 SHARED_BASE = 1024
@@ -123,6 +121,16 @@ class Program:
         self.instructions = entry.body.code
         self.steps = [self._step(i) for i in self.instructions]
         self.steps.append(_behind_the_end)
+        self._frames: dict[tuple[int, int], list[Frame]] = {}
+
+    def frames(self, threads: int, width: int) -> list[Frame]:
+        """The threads of a block, ``width`` in lockstep; each block starts them again."""
+        if (threads, width) not in self._frames:
+            firsts = range(0, threads, width)
+            self._frames[threads, width] = [
+                Frame(self, first, min(width, threads - first)) for first in firsts
+            ]
+        return self._frames[threads, width]
 
     def _step(self, i: Instruction) -> Step:
         step = maker(i)(self.code, i)
@@ -133,6 +141,12 @@ class Program:
 
     def instruction(self, pc: int) -> str:
         return self.instructions[pc].text if pc < len(self.instructions) else "the end"
+
+
+@functools.cache
+def program(entry: Entry) -> Program:
+    """Made once for each kernel."""
+    return Program(entry)
 
 
 def _behind_the_end(f: Frame) -> int | None:
