@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ptx
 from gpu_host import GpuHostOps
-from gpu_launches import Launch
+from gpu_launches import Launch, Launches
 from torch import Tensor
 
 
@@ -32,25 +35,66 @@ def region(name: str, x: Tensor, writable: bool = True) -> ptx.Region:
     return ptx.Region.at(name, x.data_ptr(), size, writable)
 
 
-class PtxOps:
-    """Has the ops' own arguments, as ``GpuHostOps`` has; takes NVIDIA's tiles.
-
-    Args:
-        files: PTX files, one architecture's.
-        settings: Of ``ptx.Machine``.
+class Kernels:
+    """Every kernel of some PTX files of one architecture, by its readable name.
 
     Attributes:
-        launched: Names of the kernels that were, in order.
+        launched: Names of those that were, in order.
     """
 
-    def __init__(self, host: GpuHostOps, files: Iterable[Path], **settings: Any) -> None:
-        assert host.wave_size == 32
-        self.host, self.settings = host, settings
-        self.kernels: dict[str, ptx.Entry] = {}
+    def __init__(
+        self, files: Iterable[Path], machine: Callable[[ptx.Memory], ptx.Machine] = ptx.Machine
+    ) -> None:
+        self.machine = machine
+        self.entries: dict[str, ptx.Entry] = {}
         for file in files:
-            entries = ptx.entries(file.read_text())
-            self.kernels |= {name: entries[m] for name, m in readable(entries).items()}
+            found = ptx.entries(file.read_text())
+            self.entries |= {name: found[mangled] for name, mangled in readable(found).items()}
         self.launched: list[str] = []
+
+    def on(self, machine: Callable[[ptx.Memory], ptx.Machine]) -> Kernels:
+        """The same kernels on another machine."""
+        other = copy.copy(self)
+        other.machine, other.launched = machine, []
+        return other
+
+    def edited(self, kernel: str, pattern: str, new: str, count: int = 0) -> Kernels:
+        """With another text, as ``re.sub`` makes it, of each whose name has ``kernel`` in it."""
+        other = copy.copy(self)
+        changed = {
+            name: x.edited(pattern, new, count)
+            for name, x in self.entries.items()
+            if kernel in name
+        }
+        assert changed, kernel
+        other.entries, other.launched = self.entries | changed, []
+        return other
+
+    def run(
+        self,
+        redirected: Callable[..., AbstractContextManager[None]],
+        op: Callable[..., None],
+        arguments: tuple[Any, ...],
+        regions: Iterable[ptx.Region],
+    ) -> None:
+        """Call an op of the host target; what it launches may touch the regions alone."""
+        machine = self.machine(ptx.Memory(regions))
+
+        def launch(told: Launch) -> None:
+            self.launched.append(told.name)
+            entry = self.entries[told.name]
+            machine.launch(entry, told.arguments, told.grid, told.threads, told.shared_bytes)
+
+        with redirected(launch):
+            op(*arguments)
+
+
+class PtxOps:
+    """The attention ops, with their own arguments as ``GpuHostOps`` has them."""
+
+    def __init__(self, host: GpuHostOps, kernels: Kernels) -> None:
+        assert host.wave_size == 32
+        self.host, self.kernels = host, kernels
 
     def attention_forward(self, *arguments: Any) -> None:
         self._run(self.host.attention_forward, arguments, written=3)
@@ -59,19 +103,47 @@ class PtxOps:
         self._run(self.host.attention_backward, arguments, written=4)
 
     def _run(self, op: Callable[..., None], arguments: tuple[Any, ...], written: int) -> None:
-        tensors = {n: x for n, x in enumerate(arguments) if isinstance(x, Tensor)}
         first_written = len(arguments) - written
         regions = [
-            region(f"argument {n}", x, writable=n >= first_written) for n, x in tensors.items()
+            region(f"argument {n}", x, writable=n >= first_written)
+            for n, x in enumerate(arguments)
+            if isinstance(x, Tensor)
         ]
-        machine = ptx.Machine(ptx.Memory(regions), **self.settings)
+        self.kernels.run(self.host.redirected, op, arguments, regions)
 
-        def run(launch: Launch) -> None:
-            self.launched.append(launch.name)
-            entry = self.kernels[launch.name]
-            machine.launch(
-                entry, launch.arguments, launch.grid, launch.threads, launch.shared_bytes
-            )
 
-        with self.host.redirected(run):
-            op(*arguments)
+class PtxMoves:
+    """``attention_delta``, ``state_merge``, ``pack`` and ``unpack``.
+
+    Args:
+        ops: The host target's.
+        library: Their file.
+    """
+
+    def __init__(self, ops: Any, library: Path, kernels: Kernels) -> None:
+        self.ops, self.kernels = ops, kernels
+        self._launches = Launches(ctypes.CDLL(str(library)), library)
+
+    def attention_delta(self, dout: Tensor, out: Tensor, delta: Tensor) -> None:
+        self._run(self.ops.attention_delta, (dout, out, delta), [dout, out], [delta])
+
+    def state_merge(self, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+        arguments = (out, lse, more_out, more_lse)
+        self._run(self.ops.state_merge, arguments, [more_out, more_lse], [out, lse])
+
+    def pack(self, tensors: Sequence[Tensor], message: Tensor) -> None:
+        self._run(self.ops.pack, (tensors, message), tensors, [message])
+
+    def unpack(self, message: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._run(self.ops.unpack, (message, tensors), [message], tensors)
+
+    def _run(
+        self,
+        op: Callable[..., None],
+        arguments: tuple[Any, ...],
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+    ) -> None:
+        regions = [region("an input", x, writable=False) for x in read]
+        regions += [region("a result", x) for x in written]
+        self.kernels.run(self._launches.redirected, op, arguments, regions)

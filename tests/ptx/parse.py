@@ -161,11 +161,12 @@ class Entry:
     def body(self) -> Body:
         return _read_body(self.text)
 
-    def edited(self, old: str, new: str, count: int = -1) -> Entry:
-        """The same kernel with other text; ``old`` must be there."""
-        if old not in self.text:
-            raise ValueError(f"no {old!r} in {self.name}")
-        return replace(self, text=self.text.replace(old, new, count))
+    def edited(self, pattern: str, new: str, count: int = 0) -> Entry:
+        """The same kernel with another text, as ``re.sub`` makes it; the pattern must be there."""
+        text, times = re.subn(pattern, new, self.text, count=count, flags=re.MULTILINE)
+        if not times:
+            raise ValueError(f"no {pattern!r} in {self.name}")
+        return replace(self, text=text)
 
 
 def entries(ptx: str) -> dict[str, Entry]:
