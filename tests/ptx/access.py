@@ -68,7 +68,7 @@ def store(code: Code, i: Instruction) -> Step:
     if space == "param":
         raise i.refuse("a store to parameters")
     find = code.space(space, i)
-    slots = [code.read(part, kind, i) for part in _parts(i, i.operands[1], count)]
+    slots = [code.read_low(part, kind, i) for part in _parts(i, i.operands[1], count)]
     address = code.address(i.operands[0], i)
 
     def step(f: Frame) -> None:

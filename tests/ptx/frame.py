@@ -58,7 +58,7 @@ class Frame:
         self.at = np.zeros(self.threads, np.int64)
         self.alive = np.ones(self.threads, np.bool_)
         self._meeting = np.zeros(self.threads, np.bool_)
-        self._waiting: list[tuple[Array, Condition]] = []
+        self._waiting: list[tuple[Array, Condition, int]] = []
         self._jumps = 0
 
     # -- who runs
@@ -130,7 +130,7 @@ class Frame:
     def wait(self, ready: Condition, then: int) -> int:
         """These threads go on with instruction ``then`` once it is ready."""
         self.at[self.mask] = then
-        self._waiting.append((self.where().copy(), ready))
+        self._waiting.append((self.where().copy(), ready, self.pc))
         return RESCHEDULE
 
     # -- running
@@ -150,8 +150,8 @@ class Frame:
         if not self.alive.any():
             return False
         ready = self.alive.copy()
-        self._waiting = [(who, condition) for who, condition in self._waiting if not condition()]
-        for who, _ in self._waiting:
+        self._waiting = [waiting for waiting in self._waiting if not waiting[1]()]
+        for who, _, _ in self._waiting:
             ready &= ~who
         free = ready & ~self._meeting
         self._last_chance = False
@@ -189,18 +189,22 @@ class Frame:
         """Where it is, for messages."""
         i = self.program.instruction(self.pc)
         lines = [f"  at {self.pc}: {i}", f"  in {self.program.entry.name}"]
-        where = self.where()
-        threads = (self.first + np.flatnonzero(where)).tolist()
-        lines.append(f"  block {self.block.index}, threads {_runs(threads)}")
+        lines.append(f"  block {self.block.index}, {self._names(self.where())}")
         return "\n".join(lines)
 
     def places(self) -> str:
         """Where its threads wait, for messages."""
-        lines = []
-        for pc in np.unique(self.at[self.alive]):
-            threads = (self.first + np.flatnonzero(self.alive & (self.at == pc))).tolist()
-            lines.append(f"  threads {_runs(threads)} at {pc}: {self.program.instruction(int(pc))}")
+        lines, others = [], self.alive.copy()
+        for who, _, pc in self._waiting:
+            lines.append(f"  {self._names(who)} wait at {pc}: {self.program.instruction(pc)}")
+            others &= ~who
+        for pc in np.unique(self.at[others]).tolist():
+            who = self._names(others & (self.at == pc))
+            lines.append(f"  {who} at {pc}: {self.program.instruction(pc)}")
         return "\n".join(lines)
+
+    def _names(self, who: Array) -> str:
+        return f"threads {_runs((self.first + np.flatnonzero(who)).tolist())}"
 
 
 def _runs(numbers: list[int]) -> str:

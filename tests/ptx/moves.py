@@ -128,7 +128,7 @@ def convert(code: Code, i: Instruction) -> Step:
             raise i.refuse("conversion not known")
         return compute(code, i, "b32", ["f32"], to_tf32)
     function = _conversion(i, tuple(flags), to, source)
-    d, a = code.extend(i.operands[0], to, i), code.read(i.operands[1], source, i)
+    d, a = code.extend(i.operands[0], to, i), code.read_low(i.operands[1], source, i)
     return lambda f: f.put(d, function(f.v[a]))
 
 

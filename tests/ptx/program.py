@@ -45,10 +45,14 @@ class Code:
         self._symbols |= self.parameters
 
     def read(self, operand: Operand, kind: str, i: Instruction) -> int:
-        """The slot of a source operand; a variable's is its address."""
+        """The slot of a source operand of just that width; a variable's is its address."""
         if isinstance(operand, Symbol):
             return self.registers.constant(self.symbol(operand.name, i), kind)
         return self.registers.read(operand, kind, i)
+
+    def read_low(self, operand: Operand, kind: str, i: Instruction) -> int:
+        """The slot of the low bits of a source operand that may be wider."""
+        return self.registers.read(operand, kind, i, wider=True)
 
     def write(self, operand: Operand, kind: str, i: Instruction) -> int:
         """The slot of a destination of just that width."""

@@ -100,8 +100,12 @@ class Registers:
     def constant(self, value: Any, kind: str) -> int:
         return self._number(_Slot("constant", "", TYPES[kind], TYPES[kind].type(value).tobytes()))
 
-    def read(self, operand: Operand, kind: str, i: Instruction) -> int:
-        """The slot that has a source operand's low bits as ``kind``."""
+    def read(self, operand: Operand, kind: str, i: Instruction, wider: bool = False) -> int:
+        """The slot that has a source operand as ``kind``.
+
+        Args:
+            wider: Whether a register may be wider, of which the low bits are read.
+        """
         if isinstance(operand, Immediate):
             value = immediate(operand.text, kind)
             if value is None:
@@ -112,8 +116,9 @@ class Registers:
         if operand.name not in self.kinds:
             return self._number(_Slot("special", operand.name, TYPES[kind]))
         self._check_kind(operand.name, kind, i)
-        if TYPES[kind].itemsize > max(1, self.bank(operand.name)):
-            raise i.refuse(f"{operand.name} is too narrow for {kind}")
+        width = max(1, self.bank(operand.name))
+        if width < TYPES[kind].itemsize or (width > TYPES[kind].itemsize and not wider):
+            raise i.refuse(f"{operand.name} has not the width of {kind}")
         return self._number(_Slot("register", operand.name, TYPES[kind]))
 
     def write(self, operand: Operand, kind: str, i: Instruction) -> int:
