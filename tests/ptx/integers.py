@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .parse import Instruction, Refused
+from .parse import Immediate, Instruction, Refused
 from .registers import TYPES, Array, is_float, is_signed, unsigned
 from .table import Step, instruction
 
@@ -170,6 +170,10 @@ def shift(code: Code, i: Instruction) -> Step:
             return moved
         return np.where(beyond, dtype.type(0), moved)
 
+    if isinstance(i.operands[2], Immediate) and code.number(i.operands[2], i) < width:
+        amount = dtype.type(code.number(i.operands[2], i))
+        move = np.left_shift if left else np.right_shift
+        return compute(code, i, kind, [kind, kind], lambda a, _: move(a, amount))
     return compute(code, i, kind, [kind, "u32"], shifted)
 
 

@@ -6,14 +6,17 @@ vector's to the whole vector.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from .parse import Refused
 from .registers import Array
 
+Type = np.dtype[Any]
 # Where the other spaces lie among generic addresses; real ones are below 2^48.
 SHARED_WINDOW, PARAM_WINDOW = 1 << 56, 1 << 57
 
@@ -24,7 +27,7 @@ class Region:
     def __init__(self, name: str, base: int, data: Array, writable: bool = True) -> None:
         self.name, self.base, self.data, self.writable = name, base, data, writable
         self.size = data.size
-        self._views: dict[np.dtype, tuple[Array, int]] = {}
+        self._views: dict[Type, tuple[Array, int]] = {}
 
     @classmethod
     def at(cls, name: str, base: int, size: int, writable: bool = True) -> Region:
@@ -32,7 +35,7 @@ class Region:
         buffer = (ctypes.c_uint8 * size).from_address(base)
         return cls(name, base, np.frombuffer(buffer, np.uint8), writable)
 
-    def _view(self, dtype: np.dtype) -> tuple[Array, int]:
+    def _view(self, dtype: Type) -> tuple[Array, int]:
         """Its aligned elements, and how far behind the base the first is."""
         if dtype not in self._views:
             skipped = -self.base % dtype.itemsize
@@ -40,35 +43,47 @@ class Region:
             self._views[dtype] = self.data[skipped:end].view(dtype), skipped
         return self._views[dtype]
 
+    def holds(self, low: int, high: int) -> bool:
+        """Whether all bytes from ``low`` to ``high``, which is not one of them, lie here."""
+        return self.base <= low and high <= self.base + self.size
+
     def offsets(self, addresses: Array, width: int) -> Array:
         """Bytes behind the base, once it is sure that they may be accessed."""
-        offsets = addresses.astype(np.int64) - self.base
-        if not len(offsets):
-            return offsets
-        low, high = int(offsets.min()), int(offsets.max())
-        if low < 0 or high + width > self.size:
-            wrong = low if low < 0 else high
-            raise Refused(
-                f"{width} bytes at {wrong:+#x} are outside of {self.name} of {self.size} bytes"
-            )
-        if width > 1 and int(np.bitwise_or.reduce(offsets + self.base)) & (width - 1):
-            raise Refused(f"an address in {self.name} is not aligned to {width} bytes")
-        return offsets
+        if len(addresses):
+            low, high = int(addresses.min()), int(addresses.max())
+            if not self.holds(low, high + width):
+                wrong = (low if low < self.base else high) - self.base
+                where = f"{wrong:+} from {self.name} of {self.size} bytes"
+                raise Refused(f"{width} bytes are outside of what there is: {where}")
+        return self._aligned(addresses, width)
 
-    def read(self, addresses: Array, dtype: np.dtype, count: int = 1) -> list[Array]:
-        """``count`` neighbours at each address, one array for each of them."""
-        offsets = self.offsets(addresses, dtype.itemsize * count)
+    def _aligned(self, addresses: Array, width: int) -> Array:
+        if width > 1 and int(np.bitwise_or.reduce(addresses)) & (width - 1):
+            raise Refused(f"an address in {self.name} is not aligned to {width} bytes")
+        return addresses - self.base
+
+    def _indices(self, addresses: Array, dtype: Type, count: int, inside: bool) -> Any:
+        width = dtype.itemsize * count
+        offsets = (self._aligned if inside else self.offsets)(addresses, width)
         elements, skipped = self._view(dtype)
-        indices = (offsets - skipped) // dtype.itemsize
+        return elements, (offsets - skipped) // dtype.itemsize
+
+    def read(
+        self, addresses: Array, dtype: Type, count: int = 1, inside: bool = False
+    ) -> list[Array]:
+        """``count`` neighbours at each address, one array for each of them.
+
+        Args:
+            addresses: int64.
+            inside: Whether it is known that they lie here.
+        """
+        elements, indices = self._indices(addresses, dtype, count, inside)
         return [elements[indices + n if n else indices] for n in range(count)]
 
-    def write(self, addresses: Array, values: list[Array]) -> None:
+    def write(self, addresses: Array, values: list[Array], inside: bool = False) -> None:
         if not self.writable:
             raise Refused(f"a write to {self.name}, which is only read")
-        dtype = values[0].dtype
-        offsets = self.offsets(addresses, dtype.itemsize * len(values))
-        elements, skipped = self._view(dtype)
-        indices = (offsets - skipped) // dtype.itemsize
+        elements, indices = self._indices(addresses, values[0].dtype, len(values), inside)
         for n, value in enumerate(values):
             elements[indices + n] = value
 
@@ -79,12 +94,15 @@ class Memory:
     name = "global memory"
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
-        self.regions = list(regions)
-        self._last = self.regions[0] if self.regions else None
+        self.regions: list[Region] = []
+        self._bases: list[int] = []
+        for region in regions:
+            self.add(region)
 
     def add(self, region: Region) -> None:
-        self.regions.append(region)
-        self._last = region
+        at = bisect.bisect_left(self._bases, region.base)
+        self._bases.insert(at, region.base)
+        self.regions.insert(at, region)
 
     def _split(self, addresses: Array, width: int) -> list[tuple[Region, Array]]:
         """Which addresses lie in which tensor."""
@@ -111,34 +129,30 @@ class Memory:
         return f"{address - region.base:+} from {region.name} of {region.size} bytes"
 
     def _one(self, addresses: Array, width: int) -> Region | None:
-        """The tensor of the last access where all lies in it again."""
-        region = self._last
-        if region is None or not len(addresses):
-            return region
+        """The tensor in which all of it lies, if that is one."""
+        if not len(addresses):
+            return self.regions[0] if self.regions else None
         low, high = int(addresses.min()), int(addresses.max())
-        inside = region.base <= low and high + width <= region.base + region.size
-        return region if inside else None
+        at = bisect.bisect_right(self._bases, low) - 1
+        found = at >= 0 and self.regions[at].holds(low, high + width)
+        return self.regions[at] if found else None
 
-    def read(self, addresses: Array, dtype: np.dtype, count: int = 1) -> list[Array]:
+    def read(self, addresses: Array, dtype: Type, count: int = 1) -> list[Array]:
         width = dtype.itemsize * count
         one = self._one(addresses, width)
         if one is not None:
-            return one.read(addresses, dtype, count)
+            return one.read(addresses, dtype, count, inside=True)
         results = [np.empty(len(addresses), dtype) for _ in range(count)]
         for region, inside in self._split(addresses, width):
-            for result, part in zip(
-                results, region.read(addresses[inside], dtype, count), strict=True
-            ):
+            parts = region.read(addresses[inside], dtype, count, inside=True)
+            for result, part in zip(results, parts, strict=True):
                 result[inside] = part
-            self._last = region
         return results
 
     def write(self, addresses: Array, values: list[Array]) -> None:
         width = values[0].dtype.itemsize * len(values)
         one = self._one(addresses, width)
         if one is not None:
-            one.write(addresses, values)
-            return
+            return one.write(addresses, values, inside=True)
         for region, inside in self._split(addresses, width):
-            region.write(addresses[inside], [value[inside] for value in values])
-            self._last = region
+            region.write(addresses[inside], [value[inside] for value in values], inside=True)

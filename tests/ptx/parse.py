@@ -205,7 +205,12 @@ class _Scopes:
     def __init__(self) -> None:
         self.names: list[dict[str, str]] = [{}]
         self.registers: set[str] = set()
+        self.known: dict[str, Operand] = {}  # outside of inner scopes
         self.count = 0
+
+    @property
+    def inner(self) -> bool:
+        return len(self.names) > 1
 
     def open(self) -> None:
         self.names.append({})
@@ -215,7 +220,7 @@ class _Scopes:
         self.names.pop()
 
     def declare(self, name: str) -> str:
-        unique = name if len(self.names) == 1 else f"{name}~{self.count}"
+        unique = f"{name}~{self.count}" if self.inner else name
         self.names[-1][name] = unique
         return unique
 
@@ -277,8 +282,11 @@ def _declare(content: str, body: Body, scopes: _Scopes) -> None:
             body.registers[unique] = match[1]
 
 
+_INSTRUCTION = re.compile(r"(?:@(!?)([\w$%]+) )?([\w.:]+)(?: (.*))?")
+
+
 def _instruction(content: str, scopes: _Scopes) -> Instruction:
-    match = re.fullmatch(r"(?:@(!?)([\w$%]+) )?([\w.:]+)(?: (.*))?", content)
+    match = _INSTRUCTION.fullmatch(content)
     if match is None:
         raise Refused(f"not an instruction: {content}")
     guard = (scopes.find(match[2]), match[1] == "!") if match[2] else None
@@ -286,8 +294,13 @@ def _instruction(content: str, scopes: _Scopes) -> Instruction:
     return Instruction(match[3], operands, guard, content)
 
 
+_BRACKET = re.compile(r"[\[{]")
+
+
 def _split(text: str) -> list[str]:
     """At commas outside of brackets."""
+    if not _BRACKET.search(text):
+        return text.replace(" ", "").split(",") if text else []
     parts, depth = [""], 0
     for piece in re.split(r"([,\[\]{}])", text):
         depth += (piece in ("[", "{")) - (piece in ("]", "}"))
@@ -295,13 +308,22 @@ def _split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += piece
-    return [part.strip() for part in parts] if text else []
+    return [part.strip() for part in parts]
 
 
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
 
 
 def _operand(text: str, scopes: _Scopes) -> Operand:
+    if scopes.inner:
+        return _read_operand(text, scopes)
+    found = scopes.known.get(text)
+    if found is None:
+        found = scopes.known[text] = _read_operand(text, scopes)
+    return found
+
+
+def _read_operand(text: str, scopes: _Scopes) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(part, scopes) for part in _split(text[1:-1].strip())))
     if text.startswith("["):

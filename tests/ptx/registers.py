@@ -75,10 +75,15 @@ class Registers:
 
     def __init__(self, body: Body) -> None:
         self.kinds = body.registers
+        self.banks = {
+            name: TYPES[kind].itemsize if kind != "pred" else 0
+            for name, kind in body.registers.items()
+            if kind in TYPES
+        }
         self.rows: dict[str, int] = {}  # of the bank of their width
         self.counts: dict[int, int] = {}
         self.slots: list[_Slot] = []
-        self._numbers: dict[_Slot, int] = {}
+        self._numbers: dict[tuple[str, str, bytes], int] = {}
         for name, kind in body.registers.items():
             if kind not in TYPES:
                 raise Refused(f"register {name} has a type that is not known: {kind}")
@@ -88,17 +93,19 @@ class Registers:
 
     def bank(self, name: str) -> int:
         """Bytes of a register; 0 for a predicate."""
-        kind = self.kinds[name]
-        return 0 if kind == "pred" else TYPES[kind].itemsize
+        return self.banks[name]
 
-    def _number(self, slot: _Slot) -> int:
-        if slot not in self._numbers:
-            self._numbers[slot] = len(self.slots)
-            self.slots.append(slot)
-        return self._numbers[slot]
+    def _number(self, kind: str, name: str, of: str, bits: bytes = b"") -> int:
+        dtype = TYPES[of]
+        key = (name, dtype.str, bits)
+        found = self._numbers.get(key)
+        if found is None:
+            found = self._numbers[key] = len(self.slots)
+            self.slots.append(_Slot(kind, name, dtype, bits))
+        return found
 
     def constant(self, value: Any, kind: str) -> int:
-        return self._number(_Slot("constant", "", TYPES[kind], TYPES[kind].type(value).tobytes()))
+        return self._number("constant", "", kind, TYPES[kind].type(value).tobytes())
 
     def read(self, operand: Operand, kind: str, i: Instruction, wider: bool = False) -> int:
         """The slot that has a source operand as ``kind``.
@@ -114,12 +121,12 @@ class Registers:
         if not isinstance(operand, Register):
             raise i.refuse(f"{operand} is no source of type {kind}")
         if operand.name not in self.kinds:
-            return self._number(_Slot("special", operand.name, TYPES[kind]))
+            return self._number("special", operand.name, kind)
         self._check_kind(operand.name, kind, i)
         width = max(1, self.bank(operand.name))
         if width < TYPES[kind].itemsize or (width > TYPES[kind].itemsize and not wider):
             raise i.refuse(f"{operand.name} has not the width of {kind}")
-        return self._number(_Slot("register", operand.name, TYPES[kind]))
+        return self._number("register", operand.name, kind)
 
     def write(self, operand: Operand, kind: str, i: Instruction) -> int:
         """The slot to put results of ``kind`` into, of that width."""
@@ -128,7 +135,7 @@ class Registers:
         self._check_kind(operand.name, kind, i)
         if max(1, self.bank(operand.name)) != TYPES[kind].itemsize:
             raise i.refuse(f"{operand.name} has not the width of {kind}")
-        return self._number(_Slot("register", operand.name, TYPES[kind]))
+        return self._number("register", operand.name, kind)
 
     def extend(self, operand: Operand, kind: str, i: Instruction) -> int | None:
         """Like ``write`` for instructions whose destination may be wider, or not wanted."""
