@@ -48,6 +48,7 @@ def run(
     count: int = 1,
     threads: int = 32,
     shared_bytes: int = 0,
+    blocks: int = 1,
     **settings: Any,
 ) -> np.ndarray[Any, Any]:
     """Run a program that has %rd20 and %rd21 point to each thread's own input and output.
@@ -66,5 +67,5 @@ def run(
     kernel = entry(body, own_input, out.nbytes // threads)
     arguments = [struct.pack("<Q", x.ctypes.data) for x in (given, out)]
     machine = ptx.Machine(memory, **settings)
-    machine.launch(kernel, arguments, (1, 1, 1), threads, shared_bytes)
+    machine.launch(kernel, arguments, (blocks, 1, 1), threads, shared_bytes)
     return out

@@ -397,6 +397,47 @@ def test_a_missing_barrier_shows(barrier: str, order: ptx.Order) -> None:
         assert (got[0] == 0xFFFFFFFF) == (order == "ascending") or order == "random"
 
 
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_races_are_found_whatever_the_numbers(order: ptx.Order) -> None:
+    given = np.zeros((64, 0), "<u4")
+    settings: dict[str, Any] = {"threads": 64, "shared_bytes": 256, "order": order, "races": True}
+    run(EXCHANGE.format(barrier="bar.sync 0;"), given, "<u4", **settings)
+    with pytest.raises(ptx.Refused, match=r"a race: warp [01] (reads|writes) at \+.*warp [01]"):
+        run(EXCHANGE.format(barrier=""), given, "<u4", **settings)
+    again = EXCHANGE.format(barrier="bar.sync 0;") + "st.shared.b32 [%r3], %r60;"
+    with pytest.raises(
+        ptx.Refused, match=r"warp [01] (reads|writes) .* and nothing orders the two"
+    ):
+        run(again, given, "<u4", **settings)
+    with pytest.raises(ptx.Refused, match="not looked for across a barrier of 32 threads"):
+        run("bar.sync 1, 32;", given, "<u4", **settings)
+
+
+ONE_READS = """
+  mov.u32 %r1, %ctaid.x;
+  setp.eq.u32 %p1, %r1, 0;
+  @%p1 ld.global.b32 %r2, [%rd31];
+  @!%p1 st.global.b32 [%rd31], %r60;"""
+
+
+def test_blocks_that_write_the_same() -> None:
+    """%rd31 points to the output of all of them."""
+    body = "st.global.b32 [%rd31], %r60;"
+    assert run(body.replace("[%rd31]", "[%rd21]"), NOTHING, "<u4", races=True).any()
+    run(body, NOTHING, "<u4")
+    run(body, NOTHING, "<u4", races=True)  # threads of one warp
+    for first, race in (
+        (body, "block 1 writes at [+]0 of output what block 0 wrote"),
+        (
+            "ld.global.b32 %r1, [%rd31];" + body,
+            "block 1 reads at [+]0 of output what block 0 wrote",
+        ),
+        (ONE_READS, "block 1 writes at [+]0 of output what block 0 read"),
+    ):
+        with pytest.raises(ptx.Refused, match=race):
+            run(first, NOTHING, "<u4", races=True, blocks=2)
+
+
 def test_a_barrier_for_which_somebody_does_not_come() -> None:
     body = """
   setp.ge.u32 %p1, %r60, 32;

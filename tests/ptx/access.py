@@ -164,7 +164,7 @@ def copy_async(code: Code, i: Instruction) -> Step:
         if ((sizes != 0) & (sizes != width)).any():
             raise i.refuse(f"copies of {np.unique(sizes).tolist()} bytes of {width}")
         copy = _Copy(threads, to(f), source(f), sizes, width, copies.group[threads])
-        f.block.shared.offsets(copy.to, width)
+        f.block.shared.reserve(copy.to, width)
         f.block.memory.read(copy.source[sizes > 0], np.dtype(np.uint8), width)
         copies.flying.append(copy)
 

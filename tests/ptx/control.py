@@ -76,6 +76,7 @@ def barrier(code: Code, i: Instruction) -> Step:
         opened = barrier.opened
         barrier.arrive(f.active, expected)
         if barrier.opened > opened:
+            f.block.ordered(expected)
             return None
         return f.wait(lambda: barrier.opened > opened, then=f.pc + 1)
 

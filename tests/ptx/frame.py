@@ -137,7 +137,9 @@ class Frame:
 
     def run(self) -> bool:
         """Go on as far as possible; False where no thread could take a step."""
-        ran = False
+        ran, watch = False, self.block.shared.watch
+        if watch is not None:
+            watch.who = self.first // WARP
         while self._choose():
             ran = True
             try:

@@ -18,6 +18,7 @@ from .frame import WARP, Frame
 from .memory import Memory, Region
 from .parse import Entry, Refused
 from .program import SHARED_BASE, Program, program
+from .races import Watch
 from .registers import Array
 
 Order = Literal["ascending", "descending", "random"]
@@ -65,6 +66,14 @@ class Block:
             raise Refused(f"there are 16 barriers; this is number {number}")
         return self.barriers.setdefault(number, Barrier())
 
+    def ordered(self, threads: int) -> None:
+        """As many have met: what all of them did before comes before what they do now."""
+        if self.shared.watch is None:
+            return
+        if threads != self.threads:
+            raise Refused(f"races are not looked for across a barrier of {threads} threads")
+        self.shared.watch.epoch += 1
+
 
 class Machine:
     """Runs a kernel.
@@ -73,13 +82,26 @@ class Machine:
         order: In which warps are taken up.
         together: How many warps run in lockstep; 0 is all of them.
         seed: Of the random order.
+        races: Whether to look for races: between warps in shared memory, for kernels in which
+            nothing but barriers of all threads orders what they do there, and between blocks in
+            the tensors that are written.
     """
 
     def __init__(
-        self, memory: Memory, order: Order = "ascending", together: int = 1, seed: int = 0
+        self,
+        memory: Memory,
+        order: Order = "ascending",
+        together: int = 1,
+        seed: int = 0,
+        races: bool = False,
     ) -> None:
-        self.memory, self.order, self.together = memory, order, together
-        self._random = random.Random(seed)
+        if races and together != 1:
+            raise ValueError(f"warps must run one by one to find races, not {together} together")
+        self.memory, self.order, self.together, self.races = memory, order, together, races
+        self._random, self._launches = random.Random(seed), 0
+        for region in memory.regions if races else ():
+            if region.writable:
+                region.watch = Watch(region.name, region.size, "block", unit=1)
 
     def launch(
         self,
@@ -102,14 +124,18 @@ class Machine:
             raise Refused(f"{threads} threads, {entry.name} takes {entry.max_threads}")
         if threads % WARP:
             raise Refused(f"{threads} threads are no whole warps")
+        self._launches += 1
         made = program(entry)
         parameters = Region("parameters", 0, _parameters(made, arguments), writable=False)
         width = (self.together or threads // WARP) * WARP
         frames = made.frames(threads, width)
         size = made.code.shared_bytes + shared_bytes
-        for index in itertools.product(*map(range, reversed(grid))):
+        for number, index in enumerate(itertools.product(*map(range, reversed(grid)))):
             data = np.full(-(-size // 8), -1, np.int64).view(np.uint8)[:size]  # poison: NaN
             shared = Region("shared memory", SHARED_BASE, data)
+            if self.races:
+                shared.watch = Watch(shared.name, size, "warp", unit=2)
+            self.memory.turn(number, self._launches)
             block = Block(index[::-1], threads, self.memory, shared, parameters)
             self._run(block, frames, grid)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .parse import Refused
+from .races import Watch
 from .registers import Array
 
 Type = np.dtype[Any]
@@ -22,11 +23,16 @@ SHARED_WINDOW, PARAM_WINDOW = 1 << 56, 1 << 57
 
 
 class Region:
-    """Bytes at addresses of their own."""
+    """Bytes at addresses of their own.
+
+    Attributes:
+        watch: Looks for races, or None.
+    """
 
     def __init__(self, name: str, base: int, data: Array, writable: bool = True) -> None:
         self.name, self.base, self.data, self.writable = name, base, data, writable
         self.size = data.size
+        self.watch: Watch | None = None
         self._views: dict[Type, tuple[Array, int]] = {}
 
     @classmethod
@@ -57,14 +63,24 @@ class Region:
                 raise Refused(f"{width} bytes are outside of what there is: {where}")
         return self._aligned(addresses, width)
 
+    def reserve(self, addresses: Array, width: int) -> None:
+        """What will be written at some time from now on."""
+        offsets = self.offsets(addresses, width)
+        if self.watch is not None:
+            self.watch.note(offsets, width, writes=True)
+
     def _aligned(self, addresses: Array, width: int) -> Array:
         if width > 1 and int(np.bitwise_or.reduce(addresses)) & (width - 1):
             raise Refused(f"an address in {self.name} is not aligned to {width} bytes")
         return addresses - self.base
 
-    def _indices(self, addresses: Array, dtype: Type, count: int, inside: bool) -> Any:
+    def _indices(
+        self, addresses: Array, dtype: Type, count: int, inside: bool, writes: bool
+    ) -> tuple[Array, Array]:
         width = dtype.itemsize * count
         offsets = (self._aligned if inside else self.offsets)(addresses, width)
+        if self.watch is not None:
+            self.watch.note(offsets, width, writes)
         elements, skipped = self._view(dtype)
         return elements, (offsets - skipped) // dtype.itemsize
 
@@ -77,13 +93,13 @@ class Region:
             addresses: int64.
             inside: Whether it is known that they lie here.
         """
-        elements, indices = self._indices(addresses, dtype, count, inside)
+        elements, indices = self._indices(addresses, dtype, count, inside, False)
         return [elements[indices + n if n else indices] for n in range(count)]
 
     def write(self, addresses: Array, values: list[Array], inside: bool = False) -> None:
         if not self.writable:
             raise Refused(f"a write to {self.name}, which is only read")
-        elements, indices = self._indices(addresses, values[0].dtype, len(values), inside)
+        elements, indices = self._indices(addresses, values[0].dtype, len(values), inside, True)
         for n, value in enumerate(values):
             elements[indices + n] = value
 
@@ -103,6 +119,12 @@ class Memory:
         at = bisect.bisect_left(self._bases, region.base)
         self._bases.insert(at, region.base)
         self.regions.insert(at, region)
+
+    def turn(self, block: int, launch: int) -> None:
+        """Tell who looks for races whose accesses follow."""
+        for region in self.regions:
+            if region.watch is not None:
+                region.watch.who, region.watch.epoch = block, launch
 
     def _split(self, addresses: Array, width: int) -> list[tuple[Region, Array]]:
         """Which addresses lie in which tensor."""
