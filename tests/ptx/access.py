@@ -165,7 +165,7 @@ def copy_async(code: Code, i: Instruction) -> Step:
             raise i.refuse(f"copies of {np.unique(sizes).tolist()} bytes of {width}")
         copy = _Copy(threads, to(f), source(f), sizes, width, copies.group[threads])
         f.block.shared.reserve(copy.to, width)
-        f.block.memory.read(copy.source[sizes > 0], np.dtype(np.uint8), width)
+        f.block.memory.check(copy.source[sizes > 0], width)
         copies.flying.append(copy)
 
     return step

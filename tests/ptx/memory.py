@@ -159,6 +159,13 @@ class Memory:
         found = at >= 0 and self.regions[at].holds(low, high + width)
         return self.regions[at] if found else None
 
+    def check(self, addresses: Array, width: int) -> None:
+        """What will be read at some time from now on."""
+        one = self._one(addresses, width)
+        parts = self._split(addresses, width) if one is None else [(one, slice(None))]
+        for region, inside in parts:
+            region.offsets(addresses[inside], width)
+
     def read(self, addresses: Array, dtype: Type, count: int = 1) -> list[Array]:
         width = dtype.itemsize * count
         one = self._one(addresses, width)

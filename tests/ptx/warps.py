@@ -200,7 +200,8 @@ def multiply_matrices(code: Code, i: Instruction) -> Step:
         left = _numbers(f, a, brain).take(_A, 1).astype(np.float64)
         right = _numbers(f, b, brain).take(_B, 1).astype(np.float64)
         sums = (left @ right).reshape(-1, 128)[:, _FROM_C].reshape(-1, 4)
-        for n, (slot, start) in enumerate(zip(to, c, strict=True)):
-            f.put_only(slot, (sums[:, n] + f.only(f.v[start])).astype(np.float32))
+        results = [sums[:, n] + f.only(f.v[start]) for n, start in enumerate(c)]
+        for slot, result in zip(to, results, strict=True):  # some of c, maybe
+            f.put_only(slot, result.astype(np.float32))
 
     return step
