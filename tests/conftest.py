@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from background import Background, Said
+from gpu_builds import Builds
 from pool import Pool
 from triton_interpreter import start_interpreter
 
@@ -103,6 +104,12 @@ def interpreter() -> Iterator[Pool]:
     pytest.importorskip("triton")
     yield _interpreter
     _interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """Wheels with GPU kernels, each made once; see ``tests/gpu_builds.py``."""
+    return Builds(tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture(scope="session")

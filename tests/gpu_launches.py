@@ -66,7 +66,7 @@ class Launches:
     def __init__(self, library: ctypes.CDLL, path: Path) -> None:
         self._library = library
         self._names = function_names(path)
-        known = "usp_gpu_wave_size"
+        known = "usp_gpu_redirect_launches"
         address = ctypes.cast(getattr(library, known), c_void_p).value
         offset = next(offset for offset, name in self._names.items() if name == known)
         assert address is not None

@@ -14,22 +14,24 @@ from usp import ops
 
 # CPU kernels, and the GPU's sources with NVIDIA's warps and AMD's waves.
 IMPLEMENTATIONS = ("cpu", "gpu_32", "gpu_64")
-_LOADED: dict[str, Any] = {}
+_LOADED: dict[str, Path] = {}
 
 
 def implementation(name: str, folder: Path) -> Any:
-    """What has ``attention_delta``, ``state_merge``, ``pack`` and ``unpack`` as attributes.
-
-    Compiled and loaded once in a process.
-    """
+    """What has ``attention_delta``, ``state_merge``, ``pack`` and ``unpack`` as attributes."""
     if name == "cpu":
         if ops.load_error() is not None:
             pytest.skip(f"compiled ops: {ops.load_error()}")
         return torch.ops.usp
+    library(name, folder)
+    return getattr(torch.ops, f"usp_gpu_host_{name.removeprefix('gpu_')}")
+
+
+def library(name: str, folder: Path) -> Path:
+    """The host target's, compiled and loaded once in a process."""
     if name not in _LOADED:
-        wave_size = name.removeprefix("gpu_")
-        torch.ops.load_library(_build(wave_size, folder))
-        _LOADED[name] = getattr(torch.ops, f"usp_gpu_host_{wave_size}")
+        _LOADED[name] = _build(name.removeprefix("gpu_"), folder)
+        torch.ops.load_library(_LOADED[name])
     return _LOADED[name]
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,16 @@ from device_code import (
     ASK_CLANG,
     ASK_NVCC,
     NOT_PIPELINED,
-    Kernel,
     count_instructions,
     cuda_kernels,
     hip_kernels,
     overview,
     table,
 )
+from gpu_builds import BUILD_TIMEOUT_S, Builds, Built
 from usp_build import native, toolchains
-from wheels import ROOT, build_wheel, copy_sources, open_wheel
+from wheels import ROOT
 
-BUILD_TIMEOUT_S = 1500
 pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 
 SOURCES = {
@@ -53,48 +52,9 @@ GPU_OPS = (
 )
 
 
-@dataclass(frozen=True)
-class Built:
-    """A wheel of one device kind, unpacked.
-
-    Attributes:
-        folder: What ``import usp`` finds when it comes first on the path.
-        kernels: Everything compiled for the GPU.
-        log: What the build printed.
-    """
-
-    kind: str
-    folder: Path
-    kernels: tuple[Kernel, ...]
-    log: str
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One copy for both kinds: what is compiled for the CPU is compiled once."""
-    return copy_sources(tmp_path_factory.mktemp("gpu"))
-
-
 @pytest.fixture(scope="module", params=["cuda", "hip"])
-def built(request: pytest.FixtureRequest, sources: Path) -> Built:
-    kind, out = request.param, sources.parent / request.param
-    try:
-        toolchains.find(kind)
-    except toolchains.Missing as missing:
-        pytest.skip(f"no compiler for {kind}: {missing}")
-    kept = out / "kept"
-    kept.mkdir(parents=True)
-    ask = {"NVCC_APPEND_FLAGS": f"{ASK_NVCC}{kept}", "CCC_OVERRIDE_OPTIONS": ASK_CLANG}
-    # Without the PTX for newer GPUs, which is the code of sm_90a once more.
-    ask |= {"TORCH_CUDA_ARCH_LIST": "8.0;9.0", "PYTORCH_ROCM_ARCH": "gfx90a;gfx942"}
-    done = build_wheel(sources, out, BUILD_TIMEOUT_S, USP_BUILD=kind, **ask)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    open_wheel(out)[1].extractall(out / "unpacked")
-    if kind == "cuda":
-        kernels = cuda_kernels(done.stdout, kept)
-    else:
-        kernels = hip_kernels(sources.rglob("*-hip-amdgcn-amd-amdhsa-gfx*.s"))
-    return Built(kind, out / "unpacked", tuple(kernels), done.stdout)
+def built(request: pytest.FixtureRequest, gpu_builds: Builds) -> Built:
+    return gpu_builds.of(request.param)
 
 
 def run(built: Built, program: str) -> str:

@@ -105,10 +105,6 @@ void usp_gpu_descending_waves(int descending) {
   usp::gpu::host::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
 }
 
-void usp_gpu_redirect_launches(usp::gpu::host::LaunchListener listener) {
-  usp::gpu::host::redirect_launches(listener);
-}
-
 // The GPU to stand in for: 80, 90. Other targets than NVIDIA's do not look.
 void usp_gpu_compute_capability(int capability) {
   usp::gpu::host::set_compute_capability(capability);

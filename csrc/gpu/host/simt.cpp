@@ -286,3 +286,9 @@ void copies_arrived() {
 }
 
 }  // namespace usp::gpu::host
+
+// Every library of the host target has it.
+extern "C" __attribute__((visibility("default"))) void usp_gpu_redirect_launches(
+    usp::gpu::host::LaunchListener listener) {
+  usp::gpu::host::redirect_launches(listener);
+}
