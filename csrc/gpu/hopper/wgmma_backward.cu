@@ -46,7 +46,8 @@ const char* launch_backward(const Attention<float>& a, const AttentionGradients<
 }  // namespace
 
 bool takes_backward(const Attention<float>& inputs, const AttentionGradients<float>& gradients) {
-  return is_taken(inputs) && can_map(gradients.dout, inputs.B, inputs.Lq, inputs.H) &&
+  return is_taken(inputs) && !overwrites(gradients) &&
+         can_map(gradients.dout, inputs.B, inputs.Lq, inputs.H) &&
          has_aligned_pairs(gradients.dq, 4) && has_aligned_pairs(gradients.dk, 4) &&
          has_aligned_pairs(gradients.dv, 4) && runs_here(wgmma_query_kernel<BFloat16, 64>);
 }
