@@ -2,6 +2,8 @@
 
 // What the backward kernels share: from the products q k and dout v to the gradient of a score.
 
+#include <type_traits>
+
 #include "attention.h"
 #include "own_rows.h"
 #include "scores.h"

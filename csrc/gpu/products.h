@@ -2,6 +2,8 @@
 
 // Products of a wave's strips of rows, each as high as a tile, with rows that all waves share.
 
+#include <type_traits>
+
 #include "mma.h"
 #include "numbers.h"
 
