@@ -188,6 +188,24 @@ def test_what_lies_around_is_neither_read_nor_written(head_dim: int, ops: GpuHos
         assert largest(inside) > 0
 
 
+@pytest.mark.parametrize("last", [29, 128, 301])
+def test_keys_behind_the_last_that_is_seen_are_not_read(last: int, ops: GpuHostOps) -> None:
+    """Each stands behind its block's last key, in memory that was never written."""
+    case = replace(BASE, lk=353, prior_keys=0)
+    x = make_inputs(case)
+    x.first = torch.zeros(case.lq, dtype=torch.int32)
+    x.stop = torch.full_like(x.first, last)
+    want = computed(case, x, ops)
+    x.k[:, last:] = x.v[:, last:] = torch.nan
+    before = ops.wgmma_count()
+    got = computed(case, x, ops)
+    assert ops.wgmma_count() > before
+    for name in ("out", "lse", "dq"):
+        assert torch.equal(got[name], want[name]), name
+    for name in ("dk", "dv"):
+        assert torch.equal(got[name][:, :last], want[name][:, :last]), name
+
+
 def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(ops: GpuHostOps) -> None:
     case = replace(BASE, lq=300)
     x = make_inputs(case)

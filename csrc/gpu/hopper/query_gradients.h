@@ -22,7 +22,7 @@ USP_DEVICE void produce_keys(const GradientArguments& arguments, const BlockPlac
   int n = 0;
   for (int step = keys.first(); keys.has(step); step = keys.next(step)) {
     shared.rest().walked.wait_empty(n);
-    shared.load_walked(arguments.k, arguments.v, {0, keys.rows(step).begin, key_head, place.b}, n);
+    shared.load_walked(arguments.k, arguments.v, {0, keys.first_row(step), key_head, place.b}, n);
     ++n;
   }
 }
@@ -49,8 +49,8 @@ class KeyConsumer {
     if (!keys_.is_empty()) multiply(dq);
     const int64_t row = (int64_t{place_.b} * a_.Lq + first_query_) * a_.H + place_.h;
     GradientTarget::of_dq(g_).visit<T>([&](auto* to, auto adds) {
-      MatrixRows{to + row * kDim, a_.H * kDim, count_}.put(
-          dq, static_cast<float>(a_.softmax_scale), adds);
+      MatrixRows{to + row * kDim, a_.H * kDim, count_}.put(dq, static_cast<float>(a_.softmax_scale),
+                                                           adds);
     });
   }
 

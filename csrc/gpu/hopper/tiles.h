@@ -93,6 +93,9 @@ struct KeyWalk {
   USP_DEVICE bool has(int step) const { return step < walk.count; }
   USP_DEVICE bool is_empty() const { return !has(first()); }
   USP_DEVICE Rows rows(int step) const { return walk.step(step, kKeys); }
+  // Where a step's box begins. The last one ends with the last key that is seen: what lies behind
+  // may be NaN, and so is its product with a weight of zero. A row before the first is zeros.
+  USP_DEVICE int first_row(int step) const { return rows(step).end - kKeys; }
   USP_DEVICE bool is_masked(int step) const { return walk.is_masked(step); }
 };
 

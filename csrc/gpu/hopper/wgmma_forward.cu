@@ -78,7 +78,7 @@ USP_DEVICE void produce(const ForwardArguments& arguments, const BlockPlace& pla
     tile.load(map, full, row, head, place.b);
   };
   for (int step = keys.first(); keys.has(step); step = keys.next(step)) {
-    const int row = keys.rows(step).begin;
+    const int row = keys.first_row(step);
     bring(barriers.keys, arguments.k, shared.keys(n), row);
     bring(barriers.values, arguments.v, shared.values(n), row);
     ++n;
@@ -88,7 +88,8 @@ USP_DEVICE void produce(const ForwardArguments& arguments, const BlockPlace& pla
 template <typename T, int kDim>
 class Consumer {
  public:
-  USP_DEVICE Consumer(const ForwardArguments& arguments, const KeyWalk<kKeys>& keys, int first_query)
+  USP_DEVICE Consumer(const ForwardArguments& arguments, const KeyWalk<kKeys>& keys,
+                      int first_query)
       : a_(arguments.inputs),
         keys_(keys),
         own_(OwnRows::of(wave())),
