@@ -4,7 +4,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "attention_ops.h"
 #include "gpu/attention.h"
@@ -68,33 +67,7 @@ void forward(const ForwardCall& call) {
                [&](gpu::Stream stream) { return gpu::attention_forward(inputs, state, stream); });
 }
 
-// The kernels add to fp32 sums; what is to be overwritten gets them rounded.
-class Sums {
- public:
-  explicit Sums(const GradientTensors& g) : results_{g.dq, g.dk, g.dv} {
-    for (const Tensor& result : results_) {
-      sums_.push_back(torch::stable::new_zeros(result, result.sizes(), ScalarType::Float));
-    }
-  }
-
-  GradientTensors in_place_of(const GradientTensors& g) const {
-    return {g.dout, g.delta, g.lse, sums_[0], sums_[1], sums_[2], g.dbias, false};
-  }
-
-  void round() {
-    for (size_t i = 0; i < sums_.size(); ++i) torch::stable::copy_(results_[i], sums_[i]);
-  }
-
- private:
-  std::vector<Tensor> results_, sums_;
-};
-
 void backward(const BackwardCall& call) {
-  if (call.gradients.overwrite) {
-    Sums sums(call.gradients);
-    backward({call.q, call.k, call.v, call.masks, call.scalars, sums.in_place_of(call.gradients)});
-    return sums.round();
-  }
   Arguments args(call.q);
   const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
   const auto gradients = read_gradients<float>(args, call.q, call.masks.bias, call.gradients);

@@ -59,6 +59,7 @@ class _Gradients(Structure):
         ("dout", _Tensor),
         *[(name, c_void_p) for name in ("delta", "lse", "dq", "dk", "dv")],
         ("dbias", _Bias),
+        *[(name, c_int64) for name in ("overwrite", "dq_is_float", "kv_is_float")],
     ]
 
 
@@ -156,10 +157,12 @@ class GpuHostOps:
     def attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any
     ) -> None:
-        *options, dq, dk, dv, dbias = rest
-        inputs = _inputs(q, k, v, tuple(options))
+        dq, dk, dv, dbias, *overwrite = rest[_NUM_OPTIONS:]
+        inputs = _inputs(q, k, v, rest[:_NUM_OPTIONS])
         pointers = [x.data_ptr() for x in (delta, lse, dq, dk, dv)]
-        gradients = _Gradients(_view(dout), *pointers, _bias_view(dbias))
+        kept = (any(overwrite), dq.dtype == torch.float32, dk.dtype == torch.float32)
+        assert dk.dtype == dv.dtype and (kept[0] or kept[1:] == (True, True))
+        gradients = _Gradients(_view(dout), *pointers, _bias_view(dbias), *map(int, kept))
         self._library.usp_gpu_attention_backward(byref(inputs), byref(gradients))
 
 

@@ -305,6 +305,46 @@ def test_gradients_are_added(ops: GpuHostOps) -> None:
         torch.testing.assert_close(two, 2 * one)
 
 
+OVERWRITTEN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared_key_heads": {"heads": (5, 3, 4), "lq": 131},
+    "options": {"bias": "11QK", "softcap": 2.0, "batch": 2},
+    "no_multiple_of_8": {"head_dim": 61, "value_head_dim": 37},
+    "dk_in_parts": {"lq": 37, "lk": 41, "head_dim": 192, "value_head_dim": 136},
+    "dk_in_parts_with_options": {"lq": 37, "lk": 41, "head_dim": 256, "alibi": "1H"},
+    "gaps": {"span": "gaps", "lk": 257},
+    "unseen_keys": {"span": "window", "lk": 401},
+    "nothing": {"lq": 131},
+    "no_queries": {"lq": 0},
+    "no_keys": {"lk": 0},
+}
+
+
+@pytest.mark.parametrize("option", OVERWRITTEN)
+def test_overwritten_gradients_are_the_sums_rounded(option: str, ops: GpuHostOps) -> None:
+    case = replace(SMALL, **OVERWRITTEN[option])
+    x = make_inputs(case)
+    lse, delta = torch.randn(2, case.batch, case.heads[0], case.lq)
+    shared = options(case, x, slice(None), masked=True)
+    if option == "nothing":
+        shared[:2] = [torch.full((case.lq,), 7, dtype=torch.int32)] * 2
+    args = (x.dout, x.q, x.k, x.v, delta, lse + 4, *shared)
+    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
+    dbias = None if x.bias is None else torch.zeros(x.bias.shape)
+    ops.attention_backward(*args, *sums, dbias)
+    assert option in ("nothing", "no_queries", "no_keys") or all(map(largest, sums))
+    for dq_dtype, kv_dtype in itertools.product((case.dtype, torch.float32), repeat=2):
+        dtypes = (dq_dtype, kv_dtype, kv_dtype)
+        made = [guarded(t.shape, torch.nan, d) for t, d in zip(sums, dtypes, strict=True)]
+        again = None if dbias is None else torch.zeros_like(dbias)
+        ops.attention_backward(*args, *(result for result, _ in made), again, True)
+        assert again is None or torch.equal(again, dbias)
+        for (result, around), want in zip(made, sums, strict=True):
+            assert torch.equal(result, want.to(result.dtype))
+            guard = torch.tensor(GUARD, dtype=result.dtype)
+            assert (around == guard).sum() == around.numel() - result.numel()
+
+
 @pytest.mark.parametrize("head_dim", [13, 64])
 def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
     case = replace(SMALL, bias="1HQK", head_dim=head_dim, value_head_dim=head_dim)

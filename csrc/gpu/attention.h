@@ -18,7 +18,7 @@ const char* attention_forward(const Attention<float>& inputs, const AttentionSta
 // dout and out are both bf16 or both fp16, of any Dv.
 const char* attention_delta(const AttentionDelta<float>& inputs, Stream stream);
 
-// Adds the block's share to dq, dk, dv and dbias.
+// Adds the block's share to dq, dk, dv and dbias; results are written over, in fp32 or q's dtype.
 const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream);
 

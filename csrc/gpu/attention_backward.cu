@@ -64,7 +64,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
       Walk::over(visible_queries(a.span, range), unmasked_queries(a.span, range), kColumns);
   const Rows heads = Rows::of(a.query_heads(place.h));
   const int steps = walk.count * heads.size();
-  if (steps <= 0) return;
+  if (steps <= 0 && !overwrites(g)) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -121,10 +121,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
-  MatrixRows<float>{g.dk + row * D + first_dim, a.G * D, count, D - first_dim}.template add<kWidth>(
-      dk, static_cast<float>(a.softmax_scale));
-  MatrixRows<float>{g.dv + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}
-      .template add<kWidth>(dv, 1.0f);
+  GradientTarget::of_dk(g).visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kWidth>(
+        dk, static_cast<float>(a.softmax_scale), adds);
+  });
+  GradientTarget::of_dv(g).visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.template put<kWidth>(
+        dv, 1.0f, adds);
+  });
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -142,7 +146,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
-  if (walk.count == 0) return;
+  if (walk.count == 0 && !overwrites(g)) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -200,8 +204,10 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lq + first_query) * a.H + place.h;
   const int D = static_cast<int>(a.D);
-  MatrixRows<float>{g.dq + row * D, a.H * D, count, D}.template add<kWidth>(
-      dq, static_cast<float>(a.softmax_scale));
+  GradientTarget::of_dq(g).visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * D, a.H * D, count, D}.template put<kWidth>(
+        dq, static_cast<float>(a.softmax_scale), adds);
+  });
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -239,10 +245,12 @@ const char* attention_backward(const Attention<float>& inputs,
     return hopper::attention_backward(inputs, gradients, stream);
   }
 #endif
+  const GradientResults& results = gradients.results;
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
-      is_aligned(gradients.dq) && is_aligned(gradients.dk) && is_aligned(gradients.dv);
+      is_aligned(gradients.dq) && is_aligned(gradients.dk) && is_aligned(gradients.dv) &&
+      is_aligned(results.dq) && is_aligned(results.dk) && is_aligned(results.dv);
   const BackwardArguments arguments{inputs, gradients, {}, vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     backward_of<BFloat16>(arguments, stream);

@@ -2,6 +2,8 @@
 
 // What the backward kernels share: from the products q k and dout v to the gradient of a score.
 
+#include <type_traits>
+
 #include "attention.h"
 #include "own_rows.h"
 #include "scores.h"
@@ -22,8 +24,41 @@ USP_DEVICE AttentionGradients<float> in_global_memory(AttentionGradients<float> 
   g.dq = in_global_memory(g.dq);
   g.dk = in_global_memory(g.dk);
   g.dv = in_global_memory(g.dv);
+  g.results.dq = in_global_memory(g.results.dq);
+  g.results.dk = in_global_memory(g.results.dk);
+  g.results.dv = in_global_memory(g.results.dv);
   g.dbias.data = in_global_memory(g.dbias.data);
   return g;
+}
+
+// dq, dk or dv in memory: a sum to add to, or a result to write over, in fp32 or in T.
+struct GradientTarget {
+  float* sum;
+  void* result;  // null: there is a sum
+  DType dtype;
+
+  USP_DEVICE static GradientTarget of_dq(const AttentionGradients<float>& g) {
+    return {g.dq, g.results.dq, g.results.dq_dtype};
+  }
+  USP_DEVICE static GradientTarget of_dk(const AttentionGradients<float>& g) {
+    return {g.dk, g.results.dk, g.results.kv_dtype};
+  }
+  USP_DEVICE static GradientTarget of_dv(const AttentionGradients<float>& g) {
+    return {g.dv, g.results.dv, g.results.kv_dtype};
+  }
+
+  // visit(pointer, integral constant: whether what is there counts)
+  template <typename T, typename Visit>
+  USP_DEVICE void visit(Visit&& visit) const {
+    if (result == nullptr) return visit(sum, std::true_type{});
+    if (dtype == DType::kFloat32) return visit(static_cast<float*>(result), std::false_type{});
+    visit(static_cast<T*>(result), std::false_type{});
+  }
+};
+
+// Whether rows that nobody sees, or that see nothing, are written too: as zeros.
+USP_HOST_DEVICE bool overwrites(const AttentionGradients<float>& g) {
+  return g.results.dq != nullptr || g.results.dk != nullptr || g.results.dv != nullptr;
 }
 
 // bias_backward.cu: adds this block's share to dbias.

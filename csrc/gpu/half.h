@@ -74,4 +74,9 @@ USP_DEVICE T rounded(float x) {
   return {static_cast<uint16_t>(pack<T>(x, 0.0f))};
 }
 
+template <>
+USP_DEVICE float rounded<float>(float x) {
+  return x;
+}
+
 }  // namespace usp::gpu

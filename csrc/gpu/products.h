@@ -2,6 +2,8 @@
 
 // Products of a wave's strips of rows, each as high as a tile, with rows that all waves share.
 
+#include <type_traits>
+
 #include "mma.h"
 #include "numbers.h"
 
@@ -91,16 +93,24 @@ struct MatrixRows {
     }
   }
 
-  // Adds factor * sums.
-  template <int kWidth, int kTile, int kStrips, int kColumns>
-  USP_DEVICE void add(Sums<kTile, kStrips, kColumns>& sums, float factor) const {
+  // Writes factor * sums, rounded to T; or where `adds` adds it to what is there.
+  template <int kWidth, int kTile, int kStrips, int kColumns, bool kAdds>
+  USP_DEVICE void put(Sums<kTile, kStrips, kColumns>& sums, float factor,
+                      std::bool_constant<kAdds> /*adds*/) const {
     PerRow<bool, kTile, kStrips> exists;
     exists.for_each([&](bool& here, int row) { here = row < count; });
     for_each<kWidth>(sums, exists, [&](const float* x, T* place, int, int) {
       auto* numbers = reinterpret_cast<Numbers<T, kWidth>*>(place);
-      Numbers<T, kWidth> held = *numbers;
+      Numbers<T, kWidth> held;
+      if constexpr (kAdds) held = *numbers;
       USP_UNROLL
-      for (int i = 0; i < kWidth; ++i) held.item[i] += factor * x[i];
+      for (int i = 0; i < kWidth; ++i) {
+        if constexpr (kAdds) {
+          held.item[i] += factor * x[i];
+        } else {
+          held.item[i] = rounded<T>(factor * x[i]);
+        }
+      }
       *numbers = held;
     });
   }

@@ -12,13 +12,20 @@
 #include "../host/hopper.h"
 #endif
 
-// Only sm_90a has these instructions: elsewhere a kernel that uses them has no body, and is never
-// launched (device.h).
+// Only sm_90a has these instructions. Elsewhere a kernel that uses them is never launched, see
+// device.h.
 #if defined(USP_GPU_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define USP_HOPPER 1
 #endif
 
 namespace usp::gpu::hopper {
+
+// All that a kernel of this folder does elsewhere: an error, not what memory happens to hold.
+USP_DEVICE void never_launched() {
+#if defined(USP_GPU_CUDA)
+  __trap();
+#endif
+}
 
 inline constexpr int kGroup = 128;  // threads of a warpgroup: what one wgmma takes
 

@@ -7,7 +7,8 @@
 //   the rest        |  P     | dS     |
 //
 // The two consumers are rarely at the same place, so that one multiplies while the other does the
-// rest. More does not fit into a thread's registers: dK and dV alone are 128.
+// rest. More does not fit into a thread's registers: dK and dV alone are 128, and with the next
+// scores under way ptxas spills 120 bytes beside 238 others.
 
 #include "gradient_tiles.h"
 
@@ -107,10 +108,14 @@ USP_DEVICE void consume_queries(const GradientArguments& arguments, const BlockP
   }
 
   const int64_t row = (int64_t{place.b} * a.Lk + first_key) * a.G + place.h;
-  const int count = static_cast<int>(a.Lk) - first_key;
-  MatrixRows<float>{g.dk + row * kDim, a.G * kDim, count}.add(dk,
-                                                              static_cast<float>(a.softmax_scale));
-  MatrixRows<float>{g.dv + row * kDim, a.G * kDim, count}.add(dv, 1.0f);
+  const auto put = [&](const GradientTarget& target, Product<kDim>& product, float factor) {
+    target.visit<T>([&](auto* to, auto adds) {
+      MatrixRows{to + row * kDim, a.G * kDim, static_cast<int>(a.Lk) - first_key}.put(product,
+                                                                                      factor, adds);
+    });
+  };
+  put(GradientTarget::of_dk(g), dk, static_cast<float>(a.softmax_scale));
+  put(GradientTarget::of_dv(g), dv, 1.0f);
 }
 
 template <typename T, int kDim>
@@ -123,7 +128,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void wgmma_key_value_kernel(
   const QueryWalk walk{
       Walk::over(visible_queries(a.span, range), unmasked_queries(a.span, range), kColumns),
       Rows::of(a.query_heads(place.h))};
-  if (walk.steps() <= 0) return;
+  if (walk.steps() <= 0 && !overwrites(arguments.gradients)) return;
 
   GradientShared<T, kDim>().set_up(kWaveSize);
   const int first_key = static_cast<int>(range.begin);
@@ -134,6 +139,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void wgmma_key_value_kernel(
     take_registers<kConsumerRegisters>();
     consume_queries<T, kDim>(arguments, place, first_key, walk);
   }
+#else
+  never_launched();
 #endif
 }
 

@@ -7,12 +7,15 @@
 
 namespace usp::gpu::hopper {
 
-// Of the queries from `first_query` on, as rows, and of `keys`: -inf where unseen.
+// Of the queries from `first_query` on, as rows, and of a tile that ends where `keys` do: -inf
+// where unseen.
 template <int kColumns>
 USP_DEVICE void mask(Product<kColumns>& scores, const Span& span, int first_query, Rows keys) {
+  const int before = kColumns - keys.size();  // of another step
   PerRow<Columns> seen;
   seen.for_each([&](Columns& columns, int row) {
-    columns = visible_columns(span, first_query + row, keys, true);
+    const Columns found = visible_columns(span, first_query + row, keys, true);
+    columns = {(found.begin > 0 ? found.begin : 0) + before, found.end + before};
   });
   scores.for_each([&](float& x, int slot, int column) {
     if (!seen.of[slot].contain(column)) x = -kInfinity;

@@ -15,14 +15,15 @@ namespace usp::gpu::hopper {
 // One thread.
 template <typename T, int kDim>
 USP_DEVICE void produce_keys(const GradientArguments& arguments, const BlockPlace& place,
-                             int first_query, const Walk& walk) {
+                             int first_query, const KeyWalk<kColumns>& keys) {
   const GradientShared<T, kDim> shared;
   const int key_head = static_cast<int>(arguments.inputs.key_head(place.h));
   shared.load_own(arguments.q, arguments.dout, {0, first_query, place.h, place.b});
-  for (int step = 0; step < walk.count; ++step) {
-    shared.rest().walked.wait_empty(step);
-    shared.load_walked(arguments.k, arguments.v,
-                       {0, walk.step(step, kColumns).begin, key_head, place.b}, step);
+  int n = 0;
+  for (int step = keys.first(); keys.has(step); step = keys.next(step)) {
+    shared.rest().walked.wait_empty(n);
+    shared.load_walked(arguments.k, arguments.v, {0, keys.first_row(step), key_head, place.b}, n);
+    ++n;
   }
 }
 
@@ -32,54 +33,63 @@ template <typename T, int kDim>
 class KeyConsumer {
  public:
   USP_DEVICE KeyConsumer(const GradientArguments& arguments, const BlockPlace& place,
-                         int first_query, const Walk& walk)
+                         int first_query, const KeyWalk<kColumns>& keys)
       : a_(arguments.inputs),
         g_(arguments.gradients),
         place_(place),
-        walk_(walk),
+        keys_(keys),
         own_(OwnRows::of(wave())),
         first_query_(first_query + own_.of_wave),
         count_(static_cast<int>(a_.Lq) - first_query_),
         scale_(static_cast<float>(a_.softmax_scale) * kLog2e) {}
 
   USP_DEVICE void run() {
-    auto& ring = shared_.rest().walked;
-    load_results();
     Product<kDim> dq;
     dq.clear();
+    if (!keys_.is_empty()) multiply(dq);
+    const int64_t row = (int64_t{place_.b} * a_.Lq + first_query_) * a_.H + place_.h;
+    GradientTarget::of_dq(g_).visit<T>([&](auto* to, auto adds) {
+      MatrixRows{to + row * kDim, a_.H * kDim, count_}.put(dq, static_cast<float>(a_.softmax_scale),
+                                                           adds);
+    });
+  }
+
+ private:
+  USP_DEVICE void multiply(Product<kDim>& dq) {
+    auto& ring = shared_.rest().walked;
+    load_results();
     LeftOperand<T, kColumns> gradients;
     shared_.rest().own.wait(0);
     {
       Product<kColumns> scores, dscores;
       start_scores(scores, dscores, 0);
       products_done<1>(scores);
-      weigh_step(scores, 0);
+      weigh_step(scores, keys_.first());
       products_done<0>(dscores);
       differentiate(dscores, scores);
       gradients.from(dscores);
     }
-    for (int step = 1; step < walk_.count; ++step) {
+    int n = 0;
+    for (int step = keys_.next(keys_.first()); keys_.has(step);) {
+      ++n;
+      const int following = keys_.next(step);
       Product<kColumns> scores, dscores;
-      start_scores(scores, dscores, step);
-      start_gradient(dq, gradients, shared_.walked(0, step - 1));
+      start_scores(scores, dscores, n);
+      start_gradient(dq, gradients, shared_.walked(0, n - 1));
       products_done<2>(scores);
       weigh_step(scores, step);
-      if (step + 1 < walk_.count) ring.wait_full(step + 1);
+      if (keys_.has(following)) ring.wait_full(n + 1);
       products_done<1>(dscores);
       differentiate(dscores, scores);
       products_done<0>(dq, gradients);
-      ring.release(step - 1);
+      ring.release(n - 1);
       gradients.from(dscores);
+      step = following;
     }
-    start_gradient(dq, gradients, shared_.walked(0, walk_.count - 1));
+    start_gradient(dq, gradients, shared_.walked(0, n));
     products_done<0>(dq, gradients);
-
-    const int64_t row = (int64_t{place_.b} * a_.Lq + first_query_) * a_.H + place_.h;
-    MatrixRows<float>{g_.dq + row * kDim, a_.H * kDim, count_}.add(
-        dq, static_cast<float>(a_.softmax_scale));
   }
 
- private:
   USP_DEVICE void load_results() {
     const int64_t first = (int64_t{place_.b} * a_.H + place_.h) * a_.Lq + first_query_;
     results_.for_each([&](QueryResults& result, int row) {
@@ -89,13 +99,13 @@ class KeyConsumer {
     });
   }
 
-  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int step) {
-    shared_.rest().walked.wait_full(step);
-    shared_.start_scores(scores, dscores, own_.of_group, step);
+  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int n) {
+    shared_.rest().walked.wait_full(n);
+    shared_.start_scores(scores, dscores, own_.of_group, n);
   }
 
   USP_DEVICE void weigh_step(Product<kColumns>& scores, int step) {
-    if (walk_.is_masked(step)) mask(scores, a_.span, first_query_, walk_.step(step, kColumns));
+    if (keys_.is_masked(step)) mask(scores, a_.span, first_query_, keys_.rows(step));
     scores.for_each([&](float& x, int slot, int) { weigh(x, scale_, results_.of[slot].lse); });
   }
 
@@ -109,7 +119,7 @@ class KeyConsumer {
   const Attention<float>& a_;
   const AttentionGradients<float>& g_;
   const BlockPlace& place_;
-  const Walk& walk_;
+  const KeyWalk<kColumns>& keys_;
   OwnRows own_;
   int first_query_, count_;
   float scale_;
@@ -125,17 +135,23 @@ USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void wgmma_query_kernel(
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kOwnRows));
   const Range range = rows_of_tile(place.row_tile, kOwnRows, a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
-  if (walk.count == 0) return;
+  const SeenSteps seen(a.span, range, walk, kColumns);
+  const KeyWalk<kColumns> keys{walk, seen};
+  if (keys.is_empty() && !overwrites(arguments.gradients)) return;
 
   GradientShared<T, kDim>().set_up(1);
   const int first_query = static_cast<int>(range.begin);
   if (wave() < 4) {
     give_registers_back<kProducerRegisters>();
-    if (thread_index() == 0) produce_keys<T, kDim>(arguments, place, first_query, walk);
+    if (thread_index() == 0 && !keys.is_empty()) {
+      produce_keys<T, kDim>(arguments, place, first_query, keys);
+    }
   } else {
     take_registers<kConsumerRegisters>();
-    KeyConsumer<T, kDim>(arguments, place, first_query, walk).run();
+    KeyConsumer<T, kDim>(arguments, place, first_query, keys).run();
   }
+#else
+  never_launched();
 #endif
 }
 

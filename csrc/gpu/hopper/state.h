@@ -2,6 +2,8 @@
 
 // Rows of a warp in contiguous matrices in memory.
 
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace usp::gpu::hopper {
@@ -50,11 +52,13 @@ struct MatrixRows {
     return exists;
   }
 
-  // Adds factor * product.
-  template <int kColumns>
-  USP_DEVICE void add(Product<kColumns>& product, float factor) const {
-    for_each(product, existing(), [&](const float* x, float* place) {
-      const FloatPair before = load_pair(place);
+  // Writes factor * product, rounded to T; or where `adds` adds it to what is there.
+  template <int kColumns, bool kAdds>
+  USP_DEVICE void put(Product<kColumns>& product, float factor,
+                      std::bool_constant<kAdds> /*adds*/) const {
+    for_each(product, existing(), [&](const float* x, T* place) {
+      FloatPair before{0.0f, 0.0f};
+      if constexpr (kAdds) before = load_pair(place);
       store_pair(place, before.x + factor * x[0], before.y + factor * x[1]);
     });
   }

@@ -43,8 +43,8 @@ struct Tile {
 
   // Rows from `row` (a multiple of 8) on, and columns 16 k to 16 k + 15, summed over columns.
   USP_HOST_DEVICE static constexpr uint64_t over_columns(uint32_t address, int k, int row) {
-    const uint64_t tile = descriptor::make(address, 16, kGroupBytes);
-    return descriptor::advance(tile, k / 4 * kPanelBytes + k % 4 * 32 + row * 128);
+    const uint64_t tile = descriptor::make(address + row * 128, 16, kGroupBytes);
+    return descriptor::advance(tile, k / 4 * kPanelBytes + k % 4 * 32);
   }
 
   // Rows 16 k to 16 k + 15 and all columns, summed over rows.
@@ -81,7 +81,25 @@ USP_DEVICE void multiply_accumulate(Product<kDim>& sums, const LeftOperand<T, kR
   }
 }
 
-// Stages of a tile, or of tiles that come together.
+// What a block of queries walks over: the steps over keys in which some of its rows see a key.
+// Every wave finds the same ones.
+template <int kKeys>
+struct KeyWalk {
+  const Walk& walk;
+  const SeenSteps& seen;
+
+  USP_DEVICE int first() const { return next(-1); }
+  USP_DEVICE int next(int step) const { return seen.next(step); }
+  USP_DEVICE bool has(int step) const { return step < walk.count; }
+  USP_DEVICE bool is_empty() const { return !has(first()); }
+  USP_DEVICE Rows rows(int step) const { return walk.step(step, kKeys); }
+  // Where a step's box begins. The last one ends with the last key that is seen: what lies behind
+  // may be NaN, and so is its product with a weight of zero. A row before the first is zeros.
+  USP_DEVICE int first_row(int step) const { return rows(step).end - kKeys; }
+  USP_DEVICE bool is_masked(int step) const { return walk.is_masked(step); }
+};
+
+// Stages of a tile, or of tiles that come together. Its `step` counts what passes through it.
 template <int kStages>
 struct Ring {
   Barrier full[kStages], empty[kStages];

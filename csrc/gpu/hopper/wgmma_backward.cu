@@ -46,9 +46,13 @@ const char* launch_backward(const Attention<float>& a, const AttentionGradients<
 }  // namespace
 
 bool takes_backward(const Attention<float>& inputs, const AttentionGradients<float>& gradients) {
+  const auto takes = [](const float* sum, const void* result) {
+    return has_aligned_pairs(sum, 4) && has_aligned_pairs(result, 4);
+  };
+  const GradientResults& results = gradients.results;
   return is_taken(inputs) && can_map(gradients.dout, inputs.B, inputs.Lq, inputs.H) &&
-         has_aligned_pairs(gradients.dq, 4) && has_aligned_pairs(gradients.dk, 4) &&
-         has_aligned_pairs(gradients.dv, 4) && runs_here(wgmma_query_kernel<BFloat16, 64>);
+         takes(gradients.dq, results.dq) && takes(gradients.dk, results.dk) &&
+         takes(gradients.dv, results.dv) && runs_here(wgmma_query_kernel<BFloat16, 64>);
 }
 
 const char* attention_backward(const Attention<float>& inputs,

@@ -61,7 +61,7 @@ struct ForwardShared {
 // One thread brings everything.
 template <typename T, int kDim>
 USP_DEVICE void produce(const ForwardArguments& arguments, const BlockPlace& place, int first_query,
-                        const Walk& walk) {
+                        const KeyWalk<kKeys>& keys) {
   using Shared = ForwardShared<T, kDim>;
   const Shared shared;
   typename Shared::Barriers& barriers = shared.barriers();
@@ -69,25 +69,29 @@ USP_DEVICE void produce(const ForwardArguments& arguments, const BlockPlace& pla
   shared.queries().load(arguments.q, barriers.queries, first_query, place.h, place.b);
 
   const int head = static_cast<int>(arguments.inputs.key_head(place.h));
+  int n = 0;
   const auto bring = [&](Ring<kStages>& ring, const TensorMap& map,
-                         const typename Shared::Keys& tile, int step) {
-    ring.wait_empty(step);
-    Barrier& full = ring.full[ring.stage(step)];
+                         const typename Shared::Keys& tile, int row) {
+    ring.wait_empty(n);
+    Barrier& full = ring.full[ring.stage(n)];
     full.arrive_expecting(Shared::Keys::kBytes);
-    tile.load(map, full, walk.step(step, kKeys).begin, head, place.b);
+    tile.load(map, full, row, head, place.b);
   };
-  for (int step = 0; step < walk.count; ++step) {
-    bring(barriers.keys, arguments.k, shared.keys(step), step);
-    bring(barriers.values, arguments.v, shared.values(step), step);
+  for (int step = keys.first(); keys.has(step); step = keys.next(step)) {
+    const int row = keys.first_row(step);
+    bring(barriers.keys, arguments.k, shared.keys(n), row);
+    bring(barriers.values, arguments.v, shared.values(n), row);
+    ++n;
   }
 }
 
 template <typename T, int kDim>
 class Consumer {
  public:
-  USP_DEVICE Consumer(const ForwardArguments& arguments, const Walk& walk, int first_query)
+  USP_DEVICE Consumer(const ForwardArguments& arguments, const KeyWalk<kKeys>& keys,
+                      int first_query)
       : a_(arguments.inputs),
-        walk_(walk),
+        keys_(keys),
         own_(OwnRows::of(wave())),
         first_query_(first_query + own_.of_wave),
         scale_(static_cast<float>(a_.softmax_scale) * kLog2e) {}
@@ -102,49 +106,53 @@ class Consumer {
       Product<kKeys> scores;
       start_scores(scores, 0);
       products_done<0>(scores);
-      scale_rows(out, weigh_step(scores, running, 0));
+      barriers.keys.release(0);
+      scale_rows(out, weigh_step(scores, running, keys_.first()));
       weights.from(scores);
     }
-    for (int step = 1; step < walk_.count; ++step) {
+    int n = 0;
+    for (int step = keys_.next(keys_.first()); keys_.has(step);) {
+      ++n;
+      const int following = keys_.next(step);
       Product<kKeys> scores;
-      start_scores(scores, step);
-      start_values(out, weights, step - 1);
+      start_scores(scores, n);
+      start_values(out, weights, n - 1);
       products_done<1>(scores);
+      barriers.keys.release(n);
       const PerRow<float> shrink = weigh_step(scores, running, step);
-      if (step + 1 < walk_.count) barriers.keys.wait_full(step + 1);
+      if (keys_.has(following)) barriers.keys.wait_full(n + 1);
       products_done<0>(out, weights);
-      barriers.values.release(step - 1);
+      barriers.values.release(n - 1);
       scale_rows(out, shrink);
       weights.from(scores);
+      step = following;
     }
-    start_values(out, weights, walk_.count - 1);
+    start_values(out, weights, n);
     products_done<0>(out, weights);
   }
 
  private:
-  USP_DEVICE void start_scores(Product<kKeys>& scores, int step) {
-    shared_.barriers().keys.wait_full(step);
+  USP_DEVICE void start_scores(Product<kKeys>& scores, int n) {
+    shared_.barriers().keys.wait_full(n);
     begin_products(scores);
-    multiply_transposed(scores, shared_.queries(), own_.of_group, shared_.keys(step));
+    multiply_transposed(scores, shared_.queries(), own_.of_group, shared_.keys(n));
     end_products();
   }
 
-  USP_DEVICE void start_values(Product<kDim>& out, LeftOperand<T, kKeys>& weights, int step) {
-    shared_.barriers().values.wait_full(step);
+  USP_DEVICE void start_values(Product<kDim>& out, LeftOperand<T, kKeys>& weights, int n) {
+    shared_.barriers().values.wait_full(n);
     begin_products(out, weights);
-    multiply_accumulate(out, weights, shared_.values(step));
+    multiply_accumulate(out, weights, shared_.values(n));
     end_products();
   }
 
-  // The scores of a step are there: the keys are no longer needed.
   USP_DEVICE PerRow<float> weigh_step(Product<kKeys>& scores, RunningRows& running, int step) {
-    shared_.barriers().keys.release(step);
-    if (walk_.is_masked(step)) mask(scores, a_.span, first_query_, walk_.step(step, kKeys));
+    if (keys_.is_masked(step)) mask(scores, a_.span, first_query_, keys_.rows(step));
     return weigh(scores, scale_, running);
   }
 
   const Attention<float>& a_;
-  const Walk& walk_;
+  const KeyWalk<kKeys>& keys_;
   OwnRows own_;
   int first_query_;
   float scale_;
@@ -159,7 +167,9 @@ USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void forward_kernel(
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kOwnRows));
   const Range range = rows_of_tile(place.row_tile, kOwnRows, a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kKeys);
-  if (walk.count == 0 && arguments.state.result == nullptr) return;
+  const SeenSteps seen(a.span, range, walk, kKeys);
+  const KeyWalk<kKeys> keys{walk, seen};
+  if (keys.is_empty() && arguments.state.result == nullptr) return;
 
   const int first_query = static_cast<int>(range.begin);
   const ForwardShared<T, kDim> shared;
@@ -172,20 +182,22 @@ USP_KERNEL USP_LAUNCH_BOUNDS(kThreads, 1) void forward_kernel(
   barrier();
   if (wave() < 4) {
     give_registers_back<kProducerRegisters>();
-    if (thread_index() == 0 && walk.count > 0) {
-      produce<T, kDim>(arguments, place, first_query, walk);
+    if (thread_index() == 0 && !keys.is_empty()) {
+      produce<T, kDim>(arguments, place, first_query, keys);
     }
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer<T, kDim> consumer(arguments, walk, first_query);
+    Consumer<T, kDim> consumer(arguments, keys, first_query);
     const auto state =
         StateRows<T>::of(arguments.state, a, place.b, place.h, consumer.first_query());
     RunningRows running;
     Product<kDim> out;
     state.load(running, out);
-    if (walk.count > 0) consumer.run(running, out);
+    if (!keys.is_empty()) consumer.run(running, out);
     state.store(running, out);
   }
+#else
+  never_launched();
 #endif
 }
 

@@ -37,8 +37,9 @@ struct Inputs {
 struct Gradients {
   Tensor dout;
   const float *delta, *lse;
-  float *dq, *dk, *dv;
+  void *dq, *dk, *dv;
   Bias dbias;
+  int64_t overwrite, dq_is_float, kv_is_float;  // else of q's dtype
 };
 
 TensorView view(const Tensor& x, const Inputs& in) {
@@ -65,6 +66,22 @@ Attention<float> attention(const Inputs& in) {
   a.softmax_scale = in.softmax_scale, a.softcap = in.softcap, a.dropout_p = in.dropout_p;
   a.dropout_seed = static_cast<uint64_t>(in.dropout_seed);
   return a;
+}
+
+AttentionGradients<float> gradients(const Gradients& g, const Inputs& in) {
+  AttentionGradients<float> made{};
+  made.dout = view(g.dout, in);
+  made.delta = g.delta, made.lse = g.lse;
+  made.dbias = view<float*>(g.dbias);
+  const auto dtype = [&](int64_t is_float) { return is_float ? DType::kFloat32 : made.dout.dtype; };
+  if (g.overwrite) {
+    made.results = {g.dq, g.dk, g.dv, dtype(g.dq_is_float), dtype(g.kv_is_float)};
+  } else {
+    made.dq = static_cast<float*>(g.dq);
+    made.dk = static_cast<float*>(g.dk);
+    made.dv = static_cast<float*>(g.dv);
+  }
+  return made;
 }
 
 struct NamedLayout {
@@ -153,9 +170,6 @@ void usp_gpu_attention_forward(const usp::gpu::Inputs* in, float* out, float* ls
 }
 
 void usp_gpu_attention_backward(const usp::gpu::Inputs* in, const usp::gpu::Gradients* g) {
-  usp::gpu::attention_backward(attention(*in),
-                               {usp::gpu::view(g->dout, *in), g->delta, g->lse, g->dq, g->dk, g->dv,
-                                usp::gpu::view<float*>(g->dbias)},
-                               {});
+  usp::gpu::attention_backward(attention(*in), gradients(*g, *in), {});
 }
 }
