@@ -158,8 +158,11 @@ class Program:
 
 
 def touched(instruction: Instruction) -> frozenset[int]:
-    """Every register that an instruction reads or writes, VCC too where it is not named."""
-    found = registers_of(instruction)
+    """Every register that an instruction reads or writes, VCC too where it is not named.
+
+    What a load will write is not among them: see ``Wave.transfer``.
+    """
+    found = registers_of(instruction, skip=int(transfers.loads(instruction)))
     implicit = "_vcc" in instruction.name or "div_fmas" in instruction.name
     return found | {VCC, VCC + 1} if implicit else found
 

@@ -5,6 +5,7 @@ Source: "CDNA3 ISA" 5.2 "Scalar ALU Operands", 6.2 "Operands".
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Operand:
         return frozenset(range(first, first + self.width))
 
 
+@functools.cache
 def parse(text: str) -> Operand:
     negative = text.startswith("-") and not _INTEGER.match(text) and not _FLOAT.match(text)
     bare = text[1:] if negative else text
@@ -81,10 +83,10 @@ def parse(text: str) -> Operand:
     raise Unknown(f"operand {text!r}")
 
 
-def registers_of(instruction: Instruction) -> frozenset[int]:
-    """Every register that an instruction names."""
+def registers_of(instruction: Instruction, skip: int = 0) -> frozenset[int]:
+    """Every register that an instruction names, but in the first operands."""
     found: frozenset[int] = frozenset()
-    for text in instruction.operands:
+    for text in instruction.operands[skip:]:
         if text not in ("off", "") and not text.startswith((".L", "vmcnt", "lgkmcnt")):
             found |= parse(text).registers
     return found
@@ -97,7 +99,7 @@ def constant(operand: Operand, kind: str) -> Any:
         if kind[0] == "f":
             return TYPES[kind](value)
         return np.float32(value).view(np.uint32).astype(TYPES[kind])
-    if kind == "f64" and value != 0 or kind[1:] == "64" and not -16 <= value <= 64:
+    if (kind == "f64" and value != 0) or (kind[1:] == "64" and not -16 <= value <= 64):
         raise Unknown(f"{value} as {kind}")
     if kind == "f64":
         return np.float64(0)

@@ -34,7 +34,9 @@ _SIZES = {
     "b64": 8,
     "b128": 16,
 }
-_GLOBAL = re.compile(r"global_(load|store)_(ubyte|byte|ushort|short_d16_hi|short|dword(?:x[234])?)$")
+_GLOBAL = re.compile(
+    r"global_(load|store)_(ubyte|byte|ushort|short_d16_hi|short|dword(?:x[234])?)$"
+)
 _LOCAL = re.compile(r"ds_(read|write)_(b8|u8|b16|u16|b32|b64|b128)$")
 _LOCAL_PAIR = re.compile(r"ds_(read|write)2(st64)?_(b32|b64)$")
 
@@ -54,6 +56,11 @@ def build(instruction: Instruction) -> Step | None:
     if name.startswith("s_load_dword"):
         return _scalar_load(instruction)
     return None
+
+
+def loads(instruction: Instruction) -> bool:
+    """Whether its first operand is what it will write."""
+    return instruction.name.startswith(("global_load", "s_load", "ds_read", "ds_bpermute"))
 
 
 def _vectors(text: str, size: int) -> Operand:
@@ -107,9 +114,7 @@ def _global(instruction: Instruction, loads: bool, kind: str) -> Step:
             )
         else:
             content = _get(w, n.index, lanes, size, high=high)
-            w.transfer(
-                w.vector_transfers, frozenset(), lambda: w.memory.write(places, content)
-            )
+            w.transfer(w.vector_transfers, frozenset(), lambda: w.memory.write(places, content))
 
     return step
 

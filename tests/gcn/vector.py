@@ -274,4 +274,3 @@ def _carry(instruction: Instruction, function: Any, exchanged: bool, carry_in: b
         put_carry(w, bits_of((total >> _U64(32) != 0) & w.mask))
 
     return step
-

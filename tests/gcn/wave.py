@@ -28,7 +28,7 @@ class Hazard(AssertionError):
     """The program reads or writes what is still under way, or leaves its bounds."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Transfer:
     """A load or store under way."""
 
@@ -98,6 +98,11 @@ class Wave:
         *,
         scalar: bool = False,
     ) -> None:
+        """Ask for something. Two answers for one register come in order only from one queue."""
+        other = self.local_transfers if queue is self.vector_transfers else self.vector_transfers
+        others = [*other, *(t for t in queue if scalar or t.scalar)]
+        if any(registers & t.registers for t in others):
+            raise Hazard("loads what is still under way, and may come later than that")
         if not self.late:
             land()
             land = _nothing
@@ -107,7 +112,7 @@ class Wave:
     def await_vector(self, left: int) -> None:
         """Until so many are under way: vector memory answers in order."""
         while len(self.vector_transfers) > left:
-            self._land(self.vector_transfers.popleft())
+            self._land(self.vector_transfers, self.vector_transfers[0])
 
     def await_local(self, left: int) -> None:
         """LDS answers in order, scalar memory in any: only a 0 says that it has."""
@@ -115,12 +120,14 @@ class Wave:
         landed = [t for t in queue if not t.scalar]
         landed = landed[: max(0, len(landed) - left)] if left else list(queue)
         for transfer in landed:
-            queue.remove(transfer)
-            self._land(transfer)
+            self._land(queue, transfer)
 
-    def _land(self, transfer: Transfer) -> None:
+    def _land(self, queue: deque[Transfer], transfer: Transfer) -> None:
+        queue.remove(transfer)
         transfer.land()
-        self.pending -= transfer.registers
+        self.pending.difference_update(transfer.registers)
+        for other in queue:
+            self.pending |= other.registers
 
 
 def mask_of(bits: int) -> NDArray[np.bool_]:
