@@ -91,15 +91,19 @@ def _div_scale(kind: str) -> Any:
 
 
 def _div_fmas(kind: str) -> Any:
-    """A fused product, times 2^32 (fp64: 2^64) where VCC says that div_scale has scaled."""
-    fma, factor = (convert.fma, 2.0**32) if kind == "f32" else (convert.fma_f64, 2.0**64)
+    """A fused product, unless VCC says that it is scaled.
+
+    By how much the documents leave in doubt: by 2^32, of what v_div_scale has scaled by 2^64.
+    """
+    fma = convert.fma if kind == "f32" else convert.fma_f64
 
     def build_it(operands: tuple[str, ...]) -> Step:
         put, sources = writer(operands[0], kind), [reader(x, kind) for x in operands[1:]]
 
         def step(w: Wave) -> None:
-            total = fma(*(read(w) for read in sources))
-            put(w, np.where(mask_of(w.pair(VCC)), total * total.dtype.type(factor), total))
+            if w.pair(VCC) & w.exec:
+                raise Unknown("v_div_fmas of a division that v_div_scale has scaled")
+            put(w, fma(*(read(w) for read in sources)))
 
         return step
 

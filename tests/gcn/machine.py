@@ -6,13 +6,13 @@ Kernel Execution State" and "Kernel Descriptor".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import lanes, matrix, packed, scalar, transfers, vector
-from .assembly import Instruction, Kernel, Unknown
+from .assembly import Instruction, Kernel, Unknown, parse_body
 from .memory import Lds, Memory
 from .operands import registers_of
 from .scalar import BARRIER, STOP, Step
@@ -29,7 +29,7 @@ _USER = (
     ("private_segment_size", 1),
 )
 _LDS_LIMIT = 64 * 1024
-_STEPS = 3_000_000  # of a wave, before it is called endless
+STEPS_OF_A_WAVE = 3_000_000  # before it is called endless
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,45 @@ class Order:
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel, ready to run: its steps, and the registers that each of them needs to be at rest."""
+    """Instructions, ready to run.
 
-    kernel: Kernel
+    Attributes:
+        steps: What each of them does.
+        touched: The registers that each of them needs to be at rest.
+    """
+
+    instructions: tuple[Instruction, ...]
     steps: tuple[Step, ...]
     touched: tuple[frozenset[int], ...]
+    where: str = ""
 
     @classmethod
-    def of(cls, kernel: Kernel) -> Program:
-        steps = tuple(build(x, kernel.labels) for x in kernel.instructions)
-        return cls(kernel, steps, tuple(touched(x) for x in kernel.instructions))
+    def of(
+        cls, instructions: Sequence[Instruction], labels: dict[str, int], where: str = ""
+    ) -> Program:
+        steps = tuple(build(x, labels) for x in instructions)
+        return cls(tuple(instructions), steps, tuple(map(touched, instructions)), where)
+
+    @classmethod
+    def of_text(cls, text: str) -> Program:
+        return cls.of(*parse_body(text))
+
+    def place(self, at: int) -> str:
+        instruction = self.instructions[at]
+        return f"{self.where} line {instruction.line}, {instruction.text!r}"
+
+
+@dataclass(frozen=True)
+class Launchable:
+    """A kernel and its program."""
+
+    kernel: Kernel
+    program: Program
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> Launchable:
+        made = Program.of(kernel.instructions, kernel.labels, f"{kernel.target} {kernel.name}")
+        return cls(kernel, made)
 
     def run(
         self,
@@ -86,7 +115,7 @@ class Program:
                 wave = Wave(memory, lds, order.late, self.kernel.target == "gfx90a")
                 self._set_up(wave, address, (x, y, z), first, threads)
                 waves.append(wave)
-            self._run_workgroup(waves[::-1] if order.descending else waves)
+            run_waves(self.program, waves[::-1] if order.descending else waves)
 
     def _segment(self, arguments: list[bytes]) -> np.ndarray:
         layout = self.kernel.arguments
@@ -128,33 +157,32 @@ class Program:
         if threads - first < LANES:
             wave.exec = (1 << (threads - first)) - 1
 
-    def _run_workgroup(self, waves: list[Wave]) -> None:
+
+def run_waves(program: Program, waves: list[Wave], steps: int = STEPS_OF_A_WAVE) -> None:
+    """A workgroup's waves, in this order from barrier to barrier."""
+    with np.errstate(all="ignore"):
         while waves:
-            waves = [wave for wave in waves if self._run(wave) is BARRIER]
+            waves = [wave for wave in waves if _run(program, wave, steps) is BARRIER]
 
-    def _run(self, wave: Wave) -> object:
-        """To the next barrier, or the end."""
-        steps, registers, pending = self.steps, self.touched, wave.pending
-        with np.errstate(all="ignore"):
-            for _ in range(_STEPS):
-                at = wave.pc
-                wave.pc = at + 1
-                if pending and not pending.isdisjoint(registers[at]):
-                    raise Hazard(f"{self._where(at)}: a register is still under way")
-                try:
-                    said = steps[at](wave)
-                except (Hazard, Unknown) as problem:
-                    raise type(problem)(f"{self._where(at)}: {problem}") from problem
-                if said is STOP:
-                    wave.await_vector(0)
-                    wave.await_local(0)
-                if said is STOP or said is BARRIER:
-                    return said
-        raise Hazard(f"{self.kernel.name} does not end in {_STEPS} steps")
 
-    def _where(self, at: int) -> str:
-        instruction = self.kernel.instructions[at]
-        return f"{self.kernel.target} line {instruction.line}, {instruction.text!r}"
+def _run(program: Program, wave: Wave, steps: int) -> object:
+    """To the next barrier, or the end."""
+    todo, registers, pending = program.steps, program.touched, wave.pending
+    for _ in range(steps):
+        at = wave.pc
+        wave.pc = at + 1
+        if pending and not pending.isdisjoint(registers[at]):
+            raise Hazard(f"{program.place(at)}: a register is still under way")
+        try:
+            said = todo[at](wave)
+        except (Hazard, Unknown) as problem:
+            raise type(problem)(f"{program.place(at)}: {problem}") from problem
+        if said is STOP:
+            wave.await_vector(0)
+            wave.await_local(0)
+        if said is STOP or said is BARRIER:
+            return said
+    raise Hazard(f"{program.where} does not end in {steps} steps")
 
 
 def touched(instruction: Instruction) -> frozenset[int]:
@@ -177,7 +205,7 @@ def build(instruction: Instruction, labels: dict[str, int]) -> Step:
         for step in _steps(instruction, labels):
             if step is not None:
                 return step
-    except (KeyError, ValueError) as problem:
+    except (Unknown, KeyError, ValueError) as problem:
         raise Unknown(f"{instruction.text!r}: {problem!r}") from problem
     raise Unknown(f"{instruction.text!r} of line {instruction.line}")
 

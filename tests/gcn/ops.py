@@ -14,8 +14,8 @@ from gpu_host import GpuHostOps
 from gpu_launches import Launch, Launches
 from torch import Tensor
 
-from .assembly import Assembly
-from .machine import Order, Program
+from .assembly import Assembly, Kernel
+from .machine import Launchable, Order
 from .memory import Memory
 
 Redirect = Callable[[Callable[[Launch], None]], AbstractContextManager[None]]
@@ -24,11 +24,20 @@ Redirect = Callable[[Callable[[Launch], None]], AbstractContextManager[None]]
 class Programs:
     """The kernels of one target, decoded when they are first launched.
 
+    Args:
+        edit: Changes a kernel before that.
+
     Attributes:
         launched: Names of those that have been.
     """
 
-    def __init__(self, files: Iterable[Path], target: str) -> None:
+    def __init__(
+        self,
+        files: Iterable[Path],
+        target: str,
+        edit: Callable[[Kernel], Kernel] = lambda kernel: kernel,
+    ) -> None:
+        self._edit = edit
         self._assemblies = [Assembly.of(path) for path in sorted(files) if target in path.name]
         mangled = [name for assembly in self._assemblies for name in assembly.names]
         listed = subprocess.run(
@@ -38,10 +47,10 @@ class Programs:
         self.target, self.launched = target, set[str]()
         self.of = functools.cache(self._of)
 
-    def _of(self, name: str) -> Program:
+    def _of(self, name: str) -> Launchable:
         mangled = self._mangled[name]
         (assembly,) = [x for x in self._assemblies if mangled in x.names]
-        return Program.of(assembly.kernel(mangled))
+        return Launchable.of(self._edit(assembly.kernel(mangled)))
 
     def run(
         self,
