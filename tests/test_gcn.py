@@ -1,4 +1,4 @@
-"""The interpreter of AMD's machine code itself: layouts, lanes, conversions, and what it refuses."""
+"""The interpreter of AMD's machine code: layouts, lanes, conversions, and what it refuses."""
 
 from __future__ import annotations
 
@@ -260,8 +260,8 @@ DIVISION = """v_div_scale_f32 v2, s[0:1], v0, v0, v1
 def test_a_division_in_steps_is_the_quotient() -> None:
     w = wave()
     a, b = numbers(), numbers() * np.float32(1e-3)
-    a[:7] = (0, 1e-33, 3e38, -1e-36, 5, 1, np.nan)
-    b[:7] = (-3, 2, 2e38, -1e-38, -np.inf, 0, 1)
+    a[:7] = (0, 1e-33, 3e38, -1e-36, 5, 1, 1)
+    b[:7] = (-3, 2, 2e38, -1e-38, -np.inf, 0, np.nan)
     w.f32[0][:], w.f32[1][:] = b, a  # v1 / v0
     run(DIVISION, w)
     with np.errstate(all="ignore"):

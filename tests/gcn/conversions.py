@@ -86,42 +86,35 @@ def from_f16(a: Any) -> Any:
     return (a & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16).astype(np.float32)
 
 
-def _parts(kind: Any) -> tuple[int, Any, int, int]:
-    """Of a format: bits of the fraction, its integers, how far it is scaled, a large quotient."""
-    return (23, np.uint32, 64, 96) if kind == np.float32 else (52, np.uint64, 128, 768)
-
-
 def _exponent(a: Any) -> Any:
     """With its bias, as it is stored."""
-    fraction, integer, _, _ = _parts(a.dtype)
-    return ((np.abs(a).view(integer)) >> integer(fraction)).astype(np.int64)
+    fraction, integer = (23, np.uint32) if a.dtype == np.float32 else (52, np.uint64)
+    return (np.abs(a).view(integer) >> integer(fraction)).astype(np.int64)
 
 
 def div_scale(s0: Any, s1: Any, s2: Any) -> tuple[Any, Any]:
     """s0, scaled such that s2 / s1 can be found by Newton's steps; whether div_fmas scales back."""
     s0, s1, s2 = np.broadcast_arrays(s0, s1, s2)
-    fraction, _, scale, large = _parts(s0.dtype)
-    tiny = np.finfo(s0.dtype).tiny
+    # how far it is scaled; exponents: of a large quotient, of a tiny numerator
+    scale, large, tiny = (64, 96, 23) if s0.dtype == np.float32 else (128, 768, 53)
     up, down = np.ldexp(s0, scale), np.ldexp(s0, -scale)
-    denormal = [np.abs(x) < tiny for x in (s1, 1 / np.float64(s1), s2 / s1)]
-    if s0.dtype == np.float32:
-        denormal[1] = np.abs(1 / np.float64(s1)) < np.finfo(np.float64).tiny
-    tiny_numerator = _exponent(s2) <= (23 if fraction == 23 else 53)
+    small_quotient, small_reciprocal = _is_denormal(s2 / s1), _is_denormal(1 / np.float64(s1))
     only_denominator = np.where(s0 == s1, up, s0)
-    only_numerator = np.where(s0 == s2, up, s0)
     cases = [
-        (s1 == 0) | (s2 == 0),
-        _exponent(s2) - _exponent(s1) >= large,
-        denormal[0],
-        denormal[1] & denormal[2],
-        denormal[1],
-        denormal[2],
-        tiny_numerator,
+        ((s1 == 0) | (s2 == 0), np.full_like(s0, np.nan), False),
+        (_exponent(s2) - _exponent(s1) >= large, only_denominator, True),
+        (_is_denormal(s1), up, False),
+        (small_reciprocal & small_quotient, only_denominator, True),
+        (small_reciprocal, down, False),
+        (small_quotient, np.where(s0 == s2, up, s0), True),
+        (_exponent(s2) <= tiny, up, False),
     ]
-    nan = np.full_like(s0, np.nan)
-    values = [nan, only_denominator, up, only_denominator, down, only_numerator, up]
-    back = [False, True, False, True, False, True, False]
-    return np.select(cases, values, s0), np.select(cases, [np.array(x) for x in back], False)
+    which, values, back = zip(*cases, strict=True)
+    return np.select(which, values, s0), np.select(which, [np.array(x) for x in back], False)
+
+
+def _is_denormal(a: Any) -> Any:
+    return (a != 0) & (np.abs(a) < np.finfo(a.dtype).tiny)
 
 
 def div_fixup(quotient: Any, denominator: Any, numerator: Any) -> Any:
