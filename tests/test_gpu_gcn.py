@@ -7,14 +7,17 @@ instruction that it does not know, ends a test.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gcn.assembly import Kernel, parse_line
 from gcn.machine import Order
 from gcn.ops import GcnMoves, GcnOps, Programs
+from gcn.wave import Hazard
 from gpu_builds import BUILD_TIMEOUT_S, Builds
 from gpu_checks import Subject, assert_merged, assert_packed
 from gpu_host import host_ops
@@ -36,8 +39,13 @@ FLUSHED_LSE_TOLERANCE = 5e-5
 class Machine:
     """One target's machine code."""
 
+    assembly: tuple[Path, ...]
     programs: Programs
     moves: tuple[Any, Path]
+
+    @property
+    def target(self) -> str:
+        return self.programs.target
 
     def ops(self, order: Order) -> GcnOps:
         return GcnOps(host_ops(64), self.programs, order)
@@ -46,7 +54,7 @@ class Machine:
         return GcnMoves(*self.moves, self.programs, order)
 
     def lse_tolerance(self, dtype: torch.dtype) -> float:
-        flushes = self.programs.target == "gfx90a" and dtype == torch.float16
+        flushes = self.target == "gfx90a" and dtype == torch.float16
         return FLUSHED_LSE_TOLERANCE if flushes else LSE_TOLERANCE
 
 
@@ -56,13 +64,13 @@ def machine(
     gpu_builds: Builds,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Machine:
-    assembly = gpu_builds.of("hip").assembly(request.param)
+    assembly = tuple(gpu_builds.of("hip").assembly(request.param))
     folder = tmp_path_factory.mktemp("moves")
     moves = implementation("gpu_64", folder), library("gpu_64", folder)
-    return Machine(Programs(assembly, request.param), moves)
+    return Machine(assembly, Programs(assembly, request.param), moves)
 
 
-HALF, BRAIN = torch.float16, torch.bfloat16
+BRAIN = torch.bfloat16
 SMALL = Case(
     batch=1, lq=37, lk=67, heads=(2, 0, 2), head_dim=64, value_head_dim=64, dtype=torch.float16
 )
@@ -107,7 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_attention_equals_the_dense_one(name: str, machine: Machine) -> None:
     case = replace(SMALL, **CASES[name])
     x = make_inputs(case)
-    order = ORDERS[(list(CASES).index(name) + TARGETS.index(machine.programs.target)) % 3]
+    order = ORDERS[(list(CASES).index(name) + TARGETS.index(machine.target)) % 3]
     got = computed(case, x, machine.ops(order))
     assert_right(case, x, got, TOLERANCE[case.dtype], machine.lse_tolerance(case.dtype))
 
@@ -120,6 +128,32 @@ def test_the_same_bits_in_any_order(options_of: dict[str, Any], machine: Machine
     for got in results[1:]:
         for name, reference in results[0].items():
             assert torch.equal(got[name], reference), name
+
+
+def without(start: str) -> Callable[[Kernel], Kernel]:
+    """A kernel whose instructions that start so do nothing."""
+
+    def edit(kernel: Kernel) -> Kernel:
+        nothing = parse_line("s_nop 0")
+        left = tuple(nothing if x.text.startswith(start) else x for x in kernel.instructions)
+        assert left != kernel.instructions
+        return replace(kernel, instructions=left)
+
+    return edit
+
+
+@pytest.mark.parametrize("start", ["s_barrier", "s_waitcnt vmcnt", "s_waitcnt lgkmcnt"])
+def test_a_kernel_without_its_waits_is_caught(start: str, machine: Machine) -> None:
+    case = replace(SMALL, dtype=torch.bfloat16, lk=131, heads=(1, 0, 1))
+    x, edited = make_inputs(case), Programs(machine.assembly, machine.target, without(start))
+    ops = GcnOps(host_ops(64), edited, Order())
+    if start == "s_barrier":
+        got = computed(case, x, ops)
+        with pytest.raises(AssertionError, match=" is off by "):
+            assert_right(case, x, got, TOLERANCE[case.dtype])
+    else:
+        with pytest.raises(Hazard, match="under way"):
+            computed(case, x, ops)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

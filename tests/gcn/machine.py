@@ -45,33 +45,32 @@ class Order:
     descending: bool = False
 
 
-@dataclass(frozen=True)
 class Program:
-    """Instructions, ready to run.
+    """Instructions, each of them decoded when it is first reached.
 
     Attributes:
         steps: What each of them does.
         touched: The registers that each of them needs to be at rest.
     """
 
-    instructions: tuple[Instruction, ...]
-    steps: tuple[Step, ...]
-    touched: tuple[frozenset[int], ...]
-    where: str = ""
-
-    @classmethod
-    def of(
-        cls, instructions: Sequence[Instruction], labels: dict[str, int], where: str = ""
-    ) -> Program:
-        steps = tuple(build(x, labels) for x in instructions)
-        return cls(tuple(instructions), steps, tuple(map(touched, instructions)), where)
+    def __init__(
+        self, instructions: Sequence[Instruction], labels: dict[str, int], where: str = ""
+    ) -> None:
+        self._instructions, self._labels, self.where = instructions, labels, where
+        self.steps: list[Step | None] = [None] * len(instructions)
+        self.touched: list[frozenset[int]] = [frozenset()] * len(instructions)
 
     @classmethod
     def of_text(cls, text: str) -> Program:
-        return cls.of(*parse_body(text))
+        return cls(*parse_body(text))
+
+    def decode(self, at: int) -> Step:
+        step = build(self._instructions[at], self._labels)
+        self.steps[at], self.touched[at] = step, touched(self._instructions[at])
+        return step
 
     def place(self, at: int) -> str:
-        instruction = self.instructions[at]
+        instruction = self._instructions[at]
         return f"{self.where} line {instruction.line}, {instruction.text!r}"
 
 
@@ -84,8 +83,8 @@ class Launchable:
 
     @classmethod
     def of(cls, kernel: Kernel) -> Launchable:
-        made = Program.of(kernel.instructions, kernel.labels, f"{kernel.target} {kernel.name}")
-        return cls(kernel, made)
+        where = f"{kernel.target} {kernel.name}"
+        return cls(kernel, Program(kernel.instructions, kernel.labels, where))
 
     def run(
         self,
@@ -171,10 +170,11 @@ def _run(program: Program, wave: Wave, steps: int) -> object:
     for _ in range(steps):
         at = wave.pc
         wave.pc = at + 1
-        if pending and not pending.isdisjoint(registers[at]):
-            raise Hazard(f"{program.place(at)}: a register is still under way")
         try:
-            said = todo[at](wave)
+            step = todo[at] or program.decode(at)
+            if pending and not pending.isdisjoint(registers[at]):
+                raise Hazard("a register is still under way")
+            said = step(wave)
         except (Hazard, Unknown) as problem:
             raise type(problem)(f"{program.place(at)}: {problem}") from problem
         if said is STOP:
