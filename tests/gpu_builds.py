@@ -22,6 +22,7 @@ class Built:
         kernels: Everything compiled for the GPU.
         log: What the build printed.
         kept: Where nvcc's intermediate files are, PTX among them.
+        sources: Where it was built, with clang's assembly.
     """
 
     kind: str
@@ -29,6 +30,11 @@ class Built:
     kernels: tuple[Kernel, ...]
     log: str
     kept: Path
+    sources: Path
+
+    def assembly(self, target: str) -> list[Path]:
+        """What clang made of every source file, for gfx90a or gfx942."""
+        return sorted(self.sources.rglob(f"*-hip-amdgcn-amd-amdhsa-{target}.s"))
 
     def ptx(self, source: str, architecture: str) -> Path:
         """What nvcc made of a source file, for sm_80 or sm_90a."""
@@ -68,4 +74,4 @@ def build(kind: str, sources: Path, out: Path) -> Built:
         kernels = cuda_kernels(done.stdout, kept)
     else:
         kernels = hip_kernels(sources.rglob("*-hip-amdgcn-amd-amdhsa-gfx*.s"))
-    return Built(kind, out / "unpacked", tuple(kernels), done.stdout, kept)
+    return Built(kind, out / "unpacked", tuple(kernels), done.stdout, kept, sources)
