@@ -32,7 +32,8 @@ class Background:
     """Commands by the name of the fixture that waits for them.
 
     Attributes:
-        modules: Where the tests of each are. ``command()`` there gives it and its environment.
+        modules: In the order in which they run; ``command()`` of each gives the command and its
+            environment.
     """
 
     modules: dict[str, str]
@@ -43,8 +44,9 @@ class Background:
     def start(self, wanted: set[str]) -> None:
         """Those of the commands that are wanted."""
         one_by_one = ThreadPoolExecutor(1)
-        for name in self.modules.keys() & wanted:
-            self._futures[name] = one_by_one.submit(self._run, name)
+        for name in self.modules:
+            if name in wanted:
+                self._futures[name] = one_by_one.submit(self._run, name)
         one_by_one.shutdown(wait=False)
 
     def result(self, name: str) -> Said:

@@ -32,7 +32,11 @@ settings.load_profile("default")
 _pool = Pool()
 _interpreter = Pool(size=4, setup=start_interpreter)
 _background = Background(
-    {"ahead_of_time": "test_triton_compile", "rehearsal": "test_gpu_rehearsal"}
+    {
+        "gpu_builds": "gpu_builds",
+        "ahead_of_time": "test_triton_compile",
+        "rehearsal": "test_gpu_rehearsal",
+    }
 )
 
 
@@ -53,9 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--device") == "cpu":
         kept = rehearsed(kept)
     kept = taken_part(kept, config.getoption("--part"))
+    kept.sort(key=waits_for_the_background)
     left = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = kept
+
+
+def waits_for_the_background(item: pytest.Item) -> bool:
+    """Such tests come last: what they wait for is done beside the others."""
+    return bool(_background.modules.keys() & set(getattr(item, "fixturenames", ())))
 
 
 def taken_part(items: list[Any], part: str | None) -> list[Any]:
@@ -107,9 +117,9 @@ def interpreter() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def gpu_builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+def gpu_builds() -> Builds:
     """Wheels with GPU kernels, each made once; see ``tests/gpu_builds.py``."""
-    return Builds(tmp_path_factory.mktemp("gpu"))
+    return Builds(lambda: _background.result("gpu_builds"))
 
 
 @pytest.fixture(scope="session")
