@@ -41,10 +41,14 @@ LSE_TOLERANCE = 1e-6
 SMALL = Case(batch=1, lq=37, lk=83, heads=(2, 0, 2), head_dim=64, value_head_dim=64, dtype=FP16)
 
 
+def kernels_for(architecture: str, gpu_builds: Builds) -> Kernels:
+    built = gpu_builds.of("cuda")
+    return Kernels(built.ptx(source, architecture) for source in SOURCES)
+
+
 @pytest.fixture(scope="module")
 def kernels(gpu_builds: Builds) -> Kernels:
-    built = gpu_builds.of("cuda")
-    return Kernels(built.ptx(source, "sm_80") for source in SOURCES)
+    return kernels_for("sm_80", gpu_builds)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +85,27 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 LITTLE: dict[str, Any] = {"lq": 19, "lk": 37, "heads": (1, 0, 1)}
 EVERYTHING = {"span": "causal", "alibi": "BH", "softcap": 2.0, "dropout_p": 0.2, "prior_keys": 13}
-EVERYTHING |= {"bias": "B1QK", "bias_holes": True, "lq": 29, "lk": 43, "value_head_dim": 9}
+EVERYTHING |= {"bias": "B1QK", "bias_holes": True, "lq": 29, "lk": 43, "value_head_dim": 40}
 # Kernels with options have three sizes.
 OPTIONS: dict[str, dict[str, Any]] = {
     "everything": {**EVERYTHING, "heads": (2, 1, 2)},
-    "bias_and_softcap_bf16": {**LITTLE, "dtype": BF16, "bias": "1HQK", "softcap": 5.0},
+    "bias_and_softcap_bf16": {
+        **LITTLE,
+        "dtype": BF16,
+        "bias": "1HQK",
+        "softcap": 5.0,
+        **dims(64, 9),
+    },
     "alibi": {**LITTLE, "alibi": "1H", "span": "gaps", "lk": 83, **dims(128)},
     "window_and_bias": {**LITTLE, "span": "window", "bias": "11QK", **dims(128, 64)},
-    "dropout_bf16": {**LITTLE, "dtype": BF16, "dropout_p": 0.3, "bias": "B1QK", **dims(128, 40)},
+    "dropout_bf16": {
+        **LITTLE,
+        "dtype": BF16,
+        "dropout_p": 0.3,
+        "bias": "B1QK",
+        "lk": 79,
+        **dims(128, 40),
+    },
     "odd_head_dims": {**LITTLE, "bias": "111K", **dims(253, 37)},
     "odd_head_dims_bf16": {**LITTLE, "dtype": BF16, "bias": "11QK", **dims(256, 193)},
 }
@@ -103,6 +120,15 @@ def test_equals_dense_attention(name: str, host: GpuHostOps, kernels: Kernels) -
     order = ORDERS[list(CASES).index(name) % 3]
     x = make_inputs(case)
     ops = PtxOps(host, kernels.on(machine(order, races=True)))
+    assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
+
+
+def test_the_same_sources_for_sm_90a(host: GpuHostOps, gpu_builds: Builds) -> None:
+    """What takes there the problems that the kernels with wgmma do not take."""
+    case = replace(SMALL, **CASES["alibi"])
+    x = make_inputs(case)
+    kernels = kernels_for("sm_90a", gpu_builds)
+    ops = PtxOps(host, kernels.on(machine("random", races=True)))
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
 
 
