@@ -1,0 +1,265 @@
+"""wgmma: products of a warpgroup that run on while its warps do other things.
+
+Source: PTX ISA 9.0, section 9.7.15, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate
+Operation"; what lies where is in ``wgmma``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .control import _same
+from .hopper import asynchronous
+from .parse import Immediate, Instruction, Operand, Refused, Vector
+from .table import Step, instruction
+from .wgmma import DEPTH, Array, Descriptor, left_fragment, sum_fragment, widened
+
+if TYPE_CHECKING:
+    from .frame import Frame
+    from .program import Code
+
+_NUMBER = np.dtype("<u2")
+_WARP_ROWS, _LEFT = 16, left_fragment()
+Slots = tuple[int, ...]
+Action = Callable[[], None]
+
+
+@dataclass
+class Products:
+    """Of the warps of one frame.
+
+    Attributes:
+        sums: Accumulators that are in use, rows of the warps by columns, by their registers.
+        groups: Those that were closed, oldest first; each product with its accumulator.
+    """
+
+    sums: dict[Slots, Array] = field(default_factory=dict)
+    open: list[tuple[Slots, Action]] = field(default_factory=list)
+    groups: list[list[tuple[Slots, Action]]] = field(default_factory=list)
+    fenced: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.open or self.groups)
+
+    def used(self, slots: Slots) -> bool:
+        return any(slots == s for group in [*self.groups, self.open] for s, _ in group)
+
+
+def _products(f: Frame) -> Products:
+    found = asynchronous(f.block).products.setdefault(f.first, Products())
+    assert isinstance(found, Products)
+    return found
+
+
+def _whole(step: Step) -> Step:
+    """All warps of the frame come together."""
+
+    def whole(f: Frame) -> int | None:
+        if f.threads > 128 or f.first % 128 + f.threads > 128:
+            raise Refused(f"a frame of {f.threads} threads is not of one warpgroup")
+        return step(f) if f.mask is True else f.meet()
+
+    return whole
+
+
+@instruction("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group")
+def order_products(code: Code, i: Instruction) -> Step:
+    """fence: registers are ready. commit_group: a group ends. wait_group n: all but n are done."""
+    if i.parts[2:] != ("sync", "aligned"):
+        raise i.refuse("modifier not known")
+    if i.parts[1] == "wait_group":
+        (left,) = i.operands
+        assert isinstance(left, Immediate)
+        running = int(left.text)
+        return _whole(lambda f: _wait(f, running))
+    if i.parts[1] == "fence":
+        return _whole(_fence)
+    return _whole(_commit)
+
+
+def _fence(f: Frame) -> None:
+    _products(f).fenced = True
+
+
+def _commit(f: Frame) -> None:
+    own = _products(f)
+    own.groups.append(own.open)
+    own.open = []
+
+
+def _wait(f: Frame, running: int) -> None:
+    own = _products(f)
+    own.fenced = False
+    while len(own.groups) > running:
+        for slots, action in own.groups.pop(0):
+            action()
+            if not own.used(slots):
+                _put_sums(f, slots, own.sums.pop(slots))
+
+
+@instruction("wgmma.mma_async")
+def multiply(code: Code, i: Instruction) -> Step:
+    """D = A B, or D += A B where scale-d is true; A from registers or shared memory."""
+    form = re.fullmatch(
+        r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", i.opcode
+    )
+    if form is None:
+        raise i.refuse("modifier not known")
+    columns, kind = int(form[1]), form[2]
+    d, a, b, scale, *rest = i.operands
+    sums = _slots(code, d, "f32", i, columns // 2, writes=True)
+    # imm-scale-a and -b, then imm-trans-a where A is in shared memory, imm-trans-b
+    scales, transposed = _immediates(rest[:2], i), [bool(n) for n in _immediates(rest[2:], i)]
+    in_registers = isinstance(a, Vector)
+    if scales != [1, 1] or len(transposed) != 2 - in_registers:
+        raise i.refuse("factors or orders not known")
+    left: Callable[[Frame], Callable[[], Array]]
+    if in_registers:
+        left = _left_in_registers(_slots(code, a, "b32", i, 4), kind)
+    else:
+        left = _left_in_memory(code.read(a, "u64", i), kind, transposed[0])
+    right = _in_memory(code.read(b, "u64", i), kind, columns, transposed[-1])
+    adds = _predicate(code, scale, i)
+
+    def step(f: Frame) -> None:
+        _start(f, sums, adds(f), left(f), right(f))
+
+    return _whole(step)
+
+
+def _start(
+    f: Frame, slots: Slots, adds: bool, left: Callable[[], Array], right: Callable[[], Array]
+) -> None:
+    own, late = _products(f), asynchronous(f.block).late_products
+    if not own.fenced:
+        raise Refused("a product without a wgmma.fence since the registers were used")
+    if slots not in own.sums:
+        taken = {slot for others in own.sums for slot in others}
+        if taken & set(slots):
+            raise Refused("registers of another product that is still running")
+        own.sums[slots] = _get_sums(f, slots)
+        _poison(f, slots)
+
+    def run() -> None:
+        before = own.sums[slots] if adds else np.float32(0)
+        own.sums[slots] = (left() @ right() + before).astype(np.float32)
+
+    if late:
+        own.open.append((slots, run))
+        return
+    run()
+    own.open.append((slots, lambda: None))
+
+
+# -- operands
+
+
+def _slots(
+    code: Code, operand: Operand, kind: str, i: Instruction, count: int, writes: bool = False
+) -> Slots:
+    if not isinstance(operand, Vector) or len(operand.parts) != count:
+        raise i.refuse(f"{count} registers are wanted")
+    find = code.write if writes else code.read
+    return tuple(find(part, kind, i) for part in operand.parts)
+
+
+def _immediates(operands: list[Operand], i: Instruction) -> list[int]:
+    if not all(isinstance(operand, Immediate) for operand in operands):
+        raise i.refuse("a number is wanted")
+    return [int(operand.text) for operand in operands if isinstance(operand, Immediate)]
+
+
+def _predicate(code: Code, operand: Operand, i: Instruction) -> Callable[[Frame], bool]:
+    if isinstance(operand, Immediate):
+        constant = bool(int(operand.text))
+        return lambda f: constant
+    slot = code.read(operand, "pred", i)
+    return lambda f: bool(_same(f, slot))
+
+
+@lru_cache(maxsize=4096)
+def _addresses(bits: int, extent: int, mn_major: bool) -> Array:
+    return Descriptor.decode(bits).addresses(extent, mn_major)
+
+
+def _descriptor(f: Frame, slot: int) -> int:
+    return _same(f, slot)
+
+
+def _read(f: Frame, addresses: Array, kind: str) -> Array:
+    (bits,) = f.block.shared.read(addresses.ravel(), _NUMBER)
+    return widened(bits, kind).reshape(addresses.shape)
+
+
+def _in_memory(slot: int, kind: str, extent: int, mn_major: bool):
+    """(16, extent) B."""
+
+    def start(f: Frame) -> Callable[[], Array]:
+        addresses = _addresses(_descriptor(f, slot), extent, mn_major).T
+        return lambda: _read(f, addresses, kind)
+
+    return start
+
+
+def _left_in_memory(slot: int, kind: str, mn_major: bool):
+    def start(f: Frame) -> Callable[[], Array]:
+        rows = slice(f.first % 128 // 2, (f.first % 128 + f.threads) // 2)
+        addresses = _addresses(_descriptor(f, slot), 64, mn_major)[rows]
+        return lambda: _read(f, addresses, kind)
+
+    return start
+
+
+def _left_in_registers(slots: Slots, kind: str):
+    def start(f: Frame) -> Callable[[], Array]:
+        def read() -> Array:
+            pairs = np.stack([f.v[slot] for slot in slots], axis=1)  # low half first
+            numbers = widened(np.ascontiguousarray(pairs).view(_NUMBER), kind)
+            found = np.empty((f.threads // 2, DEPTH), np.float32)
+            found[_of_frame(f, _LEFT)] = numbers
+            return found
+
+        return read
+
+    return start
+
+
+# -- accumulators
+
+
+def _of_frame(f: Frame, fragment: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Rows are those of the frame's warps."""
+    row, column = fragment
+    return row[: f.threads], column[: f.threads]
+
+
+@lru_cache(maxsize=8)
+def _sums_of(columns: int) -> tuple[Array, Array]:
+    return sum_fragment(columns)
+
+
+def _get_sums(f: Frame, slots: Slots) -> Array:
+    columns = 2 * len(slots)
+    found = np.empty((f.threads // 2, columns), np.float32)
+    found[_of_frame(f, _sums_of(columns))] = np.stack([f.v[slot] for slot in slots], axis=1)
+    return found
+
+
+def _poison(f: Frame, slots: Slots) -> None:
+    for slot in slots:
+        f.v[slot].fill(np.nan)
+
+
+def _put_sums(f: Frame, slots: Slots, sums: Array) -> None:
+    row, column = _of_frame(f, _sums_of(2 * len(slots)))
+    values = sums[row.T, column.T]
+    for slot, value in zip(slots, values, strict=True):
+        if not np.isnan(f.v[slot]).all():
+            raise Refused("an accumulator was written while a product used it")
+        f.v[slot][:] = value
