@@ -97,8 +97,10 @@ def _wait(f: Frame, running: int) -> None:
     own = _products(f)
     own.fenced = False
     while len(own.groups) > running:
-        for slots, action in own.groups.pop(0):
-            action()
+        group = own.groups.pop(0)
+        for _, run in group:
+            run()
+        for slots in {slots for slots, _ in group}:
             if not own.used(slots):
                 _put_sums(f, slots, own.sums.pop(slots))
 
