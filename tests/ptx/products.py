@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .asynchronous import asynchronous
 from .control import _same
-from .hopper import asynchronous
 from .parse import Immediate, Instruction, Operand, Refused, Vector
 from .table import Step, instruction
-from .wgmma import DEPTH, Array, Descriptor, left_fragment, sum_fragment, widened
+from .wgmma import DEPTH, ROWS, Array, Descriptor, left_fragment, sum_fragment, widened
 
 if TYPE_CHECKING:
     from .frame import Frame
     from .program import Code
 
 _NUMBER = np.dtype("<u2")
-_WARP_ROWS, _LEFT = 16, left_fragment()
+_LEFT = left_fragment()
 Slots = tuple[int, ...]
 Action = Callable[[], None]
 
@@ -37,18 +37,33 @@ class Products:
     Attributes:
         sums: Accumulators that are in use, rows of the warps by columns, by their registers.
         groups: Those that were closed, oldest first; each product with its accumulator.
+        started: Where, and by which descriptors: alike in all warps of a warpgroup.
     """
 
     sums: dict[Slots, Array] = field(default_factory=dict)
     open: list[tuple[Slots, Action]] = field(default_factory=list)
     groups: list[list[tuple[Slots, Action]]] = field(default_factory=list)
     fenced: bool = False
+    started: list[tuple[int, ...]] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
+    def running(self) -> bool:
         return bool(self.open or self.groups)
 
     def used(self, slots: Slots) -> bool:
         return any(slots == s for group in [*self.groups, self.open] for s, _ in group)
+
+
+def check_end(products: dict[int, object]) -> None:
+    """Once a block has ended."""
+    groups: dict[int, list[Products]] = {}
+    for first, own in products.items():
+        assert isinstance(own, Products)
+        if own.running():
+            raise Refused(f"products of thread {first} run on at the end of its block")
+        groups.setdefault(first // 128, []).append(own)
+    for group in groups.values():
+        if any(own.started != group[0].started for own in group):
+            raise Refused("the warps of a warpgroup did not start the same products")
 
 
 def _products(f: Frame) -> Products:
@@ -121,16 +136,21 @@ def multiply(code: Code, i: Instruction) -> Step:
     in_registers = isinstance(a, Vector)
     if scales != [1, 1] or len(transposed) != 2 - in_registers:
         raise i.refuse("factors or orders not known")
-    left: Callable[[Frame], Callable[[], Array]]
+    right = _Matrix(code.read(b, "u64", i), kind, columns, transposed[-1])
+    left: _Registers | _Matrix
     if in_registers:
-        left = _left_in_registers(_slots(code, a, "b32", i, 4), kind)
+        left = _Registers(_slots(code, a, "b32", i, 4), kind)
     else:
-        left = _left_in_memory(code.read(a, "u64", i), kind, transposed[0])
-    right = _in_memory(code.read(b, "u64", i), kind, columns, transposed[-1])
+        left = _Matrix(code.read(a, "u64", i), kind, ROWS, transposed[0])
     adds = _predicate(code, scale, i)
 
     def step(f: Frame) -> None:
-        _start(f, sums, adds(f), left(f), right(f))
+        own = _products(f)
+        if not own.fenced:
+            raise Refused("a product without a wgmma.fence since the registers were used")
+        a_of, b_of, added = left.of(f), right.of(f), adds(f)
+        own.started.append((f.pc, left.bits(f), right.bits(f), added))
+        _start(f, sums, added, lambda: a_of()[_own_rows(f, left)], lambda: b_of().T)
 
     return _whole(step)
 
@@ -139,8 +159,6 @@ def _start(
     f: Frame, slots: Slots, adds: bool, left: Callable[[], Array], right: Callable[[], Array]
 ) -> None:
     own, late = _products(f), asynchronous(f.block).late_products
-    if not own.fenced:
-        raise Refused("a product without a wgmma.fence since the registers were used")
     if slots not in own.sums:
         taken = {slot for others in own.sums for slot in others}
         if taken & set(slots):
@@ -190,46 +208,53 @@ def _addresses(bits: int, extent: int, mn_major: bool) -> Array:
     return Descriptor.decode(bits).addresses(extent, mn_major)
 
 
-def _descriptor(f: Frame, slot: int) -> int:
-    return _same(f, slot)
+@dataclass(frozen=True)
+class _Matrix:
+    """In shared memory, by the descriptor in a slot: (extent, 16)."""
 
+    slot: int
+    kind: str
+    extent: int
+    mn_major: bool
 
-def _read(f: Frame, addresses: Array, kind: str) -> Array:
-    (bits,) = f.block.shared.read(addresses.ravel(), _NUMBER)
-    return widened(bits, kind).reshape(addresses.shape)
+    def bits(self, f: Frame) -> int:
+        return _same(f, self.slot)
 
+    def of(self, f: Frame) -> Callable[[], Array]:
+        addresses = _addresses(self.bits(f), self.extent, self.mn_major)
+        shared = asynchronous(f.block).shared
 
-def _in_memory(slot: int, kind: str, extent: int, mn_major: bool):
-    """(16, extent) B."""
-
-    def start(f: Frame) -> Callable[[], Array]:
-        addresses = _addresses(_descriptor(f, slot), extent, mn_major).T
-        return lambda: _read(f, addresses, kind)
-
-    return start
-
-
-def _left_in_memory(slot: int, kind: str, mn_major: bool):
-    def start(f: Frame) -> Callable[[], Array]:
-        rows = slice(f.first % 128 // 2, (f.first % 128 + f.threads) // 2)
-        addresses = _addresses(_descriptor(f, slot), 64, mn_major)[rows]
-        return lambda: _read(f, addresses, kind)
-
-    return start
-
-
-def _left_in_registers(slots: Slots, kind: str):
-    def start(f: Frame) -> Callable[[], Array]:
         def read() -> Array:
-            pairs = np.stack([f.v[slot] for slot in slots], axis=1)  # low half first
-            numbers = widened(np.ascontiguousarray(pairs).view(_NUMBER), kind)
+            bits = shared.read_asynchronously(addresses.ravel(), _NUMBER)
+            return widened(bits, self.kind).reshape(addresses.shape)
+
+        return read
+
+
+@dataclass(frozen=True)
+class _Registers:
+    """A in registers: (rows of the frame's warps, 16)."""
+
+    slots: Slots
+    kind: str
+
+    def bits(self, f: Frame) -> int:
+        return -1
+
+    def of(self, f: Frame) -> Callable[[], Array]:
+        def read() -> Array:
+            pairs = np.stack([f.v[slot] for slot in self.slots], axis=1)  # low half first
             found = np.empty((f.threads // 2, DEPTH), np.float32)
-            found[_of_frame(f, _LEFT)] = numbers
+            found[_of_frame(f, _LEFT)] = widened(pairs.view(_NUMBER), self.kind)
             return found
 
         return read
 
-    return start
+
+def _own_rows(f: Frame, left: _Registers | _Matrix) -> slice:
+    """What the frame's warps multiply of A."""
+    first = f.first % 128 // 2 if isinstance(left, _Matrix) else 0
+    return slice(first, first + f.threads // 2)
 
 
 # -- accumulators
