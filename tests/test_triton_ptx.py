@@ -6,6 +6,7 @@ Hopper kernels are those in Gluon.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from native_case import (
     Case,
+    Inputs,
     assert_right,
     computed,
     expected,
@@ -21,6 +23,7 @@ from native_case import (
     make_inputs,
     new_state,
     options,
+    whole_and_in_blocks,
 )
 
 from usp import kernels
@@ -30,7 +33,10 @@ pytest.importorskip("triton")
 import ptx
 from ptx.hopper import HopperMachine
 from ptx_triton import TritonOps
+from torch import Tensor
 from triton import knobs
+
+from usp.kernels import configs
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 BASE = Case(
@@ -53,7 +59,7 @@ def check(ops: TritonOps, case: Case) -> None:
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], lse=1e-5)
 
 
-CAUSAL = replace(BASE, span="causal", prior_keys=19)
+CAUSAL = replace(BASE, span="causal")
 GAPS = replace(BASE, span="gaps", batch=2, heads=(1, 0, 1), layout="sliced", dtype=torch.float16)
 WIDE = replace(GAPS, head_dim=128, value_head_dim=128)
 SCORES = replace(GAPS, lq=37, lk=71, heads=(2, 1, 2), bias="1HQK", bias_holes=True, alibi="BH")
@@ -61,21 +67,40 @@ SCORES = replace(SCORES, softcap=3.0, dropout_p=0.2)
 ATTENTION = ["forward_kernel", "keys_kernel", "queries_kernel"]
 
 
-@pytest.mark.parametrize("case", [CAUSAL, WIDE], ids=["causal", "gaps"])
-def test_hopper(case: Case) -> None:
+def attended(ops: TritonOps, case: Case) -> tuple[Inputs, Tensor, Tensor]:
+    """Inputs, out and lse."""
+    x, state = make_inputs(case), new_state(case)
+    ops.attention_forward(x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *state)
+    return x, *state
+
+
+def test_hopper() -> None:
     ops = TritonOps("sm_90")
-    check(ops, case)
-    assert set(ops.launched) == {*ATTENTION}
+    check(ops, CAUSAL)
+    assert ops.launched == ATTENTION
+
+
+def test_hopper_with_wide_heads() -> None:
+    x, out, lse = attended(TritonOps("sm_90"), WIDE)
+    want = expected(WIDE, x)
+    torch.testing.assert_close(out.double(), want["out"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(lse.double(), want["lse"], rtol=1e-5, atol=1e-5)
 
 
 def test_ampere() -> None:
-    check(TritonOps("sm_80", partial(HopperMachine, order="random")), CAUSAL)
+    ops = TritonOps("sm_80", partial(HopperMachine, order="random"))
+    check(ops, CAUSAL)
+    assert ops.launched == ATTENTION
 
 
 def test_every_kind_of_score() -> None:
+    """In tiles smaller than a GPU's: what is compiled is long."""
     ops = TritonOps("sm_80")
-    check(ops, SCORES)
-    assert set(ops.launched) == {*ATTENTION, "bias_gradient_kernel"}
+    with ExitStack() as stack:
+        for kernel in configs.TABLE["sm_80"]:
+            stack.enter_context(configs.trying(kernel, configs.Config(32, 32, 16, 4, 2)))
+        check(ops, SCORES)
+    assert ops.launched == [*ATTENTION, "bias_gradient_kernel"]
 
 
 @needs_gluon
@@ -96,18 +121,22 @@ def test_a_result_without_a_state() -> None:
     from usp.kernels.arguments import Options
     from usp.kernels.attention_forward import attention_forward
 
-    case = CAUSAL
-    x, (out, lse) = make_inputs(case), new_state(case)
-    shared = options(case, x, slice(None), masked=True)
     ops = TritonOps("sm_90", pipelined=True)
-    ops.attention_forward(x.q, x.k, x.v, *shared, out, lse)
-    result, last = (
-        torch.full_like(out, torch.nan, dtype=case.dtype),
-        torch.full_like(lse, -torch.inf),
-    )
-    finished = (x.q, x.k, x.v, Options(*shared), None, last, result)
-    ops.call(attention_forward, *finished, written=(last, result))
-    assert torch.equal(result, out.to(case.dtype)) and torch.equal(last, lse)
+    x, out, lse = attended(ops, CAUSAL)
+    result, last = torch.full_like(out, torch.nan, dtype=CAUSAL.dtype), torch.empty_like(lse)
+    shared = Options(*options(CAUSAL, x, slice(None), masked=True))
+    last.fill_(-torch.inf)
+    ops.call(attention_forward, x.q, x.k, x.v, shared, None, last, result, written=(last, result))
+    assert torch.equal(result, out.to(CAUSAL.dtype)) and torch.equal(last, lse)
+
+
+@needs_gluon
+def test_three_blocks_equal_one() -> None:
+    case = replace(CAUSAL, lk=300, span="all")
+    ops = TritonOps("sm_90", pipelined=True)
+    whole, parts = whole_and_in_blocks(case, make_inputs(case), ops)
+    torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-6, atol=1e-6)
 
 
 # -- what passes over memory once
@@ -174,11 +203,7 @@ BROKEN = [(True, *x) for x in PIPELINED.values()] + [(False, *x) for x in PORTAB
 )
 @needs_gluon
 def test_broken(pipelined: bool, pattern: str, new: str, message: str) -> None:
-    case = replace(CAUSAL, prior_keys=0)
-    x, (out, lse) = make_inputs(case), new_state(case)
-    shared = options(case, x, slice(None), masked=True)
     ops = TritonOps("sm_90", edit=lambda e: e.edited(pattern, new), pipelined=pipelined)
     with pytest.raises((AssertionError, ptx.Refused, ValueError), match=message):
-        ops.attention_forward(x.q, x.k, x.v, *shared, out, lse)
-        want = {name: r for name, r in expected(case, x).items() if name in ("out", "lse")}
-        assert largest(out - want["out"]) <= 1e-2, "out is off"
+        x, out, _ = attended(ops, CAUSAL)
+        assert largest(out - expected(CAUSAL, x)["out"]) <= 1e-2, "out is off"

@@ -20,8 +20,8 @@ from .registers import Array
 class SharedMemory(Region):
     """Knows which ordinary stores are not yet ordered before accesses by other proxies.
 
-    They are once their threads have run a fence, or after one of who comes to access: the model asks
-    for a fence on the way from the one to the other.
+    They are once their threads have run a fence, or after one of who comes to access: the model
+    asks for a fence on the way from the one to the other.
 
     Attributes:
         who: Who runs now, from 1 on.
