@@ -1,7 +1,7 @@
 """Runs kernels of sm_90a, for which ``copies`` and ``products`` fill the table, too.
 
-Source: PTX ISA 9.0, sections 9.7.13.4, "fence", 9.7.13.10, "elect.sync", and 9.7.19.5,
-"setmaxnreg".
+Source: PTX ISA 9.0, sections 9.7.13.4, "fence", 9.7.13.10, "elect.sync", 9.7.19.5,
+"setmaxnreg", and 9.7.14.5.16, "stmatrix".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .asynchronous import Asynchronous, SharedMemory, asynchronous
 from .frame import WARP, Frame
 from .machine import Block, Machine
 from .memory import Memory
-from .parse import Entry, Immediate, Instruction, Pair, Refused
+from .parse import Entry, Immediate, Instruction, Pair, Refused, Vector
 from .table import Step, instruction
 
 if TYPE_CHECKING:
@@ -122,5 +122,34 @@ def fence_proxies(code: Code, i: Instruction) -> Step:
 
     def step(f: Frame) -> None:
         asynchronous(f.block).shared.fence()
+
+    return step
+
+
+@instruction("stmatrix.sync.aligned.m8n8", whole_warps=True)
+def store_matrices(code: Code, i: Instruction) -> Step:
+    """stmatrix: what ldmatrix reads, the other way round: 8x8 matrices of 16 bits.
+
+    Lane 4 r + c has elements (r, 2c) and (r, 2c + 1) of each, with .trans (2c, r), (2c + 1, r);
+    lanes 8m to 8m + 7 say where the rows of matrix m go.
+    """
+    counts = {"x1": 1, "x2": 2, "x4": 4}
+    size, *rest = i.parts[4:]
+    transposed = rest[0] == "trans"
+    space, kind = rest[1:] if transposed else rest
+    values = cast(Vector, i.operands[1]).parts
+    if space not in ("shared", "shared::cta") or kind != "b16" or counts.get(size) != len(values):
+        raise i.refuse("modifier not known")
+    slots, address = [code.read(part, "b32", i) for part in values], code.address(i.operands[0], i)
+
+    def step(f: Frame) -> None:
+        held = np.stack([f.only(f.v[slot]) for slot in slots], 1).reshape(-1, WARP, len(slots))
+        matrices = np.ascontiguousarray(held.swapaxes(1, 2)).view("<u2")
+        matrices = matrices.reshape(-1, len(slots), 8, 8)
+        if transposed:
+            matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+        rows = address(f).reshape(-1, WARP)[:, : 8 * len(slots)].reshape(-1)
+        words = matrices.view("<u4").reshape(-1, 4)
+        f.block.shared.write(rows, [np.ascontiguousarray(words[:, n]) for n in range(4)])
 
     return step

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -28,6 +29,8 @@ _NUMBER = np.dtype("<u2")
 _LEFT = left_fragment()
 Slots = tuple[int, ...]
 Action = Callable[[], None]
+# Registers that the products of a kernel use.
+_USED: WeakKeyDictionary[Code, set[int]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -37,13 +40,15 @@ class Products:
     Attributes:
         sums: Accumulators that are in use, rows of the warps by columns, by their registers.
         groups: Those that were closed, oldest first; each product with its accumulator.
+        ready: What the registers of products held at the last fence; None where there was none
+            since the last wait.
         started: Where, and by which descriptors: alike in all warps of a warpgroup.
     """
 
     sums: dict[Slots, Array] = field(default_factory=dict)
     open: list[tuple[Slots, Action]] = field(default_factory=list)
     groups: list[list[tuple[Slots, Action]]] = field(default_factory=list)
-    fenced: bool = False
+    ready: dict[int, Array] | None = None
     started: list[tuple[int, ...]] = field(default_factory=list)
 
     def running(self) -> bool:
@@ -93,13 +98,26 @@ def order_products(code: Code, i: Instruction) -> Step:
         assert isinstance(left, Immediate)
         running = int(left.text)
         return _whole(lambda f: _wait(f, running))
-    if i.parts[1] == "fence":
-        return _whole(_fence)
-    return _whole(_commit)
+    if i.parts[1] == "commit_group":
+        return _whole(_commit)
+    used = _USED.setdefault(code, set())
+
+    def fence(f: Frame) -> None:
+        _products(f).ready = {slot: f.v[slot].copy() for slot in used}
+
+    return _whole(fence)
 
 
-def _fence(f: Frame) -> None:
-    _products(f).fenced = True
+def _check_ready(f: Frame, slots: Slots) -> None:
+    """PTX ISA, "wgmma.fence": whatever wrote registers comes before a fence, the fence before
+    products that read them.
+    """
+    ready = _products(f).ready
+    if ready is None:
+        raise Refused("a product without a wgmma.fence since the last wait")
+    for slot in slots:
+        if not np.array_equal(f.v[slot].view(np.uint32), ready[slot].view(np.uint32)):
+            raise Refused("a register was written since the last wgmma.fence")
 
 
 def _commit(f: Frame) -> None:
@@ -110,7 +128,7 @@ def _commit(f: Frame) -> None:
 
 def _wait(f: Frame, running: int) -> None:
     own = _products(f)
-    own.fenced = False
+    own.ready = None
     while len(own.groups) > running:
         group = own.groups.pop(0)
         for _, run in group:
@@ -142,13 +160,13 @@ def multiply(code: Code, i: Instruction) -> Step:
         left = _Registers(_slots(code, a, "b32", i, 4), kind)
     else:
         left = _Matrix(code.read(a, "u64", i), kind, ROWS, transposed[0])
-    adds = _predicate(code, scale, i)
+    adds, read = _predicate(code, scale, i), left.slots if isinstance(left, _Registers) else ()
+    _USED.setdefault(code, set()).update(read, sums)
 
     def step(f: Frame) -> None:
         own = _products(f)
-        if not own.fenced:
-            raise Refused("a product without a wgmma.fence since the registers were used")
         a_of, b_of, added = left.of(f), right.of(f), adds(f)
+        _check_ready(f, (*read, *sums) if added and sums not in own.sums else read)
         own.started.append((f.pc, left.bits(f), right.bits(f), added))
         _start(f, sums, added, lambda: a_of()[_own_rows(f, left)], lambda: b_of().T)
 
