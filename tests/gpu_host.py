@@ -175,7 +175,8 @@ def host_ops(wave_size: int) -> GpuHostOps:
 
 def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:
     """Each source on its own, then one shared library."""
-    common = ["g++", "-std=c++20", "-O1", "-fPIC", f"-DUSP_GPU_HOST_WAVE={wave_size}", *flags]
+    language = ("-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
+    common = ["g++", *language, f"-DUSP_GPU_HOST_WAVE={wave_size}", *flags]
     objects = [folder / f"{Path(source).name}.{wave_size}.o" for source in SOURCES]
     compilers = [
         subprocess.Popen([*common, "-x", "c++", "-c", str(CSRC / source), "-o", str(compiled)])

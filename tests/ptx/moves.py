@@ -75,6 +75,28 @@ def _pack(code: Code, i: Instruction, kind: str) -> Step:
     return step
 
 
+@instruction("prmt")
+def permute(code: Code, i: Instruction) -> Step:
+    """PTX ISA, "prmt", its default mode: each nibble of c picks one of the eight bytes of {b, a}.
+
+    Its upper bit asks for the byte's sign instead.
+    """
+    if i.parts != ("prmt", "b32"):
+        raise i.refuse("modifier not known")
+
+    def pick(a: Array, b: Array, c: Array) -> Array:
+        both = b.astype(np.uint64) << 32 | a
+        result = np.zeros_like(a)
+        for n in range(4):
+            nibble = (c >> 4 * n).astype(np.uint64) & 15
+            byte = (both >> 8 * (nibble & 7) & 255).astype(np.uint32)
+            sign = np.where(byte & 128, 255, 0).astype(np.uint32)
+            result |= np.where(nibble & 8, sign, byte) << 8 * n
+        return result
+
+    return compute(code, i, "b32", ["b32", "b32", "b32"], pick)
+
+
 @instruction("cvta")
 def convert_address(code: Code, i: Instruction) -> Step:
     """cvta, cvta.to: between the addresses of a space and generic ones."""

@@ -12,10 +12,8 @@
 #include <cuda.h>  // types alone: the function is asked for by name
 
 #define USP_GRID_CONSTANT __grid_constant__
-#define USP_MAP_ALIGN alignas(CUtensorMap)
 #else
 #define USP_GRID_CONSTANT
-#define USP_MAP_ALIGN
 #endif
 
 namespace usp::gpu::hopper {
@@ -24,7 +22,8 @@ inline constexpr int kBoxColumns = 64;  // 128 bytes of 16-bit numbers: the wide
 
 // A tensor of 16-bit numbers as the TMA sees it: (batch, head, row, head_dim), and a box of `rows`
 // rows and kBoxColumns columns of one head. Rows past the end are zeros, never another head's.
-struct USP_MAP_ALIGN TensorMap {
+// Aligned as CUDA 13 has it; 12 asks for 64. Parameters lie alike on every target.
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 
@@ -72,6 +71,7 @@ inline const char* make_map(TensorMap& map, const TensorView& x, const MapSizes&
   const uint32_t box[] = {kBoxColumns, static_cast<uint32_t>(sizes.box_rows), 1, 1};
 #if defined(USP_GPU_CUDA)
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
+  static_assert(alignof(TensorMap) % alignof(CUtensorMap) == 0);
   static const auto encode = find_encoder();
   if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   const auto dtype = x.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
