@@ -94,7 +94,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     delta.store(n);
   };
 
-  Sums<kTile, kStrips, kPartDim / kTile> dk, dv;
+  OutputSums<kTile, kStrips, kPartDim / kTile> dk, dv;
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
@@ -118,15 +118,14 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     multiply_accumulate(dk, dscores, queries.tile(n) + first_dim, kStride);
   });
 
-  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
   GradientTarget::of_dk(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kWidth>(
+    MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kPlain>(
         dk, static_cast<float>(a.softmax_scale), adds);
   });
   GradientTarget::of_dv(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.template put<kWidth>(
+    MatrixRows{to + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.template put<kPlain>(
         dv, 1.0f, adds);
   });
 }
@@ -182,7 +181,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   });
 
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  Sums<kTile, kStrips, kDim / kTile> dq;
+  OutputSums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
   const SeenSteps seen(a.span, range, walk, kColumns);
   const auto next = [&](int step) { return seen.next(step); };
@@ -201,11 +200,10 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
     multiply_accumulate(dq, dscores, keys.tile(n), kStride);
   });
 
-  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lq + first_query) * a.H + place.h;
   const int D = static_cast<int>(a.D);
   GradientTarget::of_dq(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * D, a.H * D, count, D}.template put<kWidth>(
+    MatrixRows{to + row * D, a.H * D, count, D}.template put<kPlain>(
         dq, static_cast<float>(a.softmax_scale), adds);
   });
 }
