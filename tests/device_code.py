@@ -36,6 +36,10 @@ _LOAD_AHEAD = re.compile(
 )
 
 
+# Memory of a thread's own. A frame that nothing touches is what is left of scalar registers that
+# clang keeps in lanes of vector registers.
+_SCRATCH = re.compile(r"\b(?:scratch|buffer)_(?:load|store|atomic)")
+
 # Less than a register at a time from the LDS.
 _NARROW_READ = re.compile(r"\bds_read_[ui](?:8|16)")
 
@@ -127,6 +131,7 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
             name = _metadata(entry, "name")
             found = re.search(rf"(?ms)^{re.escape(name)}:.*?^\.Lfunc_end", text)
             body = found[0] if found else ""
+            frame = int(_metadata(entry, "private_segment_fixed_size"))
             kernels.append(
                 Kernel(
                     source=stem,
@@ -134,7 +139,7 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
                     architecture=architecture,
                     registers=int(_metadata(entry, "vgpr_count")),
                     spills=int(_metadata(entry, "vgpr_spill_count")),
-                    scratch=int(_metadata(entry, "private_segment_fixed_size")),
+                    scratch=frame if _SCRATCH.search(body) else 0,
                     shared=int(_metadata(entry, "group_segment_fixed_size")),
                     instructions=count_instructions(body),
                     loads_ahead=_LOAD_AHEAD.search(body) is not None,

@@ -99,7 +99,6 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   seen.for_each([&](Rows& queries, int row) {
     queries = queries_that_see(a.span, first_key + row, Rows::of(visible), Rows::of(unmasked));
   });
-  const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
@@ -122,6 +121,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     multiply_accumulate(dk, dscores, queries.tile(n) + first_dim, kStride);
   });
 
+  const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
   arguments.dk.visit<T>([&](auto* to, auto adds) {
     MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kPlain>(
