@@ -36,6 +36,14 @@ _LOAD_AHEAD = re.compile(
 )
 
 
+# Memory of a thread's own. A frame that nothing touches is what is left of scalar registers that
+# clang keeps in lanes of vector registers.
+_SCRATCH = re.compile(r"\b(?:scratch|buffer)_(?:load|store|atomic)")
+
+# Less than a register at a time from the LDS.
+_NARROW_READ = re.compile(r"\bds_read_[ui](?:8|16)")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel.
@@ -48,6 +56,7 @@ class Kernel:
         shared: Bytes of shared memory (LDS) fixed at compilation.
         instructions: How often each of INSTRUCTIONS stands in it; those that do.
         loads_ahead: Whether vectors from global memory are on their way during products (AMD).
+        narrow_reads: How many reads of the LDS fill less than a register (AMD).
     """
 
     source: str
@@ -59,6 +68,7 @@ class Kernel:
     shared: int
     instructions: dict[str, int] = field(default_factory=dict)
     loads_ahead: bool = False
+    narrow_reads: int = 0
 
 
 def readable(mangled: str) -> str:
@@ -119,7 +129,9 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
         text = path.read_text()
         for entry in re.split(r"(?m)^  - (?=\.agpr_count|\.args)", text)[1:]:
             name = _metadata(entry, "name")
-            body = re.search(rf"(?ms)^{re.escape(name)}:.*?^\.Lfunc_end", text)
+            found = re.search(rf"(?ms)^{re.escape(name)}:.*?^\.Lfunc_end", text)
+            body = found[0] if found else ""
+            frame = int(_metadata(entry, "private_segment_fixed_size"))
             kernels.append(
                 Kernel(
                     source=stem,
@@ -127,10 +139,11 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
                     architecture=architecture,
                     registers=int(_metadata(entry, "vgpr_count")),
                     spills=int(_metadata(entry, "vgpr_spill_count")),
-                    scratch=int(_metadata(entry, "private_segment_fixed_size")),
+                    scratch=frame if _SCRATCH.search(body) else 0,
                     shared=int(_metadata(entry, "group_segment_fixed_size")),
-                    instructions=count_instructions(body[0] if body else ""),
-                    loads_ahead=body is not None and _LOAD_AHEAD.search(body[0]) is not None,
+                    instructions=count_instructions(body),
+                    loads_ahead=_LOAD_AHEAD.search(body) is not None,
+                    narrow_reads=len(_NARROW_READ.findall(body)),
                 )
             )
     return kernels

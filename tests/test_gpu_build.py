@@ -106,6 +106,13 @@ def test_loads_overlap_with_products(built: Built) -> None:
     assert not late, f"loads are waited for before the products:\n{table(late)}"
 
 
+@pytest.mark.parametrize("built", ["hip"], indirect=True)
+def test_operands_are_read_in_whole_registers(built: Built) -> None:
+    """Where an operand's columns run along the rows in the LDS, registers transpose what is read."""
+    narrow = [f"{k.narrow_reads} {k.name} {k.architecture}" for k in built.kernels if k.narrow_reads]
+    assert not narrow, "reads of 16 bits from the LDS:\n" + "\n".join(narrow)
+
+
 def test_every_wgmma_kernel_multiplies_what_the_tma_brings(built: Built) -> None:
     kernels = [kernel for kernel in built.kernels if kernel.source.startswith("wgmma")]
     assert bool(kernels) == (built.kind == "cuda")

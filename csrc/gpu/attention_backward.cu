@@ -60,11 +60,11 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 
   const BlockPlace place = place_of_block<kParts>(arguments.first, tiles_of(a.Lk, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lk);
-  const Walk walk =
-      Walk::over(visible_queries(a.span, range), unmasked_queries(a.span, range), kColumns);
+  const Range visible = visible_queries(a.span, range), unmasked = unmasked_queries(a.span, range);
+  const Walk walk = Walk::over(visible, unmasked, kColumns);
   const Rows heads = Rows::of(a.query_heads(place.h));
   const int steps = walk.count * heads.size();
-  if (steps <= 0 && !overwrites(g)) return;
+  if (steps <= 0 && !arguments.overwrites) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -90,11 +90,15 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const auto store = [&](int n) {
     queries.store(n);
     douts.store(n);
-    lse.store(n);
-    delta.store(n);
+    lse.store(n, QueryResults::exponent_of);
+    delta.store(n, [](float x) { return x; });
   };
 
-  Sums<kTile, kStrips, kPartDim / kTile> dk, dv;
+  OutputSums<kTile, kStrips, kPartDim / kTile> dk, dv;
+  PerRow<Rows, kTile, kStrips> seen;
+  seen.for_each([&](Rows& queries, int row) {
+    queries = queries_that_see(a.span, first_key + row, Rows::of(visible), Rows::of(unmasked));
+  });
   const int first_dim = place.part * kPartDim;
   dk.clear();
   dv.clear();
@@ -105,28 +109,26 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
     multiply_transposed<kDim>(scores, keys, queries.tile(n), kStride);
     multiply_transposed<kDim>(dscores, values, douts.tile(n), kStride);
-    tile_gradients(
-        scoring, scores, dscores, !walk.is_masked(step % walk.count),
-        [&](int s, int slot, int column) {
-          return Pair{first_query + column,
-                      first_key + s * kTile + Accumulator<kTile>::row_of_slot(slot)};
+    tile_gradients<kPlain, kTile, kStrips>(
+        scoring, scores, dscores, {first_query, !walk.is_masked(step % walk.count), seen},
+        [&](int s, int slot, int query) {
+          return Pair{query, first_key + s * kTile + Accumulator<kTile>::row_of_slot(slot)};
         },
         [&](int, int, int column) {
-          return QueryResults::of(lse.tile(n)[column], delta.tile(n)[column]);
+          return QueryResults{lse.tile(n)[column], delta.tile(n)[column]};
         });
     multiply_accumulate(dv, scores, douts.tile(n) + first_dim, kStride);
     multiply_accumulate(dk, dscores, queries.tile(n) + first_dim, kStride);
   });
 
-  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lk + first_key) * a.G + place.h;
   const int count = own.size() - first_row, D = static_cast<int>(a.D), Dv = static_cast<int>(a.Dv);
-  GradientTarget::of_dk(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kWidth>(
+  arguments.dk.visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * D + first_dim, a.G * D, count, D - first_dim}.template put<kPlain>(
         dk, static_cast<float>(a.softmax_scale), adds);
   });
-  GradientTarget::of_dv(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.template put<kWidth>(
+  arguments.dv.visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * Dv + first_dim, a.G * Dv, count, Dv - first_dim}.template put<kPlain>(
         dv, 1.0f, adds);
   });
 }
@@ -146,7 +148,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
-  if (walk.count == 0 && !overwrites(g)) return;
+  if (walk.count == 0 && !arguments.overwrites) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -181,31 +183,31 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
                               exists ? g.delta[row_of_heads + row] : 0.0f);
   });
 
+  PerRow<Rows, kTile, kStrips> seen;
+  seen.for_each([&](Rows& keys, int row) { keys = keys_seen_by(a.span, first_query + row); });
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  Sums<kTile, kStrips, kDim / kTile> dq;
+  OutputSums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
-  const SeenSteps seen(a.span, range, walk, kColumns);
-  const auto next = [&](int step) { return seen.next(step); };
+  const SeenSteps steps(a.span, range, walk, kColumns);
+  const auto next = [&](int step) { return steps.next(step); };
   walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
     const int first_key = walk.step(step, kColumns).begin;
     Sums<kTile, kStrips, kColumns / kTile> scores, dscores;
     multiply_transposed<kDim>(scores, queries, keys.tile(n), kStride);
     multiply_transposed<kDim>(dscores, douts, values.tile(n), kStride);
-    tile_gradients(
-        scoring, scores, dscores, !walk.is_masked(step),
-        [&](int s, int slot, int column) {
-          return Pair{first_query + s * kTile + Accumulator<kTile>::row_of_slot(slot),
-                      first_key + column};
+    tile_gradients<kPlain, kTile, kStrips>(
+        scoring, scores, dscores, {first_key, !walk.is_masked(step), seen},
+        [&](int s, int slot, int key) {
+          return Pair{first_query + s * kTile + Accumulator<kTile>::row_of_slot(slot), key};
         },
         [&](int s, int slot, int) { return results.of[s][slot]; });
     multiply_accumulate(dq, dscores, keys.tile(n), kStride);
   });
 
-  constexpr int kWidth = kStateWidth<kTile, kPlain>;
   const int64_t row = (place.b * a.Lq + first_query) * a.H + place.h;
   const int D = static_cast<int>(a.D);
-  GradientTarget::of_dq(g).visit<T>([&](auto* to, auto adds) {
-    MatrixRows{to + row * D, a.H * D, count, D}.template put<kWidth>(
+  arguments.dq.visit<T>([&](auto* to, auto adds) {
+    MatrixRows{to + row * D, a.H * D, count, D}.template put<kPlain>(
         dq, static_cast<float>(a.softmax_scale), adds);
   });
 }
@@ -245,13 +247,15 @@ const char* attention_backward(const Attention<float>& inputs,
     return hopper::attention_backward(inputs, gradients, stream);
   }
 #endif
-  const GradientResults& results = gradients.results;
+  const GradientTarget dq = GradientTarget::of_dq(gradients);
+  const GradientTarget dk = GradientTarget::of_dk(gradients);
+  const GradientTarget dv = GradientTarget::of_dv(gradients);
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
-      is_aligned(gradients.dq) && is_aligned(gradients.dk) && is_aligned(gradients.dv) &&
-      is_aligned(results.dq) && is_aligned(results.dk) && is_aligned(results.dv);
-  const BackwardArguments arguments{inputs, gradients, {}, vectors};
+      is_aligned(dq.data) && is_aligned(dk.data) && is_aligned(dv.data);
+  const BackwardArguments arguments{inputs, gradients, dq, dk, dv, {}, overwrites(gradients),
+                                    vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     backward_of<BFloat16>(arguments, stream);
   } else {

@@ -8,6 +8,7 @@
 #include "hopper/attention.h"
 #include "own_rows.h"
 #include "scores.h"
+#include "state_rows.h"
 
 namespace usp::gpu {
 namespace {
@@ -18,58 +19,6 @@ struct ForwardArguments {
   FirstBlock first;
   bool vectors;
 };
-
-// The running softmax of a wave's rows. A lane keeps its own part of each sum.
-template <int kTile, int kStrips>
-struct RunningRows {
-  PerRow<float, kTile, kStrips> max;  // in units of log2
-  PerRow<float, kTile, kStrips> sum;
-};
-
-USP_DEVICE float finite(float max) { return max == -kInfinity ? 0.0f : max; }
-
-// Turns scores / scale into weights, and shrinks what was summed before to the new maxima.
-template <int kTile, int kStrips, int kKeys, int kDims>
-USP_DEVICE void softmax_step(Sums<kTile, kStrips, kKeys>& scores, float scale,
-                             RunningRows<kTile, kStrips>& rows, Sums<kTile, kStrips, kDims>& out) {
-  using Element = Accumulator<kTile>;
-  USP_UNROLL
-  for (int s = 0; s < kStrips; ++s) {
-    float subtract[Element::kRowSlots], shrink[Element::kRowSlots];
-    USP_UNROLL
-    for (int slot = 0; slot < Element::kRowSlots; ++slot) {
-      float top = -kInfinity;
-      USP_UNROLL
-      for (int n = 0; n < kKeys; ++n) {
-        USP_UNROLL
-        for (int i = 0; i < kElements<kTile>; ++i) {
-          if (Element::slot(i) == slot) top = larger(top, scores.tile[s][n].x[i]);
-        }
-      }
-      const float old_max = rows.max.of[s][slot];
-      const float new_max = larger(old_max, row_max<kTile>(top) * scale);
-      subtract[slot] = finite(new_max);
-      shrink[slot] = fast_exp2(old_max - subtract[slot]);
-      rows.max.of[s][slot] = new_max;
-      rows.sum.of[s][slot] *= shrink[slot];
-    }
-    USP_UNROLL
-    for (int n = 0; n < kKeys; ++n) {
-      USP_UNROLL
-      for (int i = 0; i < kElements<kTile>; ++i) {
-        const int slot = Element::slot(i);
-        float& x = scores.tile[s][n].x[i];
-        x = fast_exp2(fma(x, scale, -subtract[slot]));
-        rows.sum.of[s][slot] += x;
-      }
-    }
-    USP_UNROLL
-    for (int n = 0; n < kDims; ++n) {
-      USP_UNROLL
-      for (int i = 0; i < kElements<kTile>; ++i) out.tile[s][n].x[i] *= shrink[Element::slot(i)];
-    }
-  }
-}
 
 // Products of the queries from `first_query` on with `keys` into scores, -inf where unseen.
 template <bool kPlain, int kTile, int kStrips, int kKeys>
@@ -96,84 +45,6 @@ USP_DEVICE void drop(Sums<kTile, kStrips, kKeys>& weights, const Scoring<kPlain>
     if (at.query < scoring.span().num_queries && at.key < keys.end) x *= scoring.multiplier(at);
   });
 }
-
-// The state of one wave's rows, in memory.
-template <typename T, bool kAligned>
-struct StateRows {
-  MatrixRows<float> out;
-  MatrixRows<T> result;
-  float* lse;
-  bool is_first;  // no row has seen anything before: no out, and lse is not read
-  bool is_last;   // there is a result
-
-  USP_DEVICE float lse_of(int row) const {
-    return !is_first && row < out.count ? lse[row] : -kInfinity;
-  }
-
-  template <int kTile, int kStrips, int kDims>
-  USP_DEVICE void load(RunningRows<kTile, kStrips>& rows, Sums<kTile, kStrips, kDims>& sums) const {
-    PerRow<bool, kTile, kStrips> given;
-    rows.max.for_each([&](float& max, int row) { max = lse_of(row) * kLog2e; });
-    USP_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      USP_UNROLL
-      for (int slot = 0; slot < Accumulator<kTile>::kRowSlots; ++slot) {
-        given.of[s][slot] = rows.max.of[s][slot] != -kInfinity;
-        rows.sum.of[s][slot] = given.of[s][slot] && Accumulator<kTile>::leads_row() ? 1.0f : 0.0f;
-      }
-    }
-    sums.clear();
-    if (is_first) return;
-    constexpr int kWidth = kStateWidth<kTile, kAligned>;
-    out.template for_each<kWidth>(sums, given, [](float* x, const float* place, int, int) {
-      const auto held = *reinterpret_cast<const Numbers<float, kWidth>*>(place);
-      USP_UNROLL
-      for (int i = 0; i < kWidth; ++i) x[i] = held.item[i];
-    });
-  }
-
-  // A row that has seen nothing new keeps its state to the bit.
-  template <int kTile, int kStrips, int kDims>
-  USP_DEVICE void store(const RunningRows<kTile, kStrips>& rows,
-                        Sums<kTile, kStrips, kDims>& sums) const {
-    using Element = Accumulator<kTile>;
-    PerRow<bool, kTile, kStrips> written;
-    PerRow<float, kTile, kStrips> factor;
-    USP_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      USP_UNROLL
-      for (int slot = 0; slot < Element::kRowSlots; ++slot) {
-        // Only a row's first lane reads and writes its lse: the others may be late.
-        const int row = s * kTile + Element::row_of_slot(slot);
-        const float sum = row_sum<kTile>(rows.sum.of[s][slot]), max = rows.max.of[s][slot];
-        const bool leads = Element::leads_row() && row < out.count;
-        const float before = leads ? lse_of(row) : 0.0f;
-        const bool same = max == before * kLog2e && sum == (before == -kInfinity ? 0.0f : 1.0f);
-        const bool changed = row_sum<kTile>(leads && !same ? 1.0f : 0.0f) > 0.0f;
-        factor.of[s][slot] = changed ? fast_reciprocal(sum) : 1.0f;
-        written.of[s][slot] = is_last ? row < out.count : changed;
-        if (leads && (!same || is_first)) lse[row] = (max + fast_log2(sum)) * kLn2;
-      }
-    }
-    constexpr int kWidth = kStateWidth<kTile, kAligned>;
-    const auto put = [&](const float* x, auto* place, float scale, auto round) {
-      using Number = std::remove_reference_t<decltype(*place)>;
-      Numbers<Number, kWidth> scaled;
-      USP_UNROLL
-      for (int i = 0; i < kWidth; ++i) scaled.item[i] = round(x[i] * scale);
-      *reinterpret_cast<Numbers<Number, kWidth>*>(place) = scaled;
-    };
-    if (is_last) {
-      result.template for_each<kWidth>(sums, written, [&](float* x, T* place, int s, int slot) {
-        put(x, place, factor.of[s][slot], rounded<T>);
-      });
-    } else {
-      out.template for_each<kWidth>(sums, written, [&](float* x, float* place, int s, int slot) {
-        put(x, place, factor.of[s][slot], [](float y) { return y; });
-      });
-    }
-  }
-};
 
 template <typename T, bool kAligned>
 USP_DEVICE StateRows<T, kAligned> state_of_wave(const ForwardArguments& arguments,
@@ -240,7 +111,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Rows rows = Rows::of(range);
   const int first_query = rows.begin + wave() * kTiles.wave_rows();
   RunningRows<kTile, kStrips> running;
-  Sums<kTile, kStrips, kDimTiles> out;
+  OutputSums<kTile, kStrips, kDimTiles> out;
   state_of_wave<T, kPlain>(arguments, kTiles).load(running, out);
 
   const auto queries = OwnRows<T, kTile, kStrips, kDim, kTiles.hold_left>::template load<kThreads>(

@@ -169,7 +169,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
   const int64_t first_query = tile.query_tiles.begin * kTiles.rows() + first_row;
   MatrixRows<float>{corner + first_query * g.dbias.query_stride, g.dbias.query_stride,
                     static_cast<int>(a.Lq - first_query), key_rows.size()}
-      .template put<1>(total, 1.0f, std::true_type{});
+      .template put<false>(total, 1.0f, std::true_type{});
 }
 
 template <typename T>

@@ -53,7 +53,26 @@ struct Rows {
     return {static_cast<int>(range.begin), static_cast<int>(range.end)};
   }
   USP_DEVICE int size() const { return end - begin; }
+  USP_DEVICE bool contain(int row) const { return begin <= row && row < end; }
 };
+
+// Keys that a query sees.
+USP_DEVICE Rows keys_seen_by(const Span& span, int query) {
+  if (query >= span.num_queries) return {0, 0};
+  if (span.sees_all()) return {0, static_cast<int>(span.num_keys)};
+  return {span.first[query], span.stop[query]};
+}
+
+// Queries that see a key, of a tile of which `visible` see some key and `unmasked` see all.
+USP_DEVICE Rows queries_that_see(const Span& span, int key, Rows visible, Rows unmasked) {
+  if (key >= span.num_keys) return {0, 0};
+  if (span.sees_all()) return visible;
+  const auto search = [&](const int32_t* ends, int begin, int end) {
+    return begin + static_cast<int>(first_above(ends + begin, end - begin, key));
+  };
+  return {search(span.stop, visible.begin, unmasked.begin),
+          search(span.first, unmasked.end, visible.end)};
+}
 
 // The rows of `visible` in steps of `size`. The steps [full.begin, full.end) need no mask.
 struct Walk {

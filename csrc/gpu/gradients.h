@@ -10,10 +10,50 @@
 
 namespace usp::gpu {
 
+// dq, dk or dv in memory: a sum to add to, or a result to write over.
+struct GradientTarget {
+  enum class Kind { kSum, kFloats, kRounded };  // rounded to T
+
+  void* data;
+  Kind kind;
+
+  USP_HOST_DEVICE static GradientTarget of_dq(const AttentionGradients<float>& g) {
+    return of(g.dq, g.results.dq, g.results.dq_dtype);
+  }
+  USP_HOST_DEVICE static GradientTarget of_dk(const AttentionGradients<float>& g) {
+    return of(g.dk, g.results.dk, g.results.kv_dtype);
+  }
+  USP_HOST_DEVICE static GradientTarget of_dv(const AttentionGradients<float>& g) {
+    return of(g.dv, g.results.dv, g.results.kv_dtype);
+  }
+
+  // visit(pointer, integral constant: whether what is there counts)
+  template <typename T, typename Visit>
+  USP_DEVICE void visit(Visit&& visit) const {
+    void* to = in_global_memory(data);
+    if (kind == Kind::kSum) return visit(static_cast<float*>(to), std::true_type{});
+    if (kind == Kind::kFloats) return visit(static_cast<float*>(to), std::false_type{});
+    visit(static_cast<T*>(to), std::false_type{});
+  }
+
+ private:
+  USP_HOST_DEVICE static GradientTarget of(float* sum, void* result, DType dtype) {
+    if (result == nullptr) return {sum, Kind::kSum};
+    return {result, dtype == DType::kFloat32 ? Kind::kFloats : Kind::kRounded};
+  }
+};
+
+// Whether rows that nobody sees, or that see nothing, are written too: as zeros.
+USP_HOST_DEVICE bool overwrites(const AttentionGradients<float>& g) {
+  return g.results.dq != nullptr || g.results.dk != nullptr || g.results.dv != nullptr;
+}
+
 struct BackwardArguments {
   Attention<float> inputs;
   AttentionGradients<float> gradients;
+  GradientTarget dq, dk, dv;
   FirstBlock first;
+  bool overwrites;
   bool vectors;
 };
 
@@ -21,44 +61,8 @@ USP_DEVICE AttentionGradients<float> in_global_memory(AttentionGradients<float> 
   g.dout.data = in_global_memory(g.dout.data);
   g.delta = in_global_memory(g.delta);
   g.lse = in_global_memory(g.lse);
-  g.dq = in_global_memory(g.dq);
-  g.dk = in_global_memory(g.dk);
-  g.dv = in_global_memory(g.dv);
-  g.results.dq = in_global_memory(g.results.dq);
-  g.results.dk = in_global_memory(g.results.dk);
-  g.results.dv = in_global_memory(g.results.dv);
   g.dbias.data = in_global_memory(g.dbias.data);
   return g;
-}
-
-// dq, dk or dv in memory: a sum to add to, or a result to write over, in fp32 or in T.
-struct GradientTarget {
-  float* sum;
-  void* result;  // null: there is a sum
-  DType dtype;
-
-  USP_DEVICE static GradientTarget of_dq(const AttentionGradients<float>& g) {
-    return {g.dq, g.results.dq, g.results.dq_dtype};
-  }
-  USP_DEVICE static GradientTarget of_dk(const AttentionGradients<float>& g) {
-    return {g.dk, g.results.dk, g.results.kv_dtype};
-  }
-  USP_DEVICE static GradientTarget of_dv(const AttentionGradients<float>& g) {
-    return {g.dv, g.results.dv, g.results.kv_dtype};
-  }
-
-  // visit(pointer, integral constant: whether what is there counts)
-  template <typename T, typename Visit>
-  USP_DEVICE void visit(Visit&& visit) const {
-    if (result == nullptr) return visit(sum, std::true_type{});
-    if (dtype == DType::kFloat32) return visit(static_cast<float*>(result), std::false_type{});
-    visit(static_cast<T*>(result), std::false_type{});
-  }
-};
-
-// Whether rows that nobody sees, or that see nothing, are written too: as zeros.
-USP_HOST_DEVICE bool overwrites(const AttentionGradients<float>& g) {
-  return g.results.dq != nullptr || g.results.dk != nullptr || g.results.dv != nullptr;
 }
 
 // bias_backward.cu: adds this block's share to dbias.
@@ -69,8 +73,9 @@ struct QueryResults {
   float lse;  // final, in units of log2; +inf for a query that has seen nothing
   float delta;
 
-  USP_DEVICE static QueryResults of(float lse, float delta) {
-    return {lse == -kInfinity ? kInfinity : lse * kLog2e, delta};
+  USP_DEVICE static QueryResults of(float lse, float delta) { return {exponent_of(lse), delta}; }
+  USP_DEVICE static float exponent_of(float lse) {
+    return lse == -kInfinity ? kInfinity : lse * kLog2e;
   }
 };
 
@@ -90,16 +95,25 @@ USP_DEVICE PairGradients pair_gradients(const Scoring<kPlain>& scoring, float pr
   return {p * m, ds, ds * score.derivative};
 }
 
+// Columns of a tile as rows that a block walks over.
+template <int kTile, int kStrips>
+struct WalkedColumns {
+  int first;                                 // the row of column 0
+  bool all_visible;                          // with every own row, and all exist
+  const PerRow<Rows, kTile, kStrips>& seen;  // by own rows, or that see them
+};
+
 // Every pair of a tile: `products` become weights, `output_products` gradients of products.
-// pair(strip, slot, column) and query(strip, slot, column) say which pair and what is known of its
-// query. `all_visible`: no pair of the tile is masked, and all exist.
+// pair(strip, slot, walked row) and query(strip, slot, column) say which pair and what is known of
+// its query.
 template <bool kPlain, int kTile, int kStrips, int kColumns, typename PairOf, typename QueryOf>
 USP_DEVICE void tile_gradients(const Scoring<kPlain>& scoring,
                                Sums<kTile, kStrips, kColumns>& products,
-                               Sums<kTile, kStrips, kColumns>& output_products, bool all_visible,
-                               PairOf&& pair, QueryOf&& query) {
+                               Sums<kTile, kStrips, kColumns>& output_products,
+                               const WalkedColumns<kTile, kStrips>& walked, PairOf&& pair,
+                               QueryOf&& query) {
   using Element = Accumulator<kTile>;
-  const auto visit_all = [&](auto&& is_there) {
+  const auto visit_all = [&](auto all_visible) {
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
@@ -110,19 +124,21 @@ USP_DEVICE void tile_gradients(const Scoring<kPlain>& scoring,
           const int column = Element::first_column() + n * kTile + Element::offset(i);
           float& x = products.tile[s][n].x[i];
           float& dp = output_products.tile[s][n].x[i];
-          const Pair at = pair(s, slot, column);
           PairGradients found{0.0f, 0.0f, 0.0f};
-          if (is_there(at)) found = pair_gradients(scoring, x, dp, query(s, slot, column), at);
+          if (all_visible || walked.seen.of[s][slot].contain(walked.first + column)) {
+            const Pair at = pair(s, slot, walked.first + column);
+            found = pair_gradients(scoring, x, dp, query(s, slot, column), at);
+          }
           x = found.weight;
           dp = found.product;
         }
       }
     }
   };
-  if (kPlain && all_visible) {
-    visit_all([](Pair) { return true; });
+  if (kPlain && walked.all_visible) {
+    visit_all(std::true_type{});
   } else {
-    visit_all([&](Pair at) { return is_visible(scoring.span(), at); });
+    visit_all(std::false_type{});
   }
 }
 

@@ -69,6 +69,23 @@ USP_DEVICE uint32_t pack<Float16>(float low, float high) {
 #endif
 }
 
+// Of two registers with two numbers each, both first numbers, or both second ones.
+USP_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
+#if defined(USP_GPU_HIP)
+  return __builtin_amdgcn_perm(second, first, 0x05040100);
+#else
+  return second << 16 | (first & 0xFFFFu);
+#endif
+}
+
+USP_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+#if defined(USP_GPU_HIP)
+  return __builtin_amdgcn_perm(second, first, 0x07060302);
+#else
+  return (second & 0xFFFF0000u) | first >> 16;
+#endif
+}
+
 template <typename T>
 USP_DEVICE T rounded(float x) {
   return {static_cast<uint16_t>(pack<T>(x, 0.0f))};

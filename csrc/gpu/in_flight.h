@@ -109,7 +109,8 @@ class WalkedRows {
   RowsInFlight<T, kRows, kDim, kThreads> next_;
 };
 
-// A float for each of those rows, likewise; at most one for each thread.
+// A float for each of those rows, likewise; at most one for each thread. It lies there as
+// convert(float): once for all that use it.
 template <int kRows, int kStages>
 class WalkedFloats {
  public:
@@ -125,14 +126,22 @@ class WalkedFloats {
       held_ = *place;
     }
   }
-  USP_DEVICE void store(int n) const {
-    if constexpr (!kAsyncCopies) {
-      const int i = static_cast<int>(thread_index());
-      const float value = exists_ ? held_ : 0.0f;
-      if (i < kRows) tile(n)[i] = value;
+  template <typename Convert>
+  USP_DEVICE void store(int n, Convert&& convert) const {
+    const int i = static_cast<int>(thread_index());
+    if (i >= kRows) return;
+    float& there = tile(n)[i];
+    if constexpr (kAsyncCopies) {
+      there = convert(there);
+    } else {
+      there = convert(exists_ ? held_ : 0.0f);
     }
   }
-  USP_DEVICE float* tile(int n) const { return stages_ + n % kStages * kRows; }
+
+  USP_DEVICE float* tile(int n) const {
+    static_assert(kRows % 4 == 0);
+    return static_cast<float*>(__builtin_assume_aligned(stages_ + n % kStages * kRows, 16));
+  }
 
  private:
   float* stages_;
@@ -142,7 +151,7 @@ class WalkedFloats {
 
 // Calls use(step, n) for the steps below `count` that next(step before) names, from next(-1) on,
 // the n-th of them, with its rows in shared memory: request(step, n) starts their way and store(n)
-// ends it.
+// ends it, where copies that run by themselves have arrived.
 template <int kStages, typename Next, typename Request, typename Store, typename Use>
 USP_DEVICE void walk_tiles(int count, Next&& next, Request&& request, Store&& store, Use&& use) {
   constexpr bool kEarly = kStages > 1 || !kAsyncCopies;  // before the rows now there are used
@@ -151,8 +160,8 @@ USP_DEVICE void walk_tiles(int count, Next&& next, Request&& request, Store&& st
   request(step, 0);
   for (int n = 0; step < count; ++n) {
     if constexpr (!kAsyncCopies) barrier();
-    store(n);
     copies_arrived();
+    store(n);
     barrier();
     const int following = next(step);
     if (kEarly && following < count) request(following, n + 1);

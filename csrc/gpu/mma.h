@@ -166,26 +166,12 @@ struct Left {
   }
 };
 
-// B, from `tile` stored as (k, columns), or transposed as (columns, k).
+// B.
 template <typename T, int kTile>
 struct Right {
   uint32_t packed[kElements<kTile> / 2];
 
-  USP_DEVICE void load(const T* tile, int stride) {
-    if constexpr (kWarps) {
-      load_m8n8x4<true>(packed, tile + lane() % 16 * stride + lane() / 16 * 8);
-    } else {
-      const Position at = right_position<kTile>(lane(), 0);
-      const T* from = tile + at.row * stride + at.column;
-      USP_UNROLL
-      for (int i = 0; i < kElements<kTile> / 2; ++i) {
-        const int row = right_position<kTile>(0, 2 * i).row;
-        packed[i] =
-            static_cast<uint32_t>(from[(row + 1) * stride].bits) << 16 | from[row * stride].bits;
-      }
-    }
-  }
-
+  // From `tile` stored as (columns, k). Stored as (k, columns): load_interleaved.
   USP_DEVICE void load_transposed(const T* tile, int stride) {
     if constexpr (kWarps) {
       const int matrix = lane() / 8;
@@ -195,6 +181,40 @@ struct Right {
     }
   }
 };
+
+// B of kCount neighbouring tiles stored as (k, columns), whose columns interleave: column c of tile
+// t is the stored column c * kCount + t.
+//
+// AMD: registers hold two rows of one column, rows lie along columns. A lane reads kCount columns
+// of a row at once, as one word or two, and pairs them with those of the next row. Lanes of the
+// same row read what is contiguous, 64 bytes or more, and the next ones of a wave four rows on,
+// which is an odd number of 64 bytes away: all banks serve at once.
+template <int kCount, typename T, int kTile>
+USP_DEVICE void load_interleaved(Right<T, kTile> (&right)[kCount], const T* tiles, int stride) {
+  if constexpr (kWarps) {
+    static_assert(kCount == 1);
+    load_m8n8x4<true>(right[0].packed, tiles + lane() % 16 * stride + lane() / 16 * 8);
+  } else {
+    const Position at = right_position<kTile>(lane(), 0);
+    const T* from = tiles + at.row * stride + at.column * kCount;
+    const auto read = [&](uint32_t* words, int row) {
+      constexpr int kBytes = kCount * 2;
+      __builtin_memcpy(words, __builtin_assume_aligned(from + row * stride, kBytes), kBytes);
+    };
+    USP_UNROLL
+    for (int i = 0; i < kElements<kTile> / 2; ++i) {
+      const int row = right_position<kTile>(0, 2 * i).row;
+      uint32_t first[kCount / 2], second[kCount / 2];
+      read(first, row);
+      read(second, row + 1);
+      USP_UNROLL
+      for (int t = 0; t < kCount; t += 2) {
+        right[t].packed[i] = low_halves(first[t / 2], second[t / 2]);
+        right[t + 1].packed[i] = high_halves(first[t / 2], second[t / 2]);
+      }
+    }
+  }
+}
 
 template <typename T, int kTile>
 USP_DEVICE void multiply_add(Accumulator<kTile>& sum, const Left<T, kTile>& left,

@@ -9,12 +9,29 @@
 
 namespace usp::gpu {
 
-// (strips, columns) tiles of fp32 in a wave's registers.
-template <int kTile, int kStrips, int kColumns>
+// (strips, columns) tiles of fp32 in a wave's registers. Columns of kInterleaved neighbouring tiles
+// interleave, see load_interleaved.
+template <int kTile, int kStrips, int kColumns, int kInterleaved = 1>
 struct Sums {
   using Element = Accumulator<kTile>;
+  static_assert(kColumns % kInterleaved == 0);
+
+  // So many neighbours in a row are read and written at once: what fills 16 bytes, or all that a
+  // lane has. NVIDIA's lanes have two, and four lanes fill a sector.
+  template <typename Number>
+  static USP_HOST_DEVICE constexpr int neighbours() {
+    constexpr int kOfLane = Element::kRun * kInterleaved, kMost = 16 / sizeof(Number);
+    return kOfLane < kMost ? kOfLane : kMost;
+  }
 
   Element tile[kStrips][kColumns];
+
+  // Element i of tile n is in column first_column() + offset(n, i).
+  static USP_DEVICE int first_column() { return Element::first_column() * kInterleaved; }
+  static USP_HOST_DEVICE constexpr int offset(int n, int i) {
+    const int in_tile = n % kInterleaved;
+    return (n - in_tile) * kTile + Element::offset(i) * kInterleaved + in_tile;
+  }
 
   USP_DEVICE void clear() {
     USP_UNROLL
@@ -27,19 +44,28 @@ struct Sums {
   // visit(accumulator element, strip, row slot, column) in all tiles
   template <typename Visit>
   USP_DEVICE void for_each(Visit&& visit) {
-    const int first = Element::first_column();
+    const int first = first_column();
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         USP_UNROLL
         for (int i = 0; i < kElements<kTile>; ++i) {
-          visit(tile[s][n].x[i], s, Element::slot(i), first + n * kTile + Element::offset(i));
+          visit(tile[s][n].x[i], s, Element::slot(i), first + offset(n, i));
         }
       }
     }
   }
 };
+
+// Sums of products with right operands stored as (k, columns): out, dq, dk and dv. On AMD four
+// tiles at a time, or two, are loaded from one read of each row.
+USP_HOST_DEVICE constexpr int interleaved_tiles(int columns) {
+  if (kWarps) return 1;
+  return columns % 4 == 0 ? 4 : 2;
+}
+template <int kTile, int kStrips, int kColumns>
+using OutputSums = Sums<kTile, kStrips, kColumns, interleaved_tiles(kColumns)>;
 
 // One value for each row of a wave's strips that this lane holds part of.
 template <typename Value, int kTile, int kStrips>
@@ -69,57 +95,58 @@ struct MatrixRows {
   int count;  // rows and columns that exist
   int columns;
 
-  // visit(accumulator elements, their place, strip, row slot), kWidth neighbours at a time, in the
-  // rows that are `given`. Then `columns` is a multiple of kWidth, and places are aligned to as
-  // many.
-  template <int kWidth, int kTile, int kStrips, int kColumns, typename Visit>
-  USP_DEVICE void for_each(Sums<kTile, kStrips, kColumns>& sums,
+  // visit(number, their place, strip, row slot) in the rows that are `given`, several neighbours at
+  // a time: number(i) is the i-th of them. kAligned: rows start at multiples of 16 bytes, and
+  // `columns` is a multiple of 8.
+  template <bool kAligned, int kTile, int kStrips, int kColumns, int kInterleaved, typename Visit>
+  USP_DEVICE void for_each(Sums<kTile, kStrips, kColumns, kInterleaved>& sums,
                            const PerRow<bool, kTile, kStrips>& given, Visit&& visit) const {
-    using Element = Accumulator<kTile>;
-    const int first = Element::first_column();
+    using Held = Sums<kTile, kStrips, kColumns, kInterleaved>;
+    constexpr int kWidth = kAligned ? Held::template neighbours<T>() : 1;
+    const int first = Held::first_column();
     PerRow<T*, kTile, kStrips> places;
     places.for_each([&](T*& place, int row) { place = data + row * row_stride + first; });
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       USP_UNROLL
-      for (int n = 0; n < kColumns; ++n) {
+      for (int n = 0; n < kColumns; n += kInterleaved) {
         USP_UNROLL
-        for (int i = 0; i < kElements<kTile>; i += kWidth) {
-          const int slot = Element::slot(i), offset = n * kTile + Element::offset(i);
+        for (int j = 0; j < kElements<kTile> * kInterleaved; j += kWidth) {
+          const int slot = Accumulator<kTile>::slot(j / kInterleaved);
+          const int offset = Held::offset(n + j % kInterleaved, j / kInterleaved);
           if (!given.of[s][slot] || offset >= columns - first) continue;
-          visit(sums.tile[s][n].x + i, places.of[s][slot] + offset, s, slot);
+          const auto number = [&](int i) -> float& {
+            return sums.tile[s][n + (j + i) % kInterleaved].x[(j + i) / kInterleaved];
+          };
+          auto* there = reinterpret_cast<Numbers<T, kWidth>*>(places.of[s][slot] + offset);
+          visit(number, *there, s, slot);
         }
       }
     }
   }
 
   // Writes factor * sums, rounded to T; or where `adds` adds it to what is there.
-  template <int kWidth, int kTile, int kStrips, int kColumns, bool kAdds>
-  USP_DEVICE void put(Sums<kTile, kStrips, kColumns>& sums, float factor,
+  template <bool kAligned, int kTile, int kStrips, int kColumns, int kInterleaved, bool kAdds>
+  USP_DEVICE void put(Sums<kTile, kStrips, kColumns, kInterleaved>& sums, float factor,
                       std::bool_constant<kAdds> /*adds*/) const {
     PerRow<bool, kTile, kStrips> exists;
     exists.for_each([&](bool& here, int row) { here = row < count; });
-    for_each<kWidth>(sums, exists, [&](const float* x, T* place, int, int) {
-      auto* numbers = reinterpret_cast<Numbers<T, kWidth>*>(place);
-      Numbers<T, kWidth> held;
-      if constexpr (kAdds) held = *numbers;
-      USP_UNROLL
-      for (int i = 0; i < kWidth; ++i) {
-        if constexpr (kAdds) {
-          held.item[i] += factor * x[i];
-        } else {
-          held.item[i] = rounded<T>(factor * x[i]);
-        }
-      }
-      *numbers = held;
-    });
+    for_each<kAligned>(sums, exists,
+                       [&]<int kCount>(auto&& number, Numbers<T, kCount>& there, int, int) {
+                         const auto before = kAdds ? there : Numbers<T, kCount>{};
+                         Numbers<T, kCount> after;
+                         USP_UNROLL
+                         for (int i = 0; i < kCount; ++i) {
+                           if constexpr (kAdds) {
+                             after.item[i] = before.item[i] + factor * number(i);
+                           } else {
+                             after.item[i] = rounded<T>(factor * number(i));
+                           }
+                         }
+                         there = after;
+                       });
   }
 };
-
-// So many neighbours of an accumulator are read and written at once where memory is known to be
-// aligned to 16 bytes.
-template <int kTile, bool kAligned>
-inline constexpr int kStateWidth = kAligned ? Accumulator<kTile>::kRun : 1;
 
 // A wave's own rows (strips * kTile, kDim) as left operands: in registers or left in shared memory.
 template <typename T, int kTile, int kStrips, int kDim, bool kHold>
@@ -175,8 +202,8 @@ USP_DEVICE void multiply_transposed(Sums<kTile, kStrips, kColumns>& sums,
 }
 
 // sums += left right, `left` rounded to T, `right` (depth, columns) tiles in shared memory.
-template <typename T, int kTile, int kStrips, int kColumns, int kDepth>
-USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns>& sums,
+template <typename T, int kTile, int kStrips, int kColumns, int kInterleaved, int kDepth>
+USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns, kInterleaved>& sums,
                                     const Sums<kTile, kStrips, kDepth>& left, const T* right,
                                     int stride) {
   USP_UNROLL
@@ -185,11 +212,14 @@ USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns>& sums,
     USP_UNROLL
     for (int s = 0; s < kStrips; ++s) a[s].from(left.tile[s][k]);
     USP_UNROLL
-    for (int n = 0; n < kColumns; ++n) {
-      Right<T, kTile> b;
-      b.load(right + k * kTile * stride + n * kTile, stride);
+    for (int n = 0; n < kColumns; n += kInterleaved) {
+      Right<T, kTile> b[kInterleaved];
+      load_interleaved(b, right + k * kTile * stride + n * kTile, stride);
       USP_UNROLL
-      for (int s = 0; s < kStrips; ++s) multiply_add(sums.tile[s][n], a[s], b);
+      for (int t = 0; t < kInterleaved; ++t) {
+        USP_UNROLL
+        for (int s = 0; s < kStrips; ++s) multiply_add(sums.tile[s][n + t], a[s], b[t]);
+      }
     }
   }
 }

@@ -29,6 +29,13 @@ struct Tiles {
   USP_HOST_DEVICE constexpr int threads() const { return waves * kWaveSize; }
 };
 
+// On AMD a wave's rows are one tile of 32, or where the head dim is an odd number of those two of
+// 16: tiles of right operands come in pairs at least, see load_interleaved.
+USP_HOST_DEVICE constexpr Tiles tiles_of_32_rows(int head_dim, int columns) {
+  if (head_dim % 64 == 0) return {32, 4, 1, columns, 1, 1, true};
+  return {16, 4, 2, columns, 1, 1, true};
+}
+
 // On AMD a wave takes 32 rows: what it reads of a shared tile serves twice the products that it
 // would with 16, and a row's maximum is one shuffle away, not two. The own rows pass through the
 // LDS once, where the walked ones lie afterwards, and 128 of them with a head dim of 256 do not
@@ -39,8 +46,8 @@ USP_HOST_DEVICE constexpr Tiles forward_tiles(int head_dim, bool plain) {
     if (head_dim <= 128) return {16, 4, 1, 64, 2, 1, true};
     return {16, 4, 1, 32, 2, 1, false};
   }
-  if (head_dim <= 128) return {32, 4, 1, 64, 1, 1, true};
-  if (head_dim <= 192) return {32, 4, 1, 32, 1, 1, true};
+  if (head_dim <= 128) return tiles_of_32_rows(head_dim, 64);
+  if (head_dim <= 192) return tiles_of_32_rows(head_dim, 32);
   return {16, 4, 1, 32, 1, 1, true};
 }
 
@@ -55,14 +62,9 @@ USP_HOST_DEVICE constexpr Tiles backward_tiles(Gradient gradient, int head_dim) 
     if (head_dim <= 128) return {16, 4, 1, 32, 2, 1, false};
     return {16, 4, 1, 16, 1, 1, false};
   }
-  if (gradient == Gradient::kQuery) {
-    if (head_dim <= 64) return {32, 4, 1, 64, 1, 1, true};
-    if (head_dim <= 128) return {32, 4, 1, 32, 1, 1, true};
-    return {16, 4, 1, 32, 1, 1, true};
-  }
-  if (gradient == Gradient::kKeyValue) {
-    if (head_dim <= 64) return {32, 4, 1, 64, 1, 1, true};
-    if (head_dim <= 128) return {32, 4, 1, 32, 1, 1, true};
+  if (gradient != Gradient::kBias) {
+    if (head_dim <= 64) return tiles_of_32_rows(head_dim, 64);
+    if (head_dim <= 128) return tiles_of_32_rows(head_dim, 32);
     return {16, 4, 1, 32, 1, 1, true};
   }
   if (head_dim <= 64) return {16, 4, 1, 64, 1, 1, false};
