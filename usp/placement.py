@@ -64,7 +64,7 @@ class Placement:
         seq_len, mesh = self.seq_len, self.mesh
         if seq_len == "infer" and mesh is not None:
             total = torch.tensor((query_len, key_len), device=device)
-            queries, keys = mesh.ring.all_reduce(mesh.ulysses.all_reduce(total)).tolist()
+            queries, keys = mesh.all_reduce(total).tolist()
             return queries, keys
         if isinstance(seq_len, int):
             return seq_len, seq_len

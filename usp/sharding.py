@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.comm import Axis
+from usp.comm import Axis, untraced
 from usp.layout import DocumentZigzag, Layout, local_positions, pieces, row_lengths, rows
 from usp.mesh import SequenceMesh, degrees_and_place
 
@@ -93,8 +93,12 @@ def unshard_sequence(
             f"rank {mesh.rank} holds {x.shape[dim]} tokens along dim {dim}, but layout {layout} "
             f"gives it {mine} of {seq_len}: pass seq_len= of the whole sequence"
         )
-    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, seq_len))
-    return whole.movedim(0, dim)
+    return _joined(x.movedim(dim, 0), mesh, layout, seq_len).movedim(0, dim)
+
+
+@untraced
+def _joined(x: Tensor, mesh: SequenceMesh, layout: Layout, seq_len: int) -> Tensor:
+    return cast(Tensor, _Unshard.apply(x, mesh, layout, seq_len))
 
 
 class _Unshard(torch.autograd.Function):
