@@ -195,6 +195,21 @@ def test_one_rank_sends_nothing(pool, on_mesh: bool) -> None:
     assert pool.run(on_one_rank, Case(seq_len=7), on_mesh, ranks=1) == [(0, {})]
 
 
+def bytes_of_agreeing() -> int:
+    """What `unshard_sequence` sends to compare ranks, beside the sequence itself."""
+    mesh, sent = worker.mesh(2, 2), []
+    for validate in (False, True):
+        with WireBytes() as wire:
+            usp.unshard_sequence(torch.zeros(3), mesh, 0, validate=validate)
+        sent.append(wire.sent)
+    return sent[1] - sent[0]
+
+
+def test_agreeing_costs_a_number_along_each_axis(pool) -> None:
+    """Eight bytes to the other rank of the row, then those of the row to the other row."""
+    assert pool.run(bytes_of_agreeing, ranks=4) == [8 + 16] * 4
+
+
 def bias_bytes(shape: tuple[int, ...], lengths: list[int]) -> int:
     """Forward bytes of a bias alone, on a row of ranks."""
     mesh = worker.mesh(len(lengths), 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usp import compiled
-from usp.agreement import compare
+from usp.agreement import together
 from usp.arguments import Options, Request, Tensors, check, facts, slopes_of
 from usp.comm import untraced
 from usp.hybrid import hybrid_attention, make_call
@@ -150,15 +150,9 @@ def _agree(
     validate: bool,
 ) -> Request:
     """Check the arguments, on request together with all ranks of the mesh."""
-    if mesh is None or mesh.size == 1 or not validate:
-        return check(tensors, options, mesh, dropout_seed)
-    error: Exception | None = None
-    told, request = {}, None
-    try:
-        request = check(tensors, options, mesh, dropout_seed)
-        told = facts(tensors, options, request)
-    except Exception as refusal:  # whatever it is, the others must not wait for this rank
-        error = refusal
-    compare(mesh, told, error)
-    assert request is not None
-    return request
+    return together(
+        mesh,
+        validate,
+        lambda: check(tensors, options, mesh, dropout_seed),
+        lambda request: facts(tensors, options, request),
+    )

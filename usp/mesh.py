@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -86,6 +86,15 @@ class SequenceMesh:
         """Everyone's small picklable object, in order of ``rank``."""
         rows = self.ring.gather_objects(self.ulysses.gather_objects(item))
         return [item for row in rows for item in row]
+
+    @comm.untraced
+    def gather_numbers(self, number: int) -> list[int]:
+        """Everyone's 64-bit number, in order of ``rank``; less than an object costs."""
+        numbers = torch.tensor([number], device=self.device_type)
+        for axis in (self.ulysses, self.ring):
+            whole = numbers.new_empty(axis.size * len(numbers))
+            numbers = axis.all_gather(numbers, whole, [len(numbers)] * axis.size)()
+        return cast("list[int]", numbers.tolist())
 
     @comm.untraced
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -90,6 +90,6 @@ class Placement:
         """
         return self.size == 1 or self.largest_shard(query_len) < query_len
 
-    def gather(self, x: Tensor, key_len: int) -> Tensor:
+    def gather(self, x: Tensor, key_len: int, validate: bool) -> Tensor:
         """(N, local keys, ...) of every rank -> (N, all keys, ...), differentiable."""
-        return unshard_sequence(x, self.mesh, 1, self.layout, key_len)
+        return unshard_sequence(x, self.mesh, 1, self.layout, key_len, validate=validate)
