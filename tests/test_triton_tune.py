@@ -195,6 +195,18 @@ def test_without_a_gpu_it_refuses() -> None:
         tune.tune(128)
 
 
+def test_a_kernel_that_does_not_fit_is_refused() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    with (
+        pytest.raises(NotImplementedError, match=r"245760.*232448.*tune\(head_dim\)"),
+        kernels.on_device_of(torch.empty(0)),
+    ):
+        raise OutOfResources(245760, 232448, "shared memory")
+    with pytest.raises(KeyError), kernels.on_device_of(torch.empty(0)):
+        raise KeyError("anything else")
+
+
 def test_every_row_of_the_table_is_whole() -> None:
     for family, by_kernel in configs.TABLE.items():
         assert set(by_kernel) == set(configs.TABLE["default"]), family
