@@ -244,8 +244,8 @@ def by_us(case: Case) -> Results:
     return evaluate(make_ours(case), case, make_tensors(case), cotangents(case))
 
 
-def on_worker(case: Case, place: Place) -> Results:
-    """This rank's part."""
+def on_worker(case: Case, place: Place, compiler: Any = None) -> Results:
+    """This rank's part, on request through ``torch.compile``."""
     mesh = pool.mesh(place.ulysses, place.ring)
     cut = _Cut(case, place, mesh.rank)
     module = make_ours(
@@ -255,6 +255,8 @@ def on_worker(case: Case, place: Place) -> Results:
         transport=place.transport,
         seq_len="infer" if place.infer else (case.query_len, case.key_len),
     )
+    if compiler is not None:
+        module.compile(backend=compiler)
     tensors = {name: cut.part(name, tensor) for name, tensor in make_tensors(case).items()}
     given = [
         cut.part(name, t) for name, t in zip(("output", "weights"), cotangents(case), strict=False)

@@ -99,6 +99,24 @@ def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[s
         assert numbers(out.splitlines()[-1]) == [0, *expected, sum(expected)], mesh
 
 
+def test_plan_counts_a_bias(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: rows of the other rank's heads go there; half of the heads are held."""
+    argv = "plan --seq-len 1000 --heads 8 --head-dim 16 --ulysses 2 --bias"
+    whole, rows = 1000 * 8 * 16 * 2, 1000 * 1000
+    for dims, there, back, held, gradient in (
+        ("hq", 500 * 4 * 1000 * 2, 500 * 4 * 1000 * 4, rows * 4 * 2, rows * 4 * 4),
+        ("q", 500 * 1000 * 2, 500 * 1000 * 4, rows * 2, rows * 4),
+        ("h", 0, 0, 4 * 1000 * 2, 4 * 1000 * 4),
+        ("none", 0, 0, 1000 * 2, 1000 * 4),
+    ):
+        out = run(capsys, *argv.split(), dims, "--bias-gradient")[1]
+        sent = next(line for line in out.splitlines() if str(2 * whole + there + back) in line)
+        assert numbers(sent) == [0, whole, 0, whole, 0, 0, there, back, 2 * whole + there + back]
+        assert numbers(out.splitlines()[-1]) == [0, held, gradient]
+    out = run(capsys, *argv.split(), "q")[1]
+    assert numbers(out.splitlines()[-1]) == [0, rows * 2, 0]
+
+
 def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "plan", "--seq-len", "0", "--ring", "2")[0] == 0
 
@@ -129,7 +147,15 @@ def test_a_users_error_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "argv", [(), ("dance",), ("plan",), ("plan", "--seq-len", "x"), ("info", "--loud")]
+    "argv",
+    [
+        (),
+        ("dance",),
+        ("plan",),
+        ("plan", "--seq-len", "x"),
+        ("plan", "--seq-len", "8", "--bias", "kq"),
+        ("info", "--loud"),
+    ],
 )
 def test_what_argparse_refuses_is_exit_code_2(
     argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]

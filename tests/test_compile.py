@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import multihead_cases as multihead
 import pool as worker
 import pytest
 import torch
@@ -142,17 +143,22 @@ def test_a_wrong_call_is_refused_while_compiling() -> None:
         compiled(q, q[:, :, :2], q[:, :, :2])
 
 
-def compiled_on_a_mesh(case: Case) -> tuple[dict[str, Tensor], int]:
-    torch._dynamo.reset()
-    graphs = 0
+class Counting:
+    """A compiler that runs graphs as they are, and counts those with work in them."""
 
-    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         # what dynamo notes of a tensor's attributes makes a graph without work: none is split
         calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_method")]
-        graphs += any(n.target is not getattr for n in calls)
+        self.graphs += any(n.target is not getattr for n in calls)
         return graph.forward
 
+
+def compiled_on_a_mesh(case: Case) -> tuple[dict[str, Tensor], int]:
+    counting = Counting()
     mesh = worker.mesh(case.ulysses, case.ring)
     module = usp.LongContextAttention(mesh, causal=case.causal, seq_len=case.seq_len)
 
@@ -163,7 +169,7 @@ def compiled_on_a_mesh(case: Case) -> tuple[dict[str, Tensor], int]:
     leaves = [x.clone().requires_grad_() for x in (t.q / 2, t.k, t.v)]
     out = torch.compile(model, backend=counting)(*leaves)
     dq, dk, dv = torch.autograd.grad(out, leaves, t.dout / 2)
-    return {"out": out.detach() / 2, "dq": dq / 2, "dk": dk, "dv": dv}, graphs
+    return {"out": out.detach() / 2, "dq": dq / 2, "dk": dk, "dv": dv}, counting.graphs
 
 
 def test_a_mesh_breaks_the_graph_once_and_is_right(pool) -> None:
@@ -171,3 +177,36 @@ def test_a_mesh_breaks_the_graph_once_and_is_right(pool) -> None:
     parts = pool.run(compiled_on_a_mesh, case, ranks=4, timeout=120)
     assert_close(case, join(case, [results for results, _ in parts]), oracle(case))
     assert [graphs for _, graphs in parts] == [2] * 4
+
+
+def compiled_multihead(case: multihead.Case, place: multihead.Place) -> multihead.Results:
+    return multihead.on_worker(case, place, Counting())
+
+
+MULTIHEAD = {
+    "plain": multihead.Case(need_weights=False),
+    # float padding, weights and lengths to be inferred: three more things that are communicated
+    "everything": multihead.Case(
+        inputs="memory", key_len=11, padding="float", mask="float", add_bias_kv=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MULTIHEAD)
+def test_multihead_attention_on_a_mesh(pool, name: str) -> None:
+    case, place = MULTIHEAD[name], multihead.Place(2, 1, infer=name == "everything")
+    parts = pool.run(compiled_multihead, case, place, ranks=2, timeout=120)
+    multihead.assert_same(multihead.join(case, place, parts), multihead.by_torch(case))
+
+
+def graphs_of_multihead() -> tuple[int, bool]:
+    mesh, counting = worker.mesh(2, 1), Counting()
+    module = usp.MultiheadAttention(12, 3, mesh=mesh, batch_first=True, validate="never")
+    x = torch.randn(2, 5, 12)
+    wanted = module(x, x, x, need_weights=False)[0]
+    found = torch.compile(module, backend=counting)(x, x, x, need_weights=False)[0]
+    return counting.graphs, torch.equal(found, wanted)
+
+
+def test_multihead_attention_breaks_the_graph_once(pool) -> None:
+    assert pool.run(graphs_of_multihead, ranks=2, timeout=120) == [(2, True)] * 2

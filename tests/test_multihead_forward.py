@@ -122,6 +122,10 @@ def _disagreement(kind: str) -> None:
         options["need_weights"] = odd
     elif kind == "padding":
         options["key_padding_mask"] = torch.zeros(2, 3, dtype=torch.bool if odd else torch.float32)
+    elif kind == "length of padding":
+        x = x[:2] if odd else x
+        module.placement = replace(module.placement, seq_len=6)
+        options["key_padding_mask"] = torch.zeros(2, len(x))
     elif kind == "mask":
         options["attn_mask"] = torch.zeros(3, 5 if odd else 6)
     elif kind == "hint":
@@ -141,6 +145,7 @@ def _disagreement(kind: str) -> None:
         ("dtype", "dtype"),
         ("need_weights", "disagree on need_weights"),
         ("padding", "disagree on key_padding_mask"),
+        ("length of padding", "holds 2 tokens.* 3 of 6"),
         ("mask", r"\(3, 6\) or \(4, 3, 6\), got \(3, 5\)"),
         ("hint", "is_causal is a hint"),
         ("length", "disagree on seq_len"),

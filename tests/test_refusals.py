@@ -218,6 +218,35 @@ def test_ranks_that_draw_different_dropout_seeds(pool) -> None:
         assert "seed" in message and "replicated" in message
 
 
+# what one rank of four has in place of a (2, 3, 4) shard of 12 tokens, and what all must hear
+UNSHARDS = {
+    "length": ({"x": zeros(2, 2, 4), "seq_len": 12}, {"seq_len": 12}, ["holds 2", "3 of 12"]),
+    "length of all": ({"seq_len": 13}, {"seq_len": 12}, ["13", "12|holds 3"]),
+    "no seq_len": ({"x": zeros(2, 2, 4)}, {}, ["8", "12"]),
+    "dims": ({"x": zeros(2, 3, 5)}, {}, ["(2, 'tokens', 4)", "(2, 'tokens', 5)"]),
+    "which dim": ({"x": zeros(3, 3, 4), "dim": 0}, {"x": zeros(3, 3, 4)}, ["'tokens', 3, 4)"]),
+    "no such dim": ({"dim": 3}, {}, ["no dim 3", "(2, 3, 4)"]),
+    "dtype": ({"x": zeros(2, 3, 4).double()}, {}, ["float64", "float32"]),
+    "layout": ({"layout": "zigzag"}, {"layout": "striped"}, ["zigzag", "striped"]),
+    "unknown layout": ({"layout": "diagonal"}, {}, ["diagonal", "zigzag"]),
+    "gradient": ({"x": zeros(2, 3, 4).requires_grad_()}, {}, ["True", "False"]),
+}
+
+
+def unshards(name: str, deviant: int) -> None:
+    options = {"x": zeros(2, 3, 4), "dim": 1}
+    options |= UNSHARDS[name][0 if dist.get_rank() == deviant else 1]
+    usp.unshard_sequence(mesh=worker.mesh(2, 2), **options)
+
+
+@pytest.mark.parametrize("deviant", [0, 3])
+@pytest.mark.parametrize("name", UNSHARDS)
+def test_one_rank_joins_something_else_and_all_hear_of_it(pool, name: str, deviant: int) -> None:
+    for message in assert_refused(pool, unshards, name, deviant, ranks=4):
+        for values in UNSHARDS[name][2]:
+            assert any(value in message for value in values.split("|")), message
+
+
 def function_validates(validate: bool) -> Any:
     causal = dist.get_rank() == 2
     return call(worker.mesh(2, 2), causal=causal, validate=validate).shape

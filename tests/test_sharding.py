@@ -80,18 +80,6 @@ def test_cut_and_join(pool, case: Case, dim: int) -> None:
         torch.testing.assert_close(dmine, total.index_select(dim, index), rtol=1e-12, atol=1e-12)
 
 
-def wrong_length(case: Case) -> None:
-    mesh = worker.mesh(case.ulysses, case.ring)
-    usp.unshard_sequence(torch.zeros(2, 5), mesh, 1, "contiguous", seq_len=11)
-
-
-def test_a_shard_that_is_not_this_ranks_is_refused(pool) -> None:
-    outcomes = pool.outcomes(wrong_length, Case(ring=2), ranks=2)
-    # 11 tokens are 6 and 5: rank 1 may have 5, and must not wait for rank 0 forever
-    assert outcomes[0].kind == "ValueError"
-    assert "5" in outcomes[0].message and "6 of 11" in outcomes[0].message
-
-
 def test_one_device_holds_everything() -> None:
     x = torch.randn(2, 7)
     assert usp.positions(7, None).tolist() == list(range(7))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pool import Pool
+from triton_interpreter import searched
 
 from usp import kernels
-from usp.kernels import configs, tune, tuned
+from usp.kernels import configs, guarded, tune, tuned
 from usp.kernels.pipelines import HOPPER, Pipeline
 
 triton = pytest.importorskip("triton")
@@ -109,6 +113,16 @@ def test_hopper_kernels_can_be_asked_for(a_gpu: None, monkeypatch: pytest.Monkey
     assert choose_pipeline() is None
 
 
+def test_what_another_version_kept_is_forgotten(a_gpu: None) -> None:
+    """A field that is no more, and a configuration that was taken out of the table."""
+    default = configs.candidates("forward", 64, DEVICE)[0]
+    for kept in ({"edge": 64, "no_such_field": 1}, asdict(default) | {"block_q": 4096}):
+        tuned.remember("some GPU", {("forward", 64): kept, ("bias_gradient", 64): kept})
+        configs.forget()
+        assert launch(64) == default.launch()
+        configs.choose("bias_gradient", 64, torch.empty(0, dtype=torch.bfloat16))
+
+
 def test_a_broken_store_is_no_error(a_gpu: None) -> None:
     path = tuned.store()
     path.parent.mkdir()
@@ -116,10 +130,81 @@ def test_a_broken_store_is_no_error(a_gpu: None) -> None:
     assert launch(64) == configs.candidates("forward", 64, DEVICE)[0].launch()
 
 
+# The candidate with so many warps hangs, crashes, cannot even begin; others end.
+CHILD = """
+import json, sys, time
+print(MARK, flush=True)
+for candidate in json.loads(sys.argv[1])["candidates"]:
+    if candidate["num_warps"] == HANGS:
+        time.sleep(60)
+    if candidate["num_warps"] == CRASHES:
+        sys.exit("the GPU is lost")
+    print(MARK, flush=True)
+"""
+PROBLEM = (1, 7, 2, 1, 16), torch.float32, DEVICE
+
+
+def test_what_hangs_or_crashes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = CHILD.replace("MARK", repr(guarded.MARK)).replace("HANGS", "2").replace("CRASHES", "4")
+    command_for = guarded.command_for
+
+    def command(*args: Any) -> list[str]:
+        return [sys.executable, "-c", code, command_for(*args)[-1]]
+
+    monkeypatch.setattr(guarded, "command_for", command)
+    candidates = [configs.Config(32, 32, 32, num_warps) for num_warps in (1, 2, 3, 4, 5)]
+    with pytest.warns(UserWarning) as said:
+        fit = guarded.finishing("forward", candidates, *PROBLEM, patience=3.0)
+    assert [config.num_warps for config in fit] == [1, 3, 5]
+    messages = [str(warning.message) for warning in said]
+    assert "num_warps=2" in messages[0] and "still running after 3 s" in messages[0]
+    assert "num_warps=4" in messages[1] and "the GPU is lost" in messages[1]
+
+
+def test_without_a_second_process_nothing_that_waits_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('all devices are busy')"]
+    monkeypatch.setattr(guarded, "command_for", lambda *_: command)
+    portable, pipeline = configs.INTERPRETED, HOPPER["forward"][64][0]
+    with pytest.warns(UserWarning, match="all devices are busy"):
+        fit = guarded.finishing("forward", [portable, pipeline], *PROBLEM)
+    assert fit == [portable]
+
+
+def test_the_other_process_tries_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    candidates = [configs.INTERPRETED, HOPPER["forward"][64][0]]
+    marks, reason = guarded._told(guarded.command_for("forward", candidates, *PROBLEM), 100.0)
+    assert (marks, reason) == (3, "exit code 0: ")
+
+
+def test_a_whole_search(interpreter: Pool) -> None:
+    """Every candidate is launched, compared and timed; here all are the interpreter's own."""
+    (found,) = interpreter.run(searched, PROBLEM, ranks=1, timeout=240)
+    assert set(found) == {"forward", "backward_keys", "backward_queries"}
+    for kernel, (best, timed) in found.items():
+        candidates = len(configs.TABLE["sm_90"][kernel][64])
+        candidates += len(HOPPER[kernel][64]) if kernels.has_gluon() else 0
+        assert timed == candidates and isinstance(best, (configs.Config, Pipeline))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_refuses() -> None:
     with pytest.raises(NotImplementedError, match="nothing can be tuned"):
         tune.tune(128)
+
+
+def test_a_kernel_that_does_not_fit_is_refused() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    with (
+        pytest.raises(NotImplementedError, match=r"245760.*232448.*tune\(head_dim\)"),
+        kernels.on_device_of(torch.empty(0)),
+    ):
+        raise OutOfResources(245760, 232448, "shared memory")
+    with pytest.raises(KeyError), kernels.on_device_of(torch.empty(0)):
+        raise KeyError("anything else")
 
 
 def test_every_row_of_the_table_is_whole() -> None:

@@ -154,3 +154,25 @@ def delta_of(dout: Tensor, out: Tensor) -> Tensor:
     from usp.kernels.attention_delta import attention_delta
 
     return attention_delta(dout, out)
+
+
+def searched(given: Any) -> dict[str, tuple[Any, int]]:
+    """On a worker: what tuning finds for each kernel, and how many candidates it has timed."""
+    from unittest import mock
+
+    from usp.kernels import configs, tune
+
+    timed: dict[str, int] = {}
+
+    def time_of(trial: Any) -> float:
+        trial()
+        (kernel,) = configs._trial
+        timed[kernel] = timed.get(kernel, 0) + 1
+        return 1.0 / timed[kernel]
+
+    with (
+        mock.patch.object(configs, "family", lambda device: "sm_90"),
+        mock.patch.object(tune, "finishing", lambda kernel, candidates, *_: list(candidates)),
+    ):
+        found = tune.search(*given, time_of)
+    return {kernel: (config, timed[kernel]) for kernel, config in found.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from usp.cost import Place, Shape, bytes_sent
+from usp.cost import Bias, Place, Shape, bias_held, bytes_sent
 from usp.layout import DocumentZigzag, Layout
 from usp.mask import Mask, make_mask
 from usp.plan import Plan, make_plan
@@ -26,6 +26,14 @@ def bound(text: str) -> int | None:
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated integers."""
     return tuple(int(part) for part in text.split(","))
+
+
+def dims(text: str) -> str:
+    """Letters out of "bhq", or "none"."""
+    letters = "" if text.lower() == "none" else text
+    if set(letters) - set("bhq"):
+        raise argparse.ArgumentTypeError(f"takes letters out of bhq, or none, not {text!r}")
+    return letters
 
 
 def add_arguments(commands: Commands) -> argparse.ArgumentParser:
@@ -58,6 +66,14 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     wire.add_argument("--heads", type=int, default=32, metavar="H", help="default: %(default)s")
     wire.add_argument("--kv-heads", type=int, metavar="G", help="default: --heads")
     wire.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    wire.add_argument(
+        "--bias",
+        type=dims,
+        metavar="DIMS",
+        help="an additive bias that differs among samples (b), heads (h), queries (q): letters "
+        "out of bhq, or none",
+    )
+    wire.add_argument("--bias-gradient", action="store_true", help="the bias is learned")
     wire.add_argument(
         "--dtype",
         default="bfloat16",
@@ -159,27 +175,43 @@ def wire(arguments: argparse.Namespace) -> str:
     kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
     dtype = getattr(torch, arguments.dtype)
     lengths = arguments.seq_len, key_len(arguments)
-    shape = Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype)
+    bias = None
+    if arguments.bias is not None:
+        bias = Bias(arguments.bias, dtype, arguments.bias_gradient)
+    shape = Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype, bias=bias)
     mask, layout = chosen_mask(arguments), chosen_layout(arguments)
     sent: list[tuple[int, ...]] = []
+    held: list[tuple[int, ...]] = []
     for ranks in product(range(arguments.ring), range(arguments.ulysses)):
         degrees = arguments.ring, arguments.ulysses
         place = Place(*degrees, *ranks, layout, mask, arguments.transport)
         there, back = bytes_sent(shape, place), bytes_sent(shape, place, backward=True)
-        parts = there.exchange, there.blocks, back.exchange, back.blocks, back.gradients
+        parts = [there.exchange, there.blocks, back.exchange, back.blocks, back.gradients]
+        if bias is not None:
+            parts += [there.bias, back.bias]
+        held.append((len(sent), *bias_held(shape, place)))
         sent.append((len(sent), *parts, there.total + back.total))
-    shown = sent if arguments.show else [max(sent, key=lambda line: line[-1])]
-    rows: list[Sequence[object]] = [
-        ("", "forward", "", "backward", "", "", ""),
-        ("rank", "heads", "blocks", "heads", "blocks", "gradients", "both"),
-        *shown,
-    ]
     which = "every rank" if arguments.show else "the busiest rank"
-    return (
+    said = (
         f"bytes sent in one layer, {which}: batch {arguments.batch}, {heads} heads, {kv_heads} "
         f"key/value heads of {dim}, {arguments.dtype}, {arguments.transport} transport\n"
-        f"{table(rows)}"
+        f"{_sent_table(sent, arguments)}"
     )
+    if bias is None:
+        return said
+    shown = held if arguments.show else [max(held, key=lambda line: line[1:])]
+    rows = [("rank", "bias", "gradient"), *shown]
+    return f"{said}\n\nbytes of the bias held meanwhile, {which}\n{table(rows)}"
+
+
+def _sent_table(sent: list[tuple[int, ...]], arguments: argparse.Namespace) -> str:
+    shown = sent if arguments.show else [max(sent, key=lambda line: line[-1])]
+    first = ["", "forward", "", "backward", "", ""]
+    second = ["rank", "heads", "blocks", "heads", "blocks", "gradients"]
+    if arguments.bias is not None:
+        first += ["bias", ""]
+        second += ["there", "back"]
+    return table([[*first, ""], [*second, "both"], *shown])
 
 
 def report(arguments: argparse.Namespace) -> str:

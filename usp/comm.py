@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from math import prod
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,23 @@ from torch import Tensor
 from usp import ops
 
 Wait = Callable[[], Tensor]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 # Newer torch has the first name and warns about the second, older torch has just the second.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def untraced(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """A function that communicates, as one graph break where ``torch.compile`` comes upon it."""
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        # asked at the call: the decorator of torch would import the whole compiler with us
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Bytes that leave a rank, by formula: what the exchange and the ring must send, no more.
+"""Bytes that leave a rank, by formula: what the exchange and the ring must send, no more; and
+those of a bias that it holds, which grow with the square of the length.
 
 The tests count what is really sent and compare; ``usp plan`` and ``usp demo`` print both.
 """
@@ -17,6 +18,22 @@ from usp.ulysses import kv_heads_shared, split_heads
 
 
 @dataclass(frozen=True)
+class Bias:
+    """An additive bias.
+
+    Attributes:
+        dims: Letters of the dims in which it is not broadcast, out of "bhq": samples, heads,
+            queries. It always has all keys.
+        dtype: Of the bias itself; its gradient has that of the state.
+        gradient: Whether it has one.
+    """
+
+    dims: str
+    dtype: torch.dtype
+    gradient: bool = False
+
+
+@dataclass(frozen=True)
 class Shape:
     """A whole attention.
 
@@ -25,6 +42,7 @@ class Shape:
         num_heads, num_kv_heads, head_dim, value_head_dim: H, G, D, Dv.
         dtype: Of q, k and v.
         key_padding_mask, return_lse: Whether these travel too (lse with its gradient).
+        bias: What is added to the scores, if anything.
     """
 
     batch: int
@@ -37,6 +55,7 @@ class Shape:
     dtype: torch.dtype
     key_padding_mask: bool = False
     return_lse: bool = False
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True)
@@ -47,15 +66,17 @@ class Bytes:
         exchange: Heads, before and after the ring.
         blocks: Keys and values along the ring.
         gradients: Their gradients on the way home.
+        bias: Rows of the bias before the ring, or of its gradient after it.
     """
 
     exchange: int
     blocks: int
     gradients: int = 0
+    bias: int = 0
 
     @property
     def total(self) -> int:
-        return self.exchange + self.blocks + self.gradients
+        return self.exchange + self.blocks + self.gradients + self.bias
 
 
 @dataclass(frozen=True)
@@ -78,10 +99,52 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     the exchange sends ``n_q (H - H_u) D`` of q, ``n_k sum_{j != u} G_j (D + Dv)`` of k and v and
     ``(N_q - n_q) H_u Dv`` of out; a hop of the ring one block, ``N_k G_u (D + Dv)`` of its owner.
     The backward mirrors the exchange, passes the blocks again, and fp32 gradients behind them.
+    Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
+    gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
     """
     exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
     gradients = _blocks(shape, place, gradients=True) if backward else 0
-    return Bytes(exchange, _blocks(shape, place), gradients)
+    return Bytes(exchange, _blocks(shape, place), gradients, _bias_sent(shape, place, backward))
+
+
+def bias_held(shape: Shape, place: Place) -> tuple[int, int]:
+    """Bytes of the bias that ``place`` computes with, and of its gradient meanwhile.
+
+    They are those of its own heads, for all queries of its row, and all keys. The bias stays
+    until the backward; where its rows are exchanged it is a copy, beside what the caller holds.
+    """
+    bias = shape.bias
+    if bias is None:
+        return 0, 0
+    rows, heads = _bias_parts(bias, shape, place)
+    queries, own = sum(_row(shape, place)[0]), _counts(shape, place)[0]
+    values = shape.batch if "b" in bias.dims else 1
+    values *= (own if heads else 1) * (queries if rows else 1) * shape.key_len
+    wide = state_dtype(shape.dtype).itemsize
+    return values * bias.dtype.itemsize, values * wide if bias.gradient else 0
+
+
+def _bias_parts(bias: Bias, shape: Shape, place: Place) -> tuple[bool, bool]:
+    """Whether it counts as one with rows, and with heads: a single one is as good as its own."""
+    single = set(_row(shape, place)[0]) == {1}
+    return "q" in bias.dims or single, "h" in bias.dims or shape.num_heads == 1
+
+
+def _bias_sent(shape: Shape, place: Place, backward: bool) -> int:
+    """Of the bias; nothing where all queries share a row. It never travels along the ring."""
+    bias, (queries, _) = shape.bias, _row(shape, place)
+    if bias is None or (backward and not bias.gradient):
+        return 0
+    rows, heads = _bias_parts(bias, shape, place)
+    if not rows:
+        return 0
+    mine, own = queries[place.ulysses_rank], _counts(shape, place)[0]
+    if backward:
+        values = (sum(queries) - mine) * (own if heads else 1)
+    else:
+        values = mine * (shape.num_heads - own if heads else place.ulysses_degree - 1)
+    size = state_dtype(shape.dtype).itemsize if backward else bias.dtype.itemsize
+    return (shape.batch if "b" in bias.dims else 1) * values * shape.key_len * size
 
 
 def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:

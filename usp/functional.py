@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from usp import compiled
-from usp.agreement import compare
+from usp.agreement import together
 from usp.arguments import Options, Request, Tensors, check, facts, slopes_of
+from usp.comm import untraced
 from usp.hybrid import hybrid_attention, make_call
 from usp.layout import Layout
 from usp.mesh import SequenceMesh
@@ -108,15 +109,12 @@ def long_context_attention(
     )
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    attend = _attend
-    if torch.compiler.is_compiling():
-        if mesh is None or mesh.size == 1:
-            return compiled.one_device_attention(tensors, options, dropout_seed)
-        # Communication is not traced: one graph break here instead of many below.
-        attend = torch.compiler.disable(_attend)
-    return attend(tensors, options, mesh, dropout_seed, validate)
+    if torch.compiler.is_compiling() and (mesh is None or mesh.size == 1):
+        return compiled.one_device_attention(tensors, options, dropout_seed)
+    return _attend(tensors, options, mesh, dropout_seed, validate)
 
 
+@untraced
 def _attend(
     tensors: Tensors,
     options: Options,
@@ -152,15 +150,9 @@ def _agree(
     validate: bool,
 ) -> Request:
     """Check the arguments, on request together with all ranks of the mesh."""
-    if mesh is None or mesh.size == 1 or not validate:
-        return check(tensors, options, mesh, dropout_seed)
-    error: Exception | None = None
-    told, request = {}, None
-    try:
-        request = check(tensors, options, mesh, dropout_seed)
-        told = facts(tensors, options, request)
-    except Exception as refusal:  # whatever it is, the others must not wait for this rank
-        error = refusal
-    compare(mesh, told, error)
-    assert request is not None
-    return request
+    return together(
+        mesh,
+        validate,
+        lambda: check(tensors, options, mesh, dropout_seed),
+        lambda request: facts(tensors, options, request),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from usp.ulysses import Cut, gather_heads, kv_heads_shared, scatter_heads, split
 
 _ALONE = Axis(1, 0, None)
 Results = tuple[Tensor, Tensor]
+Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
 def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -81,16 +83,11 @@ def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> 
     return Call(ulysses, executor, heads, request, bias_cut)
 
 
-def _scatter(tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
+def _exchanged(way: Exchange, tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
+    """The tensors there or back; a row of one rank holds what it needs."""
     if call.ulysses.size == 1:
         return list(tensors.values())
-    return scatter_heads(call.ulysses, list(tensors.values()), [call.cut(n) for n in tensors])
-
-
-def _gather(tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
-    if call.ulysses.size == 1:
-        return list(tensors.values())
-    return gather_heads(call.ulysses, list(tensors.values()), [call.cut(n) for n in tensors])
+    return way(call.ulysses, list(tensors.values()), [call.cut(name) for name in tensors])
 
 
 def attention_forward(
@@ -105,10 +102,10 @@ def attention_forward(
     inputs = _scattered_inputs(tensors, call)
     held = ring_forward(inputs, call.ring)
     if not call.request.return_lse:
-        (out,) = _gather({"out": held[0]}, call)
+        (out,) = _exchanged(gather_heads, {"out": held[0]}, call)
         return out, None, inputs, held
     lse = held[1].transpose(1, 2)[..., None]
-    out, lse = _gather({"out": held[0], "lse": lse}, call)
+    out, lse = _exchanged(gather_heads, {"out": held[0], "lse": lse}, call)
     return out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held
 
 
@@ -118,7 +115,7 @@ def _scattered_inputs(tensors: Tensors, call: Call) -> Inputs:
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
     if mask is not None:
         items["mask"] = mask[:, :, None, None].expand(-1, -1, call.ulysses.size, -1)
-    q, k, v, *rest = _scatter(items, call)
+    q, k, v, *rest = _exchanged(scatter_heads, items, call)
     if bias is not None and call.bias_cut is not None:
         bias = scatter_bias(call.ulysses, bias, call.bias_cut)
     if slopes is not None:
@@ -139,7 +136,7 @@ def attention_backward(
     items = {"out": _last_dim_contiguous(dout)}
     if dlse is not None:
         items["lse"] = dlse.transpose(1, 2)[..., None]
-    dout, *rest = _scatter(items, call)
+    dout, *rest = _exchanged(scatter_heads, items, call)
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
     dout = _last_dim_contiguous(dout)
     saved = block.saved_for_backward(dout, dlse, out, lse, call.ring.backend)
@@ -147,7 +144,7 @@ def attention_backward(
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = lse.dtype if kv_heads_shared(call.heads) else dtype
     grads = ring_backward(inputs, saved, call.ring, bias_grad, kv_dtype)
-    dq, dk, dv = _gather({"q": grads.dq, "k": grads.dk, "v": grads.dv}, call)
+    dq, dk, dv = _exchanged(gather_heads, {"q": grads.dq, "k": grads.dk, "v": grads.dv}, call)
     dbias = grads.dbias
     if dbias is not None and call.bias_cut is not None:
         dbias = gather_bias_gradient(call.ulysses, dbias, call.bias_cut)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from usp import comm
 from usp.comm import Axis
@@ -80,10 +81,30 @@ class SequenceMesh:
         group = self.device_mesh.get_group(self._names[kind]) if size > 1 else None
         return Axis(size, rank, group)
 
+    @comm.untraced
     def gather_objects(self, item: Any) -> list[Any]:
         """Everyone's small picklable object, in order of ``rank``."""
         rows = self.ring.gather_objects(self.ulysses.gather_objects(item))
         return [item for row in rows for item in row]
+
+    @comm.untraced
+    def gather_numbers(self, number: int) -> list[int]:
+        """Everyone's 64-bit number, in order of ``rank``; less than an object costs."""
+        numbers = torch.tensor([number], device=self.device_type)
+        for axis in (self.ulysses, self.ring):
+            whole = numbers.new_empty(axis.size * len(numbers))
+            numbers = axis.all_gather(numbers, whole, [len(numbers)] * axis.size)()
+        return cast("list[int]", numbers.tolist())
+
+    @comm.untraced
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        return self.ring.all_reduce(self.ulysses.all_reduce(tensor))
+
+    @comm.untraced
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first rank, in place."""
+        return self.ulysses.broadcast(self.ring.broadcast(tensor))
 
     def __repr__(self) -> str:
         return f"SequenceMesh(ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree})"

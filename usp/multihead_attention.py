@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usp import multihead_forward
-from usp.agreement import compare
+from usp.agreement import together
 from usp.extra_keys import make_extra_keys
 from usp.functional import draw_dropout_seed
 from usp.layout import Layout
@@ -199,8 +199,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         compared = validate == "always" or (
             validate == "first" and self._compared is not self.placement
         )
-        call = self._agreed(arguments) if compared else self._prepare(arguments)
-        call = multihead_forward.with_columns(call, self.placement)
+        call = together(
+            self.placement.mesh,
+            compared,
+            lambda: self._prepare(arguments),
+            lambda call: arguments.facts(),
+        )
+        call = multihead_forward.with_columns(call, self.placement, compared)
         # scores are sums in fp32 and more: autocast has had its say in the projections
         with torch.autocast(query.device.type, enabled=False):
             extra = make_extra_keys(
@@ -214,20 +219,6 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = weights if arguments.is_batched else weights[0]
         self._compared = self.placement
         return self._joined(out, arguments), weights
-
-    def _agreed(self, arguments: Arguments) -> Projected:
-        """Prepare together with all ranks of the mesh: what one refuses, all refuse."""
-        mesh = self.placement.mesh
-        if mesh is None or mesh.size == 1:
-            return self._prepare(arguments)
-        call, error = None, None
-        try:
-            call = self._prepare(arguments)
-        except Exception as refusal:  # whatever it is, the others must not wait for this rank
-            error = refusal
-        compare(mesh, {} if error else arguments.facts(), error)
-        assert call is not None
-        return call
 
     def _prepare(self, arguments: Arguments) -> Projected:
         """Check the arguments and project; no collective but that of ``seq_len="infer"``."""

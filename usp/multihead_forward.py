@@ -49,11 +49,11 @@ class Projected:
         return float(self.q.shape[-1] ** -0.5)
 
 
-def with_columns(call: Projected, placement: Placement) -> Projected:
+def with_columns(call: Projected, placement: Placement, validate: bool) -> Projected:
     """The call with its float padding, if it has any, added to the bias; a collective then."""
     if call.padding is None or call.padding.dtype == torch.bool:
         return call
-    return replace(call, padding=None, bias=_padded_bias(call, placement))
+    return replace(call, padding=None, bias=_padded_bias(call, placement, validate))
 
 
 def attend(
@@ -100,10 +100,10 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
         visible = visible_keys(mask, q_pos, keys).to(q.device)
     rows = attention_weights(
         q,
-        placement.gather(call.k, keys),
+        placement.gather(call.k, keys, validate=False),  # attention has compared
         call.softmax_scale,
         visible,
-        call.bias if call.padding is None else _padded_bias(call, placement),
+        call.bias if call.padding is None else _padded_bias(call, placement, validate=False),
         None if extra is None else extra.scores(q, call.softmax_scale),
     )
     if call.dropout_p:
@@ -121,10 +121,10 @@ def check_weights(call: Projected, placement: Placement) -> None:
     check_size(batch, num_heads, placement.largest_shard(queries), keys, state_dtype(call.q.dtype))
 
 
-def _padded_bias(call: Projected, placement: Placement) -> Tensor:
+def _padded_bias(call: Projected, placement: Placement, validate: bool) -> Tensor:
     """The bias with the padding of all keys, (N, H|1, L|1, all keys)."""
     assert call.padding is not None
-    columns = placement.gather(additive(call.padding, call.q.dtype), call.lengths[1])
+    columns = placement.gather(additive(call.padding, call.q.dtype), call.lengths[1], validate)
     columns = columns[:, None, None]
     return columns if call.bias is None else call.bias + columns
 

@@ -64,7 +64,7 @@ class Placement:
         seq_len, mesh = self.seq_len, self.mesh
         if seq_len == "infer" and mesh is not None:
             total = torch.tensor((query_len, key_len), device=device)
-            queries, keys = mesh.ring.all_reduce(mesh.ulysses.all_reduce(total)).tolist()
+            queries, keys = mesh.all_reduce(total).tolist()
             return queries, keys
         if isinstance(seq_len, int):
             return seq_len, seq_len
@@ -90,6 +90,6 @@ class Placement:
         """
         return self.size == 1 or self.largest_shard(query_len) < query_len
 
-    def gather(self, x: Tensor, key_len: int) -> Tensor:
+    def gather(self, x: Tensor, key_len: int, validate: bool) -> Tensor:
         """(N, local keys, ...) of every rank -> (N, all keys, ...), differentiable."""
-        return unshard_sequence(x, self.mesh, 1, self.layout, key_len)
+        return unshard_sequence(x, self.mesh, 1, self.layout, key_len, validate=validate)

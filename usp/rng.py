@@ -74,7 +74,7 @@ def _draw_seed() -> int:
 
 def _of_first_rank(seed: int, mesh: SequenceMesh) -> int:
     message = torch.tensor([seed], device=mesh.device_type)
-    return int(mesh.ulysses.broadcast(mesh.ring.broadcast(message)))
+    return int(mesh.broadcast(message))
 
 
 @contextmanager

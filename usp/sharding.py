@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.comm import Axis
+from usp.agreement import Facts, together
+from usp.comm import Axis, untraced
 from usp.layout import DocumentZigzag, Layout, local_positions, pieces, row_lengths, rows
 from usp.mesh import SequenceMesh, degrees_and_place
 
@@ -64,6 +65,8 @@ def unshard_sequence(
     dim: int,
     layout: Layout = "contiguous",
     seq_len: int | None = None,
+    *,
+    validate: bool = True,
 ) -> Tensor:
     """The whole sequence on every rank, in global order.
 
@@ -77,12 +80,37 @@ def unshard_sequence(
         dim: The sequence dim.
         layout: As the sequence was cut.
         seq_len: Tokens of the whole; by default local tokens times ranks.
+        validate: Compare what all ranks hold first, so that a disagreement raises on every rank
+            instead of hanging: 8 bytes along each axis of the mesh, for which a GPU is waited.
+            False where all are known to fit, in a loop that must not wait.
 
     Raises:
-        ValueError: this rank's share of ``seq_len`` is not what ``x`` holds; names both.
+        ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
+            another rank refuses or holds something else; names both.
     """
-    if mesh is None:
-        return x
+    return x if mesh is None else _unshard(x, mesh, dim, layout, seq_len, validate)
+
+
+@untraced
+def _unshard(
+    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
+) -> Tensor:
+    whole_len = together(
+        mesh,
+        validate,
+        lambda: _whole_length(x, mesh, dim, layout, seq_len),
+        lambda found: _facts(x, dim, layout, found),
+    )
+    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, whole_len))
+    return whole.movedim(0, dim)
+
+
+def _whole_length(
+    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None
+) -> int:
+    """Tokens of the whole, of which ``x`` must be this rank's share."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
     if seq_len is None:
         seq_len = x.shape[dim] * mesh.size
         if isinstance(layout, DocumentZigzag):
@@ -93,8 +121,20 @@ def unshard_sequence(
             f"rank {mesh.rank} holds {x.shape[dim]} tokens along dim {dim}, but layout {layout} "
             f"gives it {mine} of {seq_len}: pass seq_len= of the whole sequence"
         )
-    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, seq_len))
-    return whole.movedim(0, dim)
+    return seq_len
+
+
+def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int) -> Facts:
+    dim = dim % x.dim()
+    told = {
+        "seq_len": seq_len,
+        "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
+        "dtype": x.dtype,
+        "device type": x.device.type,
+        "layout": layout,
+        "gradient needed": torch.is_grad_enabled() and x.requires_grad,
+    }
+    return {name: str(value) for name, value in told.items()}
 
 
 class _Unshard(torch.autograd.Function):

@@ -68,8 +68,6 @@ def scatter_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) ->
     Returns:
         (B, sum of lengths, own heads, X) each.
     """
-    if axis.size == 1:
-        return list(tensors)
     outgoing = [
         [t[:, :, slice(*cut.heads[rank])] for t, cut in zip(tensors, cuts, strict=True)]
         for rank in range(axis.size)
@@ -94,8 +92,6 @@ def gather_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> 
     Returns:
         (B, L, H, X) each.
     """
-    if axis.size == 1:
-        return list(tensors)
     split = [t.split(cut.lengths, 1) for t, cut in zip(tensors, cuts, strict=True)]
     places = [
         _places_of_heads(t, cut.lengths[axis.rank], cut.heads)

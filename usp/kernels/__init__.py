@@ -6,6 +6,7 @@ import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -80,6 +81,32 @@ def can_take(*tensors: Tensor) -> bool:
     return all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+class on_device_of:
+    """Triton launches on the current device: make it that of the tensor.
+
+    Raises:
+        NotImplementedError: in here a kernel was too large for the device; gives both sizes.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._guard: AbstractContextManager[object] = (
+            torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+        )
+
+    def __enter__(self) -> None:
+        self._guard.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._guard.__exit__(kind, error, trace)
+        # by name: it has moved between versions of Triton
+        if kind is not None and kind.__name__ == "OutOfResources":
+            raise NotImplementedError(
+                f"a Triton kernel does not fit this device ({error}): "
+                "usp.kernels.tune.tune(head_dim) finds one that does, if there is one; or ask for "
+                "another backend"
+            ) from error

@@ -215,17 +215,27 @@ def choose_pipeline(kernel: str, head_dim: int, like: Tensor) -> Pipeline | None
 
 @cache
 def _won(kernel: str, size: int, device: torch.device) -> Config | Pipeline | None:
-    """What tuning has found for this device."""
+    """What tuning has found for this device, if it still is one to choose from.
+
+    Another version of usp may have written it.
+    """
     found = tuned.recall(device_name(device), kernel, size)
     if found is None:
         return None
+    return next((c for c in candidates(kernel, size, device) if asdict(c) == found), None)
+
+
+def config_of(found: dict[str, Any]) -> Config | Pipeline:
+    """The one that ``asdict`` has taken apart."""
     return Config(**found) if "edge" in found else Pipeline(**found)
 
 
 def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config | Pipeline, ...]:
     """What tuning chooses from."""
     found, size = family(device), bucket(head_dim)
-    pipelines = HOPPER[kernel].get(size, ()) if found == "sm_90" and kernels.has_gluon() else ()
+    pipelines = HOPPER.get(kernel, {}).get(size, ())
+    if found != "sm_90" or not pipelines or not kernels.has_gluon():
+        return TABLE[found][kernel][size]
     return TABLE[found][kernel][size] + pipelines
 
 

@@ -5,10 +5,11 @@ What won is kept in Triton's cache folder, so later processes on the same GPU fi
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from usp import kernels
 from usp.kernels import configs, tuned
 from usp.kernels.arguments import Options, Span
 from usp.kernels.configs import Config
+from usp.kernels.guarded import MARK, Shape, finishing
 from usp.kernels.pipelines import Pipeline
 
 _TUNED = ("forward", "backward_keys", "backward_queries")
@@ -33,8 +35,9 @@ def tune(
     """Find the fastest configurations for causal attention on the current GPU and use them.
 
     They hold for every head dim of the same row of ``configs.TABLE``, in this process and in
-    later ones with the same GPU and Triton. Takes a minute, most of it compiling. On Hopper the
-    kernels of ``kernels/hopper`` take part. What disagrees with the default is not timed.
+    later ones with the same GPU and Triton. Takes some minutes, most of them compiling. On Hopper
+    the kernels of ``kernels/hopper`` take part. Each is launched in a process of its own first:
+    what hangs or crashes there is left out. What disagrees with the default is not timed.
 
     Args:
         head_dim: Of q, k and v, up to 256.
@@ -46,6 +49,7 @@ def tune(
 
     Raises:
         NotImplementedError: there is no GPU, or Triton interprets.
+        RuntimeError: no configuration of a kernel runs on this GPU.
     """
     missing = kernels.reason_against("cuda")
     if missing is not None:
@@ -54,24 +58,46 @@ def tune(
 
     device = torch.device("cuda", torch.cuda.current_device())
     shape = (1, seq_len, num_heads, num_kv_heads or num_heads, head_dim)
-    forward, backward = problem(shape, dtype, device)
-    found = {}
-    for kernel in _TUNED:
-        trial = forward if kernel == "forward" else backward
-        default, *others = configs.candidates(kernel, head_dim, device)
-        with configs.trying(kernel, default):
-            wanted = trial.answer()
-        seconds, is_right = partial(do_bench, trial), partial(trial.agrees, wanted)
-        found[kernel] = fastest(kernel, (default, *others), seconds, is_right)
+    found = search(shape, dtype, device, do_bench)
     size, name = configs.bucket(head_dim), configs.device_name(device)
     tuned.remember(name, {(kernel, size): asdict(config) for kernel, config in found.items()})
     configs.forget()
     return found
 
 
+def search(
+    shape: Shape, dtype: torch.dtype, device: torch.device, time_of: Callable[[Trial], float]
+) -> dict[str, Config | Pipeline]:
+    """The winner of each kernel, where ``time_of`` says how long a trial takes."""
+    forward, backward = problem(shape, dtype, device)
+    found: dict[str, Config | Pipeline] = {}
+    for kernel in _TUNED:
+        trial = forward if kernel == "forward" else backward
+        candidates = configs.candidates(kernel, shape[-1], device)
+        fit = finishing(kernel, candidates, shape, dtype, device)
+        wanted = _first_answer(kernel, trial, fit)
+        seconds, is_right = partial(time_of, trial), partial(trial.agrees, wanted)
+        found[kernel] = fastest(kernel, fit, seconds, is_right)
+    return found
+
+
+def _first_answer(
+    kernel: str, trial: Trial, candidates: Sequence[Config | Pipeline]
+) -> tuple[Tensor, ...]:
+    """Of the first that can be launched, the default if it can."""
+    reason: Exception | None = None
+    for config in candidates:
+        try:
+            with configs.trying(kernel, config):
+                return trial.answer()
+        except Exception as error:
+            reason = error
+    raise RuntimeError(f"no configuration of {kernel} runs here") from reason
+
+
 def fastest(
     kernel: str,
-    candidates: tuple[Config | Pipeline, ...],
+    candidates: Sequence[Config | Pipeline],
     seconds: Callable[[], float],
     is_right: Callable[[], bool],
 ) -> Config | Pipeline:
@@ -99,16 +125,20 @@ def fastest(
 
 @dataclass(frozen=True)
 class Trial:
-    """A call, and the tensors that it updates."""
+    """A call, and the tensors that it would update: copies of them, so that answers compare."""
 
     call: Callable[..., None]
     tensors: tuple[Tensor, ...]
 
+    @cached_property
+    def _updated(self) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in self.tensors)
+
     def __call__(self) -> None:
-        self.call(*self.tensors)
+        self.call(*self._updated)
 
     def answer(self) -> tuple[Tensor, ...]:
-        """What it makes of copies of the tensors."""
+        """What it makes of the tensors."""
         copies = tuple(x.clone() for x in self.tensors)
         self.call(*copies)
         return copies
@@ -119,10 +149,8 @@ class Trial:
         return all(bool((x - y).abs().max() <= 0.02 * y.abs().max()) for x, y in pairs)
 
 
-def problem(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Trial, Trial]:
-    """A causal block's forward and backward, each on tensors that it may update at will."""
+def problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Trial, Trial]:
+    """A causal block's forward and backward."""
     from usp.kernels.attention_backward import Given, attention_backward
     from usp.kernels.attention_forward import attention_forward
 
@@ -155,3 +183,33 @@ def problem(
         Trial(partial(attention_forward, q, k, v, options), (out, lse.clone())),
         Trial(partial(attention_backward, given, options, seen_by), (dq, dk, dv)),
     )
+
+
+def try_all(text: str) -> None:
+    """In a process of its own: a mark when it has the device, and one after each candidate.
+
+    Args:
+        text: What to try, as ``guarded.command_for`` puts it.
+    """
+    task = json.loads(text)
+    device = torch.device(task["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    forward, backward = problem(tuple(task["shape"]), getattr(torch, task["dtype"]), device)
+    trial = forward if task["kernel"] == "forward" else backward
+    _await(device)
+    print(MARK, flush=True)
+    for found in task["candidates"]:
+        try:
+            with configs.trying(task["kernel"], configs.config_of(found)):
+                trial()
+            _await(device)
+        except Exception:
+            # a device that is lost says so again, and this process ends
+            _await(device)
+        print(MARK, flush=True)
+
+
+def _await(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
