@@ -72,7 +72,7 @@ class Runner:
 
 @contextmanager
 def executed(target: str, order: Order) -> Iterator[list[str]]:
-    """Meanwhile Triton's kernels run as that GPU's machine code. Gives the names of those that do."""
+    """Meanwhile Triton's kernels run as that GPU's machine code; gives their names."""
     driver.set_active(NoDevice(target_of(target)))
     runner, compile_ = Runner(order), JITFunction.run
 
