@@ -526,7 +526,7 @@ def test_a_wave_that_does_not_end() -> None:
         "s_waitcnt expcnt(0)",
         "s_setprio 1",
         "ds_swizzle_b32 v0, v1 offset:31",
-        "buffer_load_dword v0, v1, s[0:3], 0 offen",
+        "buffer_load_dword v0, v1, s[0:3], 0 idxen",
         "global_atomic_add v0, v1, s[0:1]",
         "v_cmp_class_f32_e32 vcc, v0, v1",
         "v_cvt_f16_f32_sdwa v3, v0 dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:DWORD",

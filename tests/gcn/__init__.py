@@ -8,9 +8,11 @@ know it refuses: see ``Unknown``.
 - assembly.py: text into instructions, register set-up, arguments
 - operands.py: what an instruction reads and writes
 - wave.py: registers and transfers under way of 64 lanes
-- scalar.py, vector.py, conversions.py, matrix.py, transfers.py: the instructions
+- scalar.py; vector.py, dpp.py, lanes.py, packed.py, conversions.py; matrix.py; transfers.py,
+  buffers.py: the instructions
 - memory.py: which bytes may be touched
 - machine.py: workgroups, barriers, a launch
+- ops.py: the ops of a build
 
 Not modelled: time, and so the wait states that s_nop stands for.
 """

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-ENCODINGS = ("e32", "e64", "sdwa")
-_MODIFIER = re.compile(r"\s(\w+):(\[[^\]]*\]|\S+)$|\s(glc|slc|sc0|sc1|nt|clamp)$")
+ENCODINGS = ("e32", "e64", "sdwa", "dpp")
+_MODIFIER = re.compile(
+    r"\s(\w+):(\[[^\]]*\]|\S+)$"
+    r"|\s(glc|slc|sc0|sc1|nt|clamp|offen|row_(?:half_)?mirror)$"
+)
 _LABEL = re.compile(r"^(\.L\w+):")
 
 
@@ -26,7 +29,7 @@ class Instruction:
 
     Attributes:
         name: Mnemonic without its encoding.
-        encoding: "e32", "e64", "sdwa" or "".
+        encoding: One of ENCODINGS or "".
         modifiers: What follows the operands: ``offset:16``; "" for those without a value.
     """
 
@@ -121,7 +124,7 @@ class Assembly:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        target = re.search(r'\.amdgcn_target "amdgcn-amd-amdhsa--(\w+)', text)
+        target = re.search(r'\.amdgcn_target "\S*-(gfx\w+)', text)
         if target is None:
             raise Unknown("assembly without .amdgcn_target")
         self.target = target[1]

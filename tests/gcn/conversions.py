@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .assembly import Unknown
+
 _TINY = np.finfo(np.float32).tiny
 
 
@@ -69,6 +71,21 @@ def leading_zeros(a: Any) -> Any:
     """Of the highest one, counted from the top; all ones where there is none."""
     _, exponent = np.frexp(np.float64(a))
     return np.where(a == 0, -1, 32 - exponent).astype(np.int32).view(np.uint32)
+
+
+def reversed_bits(a: Any) -> Any:
+    bits = np.unpackbits(np.atleast_1d(a).view(np.uint8), bitorder="little")
+    return np.packbits(bits.reshape(-1, 32)[:, ::-1].copy(), bitorder="little").view(np.uint32)
+
+
+def permuted_bytes(high: Any, low: Any, select: Any) -> Any:
+    """Each byte one of the 8 that ``select`` says, or 0."""
+    high, low, select = np.broadcast_arrays(high, low, select)
+    given = np.stack([low, high, np.zeros_like(low)], -1).view(np.uint8)
+    which = np.ascontiguousarray(select)[:, None].view(np.uint8)
+    if not ((which < 8) | (which == 0x0C)).all():
+        raise Unknown(f"bytes {which.max():#x} of v_perm_b32")
+    return np.take_along_axis(given, np.minimum(which, 8), -1).view(np.uint32)[:, 0]
 
 
 def to_u32(a: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import lanes, matrix, packed, scalar, transfers, vector
+from . import buffers, lanes, matrix, packed, scalar, scratch, transfers, vector
 from .assembly import Instruction, Kernel, Unknown, parse_body
 from .memory import Lds, Memory
 from .operands import registers_of
@@ -105,27 +105,34 @@ class Launchable:
         size = self.kernel.directives["group_segment_fixed_size"] + shared_bytes
         if size > _LDS_LIMIT:
             raise Hazard(f"asks for {size} bytes of LDS, of {_LDS_LIMIT}")
-        segment = self._segment(arguments)
+        segment = self._segment(arguments, _hidden(grid, threads, shared_bytes))
         address = memory.allow_bytes(segment)
+        gfx90a = self.kernel.target == "gfx90a"
+        own = self.kernel.directives["private_segment_fixed_size"]
         for z, y, x in np.ndindex(*grid[::-1]):
             lds = Lds(size)
             waves = []
             for first in range(0, threads, LANES):
-                wave = Wave(memory, lds, order.late, self.kernel.target == "gfx90a")
+                wave = Wave(memory, lds, order.late, gfx90a, own)
                 self._set_up(wave, address, (x, y, z), first, threads)
                 waves.append(wave)
             run_waves(self.program, waves[::-1] if order.descending else waves)
 
-    def _segment(self, arguments: list[bytes]) -> np.ndarray:
+    def _segment(self, arguments: list[bytes], hidden: dict[str, int]) -> np.ndarray:
         layout = self.kernel.arguments
+        given = [argument for argument in layout if not argument.kind.startswith("hidden_")]
         kinds = {argument.kind for argument in layout}
-        if kinds - {"by_value", "global_buffer"}:
+        if kinds - {"by_value", "global_buffer"} - hidden.keys():
             raise Unknown(f"arguments of kind {sorted(kinds)} in {self.kernel.name}")
         sizes = [len(x) for x in arguments]
-        if sizes != [argument.size for argument in layout]:
-            raise Unknown(f"arguments of {sizes} bytes for {self.kernel.name}: {layout}")
+        if sizes != [argument.size for argument in given]:
+            raise Unknown(f"arguments of {sizes} bytes for {self.kernel.name}: {given}")
+        contents = dict(zip(given, arguments, strict=True))
+        contents |= {
+            x: hidden[x.kind].to_bytes(x.size, "little") for x in layout if x.kind in hidden
+        }
         segment = np.zeros(self.kernel.directives["kernarg_size"], np.uint8)
-        for argument, content in zip(layout, arguments, strict=True):
+        for argument, content in contents.items():
             place = slice(argument.offset, argument.offset + argument.size)
             segment[place] = np.frombuffer(content, np.uint8)
         return segment
@@ -134,16 +141,16 @@ class Launchable:
         self, wave: Wave, segment: int, group: tuple[int, ...], first: int, threads: int
     ) -> None:
         directives = self.kernel.directives
-        if directives["private_segment_fixed_size"] or directives["uses_dynamic_stack"]:
+        if directives["uses_dynamic_stack"]:
             raise Unknown(f"scratch memory in {self.kernel.name}")
-        if directives["user_sgpr_kernarg_preload_length"]:
-            raise Unknown(f"preloaded arguments in {self.kernel.name}")
         at = 0
         for name, count in _USER:
             if directives.get(f"user_sgpr_{name}"):
                 if name == "kernarg_segment_ptr":
                     wave.set_pair(at, segment)
                 at += count
+        # such a kernel begins with what loads them itself, where the firmware does not
+        at += directives["user_sgpr_kernarg_preload_length"]
         if at != directives["user_sgpr_count"]:
             raise Unknown(f"{directives['user_sgpr_count']} user registers, {at} of them known")
         for axis, index in zip("xyz", group, strict=True):
@@ -155,6 +162,15 @@ class Launchable:
         wave.u32[0][:] = np.arange(first, first + LANES)
         if threads - first < LANES:
             wave.exec = (1 << (threads - first)) - 1
+
+
+def _hidden(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> dict[str, int]:
+    """What a runtime adds to a kernel's arguments."""
+    found = {"hidden_grid_dims": 3, "hidden_dynamic_lds_size": shared_bytes}
+    for axis, blocks, size in zip("xyz", grid, (threads, 1, 1), strict=True):
+        found |= {f"hidden_block_count_{axis}": blocks, f"hidden_group_size_{axis}": size}
+        found |= {f"hidden_remainder_{axis}": 0, f"hidden_global_offset_{axis}": 0}
+    return found
 
 
 def run_waves(program: Program, waves: list[Wave], steps: int = STEPS_OF_A_WAVE) -> None:
@@ -212,5 +228,5 @@ def build(instruction: Instruction, labels: dict[str, int]) -> Step:
 
 def _steps(instruction: Instruction, labels: dict[str, int]) -> Iterator[Step | None]:
     yield scalar.build(instruction, labels)
-    for part in (vector, lanes, packed, matrix, transfers):
+    for part in (vector, lanes, packed, matrix, transfers, buffers, scratch):
         yield part.build(instruction)

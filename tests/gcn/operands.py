@@ -64,6 +64,8 @@ def parse(text: str) -> Operand:
     bare = text[1:] if negative else text
     absolute = bare.startswith("|") and bare.endswith("|")
     bare = bare.strip("|")
+    if text == "neg(0)":
+        return Operand("constant", value=-0.0)
     register = _REGISTER.match(bare)
     if register is not None:
         first = int(register[2] or register[3])
@@ -171,10 +173,14 @@ def writer(text: str, kind: str) -> Writer:
 def scalar_reader(text: str, bits: int) -> Callable[[Wave], int]:
     """An unsigned integer. Constants of 64 bits: inline by sign, literals from 32 bits by zeros."""
     operand = parse(text)
-    if operand.negative or operand.absolute or isinstance(operand.value, float):
+    if operand.negative or operand.absolute:
         raise Unknown(f"{text} in scalar arithmetic")
     if operand.kind == "constant":
-        value = operand.value & ((1 << bits) - 1)
+        given = operand.value
+        if isinstance(given, float) and bits != 32:
+            raise Unknown(f"{text} as a scalar of {bits} bits")
+        whole = int(np.float32(given).view(np.uint32)) if isinstance(given, float) else given
+        value = whole & ((1 << bits) - 1)
         return lambda w: value
     if operand.kind == "v" or operand.width * 32 != bits:
         raise Unknown(f"{text} as a scalar of {bits} bits")

@@ -49,6 +49,18 @@ def _is_set(bits: int, function: Callable[[int, int], int]) -> Callable[..., tup
     return result
 
 
+def _shift_add(shift: int) -> Callable[[int, int, int], tuple[int, int]]:
+    def result(a: int, b: int, _: int) -> tuple[int, int]:
+        total = (a << shift) + b
+        return total, int(total > _M32)
+
+    return result
+
+
+def _extract_unsigned(a: int, b: int) -> int:
+    return a >> (b & 31) & ((1 << (b >> 16 & 0x7F)) - 1)
+
+
 def _extract(bits: int) -> Callable[[int, int], int]:
     def extract(a: int, b: int) -> int:
         offset, width = b & (bits - 1), b >> 16 & 0x7F
@@ -81,6 +93,7 @@ _BINARY: dict[str, tuple[tuple[int, int, int], Callable[[int, int, int], tuple[i
     "s_addc_u32": ((32, 32, 32), lambda a, b, c: (a + b + c, int(a + b + c > _M32))),
     "s_sub_u32": ((32, 32, 32), lambda a, b, c: (a - b, int(b > a))),
     "s_subb_u32": ((32, 32, 32), lambda a, b, c: (a - b - c, int(b + c > a))),
+    **{f"s_lshl{n}_add_u32": ((32, 32, 32), _shift_add(n)) for n in range(1, 5)},
     "s_add_i32": ((32, 32, 32), _add_signed),
     "s_sub_i32": ((32, 32, 32), _subtract_signed),
     "s_mul_i32": ((32, 32, 32), lambda a, b, c: (a * b, c)),
@@ -94,6 +107,7 @@ _BINARY: dict[str, tuple[tuple[int, int, int], Callable[[int, int, int], tuple[i
     "s_lshl_b64": ((64, 64, 32), _is_set(64, lambda a, b: a << (b & 63))),
     "s_lshr_b64": ((64, 64, 32), _is_set(64, lambda a, b: a >> (b & 63))),
     "s_ashr_i64": ((64, 64, 32), _is_set(64, lambda a, b: signed(a, 64) >> (b & 63))),
+    "s_bfe_u32": ((32, 32, 32), _is_set(32, _extract_unsigned)),
     "s_bfe_i32": ((32, 32, 32), _is_set(32, _extract(32))),
     "s_bfe_i64": ((64, 64, 32), _is_set(64, _extract(64))),
     "s_cselect_b32": ((32, 32, 32), lambda a, b, c: (a if c else b, c)),
@@ -223,9 +237,10 @@ def _other(instruction: Instruction) -> Step:
         return lambda w: None
     if name == "s_waitcnt":
         return _wait(operands[0])
-    if name == "s_bitcmp1_b32":
+    if name in ("s_bitcmp0_b32", "s_bitcmp1_b32"):
         a, b = (scalar_reader(x, 32) for x in operands)
-        return lambda w: setattr(w, "scc", a(w) >> (b(w) & 31) & 1)
+        wanted = int(name == "s_bitcmp1_b32")
+        return lambda w: setattr(w, "scc", int((a(w) >> (b(w) & 31) & 1) == wanted))
     if name in ("s_movk_i32", "s_mulk_i32"):
         put, before = scalar_writer(operands[0], 32), scalar_reader(operands[0], 32)
         value = signed(int(operands[1], 0), 16)

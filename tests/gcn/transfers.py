@@ -17,7 +17,7 @@ from .operands import Operand, parse, reader, scalar_reader
 from .scalar import Step
 from .wave import LANES, Wave
 
-_SIZES = {
+SIZES = {
     "byte": 1,
     "ubyte": 1,
     "short": 2,
@@ -34,6 +34,7 @@ _SIZES = {
     "b64": 8,
     "b128": 16,
 }
+_LOADS = ("global_load", "buffer_load", "scratch_load", "s_load", "ds_read", "ds_bpermute")
 _GLOBAL = re.compile(
     r"global_(load|store)_(ubyte|byte|ushort|short_d16_hi|short|dword(?:x[234])?)$"
 )
@@ -47,10 +48,10 @@ def build(instruction: Instruction) -> Step | None:
     if (found := _GLOBAL.match(name)) is not None:
         return _global(instruction, found[1] == "load", found[2])
     if (found := _LOCAL.match(name)) is not None:
-        return _local(instruction, found[1] == "read", _SIZES[found[2]])
+        return _local(instruction, found[1] == "read", SIZES[found[2]])
     if (found := _LOCAL_PAIR.match(name)) is not None:
         step = 64 if found[2] else 1
-        return _local_pair(instruction, found[1] == "read", _SIZES[found[3]], step)
+        return _local_pair(instruction, found[1] == "read", SIZES[found[3]], step)
     if name == "ds_bpermute_b32":
         return _permute(instruction)
     if name.startswith("s_load_dword"):
@@ -60,17 +61,17 @@ def build(instruction: Instruction) -> Step | None:
 
 def loads(instruction: Instruction) -> bool:
     """Whether its first operand is what it will write."""
-    return instruction.name.startswith(("global_load", "s_load", "ds_read", "ds_bpermute"))
+    return instruction.name.startswith(_LOADS)
 
 
-def _vectors(text: str, size: int) -> Operand:
+def vectors(text: str, size: int) -> Operand:
     operand = parse(text)
     if operand.kind != "v" or operand.width != max(1, size // 4):
         raise Unknown(f"{text} for {size} bytes")
     return operand
 
 
-def _put(w: Wave, n: int, lanes: Any, content: Any) -> None:
+def put_bytes(w: Wave, n: int, lanes: Any, content: Any) -> None:
     """Bytes (lanes, size) into registers; less than 4 bytes are extended by zeros."""
     size = content.shape[1]
     if size < 4:
@@ -80,7 +81,7 @@ def _put(w: Wave, n: int, lanes: Any, content: Any) -> None:
         w.u32[n + i][lanes] = row
 
 
-def _get(w: Wave, n: int, lanes: Any, size: int, *, high: bool = False) -> Any:
+def get_bytes(w: Wave, n: int, lanes: Any, size: int, *, high: bool = False) -> Any:
     """Bytes (lanes, size) of registers."""
     if size < 4:
         half = w.u32[n][lanes] >> np.uint32(16 if high else 0)
@@ -92,10 +93,10 @@ def _get(w: Wave, n: int, lanes: Any, size: int, *, high: bool = False) -> Any:
 def _global(instruction: Instruction, loads: bool, kind: str) -> Step:
     """The address: 64 bits of a lane, or a scalar one and 32 bits of a lane."""
     instruction.allow("offset", "glc", "slc", "sc0", "sc1", "nt")
-    high, size = kind.endswith("_d16_hi"), _SIZES[kind.removesuffix("_d16_hi")]
+    high, size = kind.endswith("_d16_hi"), SIZES[kind.removesuffix("_d16_hi")]
     first, second, base = instruction.operands
     at, data = (second, first) if loads else (first, second)
-    offset, n = instruction.number("offset"), _vectors(data, size)
+    offset, n = instruction.number("offset"), vectors(data, size)
     if base == "off":
         read = reader(at, "i64")
         address: Callable[[Wave], Any] = lambda w: read(w) + offset  # noqa: E731
@@ -110,10 +111,10 @@ def _global(instruction: Instruction, loads: bool, kind: str) -> Step:
             w.transfer(
                 w.vector_transfers,
                 n.registers,
-                lambda: _put(w, n.index, lanes, w.memory.read(places, size)),
+                lambda: put_bytes(w, n.index, lanes, w.memory.read(places, size)),
             )
         else:
-            content = _get(w, n.index, lanes, size, high=high)
+            content = get_bytes(w, n.index, lanes, size, high=high)
             w.transfer(w.vector_transfers, frozenset(), lambda: w.memory.write(places, content))
 
     return step
@@ -123,7 +124,7 @@ def _local(instruction: Instruction, reads: bool, size: int) -> Step:
     instruction.allow("offset")
     first, second = instruction.operands
     address = reader(second if reads else first, "u32")
-    offset, data = instruction.number("offset"), _vectors(first if reads else second, size)
+    offset, data = instruction.number("offset"), vectors(first if reads else second, size)
     n = data.index
 
     def step(w: Wave) -> None:
@@ -133,10 +134,10 @@ def _local(instruction: Instruction, reads: bool, size: int) -> Step:
             w.transfer(
                 w.local_transfers,
                 data.registers,
-                lambda: _put(w, n, lanes, w.lds.read(places, size)),
+                lambda: put_bytes(w, n, lanes, w.lds.read(places, size)),
             )
         else:
-            content = _get(w, n, lanes, size)
+            content = get_bytes(w, n, lanes, size)
             w.transfer(w.local_transfers, frozenset(), lambda: w.lds.write(places, content))
 
     return step
@@ -149,22 +150,22 @@ def _local_pair(instruction: Instruction, reads: bool, size: int, stride: int) -
     offsets = [instruction.number(f"offset{i}") * size * stride for i in range(2)]
     words = size // 4
     if reads:
-        address, pair = reader(rest[0], "u32"), _vectors(first, 2 * size)
+        address, pair = reader(rest[0], "u32"), vectors(first, 2 * size)
         registers, data = pair.registers, [pair.index, pair.index + words]
     else:
         address, registers = reader(first, "u32"), frozenset()
-        data = [_vectors(x, size).index for x in rest]
+        data = [vectors(x, size).index for x in rest]
 
     def step(w: Wave) -> None:
         lanes = np.flatnonzero(w.mask)
         base = address(w)[lanes].astype(np.int64)
-        content = [] if reads else [_get(w, n, lanes, size) for n in data]
+        content = [] if reads else [get_bytes(w, n, lanes, size) for n in data]
 
         def land() -> None:
             if reads:
                 found = [w.lds.read(base + offset, size) for offset in offsets]
                 for n, part in zip(data, found, strict=True):
-                    _put(w, n, lanes, part)
+                    put_bytes(w, n, lanes, part)
             else:
                 for offset, part in zip(offsets, content, strict=True):
                     w.lds.write(base + offset, part)
@@ -178,7 +179,7 @@ def _permute(instruction: Instruction) -> Step:
     """Each lane takes what the lane of its address / 4 has; 0 of one that is not active."""
     instruction.allow("offset")
     result, at, data = instruction.operands
-    n, offset = _vectors(result, 4), np.uint32(instruction.number("offset"))
+    n, offset = vectors(result, 4), np.uint32(instruction.number("offset"))
     address, read = reader(at, "u32"), reader(data, "u32")
 
     def step(w: Wave) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import conversions as convert
+from . import dpp
 from .assembly import Instruction, Unknown
 from .operands import Reader, reader, scalar_reader, scalar_writer, writer
 from .scalar import Step
@@ -44,6 +45,12 @@ def _extract(a: Any, offset: Any, width: Any) -> Any:
     return a >> (offset & _U32(31)) & ones.astype(_U32)
 
 
+def _extract_signed(a: Any, offset: Any, width: Any) -> Any:
+    kept, above = _extract(a, offset, width), _U32(32) - (width & _U32(31))
+    moved = np.where(above == 32, _U32(0), kept << (above & _U32(31)))
+    return moved.view(np.int32) >> (above & _U32(31)).view(np.int32)
+
+
 # result and sources: function. Vector registers may stand for any source, constants too.
 _FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_mov_b32": ("u32 u32", lambda a: a),
@@ -72,6 +79,11 @@ _FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_lshrrev_b64": ("u64 u32 u64", lambda a, b: b >> _wide(a & _U32(63))),
     "v_ashrrev_i64": ("i64 u32 i64", lambda a, b: b >> _wide(a & _U32(63)).view(np.int64)),
     "v_bfe_u32": ("u32 u32 u32 u32", _extract),
+    "v_bfe_i32": ("i32 u32 u32 u32", _extract_signed),
+    "v_bfrev_b32": ("u32 u32", convert.reversed_bits),
+    "v_perm_b32": ("u32 u32 u32 u32", convert.permuted_bytes),
+    "v_pack_b32_f16": ("u32 u32 u32", lambda a, b: a & _U32(0xFFFF) | b << _U32(16)),
+    "v_xad_u32": ("u32 u32 u32 u32", lambda a, b, c: (a ^ b) + c),
     "v_alignbit_b32": ("u32 u32 u32 u32", _align_bits),
     "v_ffbh_u32": ("u32 u32", convert.leading_zeros),
     "v_mul_lo_u32": ("u32 u32 u32", lambda a, b: a * b),
@@ -179,6 +191,8 @@ def _function(instruction: Instruction, kinds: str, function: Callable[..., Any]
     operands = instruction.operands
     if len(operands) != 1 + len(sources):
         raise Unknown(instruction.text)
+    if instruction.encoding == "dpp":
+        return dpp.build(instruction, sources, function)
     put, read = writer(operands[0], result), _selected(instruction, operands[1:], sources)
     if instruction.encoding == "sdwa":
         put = _destination(instruction)

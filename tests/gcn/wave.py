@@ -53,6 +53,7 @@ class Wave:
     lds: Lds
     late: bool
     flushes_denormals: bool = False
+    scratch_bytes: int = 0
     pc: int = 0
     scc: int = 0
     s: list[int] = field(default_factory=lambda: [_POISON] * 128)
@@ -65,6 +66,7 @@ class Wave:
         self.u32: list[NDArray[np.uint32]] = list(registers)
         self.i32: list[NDArray[np.int32]] = list(registers.view(np.int32))
         self.f32: list[NDArray[np.float32]] = list(registers.view(np.float32))
+        self.scratch = np.full((LANES, self.scratch_bytes), 0xFF, np.uint8)
         self.exec = ALL
 
     @property
