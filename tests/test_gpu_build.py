@@ -108,8 +108,10 @@ def test_loads_overlap_with_products(built: Built) -> None:
 
 @pytest.mark.parametrize("built", ["hip"], indirect=True)
 def test_operands_are_read_in_whole_registers(built: Built) -> None:
-    """Where an operand's columns run along the rows in the LDS, registers transpose what is read."""
-    narrow = [f"{k.narrow_reads} {k.name} {k.architecture}" for k in built.kernels if k.narrow_reads]
+    """Where columns of an operand run along rows in the LDS, registers transpose what is read."""
+    narrow = [
+        f"{k.narrow_reads} {k.name} {k.architecture}" for k in built.kernels if k.narrow_reads
+    ]
     assert not narrow, "reads of 16 bits from the LDS:\n" + "\n".join(narrow)
 
 
