@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-SECONDS = 1100  # of one command
+SECONDS = 1500  # of one command
 
 
 @dataclass(frozen=True)
