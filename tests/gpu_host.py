@@ -26,7 +26,7 @@ SOURCES = (
     "gpu/host/interface.cpp",
 )
 # from `first` to `dropout_seed`
-_NUM_OPTIONS = 13
+NUM_OPTIONS = 13
 
 
 class _Tensor(Structure):
@@ -149,7 +149,7 @@ class GpuHostOps:
         return row.value, column.value
 
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-        options, state = rest[:_NUM_OPTIONS], rest[_NUM_OPTIONS:]
+        options, state = rest[:NUM_OPTIONS], rest[NUM_OPTIONS:]
         inputs = _inputs(q, k, v, options)
         out, lse, result = state if len(state) == 3 else (*state, None)
         self._library.usp_gpu_attention_forward(byref(inputs), *map(_pointer, (out, lse, result)))
@@ -157,8 +157,8 @@ class GpuHostOps:
     def attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any
     ) -> None:
-        dq, dk, dv, dbias, *overwrite = rest[_NUM_OPTIONS:]
-        inputs = _inputs(q, k, v, rest[:_NUM_OPTIONS])
+        dq, dk, dv, dbias, *overwrite = rest[NUM_OPTIONS:]
+        inputs = _inputs(q, k, v, rest[:NUM_OPTIONS])
         pointers = [x.data_ptr() for x in (delta, lse, dq, dk, dv)]
         kept = (any(overwrite), dq.dtype == torch.float32, dk.dtype == torch.float32)
         assert dk.dtype == dv.dtype and (kept[0] or kept[1:] == (True, True))

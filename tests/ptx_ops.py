@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ptx
-from gpu_host import GpuHostOps
+from gpu_host import NUM_OPTIONS, GpuHostOps
 from gpu_launches import Launch, Launches
 from torch import Tensor
 
@@ -97,15 +97,14 @@ class PtxOps:
         self.host, self.kernels = host, kernels
 
     def attention_forward(self, *arguments: Any) -> None:
-        self._run(self.host.attention_forward, arguments, written=3)
+        self._run(self.host.attention_forward, arguments, read=3 + NUM_OPTIONS)
 
     def attention_backward(self, *arguments: Any) -> None:
-        self._run(self.host.attention_backward, arguments, written=4)
+        self._run(self.host.attention_backward, arguments, read=6 + NUM_OPTIONS)
 
-    def _run(self, op: Callable[..., None], arguments: tuple[Any, ...], written: int) -> None:
-        first_written = len(arguments) - written
+    def _run(self, op: Callable[..., None], arguments: tuple[Any, ...], read: int) -> None:
         regions = [
-            region(f"argument {n}", x, writable=n >= first_written)
+            region(f"argument {n}", x, writable=n >= read)
             for n, x in enumerate(arguments)
             if isinstance(x, Tensor)
         ]

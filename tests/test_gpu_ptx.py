@@ -168,6 +168,34 @@ def test_a_result_is_the_new_out_rounded(
     assert largest(result.float()) > 0
 
 
+OVERWRITTEN: dict[str, dict[str, Any]] = {
+    "plain": {"span": "gaps", "heads": (3, 1, 2)},
+    "parts_of_dk": {**LITTLE, "dtype": BF16, "span": "window", **dims(192, 136)},
+    "options": {**LITTLE, "bias": "11QK", "softcap": 2.0, **dims(61, 37)},
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_overwritten_gradients_are_the_sums_rounded(
+    name: str, host: GpuHostOps, kernels: Kernels
+) -> None:
+    case = replace(SMALL, **OVERWRITTEN[name])
+    x = make_inputs(case)
+    ops = PtxOps(host, kernels.on(machine("random", races=True)))
+    generator = torch.Generator().manual_seed(1)
+    lse, delta = torch.randn(2, case.batch, case.heads[0], case.lq, generator=generator)
+    shared = options(case, x, slice(None), masked=True)
+    args = (x.dout, x.q, x.k, x.v, delta, lse + 4, *shared)
+    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
+    ops.attention_backward(*args, *sums, None)
+    for dtypes in ((case.dtype,) * 3, (case.dtype, torch.float32, torch.float32)):
+        made = [torch.full(t.shape, torch.nan, dtype=d) for t, d in zip(sums, dtypes, strict=True)]
+        ops.attention_backward(*args, *made, None, True)
+        for result, want in zip(made, sums, strict=True):
+            assert torch.equal(result, want.to(result.dtype))
+            assert largest(want) > 0
+
+
 def test_any_order_of_warps_gives_the_same_bits(host: GpuHostOps, kernels: Kernels) -> None:
     case = replace(SMALL, lq=67, lk=67, span="causal", heads=(1, 0, 1))
     x = make_inputs(case)
