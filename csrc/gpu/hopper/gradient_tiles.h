@@ -69,13 +69,11 @@ struct GradientShared {
     walked(1, step).load(second, full, at.row, at.head, at.batch);
   }
 
-  // Products of a warp's own rows with the walked ones, in two groups. They run on.
-  USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int first_row,
+  // The product of a warp's own rows of one tensor with the walked ones. Runs on.
+  USP_DEVICE void start_scores(Product<kColumns>& scores, int which, int first_row,
                                int step) const {
-    begin_products(scores, dscores);
-    multiply_transposed(scores, own(0), first_row, walked(0, step));
-    end_products();
-    multiply_transposed(dscores, own(1), first_row, walked(1, step));
+    begin_products(scores);
+    multiply_transposed(scores, own(which), first_row, walked(which, step));
     end_products();
   }
 };

@@ -101,7 +101,8 @@ class KeyConsumer {
 
   USP_DEVICE void start_scores(Product<kColumns>& scores, Product<kColumns>& dscores, int n) {
     shared_.rest().walked.wait_full(n);
-    shared_.start_scores(scores, dscores, own_.of_group, n);
+    shared_.start_scores(scores, 0, own_.of_group, n);
+    shared_.start_scores(dscores, 1, own_.of_group, n);
   }
 
   USP_DEVICE void weigh_step(Product<kColumns>& scores, int step) {
