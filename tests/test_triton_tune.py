@@ -195,6 +195,34 @@ def test_without_a_gpu_it_refuses() -> None:
         tune.tune(128)
 
 
+class Launches:
+    """Stands in for a kernel: how it would be launched."""
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **options: self.options.append(options)
+
+
+@pytest.mark.parametrize("rows", [37, 1])
+def test_rows_of_a_bias_narrow_the_steps(
+    rows: int, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 128 keys a step sm_90 wants 240 KiB of shared memory, and has 227."""
+    from usp.kernels import attention_forward
+    from usp.kernels.arguments import Options
+
+    seen = Launches()
+    monkeypatch.setattr(attention_forward, "forward_kernel", seen)
+    q = torch.empty(1, 37, 2, 64, dtype=torch.bfloat16)
+    bias = torch.empty(1, 2, rows, 37)
+    options = Options(None, None, bias, None, None, None, 0, 2, 1, 0.125, 0.0, 0.0, 0)
+    attention_forward.attention_forward(q, q, q, options, q.float(), torch.empty(1, 2, 37))
+    (found,) = seen.options
+    assert (found["BLOCK_K"], found["EDGE"]) == ((64 if rows > 1 else 128), 64)
+
+
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
     from triton.runtime.errors import OutOfResources
 

@@ -47,6 +47,9 @@ def attention_forward(
         return
     value_dim = v.shape[-1]
     launch = configs.choose("forward", max(head_dim, value_dim), q)
+    if options.bias is not None and options.bias.shape[2] > 1:
+        # its tiles take shared memory and registers: 128 keys at head dim 64 do not fit sm_90
+        launch = launch | {"BLOCK_K": launch["EDGE"]}
     grid = (cdiv(q_len, launch["BLOCK_Q"]) * batch * num_heads,)
     forward_kernel[grid](
         rows_of(q),
