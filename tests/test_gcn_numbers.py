@@ -16,6 +16,14 @@ def lanes_of(w: Wave, first: int) -> list[int]:
     return [int(lo) | int(hi) << 32 for lo, hi in zip(*w.u32[first : first + 2], strict=True)]
 
 
+def copy_of(w: Wave) -> Wave:
+    """The vector registers alone."""
+    other = wave()
+    for register, values in zip(other.u32, w.u32, strict=True):
+        register[:] = values
+    return other
+
+
 def test_carries_make_64_bits_of_32() -> None:
     w = wave()
     for register in range(4):
@@ -33,7 +41,11 @@ def test_carries_make_64_bits_of_32() -> None:
               v_ashrrev_i64 v[14:15], 5, v[0:1]
               v_lshl_add_u64 v[16:17], v[0:1], 3, v[2:3]"""
     run(text, w)
+    run("v_mad_i64_i32 v[18:19], s[6:7], v0, v2, v[2:3]", given := copy_of(w))
     pairs = list(zip(a, b, strict=True))
+    sums = [signed(x % 2**32) * signed(y % 2**32) + y - (y >> 63 << 64) for x, y in pairs]
+    assert lanes_of(given, 18) == [x % 2**64 for x in sums]
+    assert given.pair(6) == sum((x < 0) << lane for lane, x in enumerate(sums))
     assert lanes_of(w, 4) == [(x + y) % 2**64 for x, y in pairs]
     assert lanes_of(w, 6) == [(x - y) % 2**64 for x, y in pairs]
     assert lanes_of(w, 8) == [(y - x) % 2**64 for x, y in pairs]
@@ -62,6 +74,8 @@ def signed(x: int) -> int:
         ("v_ffbh_u32_e32 v2, v0", lambda a, b: 32 - a.bit_length() if a else -1),
         ("v_min_i32_e32 v2, v0, v1", lambda a, b: min(signed(a), signed(b))),
         ("v_sub_u16_e32 v2, v0, v1", lambda a, b: (a - b) % 2**16),
+        ("v_add_u16_e32 v2, v0, v1", lambda a, b: (a + b) % 2**16),
+        ("v_lshrrev_b16_e64 v2, 3, v0", lambda a, b: a % 2**16 >> 3),
         ("v_subrev_u32_e32 v2, 0x12345, v1", lambda a, b: b - 0x12345),
         ("v_bfe_i32 v2, v0, 4, 7", lambda a, b: (a >> 4 & 127) - ((a >> 10 & 1) << 7)),
         ("v_bfe_i32 v2, v0, 4, 0", lambda a, b: 0),
