@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     # both sizes of the matrix instruction, every padded head dim
     "d32": {"head_dim": 32, "value_head_dim": 32, "dtype": BRAIN, "span": "causal"},
     "d64": {"heads": (3, 1, 2)},
-    "d64_blocks_and_steps": {"lq": 137, "lk": 211, "dtype": BRAIN, "heads": (1, 0, 1)},
+    "d64_blocks_and_steps": {"lq": 131, "lk": 149, "dtype": BRAIN, "heads": (1, 0, 1)},
     "d96": {"head_dim": 96, "value_head_dim": 72, "layout": "sliced", "span": "window"},
     "d128": {"head_dim": 128, "value_head_dim": 128, "dtype": BRAIN, "span": "causal"},
     "d192": {"head_dim": 192, "value_head_dim": 128, "heads": (1, 0, 1)},
@@ -121,9 +121,8 @@ def test_attention_equals_the_dense_one(name: str, machine: Machine) -> None:
     assert_right(case, x, got, TOLERANCE[case.dtype], machine.lse_tolerance(case.dtype))
 
 
-@pytest.mark.parametrize("options_of", [{}, {"alibi": "1H", "dropout_p": 0.25}], ids=str)
-def test_the_same_bits_in_any_order(options_of: dict[str, Any], machine: Machine) -> None:
-    case = replace(SMALL, dtype=torch.bfloat16, span="causal", **options_of)
+def test_the_same_bits_in_any_order(machine: Machine) -> None:
+    case = replace(SMALL, heads=(1, 0, 1), span="causal", alibi="1H", dropout_p=0.25)
     x = make_inputs(case)
     results = [computed(case, x, machine.ops(order)) for order in ORDERS]
     for got in results[1:]:

@@ -1,6 +1,6 @@
 """Our Triton kernels compiled for AMD and executed by ``gcn``, launched by their own host code.
 
-``python tests/triton_gcn.py hip:gfx942 "Case(lq=37)"`` prints nothing where all is right.
+``python tests/triton_gcn.py hip:gfx942`` prints the names of the kernels that were right.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,21 @@ from usp.kernels import configs
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LSE_TOLERANCE = {torch.bfloat16: 1e-6, torch.float16: 5e-5}  # see test_gpu_gcn.py
+_SMALL = Case(
+    batch=1,
+    lq=37,
+    lk=67,
+    heads=(2, 0, 2),
+    head_dim=64,
+    value_head_dim=64,
+    dtype=torch.bfloat16,
+    span="causal",
+)
+_OPTIONS: dict[str, Any] = {"bias": "11QK", "alibi": "1H", "softcap": 2.0, "dropout_p": 0.2}
+CASES = {
+    "hip:gfx90a": (replace(_SMALL, dtype=torch.float16),),
+    "hip:gfx942": (_SMALL, replace(_SMALL, heads=(1, 0, 1), value_head_dim=37, **_OPTIONS)),
+}
 _FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f", "u32": "<I", "u64": "<Q", "fp64": "<d"}
 
 
@@ -103,4 +119,6 @@ def check(target: str, case: Case, order: Order) -> list[str]:
 
 
 if __name__ == "__main__":
-    check(sys.argv[1], eval(sys.argv[2]), Order())
+    orders = (Order(), Order(late=False, descending=True))
+    for case_, order_ in zip(CASES[sys.argv[1]], orders, strict=False):
+        print(*check(sys.argv[1], case_, order_))

@@ -75,6 +75,21 @@ def _multiply_add(operands: tuple[str, ...]) -> Step:
     return step
 
 
+def _multiply_add_signed(operands: tuple[str, ...]) -> Step:
+    """32 x 32 + 64 bits, and bit 64 of their sum: its sign."""
+    put, put_sign = writer(operands[0], "i64"), scalar_writer(operands[1], 64)
+    a, b, c = (reader(x, kind) for x, kind in zip(operands[2:], ("i32", "i32", "i64"), strict=True))
+
+    def step(w: Wave) -> None:
+        product, more = a(w).astype(np.int64) * b(w).astype(np.int64), c(w)
+        total = product + more
+        overflows = ((product < 0) == (more < 0)) & ((product < 0) != (total < 0))
+        put(w, total)
+        put_sign(w, bits_of(((total < 0) ^ overflows) & w.mask))
+
+    return step
+
+
 def _div_scale(kind: str) -> Any:
     def build_it(operands: tuple[str, ...]) -> Step:
         put, put_back = writer(operands[0], kind), scalar_writer(operands[1], 64)
@@ -116,6 +131,7 @@ _BUILDERS: dict[str, Any] = {
     "v_readlane_b32": _read_lane,
     "v_writelane_b32": _write_lane,
     "v_mad_u64_u32": _multiply_add,
+    "v_mad_i64_i32": _multiply_add_signed,
     "v_div_scale_f32": _div_scale("f32"),
     "v_div_scale_f64": _div_scale("f64"),
     "v_div_fmas_f32": _div_fmas("f32"),

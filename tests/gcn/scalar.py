@@ -140,6 +140,12 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "le": lambda a, b: a <= b,
 }
 
+_WITH_16_BITS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
+    "s_movk_i32": lambda a, b, c: (b, c),
+    "s_addk_i32": _add_signed,
+    "s_mulk_i32": lambda a, b, c: (a * b, c),
+}
+
 _TAKEN: dict[str, Callable[[Wave], object]] = {
     "s_branch": lambda w: True,
     "s_cbranch_scc0": lambda w: not w.scc,
@@ -165,7 +171,7 @@ def build(instruction: Instruction, labels: dict[str, int]) -> Step | None:
         return _branch(_TAKEN[name], labels[operands[0]])
     if name.endswith("_saveexec_b64"):
         return _save_exec(_LOGIC[name[2:].removesuffix("_saveexec_b64")], operands)
-    if name.startswith("s_cmp_"):
+    if name.startswith(("s_cmp_", "s_cmpk_")):
         return _comparison(name, operands)
     return _other(instruction)
 
@@ -214,7 +220,10 @@ def _save_exec(function: Callable[[int, int], int], operands: tuple[str, ...]) -
 
 
 def _comparison(name: str, operands: tuple[str, ...]) -> Step:
-    _, _, relation, kind = name.split("_")
+    """With 16 bits in the instruction: they are extended as the numbers have signs or not."""
+    _, form, relation, kind = name.split("_")
+    if form == "cmpk" and kind == "i32":
+        operands = (operands[0], str(signed(int(operands[1], 0), 16)))
     compare, bits = _COMPARE[relation], int(kind[1:])
     a, b = (scalar_reader(x, bits) for x in operands)
 
@@ -241,10 +250,15 @@ def _other(instruction: Instruction) -> Step:
         a, b = (scalar_reader(x, 32) for x in operands)
         wanted = int(name == "s_bitcmp1_b32")
         return lambda w: setattr(w, "scc", int((a(w) >> (b(w) & 31) & 1) == wanted))
-    if name in ("s_movk_i32", "s_mulk_i32"):
+    if name in _WITH_16_BITS:
+        function, value = _WITH_16_BITS[name], signed(int(operands[1], 0), 16) & _M32
         put, before = scalar_writer(operands[0], 32), scalar_reader(operands[0], 32)
-        value = signed(int(operands[1], 0), 16)
-        return lambda w: put(w, value * (before(w) if name == "s_mulk_i32" else 1))
+
+        def step(w: Wave) -> None:
+            result, w.scc = function(before(w), value, w.scc)
+            put(w, result)
+
+        return step
     raise Unknown(instruction.text)
 
 

@@ -94,6 +94,8 @@ _FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     # of 16 bits: the upper half of the register becomes 0
     "v_mul_lo_u16": ("u32 u32 u32", lambda a, b: a * b & _U32(0xFFFF)),
     "v_sub_u16": ("u32 u32 u32", lambda a, b: a - b & _U32(0xFFFF)),
+    "v_add_u16": ("u32 u32 u32", lambda a, b: a + b & _U32(0xFFFF)),
+    "v_lshrrev_b16": ("u32 u32 u32", lambda a, b: (b & _U32(0xFFFF)) >> (a & _U32(15))),
     "v_lshlrev_b16": ("u32 u32 u32", lambda a, b: b << (a & _U32(15)) & _U32(0xFFFF)),
     "v_min_u32": ("u32 u32 u32", np.minimum),
     "v_max_u32": ("u32 u32 u32", np.maximum),

@@ -1,0 +1,33 @@
+"""What Triton makes of our kernels for AMD, executed instruction by instruction on the CPU.
+
+No GPU is needed; each target in a process, whose Triton knows no other.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from background import environment
+
+pytest.importorskip("triton")
+
+SECONDS = 900
+KERNELS = {
+    "hip:gfx90a": {"forward_kernel", "keys_kernel", "queries_kernel"},
+    "hip:gfx942": {"forward_kernel", "keys_kernel", "queries_kernel", "bias_gradient_kernel"},
+}
+
+
+@pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.parametrize("target", KERNELS)
+def test_machine_code_equals_dense_attention(target: str) -> None:
+    script = Path(__file__).with_name("triton_gcn.py")
+    command = [sys.executable, str(script), target]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(done.stdout.split()) == KERNELS[target]
