@@ -136,6 +136,11 @@ class Options:
         return Scoring(scale, softcap, bias, alibi, dropout, self.q_pos, self.k_pos)
 
     @property
+    def biased(self) -> bool:
+        """Whether each row has a bias of its own."""
+        return self.bias is not None and self.bias.shape[2] > 1
+
+    @property
     def folded(self) -> bool:
         """Whether a score is just scale * <q, k> with a positive scale, order kept."""
         plain = not self.softcap and self.bias is None and self.alibi_slopes is None

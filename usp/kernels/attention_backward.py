@@ -81,7 +81,7 @@ def attention_backward(
     shared = (given.vectors, options.sizes(q, k))
     widest = max(q.shape[-1], given.v.shape[-1])
     if not hopper.add_key_gradients(given, options, seen_by, dk, dv):
-        launch = configs.choose("backward_keys", widest, q)
+        launch = configs.choose("backward_keys", widest, q, options.biased)
         keys_kernel[(cdiv(k_len, launch["BLOCK_K"]) * batch * num_kv_heads,)](
             *tensors,
             *shared,
@@ -96,7 +96,7 @@ def attention_backward(
             **launch,
         )
     if not hopper.add_query_gradients(given, options, dq):
-        launch = configs.choose("backward_queries", widest, q)
+        launch = configs.choose("backward_queries", widest, q, options.biased)
         queries_kernel[(cdiv(q_len, launch["BLOCK_Q"]) * batch * num_heads,)](
             *tensors,
             *shared,

@@ -46,7 +46,7 @@ def attention_forward(
     if hopper.attention_forward(q, k, v, options, out, lse, result):
         return
     value_dim = v.shape[-1]
-    launch = configs.choose("forward", max(head_dim, value_dim), q)
+    launch = configs.choose("forward", max(head_dim, value_dim), q, options.biased)
     grid = (cdiv(q_len, launch["BLOCK_Q"]) * batch * num_heads,)
     forward_kernel[grid](
         rows_of(q),

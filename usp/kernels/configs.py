@@ -178,8 +178,11 @@ def bucket(head_dim: int) -> int:
     return next(size for size in BUCKETS if head_dim <= size)
 
 
-def choose(kernel: str, head_dim: int, like: Tensor) -> dict[str, Any]:
+def choose(kernel: str, head_dim: int, like: Tensor, with_bias: bool = False) -> dict[str, Any]:
     """How to launch a kernel of ``TABLE`` on the device and in the dtype of a tensor.
+
+    Args:
+        with_bias: Whether tiles of a bias, fp32, are staged in shared memory, too.
 
     Returns:
         Keyword arguments of the launch.
@@ -188,8 +191,12 @@ def choose(kernel: str, head_dim: int, like: Tensor) -> dict[str, Any]:
         return INTERPRETED.launch()
     config = _trial.get(kernel)
     if isinstance(config, Config):
-        return config.launch(NUM_XCDS.get(family(like.device), 1))
-    return _chosen(kernel, bucket(head_dim), like.dtype == torch.float32, like.device)
+        launch = config.launch(NUM_XCDS.get(family(like.device), 1))
+    else:
+        launch = _chosen(kernel, bucket(head_dim), like.dtype == torch.float32, like.device)
+    if with_bias:  # 128 x 128 of it in a third stage pass Hopper's 227 KiB
+        launch = launch | {"num_stages": min(launch["num_stages"], 2)}
+    return launch
 
 
 @cache
