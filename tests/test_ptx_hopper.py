@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ptx import hopper  # noqa: F401  (fills the table)
 from ptx.mbarrier import BarrierError, Barriers
 from ptx.tensor_map import TensorMap, unpacked
 from ptx.wgmma import Descriptor, left_fragment, sum_fragment, widened
+from ptx_programs import run
 
 # 2 rows of 3 heads, wider than a box, 16 bytes further apart than they must be
 TENSOR = TensorMap(4096, (72, 2, 3), (160, 320), (64, 4, 1), 128)
@@ -156,3 +158,72 @@ def test_misused_barriers() -> None:
     barriers[64].arrive()
     with pytest.raises(BarrierError, match="too many"):
         barriers[64].arrive()
+
+
+# -- instructions that Triton's kernels and those of sm_90a have beyond nvcc's for sm_80
+
+LANES = np.arange(32, dtype=np.int32)[:, None]
+
+
+def test_reductions_of_a_warp() -> None:
+    given = (LANES * 37 + 11) % 64 - 30
+    body = """
+      ld.global.u32 %r1, [%rd20];
+      redux.sync.min.s32 %r2, %r1, -1;
+      redux.sync.max.s32 %r3, %r1, -1;
+      st.global.v2.b32 [%rd21], {%r2, %r3};
+    """
+    found = run(body, given, np.int32, count=2)
+    assert np.array_equal(found, np.broadcast_to([given.min(), given.max()], (32, 2)))
+
+
+def test_bits_and_bytes_are_put_together() -> None:
+    body = """
+      bfi.b32 %r1, 0x2B, 0xFFFF0000, 4, 8;
+      mov.b32 %r5, 0x80C0FFEE;
+      prmt.b32 %r2, %r5, 0x11223344, 0x4071;
+      prmt.b32 %r3, %r5, 0, 0x7B01;
+      st.global.b32 [%rd21], %r1;
+      st.global.b32 [%rd21+4], %r2;
+      st.global.b32 [%rd21+8], %r3;
+    """
+    found = run(body, LANES, np.uint32, count=3)
+    # byte 7 of {b, a} is 0x11; nibble 0xB is the sign of byte 3, which is set
+    assert [hex(x) for x in found[0]] == ["0xffff02b0", "0x44ee11ff", "0xffeeff"]
+
+
+def test_a_branch_by_a_table() -> None:
+    body = """
+      and.b32 %r1, %r60, 1;
+      LIST: .branchtargets EVEN, ODD;
+      brx.idx %r1, LIST;
+      EVEN: mov.b32 %r2, 10;
+      bra.uni DONE;
+      ODD: mov.b32 %r2, 11;
+      DONE: st.global.b32 [%rd21], %r2;
+    """
+    found = run(body, LANES, np.int32)
+    assert np.array_equal(found[:, 0], 10 + LANES[:, 0] % 2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_stored_as_they_are_loaded(transposed: bool) -> None:
+    """Row r of a matrix is what lane r says; the numbers of lanes 4r to 4r + 3 lie in it."""
+    trans = ".trans" * transposed
+    body = f"""
+      shl.b32 %r1, %r60, 4;
+      mov.u32 %r2, memory;
+      add.u32 %r1, %r1, %r2;
+      ld.global.v2.b32 {{%r3, %r4}}, [%rd20];
+      stmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 [%r1], {{%r3, %r4}};
+      bar.warp.sync -1;
+      shl.b32 %r5, %r60, 3;
+      add.u32 %r5, %r5, %r2;
+      ld.shared.v2.b32 {{%r6, %r7}}, [%r5];
+      st.global.v2.b32 [%rd21], {{%r6, %r7}};
+    """
+    given = np.arange(128, dtype=np.uint16).reshape(32, 2, 2)  # lane, matrix, number of a pair
+    matrices = given.swapaxes(0, 1).reshape(2, 8, 8)
+    wanted = matrices.swapaxes(1, 2) if transposed else matrices
+    found = run(body, given.reshape(32, 4), np.uint16, count=4, shared_bytes=512)
+    assert np.array_equal(found.reshape(2, 8, 8), wanted)

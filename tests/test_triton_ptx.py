@@ -87,6 +87,13 @@ def test_hopper_with_wide_heads() -> None:
     torch.testing.assert_close(lse.double(), want["lse"], rtol=1e-5, atol=1e-5)
 
 
+def test_hopper_with_a_bias() -> None:
+    """Its tiles are staged beside those of keys and values: there is memory for all of them."""
+    case = replace(CAUSAL, bias="1HQK")
+    x, out, _ = attended(TritonOps("sm_90"), case)
+    torch.testing.assert_close(out.double(), expected(case, x)["out"], rtol=0, atol=1e-2)
+
+
 def test_ampere() -> None:
     ops = TritonOps("sm_80", partial(HopperMachine, order="random"))
     check(ops, CAUSAL)
