@@ -1,7 +1,7 @@
 """Vector instructions that choose among lanes, and those with a second result.
 
 Source: "CDNA3 ISA" 12.8 (V_READFIRSTLANE), 12.11 (V_CNDMASK, V_READLANE, V_WRITELANE, V_MAD_U64,
-V_DIV_SCALE, V_DIV_FMAS).
+V_MAD_I64, V_DIV_SCALE, V_DIV_FMAS).
 """
 
 from __future__ import annotations
@@ -75,6 +75,20 @@ def _multiply_add(operands: tuple[str, ...]) -> Step:
     return step
 
 
+def _multiply_add_signed(operands: tuple[str, ...]) -> Step:
+    """The same of signed numbers, and whether the sum overflows."""
+    put, put_overflow = writer(operands[0], "i64"), scalar_writer(operands[1], 64)
+    a, b, c = (reader(x, kind) for x, kind in zip(operands[2:], ("i32", "i32", "i64"), strict=True))
+
+    def step(w: Wave) -> None:
+        product, addend = a(w).astype(np.int64) * b(w).astype(np.int64), c(w)
+        total = product + addend
+        put(w, total)
+        put_overflow(w, bits_of((((product ^ total) & (addend ^ total)) < 0) & w.mask))
+
+    return step
+
+
 def _div_scale(kind: str) -> Any:
     def build_it(operands: tuple[str, ...]) -> Step:
         put, put_back = writer(operands[0], kind), scalar_writer(operands[1], 64)
@@ -116,6 +130,7 @@ _BUILDERS: dict[str, Any] = {
     "v_readlane_b32": _read_lane,
     "v_writelane_b32": _write_lane,
     "v_mad_u64_u32": _multiply_add,
+    "v_mad_i64_i32": _multiply_add_signed,
     "v_div_scale_f32": _div_scale("f32"),
     "v_div_scale_f64": _div_scale("f64"),
     "v_div_fmas_f32": _div_fmas("f32"),
