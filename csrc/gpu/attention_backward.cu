@@ -64,7 +64,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const Walk walk = Walk::over(visible, unmasked, kColumns);
   const Rows heads = Rows::of(a.query_heads(place.h));
   const int steps = walk.count * heads.size();
-  if (steps <= 0 && !arguments.overwrites) return;
+  if (steps <= 0 && !arguments.dk.is_overwritten()) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -148,7 +148,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
   const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
-  if (walk.count == 0 && !arguments.overwrites) return;
+  if (walk.count == 0 && !arguments.dq.is_overwritten()) return;
 
   const Shared shared(shared_memory());
   const bool vectors = kPlain || arguments.vectors;
@@ -254,8 +254,7 @@ const char* attention_backward(const Attention<float>& inputs,
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && has_aligned_rows(gradients.dout, inputs.Dv) &&
       is_aligned(dq.data) && is_aligned(dk.data) && is_aligned(dv.data);
-  const BackwardArguments arguments{inputs, gradients, dq, dk, dv, {}, overwrites(gradients),
-                                    vectors};
+  const BackwardArguments arguments{inputs, gradients, dq, dk, dv, {}, vectors};
   if (inputs.q.dtype == DType::kBFloat16) {
     backward_of<BFloat16>(arguments, stream);
   } else {

@@ -27,6 +27,9 @@ struct GradientTarget {
     return of(g.dv, g.results.dv, g.results.kv_dtype);
   }
 
+  // Then rows that nobody sees, or that see nothing, are written too: as zeros.
+  USP_DEVICE bool is_overwritten() const { return kind != Kind::kSum; }
+
   // visit(pointer, integral constant: whether what is there counts)
   template <typename T, typename Visit>
   USP_DEVICE void visit(Visit&& visit) const {
@@ -53,7 +56,6 @@ struct BackwardArguments {
   AttentionGradients<float> gradients;
   GradientTarget dq, dk, dv;
   FirstBlock first;
-  bool overwrites;
   bool vectors;
 };
 
