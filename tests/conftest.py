@@ -43,6 +43,8 @@ _background = Background(
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "where the tests marked gpu run; on a cpu one case of each is rehearsed, a small one"
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help=about)
+    about = "tests that wait for a long command (tests/background.py): them alone, or all but them"
+    parser.addoption("--waiting", choices=("only", "without"), help=about)
     parser.addoption("--part", metavar="K/N", help="the K-th of N parts of the tests")
 
 
@@ -58,6 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = rehearsed(kept)
     kept = taken_part(kept, config.getoption("--part"))
     kept.sort(key=waits_for_the_background)
+    waiting = config.getoption("--waiting")
+    if waiting is not None:
+        kept = [item for item in kept if waits_for_the_background(item) == (waiting == "only")]
     left = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = kept

@@ -39,13 +39,15 @@ def test_the_version_stands_in_one_place() -> None:
     """Everything else reads it: pyproject, CMake, the C++ module, the command line."""
     suffixes = {".py", ".toml", ".txt", ".cpp", ".h", ".in", ".cfg"}
     skipped = {"build", "dist", ".git"}
-    holders = [
-        str(path.relative_to(ROOT))
-        for path in ROOT.rglob("*")
-        if path.suffix in suffixes
-        and not any(part in skipped or part.startswith(".venv") for part in path.parts)
-        and VERSION in path.read_text()
-    ]
+    holders = []
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [name for name in below if name not in skipped and not name.startswith(".venv")]
+        paths = [Path(folder, name) for name in names]
+        holders += [
+            str(path.relative_to(ROOT))
+            for path in paths
+            if path.suffix in suffixes and VERSION in path.read_text()
+        ]
     assert holders == ["usp/_version.py"]
 
 
