@@ -16,8 +16,8 @@ from background import Said, environment
 
 pytest.importorskip("triton")
 
-PROBLEMS = [f"{dtype}:{dim}" for dim in (64, 128) for dtype in ("bfloat16", "float16")]
-PROBLEMS += ["bfloat16:256"]
+# One dtype each, to save time: they differ in the type that the same instructions name.
+PROBLEMS = ["float16:64", "bfloat16:128", "bfloat16:256"]
 # What the shared memory of one program may take, in bytes.
 SHARED = {
     "cuda:80": 163 * 1024,
