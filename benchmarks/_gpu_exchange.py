@@ -9,8 +9,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from usp import kernels, ops, ulysses
-from usp.comm import Axis
+from usp import kernels
+from usp.attention import ulysses
+from usp.distributed.comm import Axis
+from usp.ops import native as ops
 
 Run = Callable[[], list[Tensor]]
 

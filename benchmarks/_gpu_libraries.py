@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usp import block
-from usp.problem import State
+from usp.attention import block
+from usp.planning.problem import State
 
 aten = torch.ops.aten
 Partial = tuple[Tensor, Tensor, tuple[Any, ...]]

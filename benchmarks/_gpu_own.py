@@ -12,7 +12,7 @@ import torch
 from usp import kernels
 from usp.backends import in_order
 from usp.kernels import configs
-from usp.problem import Traits
+from usp.planning.problem import Traits
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from _gpu_libraries import Library, Merge
 from _gpu_own import Own
 from torch import Tensor
 
-from usp import block, long_context_attention
-from usp.comm import Axis, Parcel, Wait
-from usp.mask import make_mask
-from usp.plan import Step, make_plan
-from usp.problem import Block, Heads, Scoring, State
-from usp.ring import Inputs, Ring, ring_backward, ring_forward
+from usp import long_context_attention
+from usp.attention import block
+from usp.attention.ring import Inputs, Ring, ring_backward, ring_forward
+from usp.distributed.comm import Axis, Parcel, Wait
+from usp.planning.heads import Heads
+from usp.planning.mask import make_mask
+from usp.planning.plan import Step, make_plan
+from usp.planning.problem import Block, Scoring, State
 
 
 @dataclass(frozen=True, eq=False)

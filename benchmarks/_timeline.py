@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from usp.comm import Axis, Wait
+from usp.distributed.comm import Axis, Wait
 
 Interval = tuple[float, float]
 # What a row of the picture shows, from top to bottom: height, colour, label.

@@ -42,10 +42,11 @@ from _attention_case import (
 )
 from _measure import CLOCKS, interleave, introduce, matmul, write_report
 
-from usp import block
+from usp.attention import block
 from usp.backends import native
-from usp.plan import Step
-from usp.problem import Block, Heads, Scoring, State
+from usp.planning.heads import Heads
+from usp.planning.plan import Step
+from usp.planning.problem import Block, Scoring, State
 
 LENGTHS = (512, 2048, 8192, 16384)
 

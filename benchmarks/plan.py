@@ -9,9 +9,9 @@ import argparse
 import statistics
 import time
 
-from usp.layout import DocumentZigzag, Layout, rows
-from usp.mask import make_mask
-from usp.plan import make_plan
+from usp.planning.layout import DocumentZigzag, Layout, rows
+from usp.planning.mask import make_mask
+from usp.planning.plan import make_plan
 
 
 def main() -> None:

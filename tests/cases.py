@@ -154,7 +154,7 @@ def chunks(length: int, parts: int) -> list[list[int]]:
 def ring_rows(
     layout: str, length: int, ring: int, cu_seqlens: tuple[int, ...] | None = None
 ) -> list[list[int]]:
-    """Positions of each ring rank, written down independently of usp.layout."""
+    """Positions of each ring rank, written down independently of usp.planning.layout."""
     if layout == "contiguous":
         return chunks(length, ring)
     if layout == "striped":

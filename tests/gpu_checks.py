@@ -15,7 +15,7 @@ from triton_interpreter import Kernels
 import usp
 from usp.backends import native, triton
 from usp.kernels import configs
-from usp.problem import Traits
+from usp.planning.problem import Traits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 DTYPES = tuple(TOLERANCE)
@@ -192,7 +192,7 @@ def assert_close(name: str, ours: Tensor, wanted: Tensor, cancelling: float = 0.
 
 def assert_merged(subject: Subject, merge: Callable[..., None], dtype: torch.dtype) -> None:
     """A partial result into some rows of a longer state; the others stay."""
-    from usp import block
+    from usp.attention import block
 
     generator = torch.Generator().manual_seed(3)
     shape, inside = (2, 131, 3, 40), slice(5, -2)

@@ -21,7 +21,7 @@ def start_gpu_worker() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if os.environ.get("TRITON_INTERPRET"):
         start_interpreter()
-    from usp.comm import Axis, Wait
+    from usp.distributed.comm import Axis, Wait
 
     shift, all_gather, all_to_all = Axis.shift, Axis.all_gather, Axis.all_to_all
 

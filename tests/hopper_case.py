@@ -27,7 +27,7 @@ from triton_interpreter import Kernels
 from usp.kernels import configs
 from usp.kernels.arguments import Options
 from usp.kernels.attention_forward import attention_forward
-from usp.kernels.pipelines import Pipeline
+from usp.kernels.hopper_configs import Pipeline
 
 TIMINGS = [Timing(loads, products) for loads in (False, True) for products in (False, True)]
 # Weights and their gradients are rounded to the inputs' dtype before they enter a product.

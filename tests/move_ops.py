@@ -10,7 +10,7 @@ import torch
 from usp_build import native, torch_install
 from wheels import ROOT
 
-from usp import ops
+from usp.ops import native as ops
 
 # CPU kernels, and the GPU's sources with NVIDIA's warps and AMD's waves.
 IMPLEMENTATIONS = ("cpu", "gpu_32", "gpu_64")

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from usp import block
+from usp.attention import block
 from usp.backends import TABLE, Backend
-from usp.mask import make_mask
-from usp.plan import make_plan
-from usp.problem import Block, Gradients, Heads, Scoring, State, Traits
+from usp.planning.heads import Heads
+from usp.planning.mask import make_mask
+from usp.planning.plan import make_plan
+from usp.planning.problem import Block, Gradients, Scoring, State, Traits
 from usp.testing import dense_attention
 
 ON_CPU = Traits("cpu", torch.float64, 16, 16, 0.3)

@@ -13,6 +13,7 @@ import torch
 import usp
 from usp import cli
 from usp._version import __version__
+from usp.cli import bench
 
 ROOT = Path(usp.__file__).resolve().parents[1]
 
@@ -174,7 +175,7 @@ def test_bench_lists_programs_and_hands_them_their_arguments(
     (folder / "block.py").write_text(
         '"""Times one block.\n\nMore."""\nimport sys\nprint(sys.argv[1:])\nsys.exit(3)\n'
     )
-    monkeypatch.setattr(cli, "benchmark_folder", lambda: folder)
+    monkeypatch.setattr(bench, "benchmark_folder", lambda: folder)
     assert run(capfd, "bench") == (0, "  block  Times one block.\n", "")
     code, out, _ = run(capfd, "bench", "block", "--size", "7")
     assert (code, out) == (3, "['--size', '7']\n")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from usp.comm import Axis, Parcel
+from usp.distributed.comm import Axis, Parcel
 
 ALONE = Axis(1, 0, None)
 DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64]

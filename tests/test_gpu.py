@@ -90,7 +90,7 @@ def test_partial_results_are_merged(dtype: torch.dtype, subject: Subject) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
 def test_heads_are_packed(dtype: torch.dtype, subject: Subject) -> None:
-    from usp.comm import Parcel
+    from usp.distributed.comm import Parcel
     from usp.kernels import head_exchange
 
     def copy(pieces: list[Tensor], message: Tensor) -> None:

@@ -145,7 +145,7 @@ def test_the_build_says_what_it_built(built: Built, capsys: pytest.CaptureFixtur
 def test_the_library_loads_and_has_the_ops_of_both_devices(built: Built) -> None:
     program = f"""
 import torch
-from usp import ops
+from usp.ops import native as ops
 assert ops.load_error() is None, ops.load_error()
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 for op in {GPU_OPS}:
@@ -173,7 +173,7 @@ def test_fake_gpu_tensors_go_through_the_ops(built: Built) -> None:
     program = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from usp import ops
+from usp.ops import native as ops
 with FakeTensorMode():
     out, lse = torch.empty(2, 5, 3, 8, device="cuda"), torch.empty(2, 3, 5, device="cuda")
     assert torch.ops.usp.state_merge(out, lse, out.bfloat16(), lse) is None

@@ -14,7 +14,7 @@ from test_attention_delta import assert_products, randn
 from test_head_exchange import assert_there_and_back, filled, message_of, random_bytes
 from test_state_merge import assert_merged, parts
 
-from usp import block
+from usp.attention import block
 
 pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 SOURCES = ("attention_delta", "state_merge", "head_exchange")

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from usp import gradients
-from usp.gradients import all_reduce_gradients
-from usp.mesh import init_mesh
+from usp.distributed.mesh import init_mesh
+from usp.sharding import gradients
+from usp.sharding.gradients import all_reduce_gradients
 
 TOKENS, FEATURES = 23, 5
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from move_ops import IMPLEMENTATIONS, implementation
 from torch import Tensor
 
-from usp import ops
-from usp.comm import Parcel
+from usp.distributed.comm import Parcel
+from usp.ops import native as ops
 
 DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 LARGEST_TASK = 1 << 18  # bytes that one task of a thread copies

@@ -44,8 +44,7 @@ from test_native_ops import HEADS, SPANS
 from triton_interpreter import Kernels
 
 from usp.kernels import configs, hopper, tune
-from usp.kernels.arguments import Options
-from usp.kernels.attention_backward import Given
+from usp.kernels.arguments import BackwardInputs, Options
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
 
 SMALL = Case(
@@ -306,7 +305,7 @@ def test_the_portable_kernels_take_the_rest(reason: str | None) -> None:
     shared = Options(*options(case, x, slice(None), masked=True))
     assert hopper.takes(shared, x.dout, x.q, x.k, x.v) == (reason is None)
     assert not hopper.takes(replace(shared, softmax_scale=-1.0), x.dout, x.q, x.k, x.v)
-    given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+    given = BackwardInputs(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
     sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
     out, lse = new_state(case)
     with small_steps(TIMINGS[0]):
@@ -328,7 +327,7 @@ def test_forward_takes_wider_heads(dims: tuple[int, int]) -> None:
     out, lse = new_state(case)
     with small_steps(TIMINGS[0]):
         took = hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None)
-        given = Given(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+        given = BackwardInputs(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
         assert not hopper.add_query_gradients(given, shared, x.q)
         assert not hopper.add_key_gradients(given, shared, None, x.k, x.v)
     assert took == (max(dims) <= 256)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.layout import DocumentZigzag, Layout, check_layout, local_positions, pieces, rows
+from usp.planning.layout import DocumentZigzag, Layout, check_layout, local_positions, pieces, rows
 
 
 @st.composite

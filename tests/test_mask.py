@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.mask import Mask, ValidLength, make_mask
+from usp.planning.mask import Mask, ValidLength, make_mask
 
 lengths = st.integers(0, 23)
 

@@ -14,7 +14,7 @@ from multihead_cases import F64, Case, assert_same, by_torch, by_us, cases, make
 from torch import nn
 
 import usp
-from usp import attention_weights
+from usp.nn.multihead import weights as attention_weights
 
 PLAIN = Case()
 
@@ -162,13 +162,13 @@ def test_call_refusals() -> None:
 
 def test_a_true_hint_needs_no_square_memory(monkeypatch) -> None:
     seen = []
-    real = usp.multihead_forward.long_context_attention
+    real = usp.nn.multihead.forward.long_context_attention
 
     def spy(*args, **options):
         seen.append((options["causal"], options["attn_bias"]))
         return real(*args, **options)
 
-    monkeypatch.setattr(usp.multihead_forward, "long_context_attention", spy)
+    monkeypatch.setattr(usp.nn.multihead.forward, "long_context_attention", spy)
     module = usp.MultiheadAttention(8, 2)
     x = torch.randn(5, 1, 8)
     mask = nn.Transformer.generate_square_subsequent_mask(5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from usp_build import native
 
-from usp import ops
+from usp.ops import native as ops
 
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
 

@@ -25,7 +25,7 @@ from native_case import (
 )
 from torch import Tensor
 
-from usp import ops
+from usp.ops import native as ops
 
 pytestmark = pytest.mark.skipif(
     ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from usp import ops
 from usp.backends import native
-from usp.problem import Traits
+from usp.ops import native as ops
+from usp.planning.problem import Traits
 
 ON_GPU = Traits(
     device_type="cuda", dtype=torch.bfloat16, head_dim=128, value_head_dim=64, softmax_scale=0.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from native_case import Case, make_inputs, new_state, options
 
-from usp import ops
+from usp.ops import native as ops
 
 pytestmark = pytest.mark.skipif(
     ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import usp
 from usp.backends import TABLE
-from usp.problem import Traits
+from usp.planning.problem import Traits
 from usp.testing import dropout_multiplier
 
 ON_CPU = Traits("cpu", torch.float64, 4, 4, 0.5)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.layout import DocumentZigzag, Layout, rows
-from usp.mask import Mask, make_mask
-from usp.plan import Plan, Step, make_plan
+from usp.planning.layout import DocumentZigzag, Layout, rows
+from usp.planning.mask import Mask, make_mask
+from usp.planning.plan import Plan, Step, make_plan
 
 MILLION = 1_048_576
 

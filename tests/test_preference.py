@@ -15,7 +15,7 @@ import torch
 from usp import kernels
 from usp.backends import TABLE, in_order, preference, select
 from usp.backends.preference import PREFERENCES, Preference
-from usp.problem import Traits
+from usp.planning.problem import Traits
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"

@@ -61,7 +61,7 @@ def test_plan_command_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_layouts_picture() -> None:
     """The table of who holds which token is what the layouts say."""
-    from usp.layout import rows
+    from usp.planning.layout import rows
 
     text = (ROOT / "README.md").read_text()
     layouts: dict[str, str | usp.DocumentZigzag] = {

@@ -12,9 +12,9 @@ from cases import Case, local
 from judge import attend
 from torch import Tensor
 
-from usp import block
-from usp.comm import Axis, Parcel
-from usp.transport import TRANSPORTS, make_transport
+from usp.attention import block
+from usp.distributed.comm import Axis, Parcel
+from usp.distributed.transport import TRANSPORTS, make_transport
 
 TRANSPORT = pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 

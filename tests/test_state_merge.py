@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import usp
-from usp import block, ops
+from usp.attention import block
+from usp.ops import native as ops
 from usp.testing import dense_attention
 
 B, L, H = 2, 71, 5  # more rows than one task of a thread takes, or one block of a GPU

@@ -13,7 +13,7 @@ from pool import Pool
 
 from usp import kernels
 from usp.backends import triton
-from usp.problem import Traits
+from usp.planning.problem import Traits
 
 MESH = Case(
     ulysses=2,

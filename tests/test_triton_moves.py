@@ -28,7 +28,7 @@ def merged(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tupl
 def test_merge_is_the_formula(
     shape: tuple[int, ...], dtype: torch.dtype, interpreter: Pool
 ) -> None:
-    from usp import block
+    from usp.attention import block
 
     torch.manual_seed(0)
     batch, length, heads, width = shape

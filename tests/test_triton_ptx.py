@@ -150,7 +150,7 @@ def test_three_blocks_equal_one() -> None:
 
 
 def test_merge() -> None:
-    from usp import block
+    from usp.attention import block
     from usp.kernels.state_merge import merge_into
 
     torch.manual_seed(0)

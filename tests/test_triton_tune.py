@@ -14,8 +14,9 @@ from pool import Pool
 from triton_interpreter import searched
 
 from usp import kernels
-from usp.kernels import configs, guarded, tune, tuned
-from usp.kernels.pipelines import HOPPER, Pipeline
+from usp.kernels import configs, tune, tuned
+from usp.kernels.hopper_configs import HOPPER, Pipeline
+from usp.kernels.tune import trials
 
 triton = pytest.importorskip("triton")
 DEVICE = torch.device("cpu")  # stands in: only its name and family are asked
@@ -145,16 +146,16 @@ PROBLEM = (1, 7, 2, 1, 16), torch.float32, DEVICE
 
 
 def test_what_hangs_or_crashes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = CHILD.replace("MARK", repr(guarded.MARK)).replace("HANGS", "2").replace("CRASHES", "4")
-    command_for = guarded.command_for
+    code = CHILD.replace("MARK", repr(trials.MARK)).replace("HANGS", "2").replace("CRASHES", "4")
+    command_for = trials.command_for
 
     def command(*args: Any) -> list[str]:
         return [sys.executable, "-c", code, command_for(*args)[-1]]
 
-    monkeypatch.setattr(guarded, "command_for", command)
+    monkeypatch.setattr(trials, "command_for", command)
     candidates = [configs.Config(32, 32, 32, num_warps) for num_warps in (1, 2, 3, 4, 5)]
     with pytest.warns(UserWarning) as said:
-        fit = guarded.finishing("forward", candidates, *PROBLEM, patience=3.0)
+        fit = trials.finishing("forward", candidates, *PROBLEM, patience=3.0)
     assert [config.num_warps for config in fit] == [1, 3, 5]
     messages = [str(warning.message) for warning in said]
     assert "num_warps=2" in messages[0] and "still running after 3 s" in messages[0]
@@ -165,17 +166,17 @@ def test_without_a_second_process_nothing_that_waits_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('all devices are busy')"]
-    monkeypatch.setattr(guarded, "command_for", lambda *_: command)
+    monkeypatch.setattr(trials, "command_for", lambda *_: command)
     portable, pipeline = configs.INTERPRETED, HOPPER["forward"][64][0]
     with pytest.warns(UserWarning, match="all devices are busy"):
-        fit = guarded.finishing("forward", [portable, pipeline], *PROBLEM)
+        fit = trials.finishing("forward", [portable, pipeline], *PROBLEM)
     assert fit == [portable]
 
 
 def test_the_other_process_tries_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     candidates = [configs.INTERPRETED, HOPPER["forward"][64][0]]
-    marks, reason = guarded._told(guarded.command_for("forward", candidates, *PROBLEM), 100.0)
+    marks, reason = trials._told(trials.command_for("forward", candidates, *PROBLEM), 100.0)
     assert (marks, reason) == (3, "exit code 0: ")
 
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from usp.attention.ulysses import gather_heads, scatter_heads
+from usp.planning.heads import Cut, kv_heads_shared, split_heads
 from usp.testing import WireBytes
-from usp.ulysses import Cut, gather_heads, kv_heads_shared, scatter_heads, split_heads
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 6))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import usp
-from usp.cost import Bias, Place, Shape, bias_held, bytes_sent
-from usp.mask import make_mask
+from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
+from usp.planning.mask import make_mask
 from usp.testing import WireBytes
 
 
@@ -52,7 +52,7 @@ def counted(case: Case) -> tuple[int, int, int]:
 
 
 def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
-    """What usp.cost says, which `usp plan` and the demo print."""
+    """What usp.planning.cost says, which `usp plan` and the demo print."""
     documents = case.layout == "documents"
     shape = Shape(
         batch=case.batch,

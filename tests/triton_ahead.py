@@ -29,11 +29,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from usp.kernels import configs
-from usp.kernels.arguments import Options, Span
-from usp.kernels.attention_backward import Given, attention_backward
+from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.bias_gradient import bias_gradient
-from usp.plan import transposed
+from usp.planning.plan import transposed
 
 WARP_SIZES = {"cuda": 32, "hip": 64}
 FAMILIES = {
@@ -101,7 +101,7 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
         attention_forward(q, k, k, options, out, lse, result=q)
     if hopper and head_dim == 256:
         return
-    given = Given(q, q, k, k, lse, lse)
+    given = BackwardInputs(q, q, k, k, lse, lse)
     attention_backward(given, options, seen_by, out, dk, dk)
     if hopper:
         return

@@ -63,16 +63,16 @@ class Kernels:
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any
     ) -> None:
-        from usp.kernels.arguments import Options, Span
-        from usp.kernels.attention_backward import Given, attention_backward
+        from usp.kernels.arguments import BackwardInputs, Options, Span
+        from usp.kernels.attention_backward import attention_backward
         from usp.kernels.bias_gradient import bias_gradient
-        from usp.plan import transposed
+        from usp.planning.plan import transposed
 
         *shared, dq, dk, dv, dbias = rest
         options, seen_by = Options(*shared), None
         if options.span is not None:
             seen_by = Span(*transposed(*options.span, k.shape[1]))
-        given = Given(dout, q, k, v, delta, lse)
+        given = BackwardInputs(dout, q, k, v, delta, lse)
         attention_backward(given, options, seen_by, dq, dk, dv)
         if dbias is not None:
             bias_gradient(given, options, seen_by, dbias)

@@ -2,15 +2,15 @@
 
 from usp import rng
 from usp._version import __version__
+from usp.attention.functional import long_context_attention
 from usp.backends import backends
-from usp.functional import long_context_attention
-from usp.gradients import all_reduce_gradients
+from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import replace_attention
-from usp.layout import DocumentZigzag
-from usp.mesh import SequenceMesh, init_mesh
-from usp.module import LongContextAttention
-from usp.multihead_attention import MultiheadAttention
-from usp.sharding import positions, shard_sequence, unshard_sequence
+from usp.nn.long_context import LongContextAttention
+from usp.nn.multihead.module import MultiheadAttention
+from usp.planning.layout import DocumentZigzag
+from usp.sharding.gradients import all_reduce_gradients
+from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 
 __all__ = [
     "DocumentZigzag",
@@ -28,3 +28,8 @@ __all__ = [
     "shard_sequence",
     "unshard_sequence",
 ]
+
+# Where users find them, and what their pickles name, whatever file they live in.
+for _public in (DocumentZigzag, LongContextAttention, MultiheadAttention, SequenceMesh):
+    _public.__module__ = __name__
+del _public

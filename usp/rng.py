@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from usp.mesh import SequenceMesh
+    from usp.distributed.mesh import SequenceMesh
 
 __all__ = ["replicated", "sharded"]
 

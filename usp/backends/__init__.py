@@ -14,7 +14,7 @@ from torch import Tensor
 
 from usp.backends import native, reference, sdpa, triton
 from usp.backends.preference import preference
-from usp.problem import Block, Gradients, Saved, State, Traits
+from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
 

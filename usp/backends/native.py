@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from usp import ops
-from usp.problem import Block, Gradients, Saved, State, Traits, state_dtype
+from usp.ops import native as ops
+from usp.planning.problem import Block, Gradients, Saved, State, Traits, state_dtype
 
 NAME = "native"
 CARRIES_STATE = True

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from usp import philox
-from usp.problem import Block, Gradients, Saved, Traits, state_dtype
+from usp.ops import philox
+from usp.planning.problem import Block, Gradients, Saved, Traits, state_dtype
 
 NAME = "reference"
 CARRIES_STATE = False

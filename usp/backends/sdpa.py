@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from usp.plan import Tile
-from usp.problem import Block, Gradients, Saved, Traits, state_dtype
+from usp.planning.plan import Tile
+from usp.planning.problem import Block, Gradients, Saved, Traits, state_dtype
 
 NAME = "sdpa"
 CARRIES_STATE = False

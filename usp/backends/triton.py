@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from usp import kernels
-from usp.kernels.arguments import Options, Span
-from usp.problem import Block, Gradients, Saved, State, Traits
+from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 NAME = "triton"
 CARRIES_STATE = True
@@ -54,7 +54,7 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
 
     seen_by = block.step.seen_by
     spans = None if seen_by is None else Span(*seen_by.on(block.q.device))
-    given = kernel.Given(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
+    given = BackwardInputs(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
     options = Options(*block.options)
     with kernels.on_device_of(block.q):
         kernel.attention_backward(given, options, spans, grads.dq, grads.dk, grads.dv)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import usp
-from usp.cost import Place, Shape, bytes_sent
 from usp.demo.model import PatchTransformer, reconstruction_loss
 from usp.demo.processes import Tell
 from usp.demo.settings import Settings
+from usp.planning.cost import Place, Shape, bytes_sent
 from usp.testing import WireBytes
 
 
@@ -33,7 +33,8 @@ class Cost:
             on it).
         memory_before: The same before the step: the interpreter, torch, weights and patches.
         forward_bytes, backward_bytes: Sent to other processes, counted on the way.
-        forward_bytes_expected, backward_bytes_expected: The same by the formula of `usp.cost`.
+        forward_bytes_expected, backward_bytes_expected: The same by formula
+            (`usp.planning.cost`).
     """
 
     device: str

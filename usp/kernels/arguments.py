@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
@@ -151,6 +150,43 @@ class Options:
         return Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2], shift, self.group_size)
 
 
+@dataclass(frozen=True, eq=False)
+class BackwardInputs:
+    """What a backward starts from.
+
+    Attributes:
+        dout: (B, Lq, H, Dv). q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). One dtype,
+            fp32, bf16 or fp16, last dim contiguous.
+        delta, lse: (B, H, Lq) fp32, last dim contiguous.
+    """
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    delta: Tensor
+    lse: Tensor
+
+    @property
+    def vectors(self) -> tuple[Any, ...]:
+        """lse and delta with their batch and head strides."""
+        return self.lse, self.delta, *self.lse.stride()[:2], *self.delta.stride()[:2]
+
+    @property
+    def wide(self) -> bool:
+        return is_wide(self.dout, self.q, self.k, self.v)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "D": head_dim,
+            "BLOCK_D": padded(head_dim),
+            "DV": value_dim,
+            "BLOCK_DV": padded(value_dim),
+        }
+
+
 def rows_of(x: Tensor) -> Rows:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"the last dim must be contiguous, its stride is {x.stride(-1)}")
@@ -181,8 +217,3 @@ def cdiv(a: int, b: int) -> int:
 def _signed(word: int) -> int:
     word &= 0xFFFFFFFF
     return word - 2**32 if word >= 2**31 else word
-
-
-def exact_dtype(dtype: torch.dtype) -> bool:
-    """Whether products must be taken in full fp32."""
-    return dtype == torch.float32

@@ -10,56 +10,21 @@ Source: FlashAttention-2, arXiv:2307.08691.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor
 
 from usp.kernels import configs, hopper
-from usp.kernels.arguments import Options, Span, cdiv, is_wide, padded, rows_of
+from usp.kernels.arguments import BackwardInputs, Options, Span, cdiv, is_wide, rows_of
 from usp.kernels.key_gradients import keys_kernel
 from usp.kernels.query_gradients import queries_kernel
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """What a backward starts from.
-
-    Attributes:
-        dout: (B, Lq, H, Dv). q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). One dtype,
-            fp32, bf16 or fp16, last dim contiguous.
-        delta, lse: (B, H, Lq) fp32, last dim contiguous.
-    """
-
-    dout: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    delta: Tensor
-    lse: Tensor
-
-    @property
-    def vectors(self) -> tuple[Any, ...]:
-        """lse and delta with their batch and head strides."""
-        return self.lse, self.delta, *self.lse.stride()[:2], *self.delta.stride()[:2]
-
-    @property
-    def wide(self) -> bool:
-        return is_wide(self.dout, self.q, self.k, self.v)
-
-    @property
-    def dims(self) -> dict[str, int]:
-        head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
-        return {
-            "D": head_dim,
-            "BLOCK_D": padded(head_dim),
-            "DV": value_dim,
-            "BLOCK_DV": padded(value_dim),
-        }
-
-
 def attention_backward(
-    given: Given, options: Options, seen_by: Span | None, dq: Tensor, dk: Tensor, dv: Tensor
+    given: BackwardInputs,
+    options: Options,
+    seen_by: Span | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
     """Add the gradients of a block of keys to ``dq``, ``dk``, ``dv``.
 

@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from usp.kernels import configs
-from usp.kernels.arguments import Options, Span, bias_of, cdiv, rows_of
-from usp.kernels.attention_backward import Given
+from usp.kernels.arguments import BackwardInputs, Options, Span, bias_of, cdiv, rows_of
 from usp.kernels.scores import gradient_of_scores, of_rows, weights
 from usp.kernels.tiles import base, load_tile
 
 
-def bias_gradient(given: Given, options: Options, seen_by: Span | None, dbias: Tensor) -> None:
+def bias_gradient(
+    given: BackwardInputs, options: Options, seen_by: Span | None, dbias: Tensor
+) -> None:
     """Add the gradient of the bias to ``dbias``, of its shape, fp32.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from usp import kernels
 from usp.kernels import tuned
-from usp.kernels.pipelines import HOPPER, Pipeline
+from usp.kernels.hopper_configs import HOPPER, Pipeline
 
 BUCKETS = (64, 128, 256)
 

@@ -10,18 +10,13 @@ Whether a call is for them at all is said by ``configs.choose_pipeline``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from usp import kernels
 from usp.kernels import configs
-from usp.kernels.arguments import Options, Span
-from usp.kernels.pipelines import Pipeline
-
-if TYPE_CHECKING:
-    from usp.kernels.attention_backward import Given
+from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.kernels.hopper_configs import Pipeline
 
 # TMA: addresses and strides are multiples of 16 bytes, strides have 40 bits
 _ALIGNMENT, _FARTHEST = 16, 2**40
@@ -69,7 +64,7 @@ def attention_forward(
 
 
 def add_key_gradients(
-    given: Given, options: Options, seen_by: Span | None, dk: Tensor, dv: Tensor
+    given: BackwardInputs, options: Options, seen_by: Span | None, dk: Tensor, dv: Tensor
 ) -> bool:
     """Add to dk and dv as the portable backward does, or False and nothing done."""
     config = _backward_config("backward_keys", given, options)
@@ -81,7 +76,7 @@ def add_key_gradients(
     return True
 
 
-def add_query_gradients(given: Given, options: Options, dq: Tensor) -> bool:
+def add_query_gradients(given: BackwardInputs, options: Options, dq: Tensor) -> bool:
     """Add to dq as the portable backward does, or False and nothing done."""
     config = _backward_config("backward_queries", given, options)
     if config is None:
@@ -92,7 +87,7 @@ def add_query_gradients(given: Given, options: Options, dq: Tensor) -> bool:
     return True
 
 
-def _backward_config(kernel: str, given: Given, options: Options) -> Pipeline | None:
+def _backward_config(kernel: str, given: BackwardInputs, options: Options) -> Pipeline | None:
     q, v = given.q, given.v
     config = configs.choose_pipeline(kernel, max(q.shape[-1], v.shape[-1]), q)
     return config if config and takes(options, given.dout, q, given.k, v) else None

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from usp.kernels.arguments import Options, Span, cdiv, rows_of
+from usp.kernels.arguments import BackwardInputs, Options, Span, cdiv, rows_of
 from usp.kernels.hopper.forward import forward_kernel
 from usp.kernels.hopper.key_gradients import keys_kernel
 from usp.kernels.hopper.query_gradients import queries_kernel
-from usp.kernels.pipelines import Pipeline
-
-if TYPE_CHECKING:
-    from usp.kernels.attention_backward import Given
+from usp.kernels.hopper_configs import Pipeline
 
 # a consumer's rows: those of one wgmma
 ROWS = 64
@@ -52,7 +47,7 @@ def attention_forward(
 
 def add_key_gradients(
     config: Pipeline,
-    given: Given,
+    given: BackwardInputs,
     options: Options,
     seen_by: Span | None,
     dk: Tensor,
@@ -77,7 +72,9 @@ def add_key_gradients(
     )
 
 
-def add_query_gradients(config: Pipeline, given: Given, options: Options, dq: Tensor) -> None:
+def add_query_gradients(
+    config: Pipeline, given: BackwardInputs, options: Options, dq: Tensor
+) -> None:
     batch, q_len, num_heads, head_dim = given.q.shape
     queries_kernel[(cdiv(q_len, config.block_q) * batch * num_heads,)](
         described(given.dout, ROWS),

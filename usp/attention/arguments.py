@@ -1,0 +1,306 @@
+"""What a caller asks for, checked once: shapes, dtypes, lengths and options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usp.backends import Backend, check_name, select
+from usp.distributed.mesh import SequenceMesh, degrees_and_place
+from usp.distributed.transport import TRANSPORTS
+from usp.kernels import architecture
+from usp.planning.layout import DocumentZigzag, Layout, check_layout, pieces, row_lengths
+from usp.planning.mask import Mask, make_mask
+from usp.planning.problem import Scoring, Traits, state_dtype
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``long_context_attention``; see there."""
+
+    causal: bool = False
+    window_size: tuple[int | None, int | None] = (None, None)
+    cu_seqlens: Sequence[int] | Tensor | None = None
+    prefix_len: int | None = None
+    softmax_scale: float | None = None
+    layout: Layout = "contiguous"
+    seq_len: int | tuple[int, int] | None = None
+    dropout_p: float = 0.0
+    softcap: float | None = None
+    transport: str = "ring"
+    return_lse: bool = False
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """The tensors of ``long_context_attention``; see there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_padding_mask: Tensor | None = None
+    attn_bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Options and tensors that fit together.
+
+    Attributes:
+        mask, layout, scoring, transport, backend, return_lse: What to compute, and how.
+        query_len, key_len: Tokens of the whole sequences.
+        num_heads, num_kv_heads: Heads of the whole attention.
+        query_lengths, key_lengths: Local tokens of each rank of this rank's row.
+    """
+
+    mask: Mask
+    layout: Layout
+    scoring: Scoring
+    transport: str
+    backend: Backend
+    return_lse: bool
+    query_len: int
+    key_len: int
+    num_heads: int
+    num_kv_heads: int
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+
+def check(
+    tensors: Tensors, options: Options, mesh: SequenceMesh | None, dropout_seed: int
+) -> Request:
+    """Everything that one rank can check by itself.
+
+    Raises:
+        ValueError: sizes, dtypes, devices or options that do not fit; names both sides.
+        NotImplementedError: no backend takes the problem; gives each one's reasons.
+    """
+    check_layout(options.layout)
+    check_name(options.backend)
+    if options.transport not in TRANSPORTS:
+        raise ValueError(
+            f"unknown transport {options.transport!r}: use one of {', '.join(TRANSPORTS)}"
+        )
+    _check_qkv(tensors.q, tensors.k, tensors.v)
+    query_len, key_len = _sequence_lengths(tensors, options, mesh)
+    query_lengths = _row_pieces("q", tensors.q.shape[1], query_len, options.layout, mesh)
+    key_lengths = _row_pieces("k", tensors.k.shape[1], key_len, options.layout, mesh)
+    _check_extras(tensors, key_len)
+    scoring = _scoring(options, tensors.q.shape[3], dropout_seed)
+    return Request(
+        mask=_mask(options, query_len, key_len),
+        layout=options.layout,
+        scoring=scoring,
+        transport=options.transport,
+        backend=select(options.backend, _traits(tensors, scoring, options.return_lse)),
+        return_lse=options.return_lse,
+        query_len=query_len,
+        key_len=key_len,
+        num_heads=tensors.q.shape[2],
+        num_kv_heads=tensors.k.shape[2],
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+    )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, "
+                f"{name} is {x.dtype} on {x.device}"
+            )
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"batch sizes differ: q has {q.shape[0]}, {name} has {x.shape[0]}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(
+            f"k and v must have the same tokens and heads: k has {k.shape[1]} tokens and "
+            f"{k.shape[2]} heads, v has {v.shape[1]} and {v.shape[2]}"
+        )
+    if q.shape[3] != k.shape[3] or not q.shape[3] or not v.shape[3]:
+        raise ValueError(
+            f"head_dim of q and k must be equal and none may be 0: q has {q.shape[3]}, "
+            f"k has {k.shape[3]}, v has {v.shape[3]}"
+        )
+    if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k and v: q has {q.shape[2]}, "
+            f"k has {k.shape[2]}"
+        )
+
+
+def _sequence_lengths(
+    tensors: Tensors, options: Options, mesh: SequenceMesh | None
+) -> tuple[int, int]:
+    seq_len, size = options.seq_len, mesh.size if mesh else 1
+    if isinstance(seq_len, (tuple, list)):
+        if len(seq_len) != 2:
+            raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
+        return int(seq_len[0]), int(seq_len[1])
+    if seq_len is not None:
+        return int(seq_len), int(seq_len)
+    if isinstance(options.layout, DocumentZigzag):
+        return options.layout.cu_seqlens[-1], options.layout.cu_seqlens[-1]
+    return tensors.q.shape[1] * size, tensors.k.shape[1] * size
+
+
+def _row_pieces(
+    name: str, length: int, seq_len: int, layout: Layout, mesh: SequenceMesh | None
+) -> tuple[int, ...]:
+    """Local tokens of each rank of this rank's row; this rank must have its share."""
+    if seq_len < 0:
+        raise ValueError(f"seq_len must be 0 or more, got {seq_len}")
+    (ring, ulysses), place = degrees_and_place(mesh)
+    row = pieces(row_lengths(layout, seq_len, ring)[place[0]], ulysses)
+    if length != row[place[1]]:
+        raise ValueError(
+            f"{name} has {length} local tokens, but layout {_layout_name(layout)} gives ring rank "
+            f"{place[0]}, ulysses rank {place[1]} of {ring} x {ulysses} {row[place[1]]} of "
+            f"{seq_len} tokens: cut with usp.shard_sequence and pass seq_len= (a pair of query "
+            "and key lengths where they differ)"
+        )
+    return row
+
+
+def _layout_name(layout: Layout) -> str:
+    return layout if isinstance(layout, str) else type(layout).__name__
+
+
+def _mask(options: Options, query_len: int, key_len: int) -> Mask:
+    mask = make_mask(
+        causal=options.causal,
+        window_size=options.window_size,
+        cu_seqlens=options.cu_seqlens,
+        prefix_len=options.prefix_len,
+    )
+    if options.cu_seqlens is not None:
+        total = int(options.cu_seqlens[-1])
+        if (query_len, key_len) != (total, total):
+            raise ValueError(
+                f"cu_seqlens ends at {total}, but there are {query_len} queries and {key_len} "
+                "keys in the whole sequence"
+            )
+    return mask
+
+
+def _scoring(options: Options, head_dim: int, dropout_seed: int) -> Scoring:
+    if not 0 <= options.dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {options.dropout_p}")
+    softcap = options.softcap or 0.0
+    if softcap < 0:
+        raise ValueError(f"softcap must be positive (None for none), got {options.softcap}")
+    scale = options.softmax_scale
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return Scoring(scale, float(softcap), float(options.dropout_p), dropout_seed)
+
+
+def _check_extras(tensors: Tensors, key_len: int) -> None:
+    q, k = tensors.q, tensors.k
+    batch, queries, heads = q.shape[:3]
+    mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
+    for name, x in (("key_padding_mask", mask), ("attn_bias", bias), ("alibi_slopes", slopes)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
+        raise ValueError(
+            f"key_padding_mask must be bool (batch, local keys) = {tuple(k.shape[:2])}, True to "
+            f"ignore, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if bias is not None:
+        if bias.dtype not in DTYPES:
+            raise ValueError(
+                f"attn_bias is added to the scores and must be floating point, got {bias.dtype}: "
+                "use -inf where a boolean mask hides"
+            )
+        wanted = ((1, batch), (1, heads), (1, queries), (key_len,))
+        if bias.dim() != 4 or any(
+            n not in sizes for n, sizes in zip(bias.shape, wanted, strict=True)
+        ):
+            raise ValueError(
+                "attn_bias must be (batch|1, heads|1, local queries|1, all keys) = "
+                f"({batch}|1, {heads}|1, {queries}|1, {key_len}), got {tuple(bias.shape)}"
+            )
+    if slopes is not None:
+        if tuple(slopes.shape) not in ((heads,), (1, heads), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = "
+                f"({batch}, {heads}), got {tuple(slopes.shape)}"
+            )
+        if slopes.requires_grad:
+            raise NotImplementedError(
+                "alibi_slopes have no gradient here: detach them, or learn an attn_bias"
+            )
+
+
+def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
+    return Traits(
+        device_type=tensors.q.device.type,
+        dtype=tensors.q.dtype,
+        head_dim=tensors.q.shape[3],
+        value_head_dim=tensors.v.shape[3],
+        softmax_scale=scoring.softmax_scale,
+        bias=tensors.attn_bias is not None or tensors.key_padding_mask is not None,
+        softcap=scoring.softcap > 0,
+        alibi=tensors.alibi_slopes is not None,
+        dropout=scoring.dropout_p > 0,
+        returns_lse=returns_lse,
+        architecture=architecture(tensors.q.device),
+    )
+
+
+def slopes_of(tensors: Tensors) -> Tensor | None:
+    """ALiBi slopes as (B|1, H) in the dtype of the state."""
+    slopes = tensors.alibi_slopes
+    if slopes is None:
+        return None
+    return slopes.to(state_dtype(tensors.q.dtype)).view(-1, tensors.q.shape[2])
+
+
+def facts(tensors: Tensors, options: Options, request: Request) -> dict[str, str]:
+    """What all ranks of a mesh must agree on, by name."""
+    q, v, bias = tensors.q, tensors.v, tensors.attn_bias
+    told = {
+        "batch size": q.shape[0],
+        "number of query heads": q.shape[2],
+        "number of key heads": v.shape[2],
+        "head_dim": (q.shape[3], v.shape[3]),
+        "dtype": q.dtype,
+        "device type": q.device.type,
+        "seq_len": (request.query_len, request.key_len),
+        "mask (causal, window_size, cu_seqlens, prefix_len)": request.mask,
+        "layout": options.layout,
+        "scoring (softmax_scale, softcap, dropout_p, dropout seed)": request.scoring,
+        "transport": options.transport,
+        "return_lse": options.return_lse,
+        "key_padding_mask": tensors.key_padding_mask is not None,
+        "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
+        "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
+        "backend": request.backend.NAME,
+        "gradients needed": [
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (q, tensors.k, v, bias)
+        ],
+    }
+    if bias is not None and q.shape[1] != 1:
+        told["queries of attn_bias"] = "one for all" if bias.shape[2] == 1 else "one each"
+    return {name: str(value) for name, value in told.items()}

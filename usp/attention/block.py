@@ -1,0 +1,144 @@
+"""One block of keys into the running softmax, forward and backward: the merge lives here."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from usp import kernels
+from usp.backends import Backend, PartialBackend, StateBackend
+from usp.ops import native as ops
+from usp.planning.problem import Block, Gradients, Saved, State, state_dtype
+
+
+def new_state(q: Tensor, value_head_dim: int, *, carried: bool = True) -> State:
+    """The state before any key: out 0, lse -inf.
+
+    Args:
+        q: (B, Lq, H, D).
+        value_head_dim: Dv.
+        carried: Whether more than one block will come; else there is no ``out`` to carry.
+    """
+    batch, num_rows, num_heads = q.shape[:3]
+    dtype, out = state_dtype(q.dtype), None
+    if carried:
+        out = q.new_zeros((batch, num_rows, num_heads, value_head_dim), dtype=dtype)
+    return State(out, q.new_full((batch, num_heads, num_rows), -torch.inf, dtype=dtype))
+
+
+def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the softmax over two disjoint sets of keys; differentiable.
+
+    Args:
+        out, more_out: (B, L, H, Dv) normalised outputs.
+        lse, more_lse: (B, H, L) natural logs of their sums, -inf where a row saw nothing.
+
+    Returns:
+        out, lse over both sets; 0 and -inf where a row saw nothing in either.
+
+    Source:
+        Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867.
+    """
+    top = torch.maximum(lse, more_lse).detach()
+    top = torch.where(top == -torch.inf, 0, top)
+    weight, more_weight = (lse - top).exp(), (more_lse - top).exp()
+    total = weight + more_weight
+    seen = total > 0
+    total = torch.where(seen, total, 1)
+    share, more_share = ((w / total).transpose(1, 2)[..., None] for w in (weight, more_weight))
+    joined = torch.where(seen, top + total.log(), -torch.inf)
+    return share * out + more_share * more_out, joined
+
+
+def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """``merge`` into ``out`` and ``lse``, in place: one pass over memory where a kernel can.
+
+    Args:
+        out, lse: In the dtype of the state, as in ``merge``.
+        more_out, more_lse: Of any floating dtype.
+    """
+    if out.dtype == torch.float32 and kernels.can_take(out, lse, more_out, more_lse):
+        from usp.kernels import state_merge
+
+        with kernels.on_device_of(out):
+            state_merge.merge_into(out, lse, more_out, more_lse)
+        return
+    if ops.merge_takes(out, more_out):
+        torch.ops.usp.state_merge(out, lse, more_out, more_lse)
+        return
+    joined = merge(out, lse, more_out, more_lse)
+    for place, value in zip((out, lse), joined, strict=True):
+        place.copy_(value)
+
+
+def attention_forward(block: Block, state: State, backend: Backend) -> None:
+    """Let one block of keys into the running softmax.
+
+    For a row i and a visible key j: s_ij = softmax_scale * <q_i, k_j> (capped, biased);
+    lse_i = log(exp(lse_i) + sum_j exp(s_ij)), out_i the matching convex sum of v_j.
+
+    Args:
+        block: Queries, keys and what they see of each other.
+        state: Updated in place; where it has a ``result``, this is the last block.
+        backend: Whose kernel.
+
+    Source:
+        Tiling: FlashAttention-2, arXiv:2307.08691. Ring: arXiv:2310.01889.
+    """
+    if backend.CARRIES_STATE:
+        cast(StateBackend, backend).attention_forward(block, state)
+        return
+    carried = state.out
+    if carried is None:
+        carried = cast(Tensor, new_state(block.q, block.v.shape[-1]).out)
+    for rows, out, lse in cast(PartialBackend, backend).attention_partials(block):
+        merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
+    if state.result is not None:
+        state.result.copy_(carried)
+
+
+def saved_for_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, backend: Backend
+) -> Saved:
+    """What every block's backward shares: delta once for the whole pass.
+
+    Args:
+        dout, out: (B, Lq, H, Dv), dtype of q.
+        dlse: (B, H, Lq) gradient of the returned lse, or None.
+        lse: (B, H, Lq), final.
+        backend: Whose kernel.
+    """
+    if backend.CARRIES_STATE:
+        delta = cast(StateBackend, backend).delta(dout, out)
+    else:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse
+    return Saved(dout, out, lse, delta.contiguous())
+
+
+def attention_backward(block: Block, saved: Saved, grads: Gradients, backend: Backend) -> None:
+    """Add one block's gradients to ``grads``.
+
+    ``p_ij = exp(s_ij - lse_i)`` with the final lse, ``ds_ij = p_ij (<dout_i, v_j> - delta_i)``.
+
+    Args:
+        block: As in the forward.
+        saved: The final output, its gradient, lse and delta.
+        grads: Added to in place, or overwritten; dbias has the shape of ``block.bias``.
+        backend: Whose kernel.
+    """
+    if not grads.overwrite or backend.OVERWRITES:
+        backend.attention_backward(block, saved, grads)
+        return
+    dtype = saved.lse.dtype
+    places = grads.dq, grads.dk, grads.dv
+    dq, dk, dv = (
+        x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in places
+    )
+    backend.attention_backward(block, saved, Gradients(dq, dk, dv, grads.dbias))
+    for place, total in zip(places, (dq, dk, dv), strict=True):
+        if place is not total:
+            place.copy_(total)

@@ -1,0 +1,5 @@
+"""The ``usp`` command."""
+
+from usp.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,82 @@
+"""``usp info``: what is installed, what was compiled, and what can run here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+
+from usp._version import __version__
+from usp.cli.console import PACKAGE, table
+
+
+def build_lines() -> list[tuple[str, str]]:
+    """What is known of the compiled extension: what was built, and what runs here."""
+    record_file = PACKAGE / "_build.json"
+    record = json.loads(record_file.read_text()) if record_file.is_file() else {}
+    try:
+        extension = importlib.import_module("usp._C")
+    except ImportError as error:
+        reason = record.get("reason") or f"{error} (USP_BUILD=none, or run from plain sources)"
+        return [("extension", f"not built: {reason}")]
+    built = extension.build_info()
+    names = [name for name, there in built["targets"].items() if there]
+    lines = [("extension", f"built for {', '.join(names)}")]
+    if record:
+        lines.append(("", f"by {record['compiler']}, beside torch {record['torch']}"))
+    if built["architectures"]:
+        by = f", by {record['device_compiler']}" if "device_compiler" in record else ""
+        lines.append((f"{names[-1]} kernels for", f"{', '.join(built['architectures'])}{by}"))
+    for kind, reason in record.get("left_out", {}).items():
+        lines.append((f"{kind} kernels", f"not built: {reason}"))
+    lines.append(("CPU kernels use", extension.cpu_capability()))
+    return lines
+
+
+def device_lines() -> list[tuple[str, str]]:
+    """The devices torch sees."""
+    import torch
+
+    lines = [("devices", f"cpu: {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        lines.append(("", f"cuda:{index}: {torch.cuda.get_device_name(index)}"))
+    return lines
+
+
+def preference_lines() -> list[tuple[str, str]]:
+    """What "auto" asks, in order, on each kind of device that is here."""
+    import torch
+
+    from usp.backends import in_order, preference
+    from usp.kernels import architecture
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    lines = {}
+    for name in map(architecture, devices):
+        order = ", ".join(backend.NAME for backend in in_order(name))
+        measured = preference(name).results
+        lines[name] = order if measured else f"{order}  (a guess: not measured)"
+    return list(lines.items())
+
+
+def run(_: argparse.Namespace) -> int:
+    """Version, compiled extension, devices, backends."""
+    import torch
+
+    import usp
+
+    lines = [
+        ("usp", f"{__version__}  ({PACKAGE})"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", str(torch.__version__)),
+        *build_lines(),
+        *device_lines(),
+    ]
+    print(table(lines, indent=""))
+    print("\nbackends")
+    print(table(usp.backends().items()))
+    print('\nbackend="auto" takes the first that can')
+    print(table(preference_lines()))
+    return 0

@@ -1,0 +1,266 @@
+"""Everything that crosses ranks: the only calls of ``torch.distributed``.
+
+An ``Axis`` is one dimension of the mesh seen from one rank. Its verbs post and return a
+``wait``; an axis of size 1 sends nothing. Tensors that travel together are packed in one
+``Parcel``: one message, no matter how many tensors, and no bytes of padding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from math import prod
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from usp.ops import native as ops
+
+Wait = Callable[[], Tensor]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+# Newer torch has the first name and warns about the second, older torch has just the second.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def untraced(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """A function that communicates, as one graph break where ``torch.compile`` comes upon it."""
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        # asked at the call: the decorator of torch would import the whole compiler with us
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Shapes and dtypes of the tensors that travel as one message."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Parcel:
+        return cls(tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each tensor."""
+        return tuple(
+            prod(shape) * dtype.itemsize
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
+
+    def pack(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The tensors one behind the other in one flat uint8 message."""
+        if out is None:
+            out = torch.empty(self.nbytes, dtype=torch.uint8, device=tensors[0].device)
+        if _packs(tensors):
+            torch.ops.usp.pack(list(tensors), out)
+            return out
+        for part, tensor in zip(out.split(self.sizes), tensors, strict=True):
+            if part.storage_offset() % tensor.dtype.itemsize:
+                # contiguous() would leave the odd stride of a dim of size 1, which no view takes
+                flat = tensor.flatten().clone(memory_format=torch.contiguous_format)
+                part.copy_(flat.view(torch.uint8))
+            else:
+                part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return out
+
+    def views(self, message: Tensor) -> list[Tensor]:
+        """``message`` seen as the tensors; empty where one does not lie at its own alignment."""
+        parts = list(zip(message.split(self.sizes), self.shapes, self.dtypes, strict=True))
+        if any(part.storage_offset() % dtype.itemsize for part, _, dtype in parts):
+            return []
+        return [part.view(dtype).view(shape) for part, shape, dtype in parts]
+
+    def unpack(self, message: Tensor) -> list[Tensor]:
+        """Views of ``message`` with the shapes and dtypes that were packed."""
+        tensors = []
+        items = zip(message.split(self.sizes), self.shapes, self.dtypes, strict=True)
+        for part, shape, dtype in items:
+            # A dtype can only be viewed at its own alignment: copy what lies askew.
+            if part.storage_offset() % dtype.itemsize:
+                part = part.clone()
+            tensors.append(part.view(dtype).view(shape))
+        return tensors
+
+    def unpack_into(self, message: Tensor, outs: Sequence[Tensor]) -> None:
+        """Copy what was packed to tensors of the same shapes, of any strides."""
+        if _packs(outs):
+            torch.ops.usp.unpack(message, list(outs))
+            return
+        for out, part in zip(outs, self.unpack(message), strict=True):
+            out.copy_(part)
+
+
+def _packs(tensors: Sequence[Tensor]) -> bool:
+    """Whether the compiled ops copy these between themselves and a message, all at once."""
+    return ops.is_there("pack", tensors[0].device.type) and all(t.dim() <= 4 for t in tensors)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh dimension seen from this rank.
+
+    Attributes:
+        size, rank: Ranks along the axis and this rank's place.
+        group: Their process group; None where the size is 1.
+    """
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+
+    def _peer(self, rank: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, rank % self.size)
+
+    def shift(self, message: Tensor, out: Tensor, by: int = 1) -> Wait:
+        """Send ``message`` to the rank ``by`` places on, receive ``out`` from ``by`` places back.
+
+        Both are flat and contiguous and stay untouched until ``wait()`` returns ``out``.
+        """
+        if by % self.size == 0:
+            return lambda: out.copy_(message)
+        # Empty messages are skipped on both ends alike: both know the size.
+        ops = [
+            dist.P2POp(verb, tensor, self._peer(self.rank + step), self.group)
+            for verb, tensor, step in ((dist.isend, message, by), (dist.irecv, out, -by))
+            if tensor.numel()
+        ]
+        return _waiter(dist.batch_isend_irecv(ops) if ops else [], out)
+
+    def all_gather(self, message: Tensor, whole: Tensor, sizes: Sequence[int]) -> Wait:
+        """Everyone's flat message, of ``sizes[rank]`` elements, into ``whole`` in rank order."""
+        outs = whole.split(list(sizes))
+        if self.size > 1 and len(set(sizes)) == 1:
+            work = _all_gather(whole, message, group=self.group, async_op=True)
+            return _waiter([work], whole)
+        # gloo has no uneven all-gather; point to point moves the same bytes.
+        outs[self.rank].copy_(message)
+        ops = []
+        for step in range(1, self.size):
+            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+            if message.numel():
+                ops.append(dist.P2POp(dist.isend, message, self._peer(to), self.group))
+            if outs[source].numel():
+                ops.append(dist.P2POp(dist.irecv, outs[source], self._peer(source), self.group))
+        return _waiter(dist.batch_isend_irecv(ops) if ops else [], whole)
+
+    def all_to_all(self, messages: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        """Piece j of ``messages``, cut by ``send``, goes to rank j; what came in, in rank order.
+
+        Args:
+            messages: Flat, ``sum(send)`` elements.
+            send, recv: Elements for and from each rank; uneven and 0 allowed.
+        """
+        if self.size == 1:
+            return messages
+        out = messages.new_empty(sum(recv))
+        dist.all_to_all_single(out, messages, list(recv), list(send), group=self.group)
+        return out
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the axis, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of the axis' first rank, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, self._peer(0), group=self.group)
+        return tensor
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Everyone's small picklable object, in rank order."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+
+def _waiter(works: Sequence[Any], out: Tensor) -> Wait:
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return out
+
+    return wait
+
+
+def ensure_initialised() -> None:
+    """Start the default process group from torchrun's environment if nobody has.
+
+    Raises:
+        ValueError: there is neither a process group nor torchrun's environment.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return
+    if not dist.is_available() or "RANK" not in os.environ:
+        raise ValueError(
+            "torch.distributed has no process group: run under torchrun, or call "
+            "torch.distributed.init_process_group first; one device needs no mesh (mesh=None)"
+        )
+    dist.init_process_group()
+
+
+def group_ranks(group: dist.ProcessGroup | None) -> list[int]:
+    """Global ranks of ``group``, of the whole world for None."""
+    return dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+
+
+def global_rank() -> int:
+    """This process's rank in the world."""
+    return dist.get_rank()
+
+
+def mesh_groups(
+    table: Sequence[Sequence[int]], group: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's column and row of a table of global ranks, as process groups.
+
+    Args:
+        table: Ranks of the mesh, row by row.
+        group: Who calls this: the whole world (None), or just the ranks of the table.
+
+    Raises:
+        ValueError: the ranks of ``group`` have made different numbers of groups before; torch
+            would name the new ones differently and wait forever.
+    """
+    if group is not None:
+        _compare_group_counts(group)
+    mine: dict[str, dist.ProcessGroup] = {}
+    for kind, lines in (("column", list(zip(*table, strict=True))), ("row", table)):
+        for line in lines:
+            # All the world makes every group in the same order; a smaller group only its own.
+            if group is None or global_rank() in line:
+                made = dist.new_group(list(line), use_local_synchronization=group is not None)
+                if global_rank() in line:
+                    mine[kind] = made
+    return mine["column"], mine["row"]
+
+
+def _compare_group_counts(group: dist.ProcessGroup) -> None:
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=group)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the ranks of the group have made {counts} process groups so far, and torch can only "
+            "make groups among some ranks where these numbers are equal: make the same groups on "
+            "all of them, or build one DeviceMesh and use SequenceMesh.from_device_mesh"
+        )

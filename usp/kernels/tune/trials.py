@@ -1,0 +1,96 @@
+"""First launches in a process of their own: what hangs or crashes there leaves this one alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from usp.kernels.configs import Config
+from usp.kernels.hopper_configs import Pipeline
+
+Shape = tuple[int, int, int, int, int]
+MARK = "usp: one more has ended"
+
+
+def finishing(
+    kernel: str,
+    candidates: Sequence[Config | Pipeline],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    patience: float = 120.0,
+) -> list[Config | Pipeline]:
+    """The candidates under which a kernel's first launch ends, be it with an exception.
+
+    Where no second process can use the device, those whose code waits for nothing.
+
+    Args:
+        kernel: As in ``configs.TABLE``.
+        shape, dtype, device: As in ``tune.problem``.
+        patience: Seconds for each, to compile and to run.
+    """
+    left = list(candidates)
+    fit: list[Config | Pipeline] = []
+    while left:
+        command = command_for(kernel, left, shape, dtype, device)
+        marks, reason = _told(command, patience)
+        if not marks:
+            warnings.warn(f"no second process can try {kernel}: {reason}", stacklevel=3)
+            return fit + [config for config in left if isinstance(config, Config)]
+        ended = marks - 1
+        fit += left[:ended]
+        if ended < len(left):
+            warnings.warn(f"left out: {left[ended]} of {kernel}: {reason}", stacklevel=3)
+        left = left[ended + 1 :]
+    return fit
+
+
+def command_for(
+    kernel: str,
+    candidates: Sequence[Config | Pipeline],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[str]:
+    """A process that tries them one by one (``tune.try_all``)."""
+    task = {
+        "kernel": kernel,
+        "candidates": [asdict(config) for config in candidates],
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
+    code = "import sys; from usp.kernels import tune; tune.try_all(sys.argv[1])"
+    return [sys.executable, "-c", code, json.dumps(task)]
+
+
+def _told(command: Sequence[str], patience: float) -> tuple[int, str]:
+    """How many marks a process makes, and why there are no more."""
+    with tempfile.TemporaryDirectory(prefix="usp-tune-") as folder:
+        said, wrong = Path(folder, "out"), Path(folder, "err")
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with said.open("w") as out, wrong.open("w") as err:
+            child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
+        marks, deadline = 0, time.monotonic() + patience
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            now = said.read_text().count(MARK)
+            if now > marks:
+                marks, deadline = now, time.monotonic() + patience
+        reason = f"still running after {patience:.0f} s"
+        if child.poll() is not None:
+            last = wrong.read_text().strip().splitlines()[-1:]
+            reason = f"exit code {child.returncode}: {''.join(last)}"
+        child.kill()
+        child.wait()
+        return said.read_text().count(MARK), reason

@@ -1,0 +1,1 @@
+"""``nn.Module``s over attention."""

@@ -1,0 +1,1 @@
+"""``usp.MultiheadAttention``: the whole contract of torch's own module."""

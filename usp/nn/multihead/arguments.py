@@ -1,0 +1,160 @@
+"""What a call of ``nn.MultiheadAttention`` may bring along, checked once.
+
+Shape letters: N batch, L local queries, S local keys, H heads, E embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usp.planning.problem import state_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The arguments of ``MultiheadAttention.forward``; see there.
+
+    Attributes:
+        batch_first: Order of the dims of batched inputs.
+        sizes: Embedding sizes that query, key and value must have.
+        num_heads: H.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    need_weights: bool
+    is_causal: bool
+    batch_first: bool
+    sizes: tuple[int, int, int]
+    num_heads: int
+
+    @property
+    def is_batched(self) -> bool:
+        return self.query.dim() == 3
+
+    @property
+    def trusts_hint(self) -> bool:
+        """Whether ``is_causal`` decides and not ``attn_mask``, which is when it does in torch."""
+        return self.is_causal and self.key_padding_mask is None and not self.need_weights
+
+    def check(self, key_len: int) -> None:
+        """Everything that one rank can check by itself.
+
+        Args:
+            key_len: Keys of the whole sequence.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit; names both sides.
+            RuntimeError: ``is_causal`` without ``attn_mask``, as torch.
+            NotImplementedError: a NestedTensor.
+        """
+        self._check_inputs()
+        if self.is_causal and self.attn_mask is None:
+            raise RuntimeError(
+                "is_causal is a hint about attn_mask and needs one. For sequences too long for a "
+                "mask build the module with causal=True, which takes no memory"
+            )
+        if self.key_padding_mask is not None:
+            self._check_mask("key_padding_mask", self.key_padding_mask, self._padding_shapes())
+        if self.attn_mask is not None:
+            self._check_mask("attn_mask", self.attn_mask, self._mask_shapes(key_len))
+
+    def _check_inputs(self) -> None:
+        named = zip(("query", "key", "value"), (self.query, self.key, self.value), strict=True)
+        for (name, x), size in zip(named, self.sizes, strict=True):
+            if x.is_nested:
+                raise NotImplementedError(
+                    f"{name} is a NestedTensor; pass a padded one with key_padding_mask (an "
+                    "nn.TransformerEncoder makes them unless use_nested_tensor is False, which "
+                    "usp.replace_attention sees to)"
+                )
+            if x.dim() not in (2, 3) or x.dim() != self.query.dim():
+                order = "(N, L, E)" if self.batch_first else "(L, N, E)"
+                raise ValueError(
+                    f"query, key and value must all be {order}, or all (L, E): query has "
+                    f"{self.query.dim()} dims, {name} has {x.dim()}"
+                )
+            if x.shape[-1] != size:
+                raise ValueError(f"{name} must have {size} features, got {x.shape[-1]}")
+            if _batch(x, self.batch_first) != _batch(self.query, self.batch_first):
+                raise ValueError(
+                    f"batch sizes differ: query has {_batch(self.query, self.batch_first)}, "
+                    f"{name} has {_batch(x, self.batch_first)}"
+                )
+        if self.key.shape[:-1] != self.value.shape[:-1]:
+            raise ValueError(
+                f"key and value must have the same tokens: key is {tuple(self.key.shape)}, "
+                f"value {tuple(self.value.shape)}"
+            )
+
+    def _padding_shapes(self) -> list[tuple[int, ...]]:
+        batch, keys = _batch(self.key, self.batch_first), tokens(self.key, self.batch_first)
+        return [(batch, keys)] if self.is_batched else [(keys,)]
+
+    def _mask_shapes(self, key_len: int) -> list[tuple[int, ...]]:
+        shape = tokens(self.query, self.batch_first), key_len
+        return [shape, (_batch(self.query, self.batch_first) * self.num_heads, *shape)]
+
+    def _check_mask(self, name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"{name} must be bool (True = do not attend) or float: {mask.dtype}")
+        if mask.device != self.query.device:
+            raise ValueError(f"{name} is on {mask.device}, query on {self.query.device}")
+        if tuple(mask.shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(
+                f"{name} must be {wanted}, got {tuple(mask.shape)} (on a mesh: this rank's "
+                "queries against the keys of all ranks, this rank's keys for padding)"
+            )
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks of a mesh must agree on, beyond what attention compares."""
+        told = {"need_weights": str(self.need_weights)}
+        for name, mask in (
+            ("key_padding_mask", self.key_padding_mask),
+            ("attn_mask", self.attn_mask),
+        ):
+            told[name] = "None" if mask is None else f"{mask.dtype}, {mask.dim()} dims"
+            told[f"gradient of {name}"] = str(mask is not None and mask.requires_grad)
+        return told
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """``attn_mask`` as (N|1, H|1, L, all keys), added to the scores."""
+        mask = self.attn_mask
+        if mask is None:
+            return None
+        mask = additive(mask, dtype)
+        if mask.dim() == 2:
+            return mask[None, None]
+        return mask.unflatten(0, (len(mask) // self.num_heads, self.num_heads))
+
+    def padding(self) -> Tensor | None:
+        """``key_padding_mask`` as (N, S)."""
+        mask = self.key_padding_mask
+        return mask[None] if mask is not None and not self.is_batched else mask
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores: -inf where a bool one says True."""
+    if mask.dtype != torch.bool:
+        return mask.to(state_dtype(dtype))
+    return torch.zeros_like(mask, dtype=state_dtype(dtype)).masked_fill_(mask, -torch.inf)
+
+
+def tokens(x: Tensor, batch_first: bool) -> int:
+    """Local tokens of an input; 0 for what is none."""
+    if x.is_nested or x.dim() not in (2, 3):
+        return 0
+    return x.shape[1 if x.dim() == 3 and batch_first else 0]
+
+
+def _batch(x: Tensor, batch_first: bool) -> int:
+    if x.dim() == 2:
+        return 1
+    return x.shape[0 if batch_first else 1]

@@ -1,0 +1,139 @@
+"""Multi-head attention between its projections: attention, extra keys, weights.
+
+Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E extra keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from usp.attention.functional import long_context_attention
+from usp.nn.multihead.arguments import additive
+from usp.nn.multihead.extra_keys import ExtraKeys
+from usp.nn.multihead.placement import Placement
+from usp.nn.multihead.weights import attention_weights, check_size, dropout_factors, visible_keys
+from usp.planning.problem import state_dtype
+from usp.sharding.sequence import positions
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """One call, ready to attend.
+
+    Attributes:
+        q: (N, L, H, D). k, v: (N, S, H, D). This rank's tokens.
+        padding: (N, S) key padding mask, bool or float, or None.
+        bias: (N|1, H|1, L, all keys) added to the scores, or None.
+        causal: Whether keys after a query are hidden.
+        lengths: Queries and keys of the whole sequence.
+        dropout_p: Of the weights.
+        dropout_seed: Its seed, or None where attention alone needs it and draws it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    padding: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    lengths: tuple[int, int]
+    dropout_p: float
+    dropout_seed: int | None
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+
+def with_columns(call: Projected, placement: Placement, validate: bool) -> Projected:
+    """The call with its float padding, if it has any, added to the bias; a collective then."""
+    if call.padding is None or call.padding.dtype == torch.bool:
+        return call
+    return replace(call, padding=None, bias=_padded_bias(call, placement, validate))
+
+
+def attend(
+    call: Projected, placement: Placement, extra: ExtraKeys | None, validate: bool
+) -> Tensor:
+    """(N, L, H, D), the attention of this rank's queries to all keys and ``extra``."""
+    result = long_context_attention(
+        call.q,
+        call.k,
+        call.v,
+        placement.mesh,
+        causal=placement.causal or call.causal,
+        window_size=placement.window_size,
+        layout=placement.layout,
+        seq_len=call.lengths,
+        key_padding_mask=call.padding,
+        attn_bias=call.bias,
+        dropout_p=call.dropout_p,
+        dropout_seed=call.dropout_seed,
+        transport=placement.transport,
+        return_lse=extra is not None,
+        backend=placement.backend,
+        validate=validate,
+    )
+    if extra is None:
+        return cast(Tensor, result)
+    out, lse = result
+    keys = call.lengths[1]
+    keep = _keep(call, placement, range(keys, keys + len(extra.k))) if call.dropout_p else None
+    return extra.merge(out, lse, extra.scores(call.q, call.softmax_scale), keep)
+
+
+def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> Tensor:
+    """(N, H, L, all keys + E) in the dtype of q; a collective on a mesh.
+
+    Raises:
+        NotImplementedError: they do not fit; see :func:`check_weights`.
+    """
+    q, keys = call.q, call.lengths[1]
+    mask = placement.mask(call.causal)
+    visible = None
+    if mask.terms:
+        q_pos = positions(call.lengths[0], placement.mesh, placement.layout)
+        visible = visible_keys(mask, q_pos, keys).to(q.device)
+    rows = attention_weights(
+        q,
+        placement.gather(call.k, keys, validate=False),  # attention has compared
+        call.softmax_scale,
+        visible,
+        call.bias if call.padding is None else _padded_bias(call, placement, validate=False),
+        None if extra is None else extra.scores(q, call.softmax_scale),
+    )
+    if call.dropout_p:
+        rows = rows * _keep(call, placement, range(rows.shape[-1]))
+    return rows.to(q.dtype)
+
+
+def check_weights(call: Projected, placement: Placement) -> None:
+    """Refuse weights that do not fit, on every rank alike.
+
+    Raises:
+        NotImplementedError: names their size and the bound.
+    """
+    (batch, _, num_heads, _), (queries, keys) = call.q.shape, call.lengths
+    check_size(batch, num_heads, placement.largest_shard(queries), keys, state_dtype(call.q.dtype))
+
+
+def _padded_bias(call: Projected, placement: Placement, validate: bool) -> Tensor:
+    """The bias with the padding of all keys, (N, H|1, L|1, all keys)."""
+    assert call.padding is not None
+    columns = placement.gather(additive(call.padding, call.q.dtype), call.lengths[1], validate)
+    columns = columns[:, None, None]
+    return columns if call.bias is None else call.bias + columns
+
+
+def _keep(call: Projected, placement: Placement, keys: range) -> Tensor:
+    """(N, H, L, len(keys)) dropout factors of this rank's queries."""
+    batch, _, num_heads, _ = call.q.shape
+    assert call.dropout_seed is not None
+    q_pos = positions(call.lengths[0], placement.mesh, placement.layout, call.q.device)
+    k_pos = torch.arange(keys.start, keys.stop, device=call.q.device)
+    factors = dropout_factors(call.dropout_p, call.dropout_seed, (batch, num_heads), q_pos, k_pos)
+    return factors.to(state_dtype(call.q.dtype))

@@ -1,0 +1,307 @@
+"""``nn.MultiheadAttention`` over a sequence that is spread over the ranks of a mesh.
+
+Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usp.attention.functional import draw_dropout_seed
+from usp.distributed.agreement import together
+from usp.distributed.mesh import SequenceMesh
+from usp.nn.multihead import forward as multihead_forward
+from usp.nn.multihead.arguments import Arguments, tokens
+from usp.nn.multihead.extra_keys import make_extra_keys
+from usp.nn.multihead.forward import Projected
+from usp.nn.multihead.placement import Placement
+from usp.planning.layout import Layout
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with the sequence spread over a mesh: the same parameters,
+    ``state_dict``, arguments and results, each rank with its own tokens.
+
+    The gradients of the parameters are this rank's part: their sum over the ranks is that of one
+    device. A query that may attend to nothing gets 0 where torch gives NaN.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
+        device, dtype: As in ``torch.nn.MultiheadAttention``. What ``dropout`` (below 1) drops
+            depends on global positions and one number of torch's default CPU generator: see
+            ``long_context_attention``.
+        mesh: The ranks that share the sequence; None is one device.
+        layout: Which tokens this rank holds: "contiguous", "zigzag", "striped" or
+            ``DocumentZigzag(cu_seqlens)``.
+        seq_len: Tokens of the whole sequence, or (query, key) lengths, needed where shards are
+            uneven; "infer" adds up what the ranks hold at each call (two small all-reduces); None
+            is local tokens times ranks.
+        transport, backend: See ``long_context_attention``.
+        validate: When ranks compare their arguments, so that a difference is an error on every
+            rank and not a hang: at the "first" call, "always" or "never".
+        causal, window_size: Masks by global positions that take no memory; see
+            ``long_context_attention``. ``attn_mask`` may hide more.
+
+    Attributes:
+        placement: The options from ``mesh`` on; assign another to move the module.
+
+    Raises:
+        ValueError: an option is unknown.
+        AssertionError: ``embed_dim`` is not a multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mesh: SequenceMesh | None = None,
+        layout: Layout = "contiguous",
+        seq_len: int | tuple[int, int] | str | None = None,
+        transport: str = "ring",
+        backend: str = "auto",
+        validate: str = "first",
+        causal: bool = False,
+        window_size: tuple[int | None, int | None] = (None, None),
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self._place(
+            Placement(mesh, layout, seq_len, transport, backend, validate, causal, window_size)
+        )
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, mesh: SequenceMesh | None = None, **options: Any
+    ) -> MultiheadAttention:
+        """A module with the very parameters, hooks and settings of ``module``.
+
+        Args:
+            module: Left as it is.
+            mesh, options: The keyword arguments of the constructor.
+
+        Raises:
+            NotImplementedError: ``module`` is of a class of its own; names it.
+        """
+        check_class(module)
+        new = cls.__new__(cls)
+        for name, value in vars(module).items():
+            # registries of parameters, modules and hooks: the same entries in dicts of its own
+            new.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        new._place(Placement(mesh, **options))
+        return new
+
+    @classmethod
+    def adopt(cls, module: nn.MultiheadAttention, placement: Placement) -> None:
+        """Make ``module`` itself one of ours, so that whoever holds it holds the new one.
+
+        Raises:
+            NotImplementedError: ``module`` is of a class of its own; names it.
+        """
+        check_class(module)
+        if not isinstance(module, cls):
+            module.__class__ = cls
+        assert isinstance(module, cls)
+        module._place(placement)
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._compared: Placement | None = None
+        self._bypass_fused_paths()
+
+    def _bypass_fused_paths(self) -> None:
+        # nn.TransformerEncoderLayer and nn.TransformerEncoder read this flag: where it is True
+        # they compute attention from the parameters in evaluation, and never call forward.
+        self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._bypass_fused_paths()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of this rank's queries to the keys of all ranks.
+
+        Args:
+            query: (L, N, E), with ``batch_first`` (N, L, E), or unbatched (L, E).
+            key: (S, N, kdim), (N, S, kdim) or (S, kdim); value alike with vdim.
+            key_padding_mask: (N, S), unbatched (S,), of this rank's keys: bool, True = ignore, or
+                float, added to the scores.
+            need_weights: Also return the weights. They take memory and time of L times all keys,
+                and K travels once more; pass False wherever they are not used. If they enter a
+                loss, they must do so on every rank.
+            attn_mask: (L, all keys) or (N * H, L, all keys): this rank's queries against the keys
+                of all ranks in global order. Bool, True = do not attend, or float, added to the
+                scores and differentiable.
+            average_attn_weights: Whether the weights are averaged over heads.
+            is_causal: A hint that ``attn_mask`` is the causal mask. Without key_padding_mask and
+                weights it is taken at its word: by global positions, with no L x S memory.
+
+        Returns:
+            The output, like ``query`` with E features; and None, or the weights in the dtype of
+            the projected queries: (N, L, all keys), (L, all keys) unbatched; per head
+            (N, H, L, all keys) or (H, L, all keys). Keys are in global order, then that of
+            ``add_bias_kv``, then that of ``add_zero_attn``. With dropout in training they are
+            the dropped weights, as in torch.
+
+        Raises:
+            ValueError: arguments do not fit; names both values.
+            RuntimeError: ``is_causal`` without ``attn_mask``.
+            NotImplementedError: weights beyond 2 GiB on a rank, or a NestedTensor.
+        """
+        arguments = Arguments(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            attn_mask,
+            need_weights,
+            is_causal,
+            self.batch_first,
+            (self.embed_dim, self.kdim, self.vdim),
+            self.num_heads,
+        )
+        validate = self.placement.validate
+        compared = validate == "always" or (
+            validate == "first" and self._compared is not self.placement
+        )
+        call = together(
+            self.placement.mesh,
+            compared,
+            lambda: self._prepare(arguments),
+            lambda call: arguments.facts(),
+        )
+        call = multihead_forward.with_columns(call, self.placement, compared)
+        # scores are sums in fp32 and more: autocast has had its say in the projections
+        with torch.autocast(query.device.type, enabled=False):
+            extra = make_extra_keys(
+                self.bias_k, self.bias_v, self.add_zero_attn, self.num_heads, call.q
+            )
+            out = multihead_forward.attend(call, self.placement, extra, compared)
+            weights = None
+            if need_weights:
+                weights = multihead_forward.weights(call, self.placement, extra)
+                weights = weights.mean(1) if average_attn_weights else weights
+                weights = weights if arguments.is_batched else weights[0]
+        self._compared = self.placement
+        return self._joined(out, arguments), weights
+
+    def _prepare(self, arguments: Arguments) -> Projected:
+        """Check the arguments and project; no collective but that of ``seq_len="infer"``."""
+        lengths = self.placement.lengths(
+            tokens(arguments.query, self.batch_first),
+            tokens(arguments.key, self.batch_first),
+            arguments.query.device,
+        )
+        arguments.check(lengths[1])
+        q, k, v = (self._split_heads(x) for x in self._projections(arguments))
+        causal = arguments.trusts_hint and self.placement.is_spread(lengths[0])
+        call = Projected(
+            q,
+            k,
+            v,
+            arguments.padding(),
+            None if causal else arguments.bias(q.dtype),
+            causal,
+            lengths,
+            self.dropout if self.training else 0.0,
+            self._dropout_seed(arguments.need_weights),
+        )
+        if arguments.need_weights:
+            multihead_forward.check_weights(call, self.placement)
+        return call
+
+    def _dropout_seed(self, need_weights: bool) -> int | None:
+        """Drawn here where more than the attention itself drops by it."""
+        shared = need_weights or self.add_zero_attn or self.bias_k is not None
+        return draw_dropout_seed() if shared and self.training and self.dropout else None
+
+    def _projections(self, arguments: Arguments) -> tuple[Tensor, ...]:
+        """Query, key and value with E features each, by one product where they are one tensor."""
+        x = arguments.query, arguments.key, arguments.value
+        biases: tuple[Tensor | None, ...] = (None, None, None)
+        packed = cast("Tensor | None", self.in_proj_weight)
+        weights: tuple[Tensor, ...]
+        if packed is None:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        elif x[0] is x[1] and x[1] is x[2]:
+            return F.linear(x[0], packed, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = packed.chunk(3)
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
+        return tuple(F.linear(*item) for item in zip(x, weights, biases, strict=True))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(L, N, E), (N, L, E) or (L, E) -> (N, L, H, D)."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _joined(self, out: Tensor, arguments: Arguments) -> Tensor:
+        """(N, L, H, D) -> the output in the order of the query's dims."""
+        out = out.flatten(2)
+        if not arguments.is_batched:
+            out = out[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out)
+
+    def extra_repr(self) -> str:
+        shown = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "
+        shown += f"batch_first={self.batch_first}, mesh={self.placement.mesh}"
+        for name, value in vars(self.placement).items():
+            if name != "mesh" and value != getattr(Placement, name):
+                shown += f", {name}={value!r}"
+        return shown
+
+
+def check_class(module: nn.Module) -> None:
+    """Refuse what computes something else than ``nn.MultiheadAttention``.
+
+    Raises:
+        NotImplementedError: names the class, and what to do.
+    """
+    if type(module) is nn.MultiheadAttention or isinstance(module, MultiheadAttention):
+        return
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    raise NotImplementedError(
+        f"{kind} is not nn.MultiheadAttention itself, and what it changes would be lost: derive "
+        "it from usp.MultiheadAttention; remove parametrizations first, and wrap for FSDP or "
+        "quantise afterwards"
+    )

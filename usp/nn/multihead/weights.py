@@ -1,0 +1,103 @@
+"""The rows of attention weights that ``need_weights=True`` asks for.
+
+Attention itself never forms them. Here each rank computes the rows of its own queries against the
+keys of all ranks, dense and differentiable: for looking at, not for long sequences.
+
+Shape letters: N batch, L local queries, S all keys, H heads, D head dim, E extra keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usp.ops import philox
+from usp.planning.mask import Mask
+from usp.planning.problem import state_dtype
+
+# of the scores alone; softmax, dropout and autograd hold a few tensors of that size
+MAX_BYTES = 2 << 30
+
+
+def check_size(
+    batch: int, num_heads: int, query_len: int, key_len: int, dtype: torch.dtype
+) -> None:
+    """Refuse weights that nobody has room for.
+
+    Args:
+        query_len: Rows of the rank that holds most, so that all ranks decide alike.
+
+    Raises:
+        NotImplementedError: names the size and the bound.
+    """
+    size = batch * num_heads * query_len * key_len * dtype.itemsize
+    if size > MAX_BYTES:
+        raise NotImplementedError(
+            f"need_weights=True: a batch of {batch}, {num_heads} heads, {query_len} local queries "
+            f"and {key_len} keys make {size} bytes of weights on a rank, the bound is "
+            f"{MAX_BYTES}: pass need_weights=False, or ask for the weights of fewer queries"
+        )
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    extra_scores: Tensor | None,
+) -> Tensor:
+    """Softmax rows of ``q`` against every key.
+
+    Args:
+        q: (N, L, H, D) this rank's queries.
+        k: (N, S, H, D) all keys in global order, dtype of q.
+        softmax_scale: Factor of the scores, dimensionless.
+        visible: (L, S) bool, True where a query sees a key; None for everywhere.
+        bias: (N|1, H|1, L|1, S) added to the scaled scores; -inf hides.
+        extra_scores: (N, H, L, E) of keys behind all tokens.
+
+    Returns:
+        (N, H, L, S + E) fp32 (fp64 for fp64 inputs); a row that sees nothing is 0.
+    """
+    dtype = state_dtype(q.dtype)
+    scores = torch.einsum("nlhd,nshd->nhls", q.to(dtype) * softmax_scale, k.to(dtype))
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    if extra_scores is not None:
+        scores = torch.cat((scores, extra_scores), -1)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def visible_keys(mask: Mask, q_pos: Tensor, key_len: int) -> Tensor:
+    """(L, S) bool, True where the query at a global position sees the key.
+
+    Args:
+        mask: Who sees whom.
+        q_pos: (L,) int64 on CPU, ascending.
+        key_len: S.
+    """
+    first, stop = mask.intervals(q_pos, key_len)
+    k_pos = torch.arange(key_len, device=q_pos.device)
+    return (k_pos >= first[:, None]) & (k_pos < stop[:, None])
+
+
+def dropout_factors(
+    dropout_p: float, seed: int, shape: tuple[int, int], q_pos: Tensor, k_pos: Tensor
+) -> Tensor:
+    """What attention multiplies its weights with, 0 or ``1 / (1 - dropout_p)``.
+
+    Args:
+        dropout_p, seed: As the attention was given.
+        shape: (N, H).
+        q_pos, k_pos: (L,), (S,) int64 global positions, on the device of the result.
+
+    Returns:
+        (N, H, L, S) fp64.
+    """
+    batch, num_heads = shape
+    streams = torch.arange(batch * num_heads, device=q_pos.device).view(batch, num_heads, 1, 1)
+    return philox.dropout_factors(dropout_p, streams, q_pos[:, None], k_pos, seed)

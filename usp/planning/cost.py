@@ -1,0 +1,216 @@
+"""Bytes that leave a rank, by formula: what the exchange and the ring must send, no more; and
+those of a bias that it holds, which grow with the square of the length.
+
+The tests count what is really sent and compare; ``usp plan`` and ``usp demo`` print both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from usp.planning.heads import kv_heads_shared, split_heads
+from usp.planning.layout import Layout, pieces, row_lengths
+from usp.planning.mask import Mask
+from usp.planning.plan import make_plan
+from usp.planning.problem import state_dtype
+
+
+@dataclass(frozen=True)
+class Bias:
+    """An additive bias.
+
+    Attributes:
+        dims: Letters of the dims in which it is not broadcast, out of "bhq": samples, heads,
+            queries. It always has all keys.
+        dtype: Of the bias itself; its gradient has that of the state.
+        gradient: Whether it has one.
+    """
+
+    dims: str
+    dtype: torch.dtype
+    gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A whole attention.
+
+    Attributes:
+        batch, query_len, key_len: Of the whole sequences.
+        num_heads, num_kv_heads, head_dim, value_head_dim: H, G, D, Dv.
+        dtype: Of q, k and v.
+        key_padding_mask, return_lse: Whether these travel too (lse with its gradient).
+        bias: What is added to the scores, if anything.
+    """
+
+    batch: int
+    query_len: int
+    key_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+    key_padding_mask: bool = False
+    return_lse: bool = False
+    bias: Bias | None = None
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that one rank sends to others in one pass.
+
+    Attributes:
+        exchange: Heads, before and after the ring.
+        blocks: Keys and values along the ring.
+        gradients: Their gradients on the way home.
+        bias: Rows of the bias before the ring, or of its gradient after it.
+    """
+
+    exchange: int
+    blocks: int
+    gradients: int = 0
+    bias: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.exchange + self.blocks + self.gradients + self.bias
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank of a mesh, and how sequences lie on it."""
+
+    ring_degree: int
+    ulysses_degree: int
+    ring_rank: int
+    ulysses_rank: int
+    layout: Layout = "contiguous"
+    mask: Mask = field(default_factory=Mask)
+    transport: str = "ring"
+
+
+def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
+    """Bytes that leave ``place`` in one forward, or in one backward.
+
+    For n_q, n_k local tokens of a row of N_q, N_k, H_u query heads and G_j key heads of rank j:
+    the exchange sends ``n_q (H - H_u) D`` of q, ``n_k sum_{j != u} G_j (D + Dv)`` of k and v and
+    ``(N_q - n_q) H_u Dv`` of out; a hop of the ring one block, ``N_k G_u (D + Dv)`` of its owner.
+    The backward mirrors the exchange, passes the blocks again, and fp32 gradients behind them.
+    Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
+    gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
+    """
+    exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
+    gradients = _blocks(shape, place, gradients=True) if backward else 0
+    return Bytes(exchange, _blocks(shape, place), gradients, _bias_sent(shape, place, backward))
+
+
+def bias_held(shape: Shape, place: Place) -> tuple[int, int]:
+    """Bytes of the bias that ``place`` computes with, and of its gradient meanwhile.
+
+    They are those of its own heads, for all queries of its row, and all keys. The bias stays
+    until the backward; where its rows are exchanged it is a copy, beside what the caller holds.
+    """
+    bias = shape.bias
+    if bias is None:
+        return 0, 0
+    rows, heads = _bias_parts(bias, shape, place)
+    queries, own = sum(_row(shape, place)[0]), _counts(shape, place)[0]
+    values = shape.batch if "b" in bias.dims else 1
+    values *= (own if heads else 1) * (queries if rows else 1) * shape.key_len
+    wide = state_dtype(shape.dtype).itemsize
+    return values * bias.dtype.itemsize, values * wide if bias.gradient else 0
+
+
+def _bias_parts(bias: Bias, shape: Shape, place: Place) -> tuple[bool, bool]:
+    """Whether it counts as one with rows, and with heads: a single one is as good as its own."""
+    single = set(_row(shape, place)[0]) == {1}
+    return "q" in bias.dims or single, "h" in bias.dims or shape.num_heads == 1
+
+
+def _bias_sent(shape: Shape, place: Place, backward: bool) -> int:
+    """Of the bias; nothing where all queries share a row. It never travels along the ring."""
+    bias, (queries, _) = shape.bias, _row(shape, place)
+    if bias is None or (backward and not bias.gradient):
+        return 0
+    rows, heads = _bias_parts(bias, shape, place)
+    if not rows:
+        return 0
+    mine, own = queries[place.ulysses_rank], _counts(shape, place)[0]
+    if backward:
+        values = (sum(queries) - mine) * (own if heads else 1)
+    else:
+        values = mine * (shape.num_heads - own if heads else place.ulysses_degree - 1)
+    size = state_dtype(shape.dtype).itemsize if backward else bias.dtype.itemsize
+    return (shape.batch if "b" in bias.dims else 1) * values * shape.key_len * size
+
+
+def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Queries and keys of each rank of the row."""
+    lengths = (
+        row_lengths(place.layout, length, place.ring_degree)[place.ring_rank]
+        for length in (shape.query_len, shape.key_len)
+    )
+    queries, keys = (pieces(length, place.ulysses_degree) for length in lengths)
+    return queries, keys
+
+
+def _counts(shape: Shape, place: Place) -> tuple[int, list[int], bool]:
+    """Own query heads, key heads of each rank of the row, whether some are shared."""
+    heads = split_heads(shape.num_heads, shape.num_kv_heads, place.ulysses_degree)
+    kv = [stop - first for first, stop in (h.kv_range for h in heads)]
+    return heads[place.ulysses_rank].count, kv, kv_heads_shared(heads)
+
+
+def _exchange(shape: Shape, place: Place) -> int:
+    queries, keys = _row(shape, place)
+    own, kv, _ = _counts(shape, place)
+    u, size = place.ulysses_rank, shape.dtype.itemsize
+    others = place.ulysses_degree - 1
+    q = queries[u] * (shape.num_heads - own) * shape.head_dim * size
+    k_v = keys[u] * (sum(kv) - kv[u]) * (shape.head_dim + shape.value_head_dim) * size
+    out = (sum(queries) - queries[u]) * own * shape.value_head_dim * size
+    mask = keys[u] * others if shape.key_padding_mask else 0
+    lse = (sum(queries) - queries[u]) * own * state_dtype(shape.dtype).itemsize
+    return shape.batch * (q + k_v + mask + out + (lse if shape.return_lse else 0))
+
+
+def _exchange_back(shape: Shape, place: Place) -> int:
+    queries, keys = _row(shape, place)
+    own, kv, shared = _counts(shape, place)
+    u, size, wide = place.ulysses_rank, shape.dtype.itemsize, state_dtype(shape.dtype).itemsize
+    dout = queries[u] * (shape.num_heads - own) * shape.value_head_dim * size
+    dlse = queries[u] * (shape.num_heads - own) * wide
+    dq = (sum(queries) - queries[u]) * own * shape.head_dim * size
+    # Gradients of shared key heads are summed on arrival, in fp32.
+    dk_dv = (sum(keys) - keys[u]) * kv[u] * (shape.head_dim + shape.value_head_dim)
+    dk_dv *= wide if shared else size
+    return shape.batch * (dout + (dlse if shape.return_lse else 0) + dq + dk_dv)
+
+
+def _blocks(shape: Shape, place: Place, gradients: bool = False) -> int:
+    """Along the ring: the blocks, or the gradients of those blocks."""
+    plan = make_plan(
+        place.mask,
+        place.layout,
+        shape.query_len,
+        shape.key_len,
+        place.ring_degree,
+        place.ring_rank,
+    )
+    if not plan.hops:
+        return 0
+    _, kv, _ = _counts(shape, place)
+    width = kv[place.ulysses_rank] * (shape.head_dim + shape.value_head_dim)
+    width *= state_dtype(shape.dtype).itemsize if gradients else shape.dtype.itemsize
+    width += 1 if shape.key_padding_mask and not gradients else 0
+    lengths = [len(row) for row in plan.keys]
+    passed = [lengths[(place.ring_rank - hop) % place.ring_degree] for hop in range(plan.hops + 1)]
+    if place.transport == "ring":
+        # Blocks go on hops times; their gradients once more, home from the last rank.
+        return shape.batch * width * (sum(passed) if gradients else sum(passed[:-1]))
+    mine = lengths[place.ring_rank]
+    elsewhere = sum(lengths) - mine
+    return shape.batch * width * (elsewhere if gradients else mine * (place.ring_degree - 1))

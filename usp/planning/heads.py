@@ -1,0 +1,74 @@
+"""Which heads each rank of a row holds, and how tensors are cut for it: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+from usp.planning.layout import pieces
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The run of query heads that this rank holds, and the key heads that they read.
+
+    Attributes:
+        offset, count: First query head and number of them.
+        total: Query heads of the whole attention.
+        group_size: Query heads that share a key head, in the whole attention.
+    """
+
+    offset: int
+    count: int
+    total: int
+    group_size: int
+
+    @property
+    def kv_range(self) -> tuple[int, int]:
+        """First and one past the last key head that the query heads read."""
+        first = self.offset // self.group_size
+        return first, first if not self.count else (
+            self.offset + self.count - 1
+        ) // self.group_size + 1
+
+    @cached_property
+    def kv_index(self) -> tuple[int, ...]:
+        """For each query head here the key head it reads, counted from the first one here."""
+        first = self.offset // self.group_size
+        return tuple((self.offset + h) // self.group_size - first for h in range(self.count))
+
+
+@lru_cache(maxsize=256)
+def split_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[Heads, ...]:
+    """The query heads of each rank of a row, as even as they come; possibly none.
+
+    Args:
+        num_heads, num_kv_heads: H and G, H a multiple of G.
+        degree: Ranks of the row.
+    """
+    counts = pieces(num_heads, degree)
+    group_size = num_heads // num_kv_heads
+    return tuple(
+        Heads(sum(counts[:rank]), count, num_heads, group_size) for rank, count in enumerate(counts)
+    )
+
+
+def kv_heads_shared(heads: Sequence[Heads]) -> bool:
+    """Whether some key head is read on several ranks."""
+    held = [rank.kv_range for rank in heads if rank.count]
+    return any(later[0] < earlier[1] for earlier, later in pairwise(held))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one tensor is cut among the ranks of a row.
+
+    Attributes:
+        lengths: Tokens of each rank before the exchange.
+        heads: First and one past the last head of each rank after it; runs may overlap.
+    """
+
+    lengths: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]

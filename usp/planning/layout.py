@@ -1,0 +1,235 @@
+"""Which token is where: a layout is a table of global positions.
+
+Row ``r`` of the table holds the sorted global positions of ring rank ``r``, written down as a few
+arithmetic runs, so that planning a million tokens never searches among a million numbers. A row
+is cut into ``ulysses_degree`` contiguous pieces for the ranks of that row; the head exchange
+joins them back in order. Lengths that do not divide are cut unevenly, never padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from usp.planning.mask import check_cu_seqlens
+
+Runs = list[tuple[Tensor, Tensor]]
+# Said everywhere, because a user may have set another default device.
+_HOST = torch.device("cpu")
+
+
+def chunk(length: Tensor, parts: int, i: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of the i-th of ``parts`` chunks; the first ``length % parts`` are one longer."""
+    small, longer = length // parts, length % parts
+    start = i * small + torch.minimum(i, longer)
+    return start, start + small + (i < longer)
+
+
+def contiguous(length: Tensor, ring_degree: int, r: Tensor) -> Runs:
+    """The r-th of R chunks."""
+    return [chunk(length, ring_degree, r)]
+
+
+def zigzag(length: Tensor, ring_degree: int, r: Tensor) -> Runs:
+    """Chunks r and 2R-1-r of 2R, the same causal work for every r (also: dual chunk swap)."""
+    last = 2 * ring_degree - 1
+    return [chunk(length, last + 1, r), chunk(length, last + 1, last - r)]
+
+
+def striped(length: Tensor, ring_degree: int, r: Tensor) -> Runs:
+    """Tokens r, r+R, r+2R, ..."""
+    return [(r, torch.maximum(length, r))]
+
+
+STRIDED = (striped,)
+LAYOUTS: dict[str, Callable[[Tensor, int, Tensor], Runs]] = {
+    "contiguous": contiguous,
+    "zigzag": zigzag,
+    "striped": striped,
+}
+
+
+@dataclass(frozen=True)
+class DocumentZigzag:
+    """Zigzag inside each packed document, the only layout that balances packed causal work.
+
+    Args:
+        cu_seqlens: Document boundaries ``(0, ..., total)``; a CPU tensor is turned into a tuple.
+    """
+
+    cu_seqlens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cu_seqlens", check_cu_seqlens(self.cu_seqlens))
+
+
+Layout = str | DocumentZigzag
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The positions of one ring rank: in each segment of the sequence a few arithmetic runs.
+
+    Attributes:
+        bounds: (S + 1,) int64 boundaries of the segments (the documents; else one segment).
+        start, stop: (S, K) int64, run k of segment s is ``range(start, stop, stride)``; ascending.
+        stride: Distance of neighbours in a run.
+    """
+
+    bounds: Tensor
+    start: Tensor
+    stop: Tensor
+    stride: int
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(S, K) tokens of each run."""
+        return (self.stop - self.start + (self.stride - 1)) // self.stride
+
+    def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def _length(self) -> int:
+        return int(self.counts.sum())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(n,) int64, sorted."""
+        counts = self.counts.flatten()
+        before = counts.cumsum(0) - counts
+        base = (self.start.flatten() - self.stride * before).repeat_interleave(counts)
+        return base + self.stride * torch.arange(len(self), device=base.device)
+
+    @cached_property
+    def _on_device(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """``positions`` on ``device``, int64, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = self.positions.to(device)
+        return self._on_device[device]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """(2,) first and last position; (0,) for an empty row."""
+        held = self.counts > 0
+        if not held.any():
+            return self.start.new_empty(0)
+        start, last = self.start[held], (self.start + self.stride * (self.counts - 1))[held]
+        return torch.stack((start[0], last[-1]))
+
+    def segment_of(self, positions: Tensor) -> Tensor | None:
+        """Segment of each position, the same for every row of a table; None if there is one."""
+        if len(self.bounds) == 2:
+            return None
+        segment = torch.searchsorted(self.bounds, positions, right=True) - 1
+        return segment.clamp_max(len(self.bounds) - 2)
+
+    def count_below(self, positions: Tensor, segment: Tensor | None) -> Tensor:
+        """How many of this row's tokens lie below each of ``positions``, int32.
+
+        Args:
+            positions: (n,) int64, ascending, n > 0.
+            segment: ``segment_of(positions)``.
+        """
+        if len(positions) > 1 and positions[0] == positions[-1]:
+            # One end of a causal or full mask is the same for every row.
+            alone = None if segment is None else segment[:1]
+            return self.count_below(positions[:1], alone).repeat(len(positions))
+        if segment is None:
+            runs = zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)
+            below = torch.zeros_like(positions)
+            for start, count in runs:
+                below += self._within(positions, start, count)
+            return below.int()
+        per_segment = self.counts.sum(1)
+        below = (per_segment.cumsum(0) - per_segment)[segment]
+        for start, count in zip(self.start.unbind(1), self.counts.unbind(1), strict=True):
+            below += self._within(positions, start[segment], count[segment])
+        return below.int()
+
+    def _within(self, positions: Tensor, start: Tensor | int, count: Tensor | int) -> Tensor:
+        """How many tokens of the run lie below each position."""
+        offset = positions - start
+        if self.stride > 1:
+            offset = (offset + (self.stride - 1)) // self.stride
+        if isinstance(count, Tensor):
+            return torch.minimum(offset.clamp_min_(0), count)
+        return offset.clamp_(0, count)
+
+
+def check_layout(layout: Layout) -> Layout:
+    """``layout`` itself if it is known.
+
+    Raises:
+        ValueError: names the layout and those there are.
+    """
+    if isinstance(layout, DocumentZigzag) or (isinstance(layout, str) and layout in LAYOUTS):
+        return layout
+    raise ValueError(
+        f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)} or DocumentZigzag(cu_seqlens)"
+    )
+
+
+@lru_cache(maxsize=32)
+def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
+    """The table of ``layout``: one row for each ring rank.
+
+    Raises:
+        ValueError: the layout is unknown, or made for another number of tokens.
+    """
+    check_layout(layout)
+    if isinstance(layout, DocumentZigzag):
+        return _document_rows(layout, seq_len, ring_degree)
+    runs_of = LAYOUTS[layout]
+    bounds = torch.tensor([0, seq_len], device=_HOST)
+    stride = ring_degree if runs_of in STRIDED else 1
+    ranks = torch.arange(ring_degree, device=_HOST)[:, None]
+    return tuple(_row(bounds, runs_of(bounds[1:], ring_degree, r), stride) for r in ranks)
+
+
+def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
+    if seq_len != layout.cu_seqlens[-1]:
+        raise ValueError(
+            f"layout DocumentZigzag holds {layout.cu_seqlens[-1]} tokens (cu_seqlens[-1]), "
+            f"but the sequence has {seq_len}"
+        )
+    bounds = torch.tensor(layout.cu_seqlens, device=_HOST)
+    length, document = bounds.diff(), torch.arange(len(bounds) - 1, device=_HOST)
+    # The first chunks of a document are the longer ones: rotate which rank gets them.
+    return tuple(
+        _row(bounds, zigzag(length, ring_degree, (r + document) % ring_degree), 1)
+        for r in range(ring_degree)
+    )
+
+
+def _row(bounds: Tensor, runs: Runs, stride: int) -> Row:
+    start = torch.stack([run[0] for run in runs], 1) + bounds[:-1, None]
+    stop = torch.stack([run[1] for run in runs], 1) + bounds[:-1, None]
+    return Row(bounds, start, stop, stride)
+
+
+def pieces(length: int, degree: int) -> tuple[int, ...]:
+    """Sizes of ``degree`` pieces of ``length`` items; the first ``length % degree`` are longer."""
+    small, longer = divmod(length, degree)
+    return tuple(small + (i < longer) for i in range(degree))
+
+
+def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
+    """Number of tokens of each ring rank's row."""
+    return tuple(len(row) for row in rows(layout, seq_len, ring_degree))
+
+
+def local_positions(
+    layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int, rank: tuple[int, int]
+) -> Tensor:
+    """Global positions, (n,) int64 sorted, of ``rank = (ring_rank, ulysses_rank)``."""
+    ring_rank, ulysses_rank = rank
+    row = rows(layout, seq_len, ring_degree)[ring_rank]
+    return row.positions.split(pieces(len(row), ulysses_degree))[ulysses_rank]

@@ -1,0 +1,1 @@
+"""Cut a sequence into shards and join it again; add up the gradients of its ranks."""

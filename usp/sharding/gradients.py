@@ -1,0 +1,132 @@
+"""The gradient rule of sequence parallelism, in one helper.
+
+The loss of the whole is the SUM over sequence ranks of each rank's loss. So each rank's parameter
+gradients are partial sums: sequence ranks add, data ranks average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from usp.distributed import comm
+from usp.distributed.comm import Axis
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from usp.distributed.mesh import SequenceMesh
+
+__all__ = ["all_reduce_gradients"]
+
+# Elements of one flat message: long enough to fill a link, short beside the model's own memory.
+_BUCKET_ELEMENTS = 8 * 2**20
+
+
+def all_reduce_gradients(
+    module_or_parameters: nn.Module | Iterable[nn.Parameter],
+    mesh: SequenceMesh | None,
+    data_parallel_group: ProcessGroup | None = None,
+    *,
+    accumulate_in_fp32: bool = True,
+) -> None:
+    """Make ``.grad`` of every parameter the gradient of the whole loss, on every rank.
+
+    Adds gradients over the sequence ranks of ``mesh`` and averages over ``data_parallel_group``.
+    Call it once per optimizer step, after the last backward of gradient accumulation and before
+    gradients are clipped: it is linear, and a second call would add twice. Not beside DDP or
+    FSDP over the same ranks, which reduce gradients themselves: see ``docs/training.md``.
+
+    A parameter that some ranks did not use counts as zeros there and gets its gradient
+    everywhere; one that no rank used keeps ``grad=None``.
+
+    Args:
+        module_or_parameters: What to reduce: the same parameters in the same order on every rank.
+            Those without ``requires_grad`` are left out. ``DTensor`` gradients are reduced by
+            their local shards, which must be cut alike on all ranks that take part here.
+        mesh: The sequence ranks; None is one device.
+        data_parallel_group: Ranks that hold the same part of other samples.
+        accumulate_in_fp32: Add fp16 and bf16 gradients in fp32 and round once at the end, for
+            twice the bytes; otherwise in their own dtype.
+    """
+    axes = _axes(mesh, data_parallel_group)
+    if not axes:
+        return
+    replicas = 1 if data_parallel_group is None else len(comm.group_ranks(data_parallel_group))
+    with torch.no_grad():
+        for bucket in _buckets(_parameters(module_or_parameters)):
+            _reduce(bucket, axes, replicas, accumulate_in_fp32)
+
+
+def _axes(mesh: SequenceMesh | None, data_parallel_group: ProcessGroup | None) -> list[Axis]:
+    axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
+    if data_parallel_group is not None:
+        ranks = comm.group_ranks(data_parallel_group)
+        axes.append(Axis(len(ranks), ranks.index(comm.global_rank()), data_parallel_group))
+    return [axis for axis in axes if axis.size > 1]
+
+
+def _parameters(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Trained parameters, each once."""
+    if isinstance(module_or_parameters, nn.Module):
+        module_or_parameters = module_or_parameters.parameters()
+    return [p for p in dict.fromkeys(module_or_parameters) if p.requires_grad]
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype and device, cut by size; the same cuts on every rank."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for same_kind in kinds.values():
+        bucket: list[nn.Parameter] = []
+        elements = 0
+        for parameter in same_kind:
+            size = _local(parameter).numel()
+            if bucket and elements + size > _BUCKET_ELEMENTS:
+                yield bucket
+                bucket, elements = [], 0
+            bucket.append(parameter)
+            elements += size
+        yield bucket
+
+
+def _reduce(bucket: list[nn.Parameter], axes: list[Axis], replicas: int, fp32: bool) -> None:
+    """One flat message: how many ranks have a gradient, parameter by parameter, then gradients."""
+    dtype = bucket[0].dtype
+    if fp32:
+        dtype = torch.promote_types(dtype, torch.float32)
+    sizes = [_local(parameter).numel() for parameter in bucket]
+    message = torch.zeros(len(bucket) + sum(sizes), dtype=dtype, device=bucket[0].device)
+    users, flat = message.split((len(bucket), sum(sizes)))
+    parts = flat.split(sizes)
+    users.copy_(torch.tensor([parameter.grad is not None for parameter in bucket]))
+    for part, parameter in zip(parts, bucket, strict=True):
+        if parameter.grad is not None:
+            part.copy_(_local(parameter.grad).flatten())
+    for axis in axes:
+        axis.all_reduce(message)
+    flat.div_(replicas)
+    for part, parameter, used in zip(parts, bucket, users.tolist(), strict=True):
+        if used:
+            _write(parameter, part)
+
+
+def _write(parameter: nn.Parameter, total: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+    local = _local(parameter.grad)
+    local.copy_(total.view_as(local))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a ``DTensor``; any other tensor itself, dense."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is not None:
+        return to_local()
+    return tensor.to_dense() if tensor.is_sparse else tensor

@@ -1,0 +1,182 @@
+"""Cut a sequence into this rank's tokens and join it again; both differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from usp.distributed.agreement import Facts, together
+from usp.distributed.comm import Axis, untraced
+from usp.distributed.mesh import SequenceMesh, degrees_and_place
+from usp.planning.layout import DocumentZigzag, Layout, local_positions, pieces, row_lengths, rows
+
+
+def positions(
+    seq_len: int,
+    mesh: SequenceMesh | None,
+    layout: Layout = "contiguous",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Global positions of this rank's tokens, for RoPE and position tables.
+
+    Args:
+        seq_len: Tokens of the whole sequence.
+        mesh: The ranks that share it; None is one device.
+        layout: Which token is where.
+        device: Where the result lies; CPU by default.
+
+    Returns:
+        (local tokens,) int64, ascending.
+
+    Raises:
+        ValueError: the layout is unknown or made for another length.
+    """
+    (ring, ulysses), rank = degrees_and_place(mesh)
+    return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
+
+
+def shard_sequence(
+    x: Tensor, mesh: SequenceMesh | None, dim: int, layout: Layout = "contiguous"
+) -> Tensor:
+    """This rank's tokens of a sequence that every rank holds whole.
+
+    Lengths that do not divide are cut unevenly, never padded. The gradient is this rank's part:
+    zero at the tokens of other ranks.
+
+    Args:
+        x: (..., seq_len, ...), the same on every rank.
+        mesh: The ranks that share the sequence; None is one device.
+        dim: The sequence dim.
+        layout: Which token goes where.
+
+    Returns:
+        (..., local tokens, ...), contiguous.
+    """
+    index = positions(x.shape[dim], mesh, layout, x.device)
+    return x.index_select(dim, index)
+
+
+def unshard_sequence(
+    x: Tensor,
+    mesh: SequenceMesh | None,
+    dim: int,
+    layout: Layout = "contiguous",
+    seq_len: int | None = None,
+    *,
+    validate: bool = True,
+) -> Tensor:
+    """The whole sequence on every rank, in global order.
+
+    The gradient is the adjoint: the sum of what every rank's whole sequence got. So the loss of
+    the whole is the sum over ranks; a loss that all ranks compute alike is divided by
+    ``mesh.size`` first.
+
+    Args:
+        x: (..., local tokens, ...).
+        mesh: The ranks that share the sequence; None is one device.
+        dim: The sequence dim.
+        layout: As the sequence was cut.
+        seq_len: Tokens of the whole; by default local tokens times ranks.
+        validate: Compare what all ranks hold first, so that a disagreement raises on every rank
+            instead of hanging: 8 bytes along each axis of the mesh, for which a GPU is waited.
+            False where all are known to fit, in a loop that must not wait.
+
+    Raises:
+        ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
+            another rank refuses or holds something else; names both.
+    """
+    return x if mesh is None else _unshard(x, mesh, dim, layout, seq_len, validate)
+
+
+@untraced
+def _unshard(
+    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
+) -> Tensor:
+    whole_len = together(
+        mesh,
+        validate,
+        lambda: _whole_length(x, mesh, dim, layout, seq_len),
+        lambda found: _facts(x, dim, layout, found),
+    )
+    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, whole_len))
+    return whole.movedim(0, dim)
+
+
+def _whole_length(
+    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None
+) -> int:
+    """Tokens of the whole, of which ``x`` must be this rank's share."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
+    if seq_len is None:
+        seq_len = x.shape[dim] * mesh.size
+        if isinstance(layout, DocumentZigzag):
+            seq_len = layout.cu_seqlens[-1]
+    mine = len(positions(seq_len, mesh, layout))
+    if x.shape[dim] != mine:
+        raise ValueError(
+            f"rank {mesh.rank} holds {x.shape[dim]} tokens along dim {dim}, but layout {layout} "
+            f"gives it {mine} of {seq_len}: pass seq_len= of the whole sequence"
+        )
+    return seq_len
+
+
+def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int) -> Facts:
+    dim = dim % x.dim()
+    told = {
+        "seq_len": seq_len,
+        "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
+        "dtype": x.dtype,
+        "device type": x.device.type,
+        "layout": layout,
+        "gradient needed": torch.is_grad_enabled() and x.requires_grad,
+    }
+    return {name: str(value) for name, value in told.items()}
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, layout: Layout, seq_len: int) -> Tensor:
+        ctx.mesh, ctx.layout, ctx.seq_len = mesh, layout, seq_len
+        lengths = row_lengths(layout, seq_len, mesh.ring_degree)
+        row = _gather(mesh.ulysses, x, pieces(lengths[mesh.ring_rank], mesh.ulysses_degree))
+        joined = _gather(mesh.ring, row, lengths)
+        return joined.index_select(0, _order(layout, seq_len, mesh).argsort().to(x.device))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mesh, layout, seq_len = ctx.mesh, ctx.layout, ctx.seq_len
+        lengths = row_lengths(layout, seq_len, mesh.ring_degree)
+        joined = grad.index_select(0, _order(layout, seq_len, mesh).to(grad.device))
+        row = _reduce_scatter(mesh.ring, joined, lengths)
+        own = pieces(lengths[mesh.ring_rank], mesh.ulysses_degree)
+        return _reduce_scatter(mesh.ulysses, row, own), None, None, None
+
+
+def _order(layout: Layout, seq_len: int, mesh: SequenceMesh) -> Tensor:
+    """Global position of each token when the rows are joined one behind the other."""
+    return torch.cat([row.positions for row in rows(layout, seq_len, mesh.ring_degree)])
+
+
+def _gather(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(n, ...) of every rank, joined in rank order."""
+    if axis.size == 1:
+        return x
+    width = x.shape[1:].numel()
+    whole = x.new_empty((sum(lengths), *x.shape[1:]))
+    sizes = [length * width for length in lengths]
+    axis.all_gather(x.contiguous().flatten(), whole.view(-1), sizes)()
+    return whole
+
+
+def _reduce_scatter(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The adjoint: this rank's part of the sum over ranks, added in rank order."""
+    if axis.size == 1:
+        return x
+    width, mine = x.shape[1:].numel(), lengths[axis.rank]
+    sizes = [length * width for length in lengths]
+    parts = axis.all_to_all(x.contiguous().flatten(), sizes, [mine * width] * axis.size)
+    return parts.view(axis.size, mine, *x.shape[1:]).sum(0)

@@ -1,0 +1,143 @@
+"""The oracle: dense attention in fp64, and its dropout. It imports nothing that it judges.
+ Shape letters: B batch, Sq / Sk whole query / key
+sequences, H query heads, G key/value heads, D head dim of q and k, Dv head dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(
+    query_len: int,
+    key_len: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    prefix_len: int | None = None,
+) -> Tensor:
+    """Who sees whom: (Sq, Sk) bool, True where query i attends to key j. Positions are global."""
+    i = torch.arange(query_len)[:, None]
+    j = torch.arange(key_len)[None, :]
+    visible = torch.ones(query_len, key_len, dtype=torch.bool)
+    if causal:
+        visible &= (j <= i) | (j < (prefix_len or 0))
+    left, right = window_size
+    if left is not None:
+        visible &= j >= i - left
+    if right is not None:
+        visible &= j <= i + right
+    if cu_seqlens is not None:
+        ends = torch.as_tensor(cu_seqlens)[1:].contiguous()
+        visible &= torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)
+    return visible
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    prefix_len: int | None = None,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over whole sequences, in fp64, differentiable, with the full score matrix.
+
+    Args:
+        q: (B, Sq, H, D), any float dtype.
+        k: (B, Sk, G, D), H a multiple of G.
+        v: (B, Sk, G, Dv).
+        causal, window_size, cu_seqlens, prefix_len: see :func:`visible_keys`.
+        softmax_scale: Dimensionless, default ``D ** -0.5``.
+        key_padding_mask: (B, Sk) bool, True = ignore.
+        attn_bias: (B|1, H|1, Sq|1, Sk), added to the scores.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` before the bias.
+        alibi_slopes: (H,) or (B, H); ``slope * |i - j|`` is taken off the scores.
+        dropout_keep: (B, H, Sq, Sk) multiplier of the probabilities; lse does not see it.
+
+    Returns:
+        out (B, Sq, H, Dv) and lse (B, H, Sq), fp64. A row that sees nothing has out 0, lse -inf
+        and zero gradients.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    group_size = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group_size, 2), v.repeat_interleave(group_size, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k)
+    scores = scores * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_bias is not None:
+        scores = scores + attn_bias.double()
+    sq, sk = scores.shape[2:]
+    if alibi_slopes is not None:
+        distance = (torch.arange(sq)[:, None] - torch.arange(sk)[None, :]).abs()
+        scores = scores - alibi_slopes.double().expand(q.shape[0], -1)[..., None, None] * distance
+    hidden = ~visible_keys(
+        sq, sk, causal=causal, window_size=window_size, cu_seqlens=cu_seqlens, prefix_len=prefix_len
+    )
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None, :]
+    scores = scores.masked_fill(hidden, float("-inf"))
+    largest = scores.detach().amax(-1) if sk else scores.new_full(scores.shape[:3], float("-inf"))
+    seen = largest > float("-inf")
+    largest = torch.where(seen, largest, 0.0)
+    weights = torch.exp(scores - largest[..., None])
+    total = torch.where(seen, weights.sum(-1), 1.0)
+    lse = torch.where(seen, largest + torch.log(total), float("-inf"))
+    probabilities = weights / total[..., None]
+    if dropout_keep is not None:
+        probabilities = probabilities * dropout_keep.double()
+    return torch.einsum("bhij,bjhd->bihd", probabilities, v), lse
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four 32-bit counter words and a 64-bit key to four random 32-bit words.
+
+    Args:
+        counter: Four broadcastable int64 tensors (or ints) with values below 2^32.
+        key: Two ints below 2^32.
+
+    Returns:
+        Four int64 tensors with values below 2^32.
+
+    Source:
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    key0, key1 = key
+    for _ in range(10):
+        # int64 products wrap, which leaves their 64 bits as they should be
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        high0, high1 = (product0 >> 32) & _WORD, (product1 >> 32) & _WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, product1 & _WORD, high0 ^ c3 ^ key1, product0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_multiplier(
+    dropout_p: float, seed: int, batch: int, num_heads: int, query_len: int, key_len: int
+) -> Tensor:
+    """What dropout multiplies each probability with: (B, H, Sq, Sk) fp64, 0 or ``1 / (1 - p)``."""
+    sequence_head = torch.arange(batch * num_heads).view(batch, num_heads, 1, 1)
+    i = torch.arange(query_len).view(-1, 1)
+    j = torch.arange(key_len)
+    words = philox((j >> 2, i, sequence_head, 0), (seed & _WORD, (seed >> 32) & _WORD))
+    word = torch.stack(words, -1).gather(
+        -1, (j & 3).expand(batch, num_heads, query_len, key_len)[..., None]
+    )[..., 0]
+    return (word >= int(dropout_p * 2**32)).double() / (1.0 - dropout_p)
