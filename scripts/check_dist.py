@@ -45,7 +45,14 @@ def expect(names: set[str], wanted: list[str], unwanted: list[str], where: Path)
 def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = ["csrc/ops.cpp", "csrc/module.cpp", "csrc/span.h", "tests/test_", "CMakeLists.txt"]
+    wanted = [
+        "csrc/ops.cpp",
+        "csrc/module.cpp",
+        "csrc/span.h",
+        "tests/test_",
+        "emulators/",
+        "CMakeLists.txt",
+    ]
     wanted += ["build_backend/usp_build/hooks.py", "usp/py.typed", "LICENSE", "README.md"]
     expect(names, wanted, ["build/", ".venv", "usp/_ops.so", "usp/_C."], path)
 

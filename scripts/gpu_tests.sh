@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 mkdir -p build
 running=()
 for part in $(seq "$parts"); do
-  "$pytest" -m gpu -p no:cacheprovider --part "$part/$parts" tests/test_gpu.py "$@" \
+  "$pytest" -m gpu -p no:cacheprovider --part "$part/$parts" tests/gpu/test_gpu.py "$@" \
     >"build/gpu-tests-$part.log" 2>&1 &
   running+=($!)
 done
@@ -29,7 +29,7 @@ for part in $(seq "$parts"); do
   fi
 done
 cat build/gpu-tests-*.log | grep -E '^SKIPPED' | sort | uniq -c
-"$pytest" -m gpu -p no:cacheprovider tests/test_gpu_large.py "$@"
+"$pytest" -m gpu -p no:cacheprovider tests/gpu/test_gpu_large.py "$@"
 code=$?
 if [ "$code" != 0 ] && [ "$code" != 5 ]; then failed=1; fi
 exit "$failed"

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-# the workers and the tests import helpers of this folder by name
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from background import Background, Said
 from gpu_builds import Builds
+from hypothesis import HealthCheck, settings
 from pool import Pool
 from triton_interpreter import start_interpreter
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pool as workers
 import pytest
 import torch
+from places import EXAMPLES
 
 import usp
 
 # train_vit's picture lies in its wheel
 pytest.importorskip("skimage")
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 STEPS = 50
 TOLERANCE = 1e-5
 # lengths that nothing divides: 257 bytes, 7 * 11 patches

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "usp"
 DOOR = PACKAGE / "__init__.py"  # the public names: for people's programs, on the floors above all
 NEUTRAL = {PACKAGE / "__main__.py", PACKAGE / "_version.py"}

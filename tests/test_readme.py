@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import usp
-
-ROOT = Path(__file__).resolve().parents[1]
 
 CHECK = """
 from usp.testing import dense_attention

@@ -9,8 +9,8 @@ from unittest import mock
 import judge
 import torch
 from cases import Case as MeshCase
-from gluon_emulator import emulated
-from gluon_machine import Timing
+from gluon.emulator import emulated
+from gluon.machine import Timing
 from native_case import (
     Case,
     computed,

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import usp
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+import usp
 
 
 def module(name: str) -> Any:

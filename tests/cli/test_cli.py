@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import usp
 from usp import cli
 from usp._version import __version__
 from usp.cli import bench
-
-ROOT = Path(usp.__file__).resolve().parents[1]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -140,7 +139,7 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
 def test_a_users_error_is_one_line_and_exit_code_2(
     argv: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(ROOT)
     code, out, err = run(capsys, *argv.split())
     assert code == 2
     assert out == ""

@@ -6,18 +6,17 @@ import json
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import BENCHMARKS
 
 from usp import kernels
 from usp.backends import TABLE, in_order, preference, select
 from usp.backends.preference import PREFERENCES, Preference
 from usp.planning.problem import Traits
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 ON_CPU = Traits("cpu", torch.bfloat16, 64, 64, 0.125, architecture="cpu")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from gpu_launches import Launches
+from places import CSRC
 from torch import Tensor
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
 SOURCES = (
     "gpu/attention_forward.cu",
     "gpu/attention_backward.cu",

@@ -11,8 +11,8 @@ from gpu_builds import BUILD_TIMEOUT_S, Builds
 from move_ops import implementation, library
 from ptx_ops import Kernels, PtxMoves
 from test_attention_delta import assert_products, randn
-from test_head_exchange import assert_there_and_back, filled, message_of, random_bytes
-from test_state_merge import assert_merged, parts
+from test_merge import assert_merged, parts
+from test_pack import assert_there_and_back, filled, message_of, random_bytes
 
 from usp.attention import block
 

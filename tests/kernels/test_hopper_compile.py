@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from background import environment
+from places import SUPPORT
 
 from usp import kernels
 
-TESTS = Path(__file__).resolve().parent
 # at 128, where registers are scarce, the forward with a state, and with a state and a result
 PROBLEMS = {
     "bfloat16:128": ["forward", "forward", "keys", "queries"],
@@ -34,7 +33,7 @@ SHARED = 227 * 1024
 def test_defaults_keep_their_registers_and_their_order() -> None:
     tasks = [f"cuda:90/{problem}/hopper" for problem in PROBLEMS]
     done = subprocess.run(
-        [sys.executable, str(TESTS / "triton_ahead.py"), *tasks],
+        [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks],
         env=environment(),
         capture_output=True,
         text=True,

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from background import environment
+from places import SUPPORT
 
 pytest.importorskip("triton")
 
@@ -24,8 +24,7 @@ KERNELS = {
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize("target", KERNELS)
 def test_machine_code_equals_dense_attention(target: str) -> None:
-    script = Path(__file__).with_name("triton_gcn.py")
-    command = [sys.executable, str(script), target]
+    command = [sys.executable, str(SUPPORT / "triton_gcn.py"), target]
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=SECONDS
     )

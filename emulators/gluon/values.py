@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gluon_machine import Product, running
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon.machine import Product, running
 
 TORCH = {
     gl.float32: torch.float32,

@@ -24,8 +24,8 @@ if not kernels.has_gluon():
     pytest.skip("no Triton with Gluon for Hopper", allow_module_level=True)
 
 from cases import Case as MeshCase
-from gluon_emulator import emulated
-from gluon_machine import Timing
+from gluon.emulator import emulated
+from gluon.machine import Timing
 from hopper_case import (
     TIMINGS,
     assert_right,

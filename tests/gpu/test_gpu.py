@@ -147,7 +147,7 @@ def test_corners(case: MeshCase, gpu_pool: Pool, device: str) -> None:
 def test_nccl_with_one_rank(tmp_path: Path, device: str) -> None:
     store = str(tmp_path / "store")
     code = f"import gpu_worker; gpu_worker.{one_rank_alone.__name__}({store!r}, {device!r})"
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    paths = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": paths},

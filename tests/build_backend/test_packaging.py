@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import setup_env
 import torch
+from places import ROOT
 from usp_build import hooks, native, targets, toolchains, torch_install
 from wheels import build_wheel, copy_sources, open_wheel
 
 import usp
 from usp._version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
 VERSION = __version__
 
 

@@ -15,12 +15,13 @@ from unittest import mock
 
 import torch
 import triton.language as tl
-from gluon_machine import Barrier, Load, Machine, Product, Timing, run, running
-from gluon_values import TORCH, Descriptor, Pointer, Shared, Value, combined
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
+
+from gluon.machine import Barrier, Load, Machine, Product, Timing, run, running
+from gluon.values import TORCH, Descriptor, Pointer, Shared, Value, combined
 
 
 class Mbarrier:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from gcn.assembly import Kernel, parse_line
 from gcn.machine import Order
-from gcn.ops import GcnMoves, GcnOps, Programs
 from gcn.wave import Hazard
+from gcn_ops import GcnMoves, GcnOps, Programs
 from gpu_builds import BUILD_TIMEOUT_S, Builds
 from gpu_checks import Subject, assert_merged, assert_packed
 from gpu_host import host_ops

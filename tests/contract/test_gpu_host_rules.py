@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from gpu_host import CSRC
+from places import TESTS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -30,7 +31,7 @@ RULES = {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("rules") / "gpu_host_rules"
-    own = Path(__file__).parent / "cpp" / "gpu_host_rules.cpp"
+    own = TESTS / "cpp" / "gpu_host_rules.cpp"
     sources = [own, CSRC / "gpu" / "host" / "simt.cpp", CSRC / "gpu" / "host" / "hopper.cpp"]
     command = ["g++", "-std=c++20", "-O1", "-DUSP_GPU_HOST_WAVE=32", f"-I{CSRC}"]
     subprocess.run([*command, *map(str, sources), "-o", str(built)], check=True)

@@ -5,8 +5,8 @@ and run nothing with it, so a fork costs milliseconds, inherits no thread, and w
 crashed are replaced by fresh ones as cheaply as the first. Each worker has one thread, fresh
 memory filled with NaN, and its stderr in a file of its own.
 
-In a test: ``results = pool.run(function, *args, ranks=4)``; ``function`` lives in a module of this
-folder and runs on the 4 workers of a world of 4, where ``pool.mesh(2, 2)`` is their mesh.
+In a test: ``results = pool.run(function, *args, ranks=4)``; ``function`` lives in a module of
+tests/ and runs on the 4 workers of a world of 4, where ``pool.mesh(2, 2)`` is their mesh.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from places import TESTS
 
 WORKERS = 6
 # how long the others may take to return once one rank has failed: they often wait for it in vain
@@ -41,7 +42,6 @@ GRACE_SECONDS = 5.0
 # what every worker would import: use_deterministic_algorithms reads inductor's settings, and test
 # modules import pytest and hypothesis. Not usp: the template process has not the parent's path.
 PRELOADED = ["torch", "torch._inductor.config", "pytest", "hypothesis"]
-TESTS = Path(__file__).resolve().parent
 # an orderly refusal leaves nothing in flight, so the workers can be kept
 REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
 
@@ -198,7 +198,7 @@ def _reference(function: Callable[..., Any]) -> tuple[str, str]:
     if "<" in function.__qualname__:
         raise ValueError(f"workers cannot import {function.__qualname__}: define it in a module")
     file = Path(inspect.getfile(function)).resolve()
-    module = file.stem if file.parent == TESTS else function.__module__
+    module = file.stem if TESTS in file.parents else function.__module__
     return module, function.__qualname__
 
 

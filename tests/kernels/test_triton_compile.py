@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from background import Said, environment
+from places import SUPPORT
 
 pytest.importorskip("triton")
 
@@ -45,8 +45,7 @@ def command() -> tuple[list[str], dict[str, str]]:
     tasks = [f"{target}/{problem}" for target, problems in ASKED.items() for problem in problems]
     # what takes longest first: no core waits at the end
     tasks.sort(key=lambda task: -int(task.rpartition(":")[2]))
-    script = str(Path(__file__).with_name("triton_ahead.py"))
-    return [sys.executable, script, *tasks], environment()
+    return [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks], environment()
 
 
 @pytest.fixture(scope="module")

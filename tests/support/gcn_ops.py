@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gcn.assembly import Assembly, Kernel
+from gcn.machine import Launchable, Order
+from gcn.memory import Memory
 from gpu_host import GpuHostOps
 from gpu_launches import Launch, Launches
 from torch import Tensor
-
-from .assembly import Assembly, Kernel
-from .machine import Launchable, Order
-from .memory import Memory
 
 Redirect = Callable[[Callable[[Launch], None]], AbstractContextManager[None]]
 
