@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from usp.backends import Backend, check_name, select
+from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.distributed.transport import TRANSPORTS
+from usp.distributed.transport import check_transport
 from usp.kernels import architecture
-from usp.planning.layout import DocumentZigzag, Layout, check_layout, pieces, row_lengths
+from usp.planning.layout import Layout, check_layout, pieces, row_lengths, whole_lengths
 from usp.planning.mask import Mask, make_mask
 from usp.planning.problem import Scoring, Traits, state_dtype
 
@@ -86,12 +87,14 @@ def check(
     """
     check_layout(options.layout)
     check_name(options.backend)
-    if options.transport not in TRANSPORTS:
-        raise ValueError(
-            f"unknown transport {options.transport!r}: use one of {', '.join(TRANSPORTS)}"
-        )
+    check_transport(options.transport)
     _check_qkv(tensors.q, tensors.k, tensors.v)
-    query_len, key_len = _sequence_lengths(tensors, options, mesh)
+    query_len, key_len = whole_lengths(
+        (tensors.q.shape[1], tensors.k.shape[1]),
+        mesh.size if mesh else 1,
+        options.layout,
+        options.seq_len,
+    )
     query_lengths = _row_pieces("q", tensors.q.shape[1], query_len, options.layout, mesh)
     key_lengths = _row_pieces("k", tensors.k.shape[1], key_len, options.layout, mesh)
     _check_extras(tensors, key_len)
@@ -145,21 +148,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"the heads of q must be a multiple of those of k and v: q has {q.shape[2]}, "
             f"k has {k.shape[2]}"
         )
-
-
-def _sequence_lengths(
-    tensors: Tensors, options: Options, mesh: SequenceMesh | None
-) -> tuple[int, int]:
-    seq_len, size = options.seq_len, mesh.size if mesh else 1
-    if isinstance(seq_len, (tuple, list)):
-        if len(seq_len) != 2:
-            raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
-        return int(seq_len[0]), int(seq_len[1])
-    if seq_len is not None:
-        return int(seq_len), int(seq_len)
-    if isinstance(options.layout, DocumentZigzag):
-        return options.layout.cu_seqlens[-1], options.layout.cu_seqlens[-1]
-    return tensors.q.shape[1] * size, tensors.k.shape[1] * size
 
 
 def _row_pieces(
@@ -276,20 +264,22 @@ def slopes_of(tensors: Tensors) -> Tensor | None:
     return slopes.to(state_dtype(tensors.q.dtype)).view(-1, tensors.q.shape[2])
 
 
-def facts(tensors: Tensors, options: Options, request: Request) -> dict[str, str]:
+def facts(tensors: Tensors, options: Options, request: Request) -> Facts:
     """What all ranks of a mesh must agree on, by name."""
     q, v, bias = tensors.q, tensors.v, tensors.attn_bias
-    told = {
+    told: Facts = {
         "batch size": q.shape[0],
         "number of query heads": q.shape[2],
         "number of key heads": v.shape[2],
         "head_dim": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device type": q.device.type,
-        "seq_len": (request.query_len, request.key_len),
+        "seq_len": Advised((request.query_len, request.key_len), LENGTH_ADVICE),
         "mask (causal, window_size, cu_seqlens, prefix_len)": request.mask,
         "layout": options.layout,
-        "scoring (softmax_scale, softcap, dropout_p, dropout seed)": request.scoring,
+        "scoring (softmax_scale, softcap, dropout_p, dropout seed)": Advised(
+            request.scoring, "seed all ranks alike, or draw inside usp.rng.replicated(mesh)"
+        ),
         "transport": options.transport,
         "return_lse": options.return_lse,
         "key_padding_mask": tensors.key_padding_mask is not None,
@@ -303,4 +293,4 @@ def facts(tensors: Tensors, options: Options, request: Request) -> dict[str, str
     }
     if bias is not None and q.shape[1] != 1:
         told["queries of attn_bias"] = "one for all" if bias.shape[2] == 1 else "one each"
-    return {name: str(value) for name, value in told.items()}
+    return told

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.attention import compiled
 from usp.attention.arguments import Options, Request, Tensors, check, facts, slopes_of
 from usp.attention.hybrid import hybrid_attention, make_call
-from usp.distributed.agreement import together
+from usp.distributed.agreement import check_on_all_ranks
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.layout import Layout
@@ -150,7 +150,7 @@ def _agree(
     validate: bool,
 ) -> Request:
     """Check the arguments, on request together with all ranks of the mesh."""
-    return together(
+    return check_on_all_ranks(
         mesh,
         validate,
         lambda: check(tensors, options, mesh, dropout_seed),

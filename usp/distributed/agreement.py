@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
 
-Facts = dict[str, str]
 Found = TypeVar("Found")
+VALIDATE = ("first", "always", "never")
+LENGTH_ADVICE = "where shards are uneven pass seq_len="
 _REFUSALS = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
 
 
-def together(
+@dataclass(frozen=True)
+class Advised:
+    """A fact, and what to do where ranks disagree on it."""
+
+    value: object
+    advice: str
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+# By name; ranks compare them as text.
+Facts = dict[str, object]
+
+
+def check_validate(validate: str) -> None:
+    """Refuse an unknown word for when ranks compare.
+
+    Raises:
+        ValueError: names it and those there are.
+    """
+    if validate not in VALIDATE:
+        raise ValueError(f"validate must be one of {', '.join(VALIDATE)}, got {validate!r}")
+
+
+def compares_now(validate: str, compared: bool) -> bool:
+    """Whether ranks compare at this call of a module.
+
+    Args:
+        validate: Of VALIDATE.
+        compared: Whether they did before.
+    """
+    return validate == "always" or (validate == "first" and not compared)
+
+
+def check_on_all_ranks(
     mesh: SequenceMesh | None,
     validate: bool,
     check: Callable[[], Found],
@@ -55,7 +92,8 @@ def compare(mesh: SequenceMesh, facts: Facts, error: Exception | None) -> None:
         ValueError, NotImplementedError: the own refusal, another rank's, or a difference with
             both values.
     """
-    told = (facts, type(error).__name__ if error else None, str(error))
+    said = {name: str(fact) for name, fact in facts.items()}
+    told = (said, type(error).__name__ if error else None, str(error))
     digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
     digests = mesh.gather_numbers(int.from_bytes(digest, "little", signed=True))
     if error is None and len(set(digests)) == 1:
@@ -66,21 +104,17 @@ def compare(mesh: SequenceMesh, facts: Facts, error: Exception | None) -> None:
     for rank, (_, kind, message) in enumerate(everyone):
         if kind is not None:
             raise _REFUSALS.get(kind, ValueError)(f"rank {rank} of the mesh refused: {message}")
-    names = {name: None for facts, _, _ in everyone for name in facts}
+    names = {name: None for said, _, _ in everyone for name in said}
     for name in names:
         # A rank that cannot tell leaves the fact out.
-        values = [(rank, f[name]) for rank, (f, _, _) in enumerate(everyone) if name in f]
+        values = [(rank, said[name]) for rank, (said, _, _) in enumerate(everyone) if name in said]
         for rank, value in values[1:]:
             if value != values[0][1]:
                 raise ValueError(
                     f"ranks of the mesh disagree on {name}: rank {values[0][0]} has "
-                    f"{values[0][1]}, rank {rank} has {value}{_advice(name)}"
+                    f"{values[0][1]}, rank {rank} has {value}{_advice(facts.get(name))}"
                 )
 
 
-def _advice(name: str) -> str:
-    if "dropout seed" in name:
-        return "; seed all ranks alike, or draw inside usp.rng.replicated(mesh)"
-    if name == "seq_len":
-        return "; where shards are uneven pass seq_len="
-    return ""
+def _advice(fact: object) -> str:
+    return f"; {fact.advice}" if isinstance(fact, Advised) else ""

@@ -182,6 +182,16 @@ TRANSPORTS: dict[str, type[RingTransport] | type[AllGatherTransport]] = {
 }
 
 
+def check_transport(name: str) -> None:
+    """Refuse an unknown transport.
+
+    Raises:
+        ValueError: names it and those there are.
+    """
+    if name not in TRANSPORTS:
+        raise ValueError(f"unknown transport {name!r}: use one of {', '.join(TRANSPORTS)}")
+
+
 def make_transport(name: str, axis: Axis, hops: int, parcels: Sequence[Parcel]) -> Transport:
     """How blocks travel.
 

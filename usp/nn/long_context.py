@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from usp.attention.functional import long_context_attention
+from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.layout import Layout
-
-VALIDATE = ("first", "always", "never")
 
 
 class LongContextAttention(nn.Module):
@@ -52,8 +51,7 @@ class LongContextAttention(nn.Module):
         validate: str = "first",
     ):
         super().__init__()
-        if validate not in VALIDATE:
-            raise ValueError(f"validate must be one of {', '.join(VALIDATE)}, got {validate!r}")
+        check_validate(validate)
         self.mesh = mesh
         self.validate = validate
         self.dropout_p = dropout_p
@@ -97,7 +95,6 @@ class LongContextAttention(nn.Module):
         Returns:
             (B, Lq, H, Dv), with ``return_lse`` also (B, H, Lq).
         """
-        compare = self.validate == "always" or (self.validate == "first" and not self._compared)
         out = long_context_attention(
             q,
             k,
@@ -109,7 +106,7 @@ class LongContextAttention(nn.Module):
             cu_seqlens=self.cu_seqlens if cu_seqlens is None else cu_seqlens,
             seq_len=self.seq_len if seq_len is None else seq_len,
             dropout_p=self.dropout_p if self.training else 0.0,
-            validate=compare,
+            validate=compares_now(self.validate, self._compared),
             **self.options,
         )
         self._compared = True

@@ -8,7 +8,7 @@ joins them back in order. Lengths that do not divide are cut unevenly, never pad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -213,6 +213,42 @@ def _row(bounds: Tensor, runs: Runs, stride: int) -> Row:
     start = torch.stack([run[0] for run in runs], 1) + bounds[:-1, None]
     stop = torch.stack([run[1] for run in runs], 1) + bounds[:-1, None]
     return Row(bounds, start, stop, stride)
+
+
+def whole_length(local: int, ranks: int, layout: Layout, seq_len: int | None = None) -> int:
+    """Tokens of the whole sequence: those that were named, else what this rank's share says.
+
+    Args:
+        local: Tokens of this rank.
+        ranks: How many share the sequence; evenly, where nothing else is known.
+        layout: A document layout knows its length.
+        seq_len: What the caller said.
+    """
+    if seq_len is not None:
+        return int(seq_len)
+    if isinstance(layout, DocumentZigzag):
+        return layout.cu_seqlens[-1]
+    return local * ranks
+
+
+def whole_lengths(
+    local: tuple[int, int],
+    ranks: int,
+    layout: Layout,
+    seq_len: int | Sequence[int] | None = None,
+) -> tuple[int, int]:
+    """``whole_length`` of queries and keys, which may be named as a pair.
+
+    Raises:
+        ValueError: ``seq_len`` has not two entries.
+    """
+    named = seq_len if isinstance(seq_len, (tuple, list)) else (seq_len, seq_len)
+    if len(named) != 2:
+        raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
+    queries, keys = (
+        whole_length(n, ranks, layout, said) for n, said in zip(local, named, strict=True)
+    )
+    return queries, keys
 
 
 def pieces(length: int, degree: int) -> tuple[int, ...]:

@@ -8,10 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.distributed.agreement import Facts, together
+from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts, check_on_all_ranks
 from usp.distributed.comm import Axis, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.layout import DocumentZigzag, Layout, local_positions, pieces, row_lengths, rows
+from usp.planning.layout import (
+    Layout,
+    local_positions,
+    pieces,
+    row_lengths,
+    rows,
+    whole_length,
+)
 
 
 def positions(
@@ -95,7 +102,7 @@ def unshard_sequence(
 def _unshard(
     x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
 ) -> Tensor:
-    whole_len = together(
+    whole_len = check_on_all_ranks(
         mesh,
         validate,
         lambda: _whole_length(x, mesh, dim, layout, seq_len),
@@ -111,10 +118,7 @@ def _whole_length(
     """Tokens of the whole, of which ``x`` must be this rank's share."""
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
-    if seq_len is None:
-        seq_len = x.shape[dim] * mesh.size
-        if isinstance(layout, DocumentZigzag):
-            seq_len = layout.cu_seqlens[-1]
+    seq_len = whole_length(x.shape[dim], mesh.size, layout, seq_len)
     mine = len(positions(seq_len, mesh, layout))
     if x.shape[dim] != mine:
         raise ValueError(
@@ -126,15 +130,14 @@ def _whole_length(
 
 def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int) -> Facts:
     dim = dim % x.dim()
-    told = {
-        "seq_len": seq_len,
+    return {
+        "seq_len": Advised(seq_len, LENGTH_ADVICE),
         "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
         "dtype": x.dtype,
         "device type": x.device.type,
         "layout": layout,
         "gradient needed": torch.is_grad_enabled() and x.requires_grad,
     }
-    return {name: str(value) for name, value in told.items()}
 
 
 class _Unshard(torch.autograd.Function):

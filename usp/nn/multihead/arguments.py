@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from usp.distributed.agreement import Facts
 from usp.planning.problem import state_dtype
 
 
@@ -113,15 +114,15 @@ class Arguments:
                 "queries against the keys of all ranks, this rank's keys for padding)"
             )
 
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> Facts:
         """What all ranks of a mesh must agree on, beyond what attention compares."""
-        told = {"need_weights": str(self.need_weights)}
+        told: Facts = {"need_weights": self.need_weights}
         for name, mask in (
             ("key_padding_mask", self.key_padding_mask),
             ("attn_mask", self.attn_mask),
         ):
             told[name] = "None" if mask is None else f"{mask.dtype}, {mask.dim()} dims"
-            told[f"gradient of {name}"] = str(mask is not None and mask.requires_grad)
+            told[f"gradient of {name}"] = mask is not None and mask.requires_grad
         return told
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:

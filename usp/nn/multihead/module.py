@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usp.attention.functional import draw_dropout_seed
-from usp.distributed.agreement import together
+from usp.distributed.agreement import check_on_all_ranks, compares_now
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.multihead import forward as multihead_forward
 from usp.nn.multihead.arguments import Arguments, tokens
@@ -195,23 +195,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             (self.embed_dim, self.kdim, self.vdim),
             self.num_heads,
         )
-        validate = self.placement.validate
-        compared = validate == "always" or (
-            validate == "first" and self._compared is not self.placement
-        )
-        call = together(
+        validate = compares_now(self.placement.validate, self._compared is self.placement)
+        call = check_on_all_ranks(
             self.placement.mesh,
-            compared,
+            validate,
             lambda: self._prepare(arguments),
             lambda call: arguments.facts(),
         )
-        call = multihead_forward.with_columns(call, self.placement, compared)
+        call = multihead_forward.with_columns(call, self.placement, validate)
         # scores are sums in fp32 and more: autocast has had its say in the projections
         with torch.autocast(query.device.type, enabled=False):
             extra = make_extra_keys(
                 self.bias_k, self.bias_v, self.add_zero_attn, self.num_heads, call.q
             )
-            out = multihead_forward.attend(call, self.placement, extra, compared)
+            out = multihead_forward.attend(call, self.placement, extra, validate)
             weights = None
             if need_weights:
                 weights = multihead_forward.weights(call, self.placement, extra)

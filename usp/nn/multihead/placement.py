@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from usp.backends import check_name
+from usp.distributed.agreement import check_validate
 from usp.distributed.mesh import SequenceMesh
-from usp.distributed.transport import TRANSPORTS
-from usp.nn.long_context import VALIDATE
-from usp.planning.layout import DocumentZigzag, Layout, check_layout, pieces, row_lengths
+from usp.distributed.transport import check_transport
+from usp.planning.layout import Layout, check_layout, pieces, row_lengths, whole_lengths
 from usp.planning.mask import Mask, make_mask
 from usp.sharding.sequence import unshard_sequence
 
@@ -32,12 +32,8 @@ class Placement:
     def __post_init__(self) -> None:
         check_layout(self.layout)
         check_name(self.backend)
-        for name, value, known in (
-            ("transport", self.transport, tuple(TRANSPORTS)),
-            ("validate", self.validate, VALIDATE),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_transport(self.transport)
+        check_validate(self.validate)
         if isinstance(self.seq_len, str) and self.seq_len != "infer":
             raise ValueError(
                 f"seq_len must be a number, a pair of numbers, None or 'infer', "
@@ -66,14 +62,8 @@ class Placement:
             total = torch.tensor((query_len, key_len), device=device)
             queries, keys = mesh.all_reduce(total).tolist()
             return queries, keys
-        if isinstance(seq_len, int):
-            return seq_len, seq_len
-        if isinstance(seq_len, tuple | list):
-            queries, keys = seq_len
-            return int(queries), int(keys)
-        if isinstance(self.layout, DocumentZigzag):
-            return self.layout.cu_seqlens[-1], self.layout.cu_seqlens[-1]
-        return query_len * self.size, key_len * self.size
+        named = None if isinstance(seq_len, str) else seq_len
+        return whole_lengths((query_len, key_len), self.size, self.layout, named)
 
     def largest_shard(self, seq_len: int) -> int:
         """Tokens of the rank that holds most."""
