@@ -1,8 +1,13 @@
-"""Session-wide set-up: hypothesis profiles and the pool of distributed workers."""
+"""Session-wide set-up: hypothesis profiles, the pool of distributed workers, what is GPU code."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import torch
 from background import Background, Said
 from gpu_builds import Builds
 from hypothesis import HealthCheck, settings
+from places import ROOT, TESTS
 from pool import Pool
 from triton_interpreter import start_interpreter
 
@@ -37,9 +43,28 @@ _background = Background(
 def pytest_addoption(parser: pytest.Parser) -> None:
     about = "where the tests marked gpu run; on a cpu one case of each is rehearsed, a small one"
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help=about)
-    about = "tests that wait for a long command (tests/background.py): them alone, or all but them"
+    about = "tests that wait for a long command (support/background.py): them alone, or all others"
     parser.addoption("--waiting", choices=("only", "without"), help=about)
     parser.addoption("--part", metavar="K/N", help="the K-th of N parts of the tests")
+
+
+# Rooms of what executes or compiles GPU code; contract tests mark their own subjects.
+_DEVICE_CODE = (ROOT / "emulators", TESTS / "kernels", TESTS / "gpu")
+
+
+def in_device_room(path: Path) -> bool:
+    return any(path.is_relative_to(room) for room in _DEVICE_CODE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Rooms that `make test` leaves out need not be imported either: some import Triton."""
+    left_out = "not device_code" in config.option.markexpr
+    return True if left_out and in_device_room(collection_path) else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if in_device_room(item.path):
+        item.add_marker(pytest.mark.device_code)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -133,5 +158,23 @@ def rehearsal() -> Said:
     return _background.result("rehearsal")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each kind of skip, however many tests and files it concerns."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
 def pytest_unconfigure() -> None:
     _background.stop()
+    if "triton" in sys.modules:
+        atexit.register(_silence)
+
+
+def _silence() -> None:
+    """Triton's library reports pages of objects that live until the interpreter ends.
+
+    It does this for its own worker processes; everything of ours has been said by now.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -17,7 +17,7 @@ CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
 
 def load_error_with(library: Path) -> str:
     """What a fresh interpreter says of an ops library; it is loaded once, at import."""
-    program = "from usp import ops; print(ops.load_error())"
+    program = "from usp.ops import native as ops; print(ops.load_error())"
     environment = {**os.environ, "USP_OPS_LIBRARY": str(library)}
     done = subprocess.run(
         [sys.executable, "-c", program],
