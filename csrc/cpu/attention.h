@@ -1,7 +1,6 @@
 #pragma once
 
-// The CPU kernels of one block of attention. Free of torch; see docs/design.md, "The kernel
-// contract". T is float or double.
+// The CPU kernels of one block of attention. Free of torch; see docs/contract.md. T is float or double.
 
 #include "../attention.h"
 #include "parallel.h"

@@ -98,7 +98,7 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> _Input
 
 
 class GpuHostOps:
-    """Has the ops' own arguments, as in docs/design.md; tensors are bf16 or fp16, on the CPU."""
+    """Has the ops' own arguments, as in docs/contract.md; tensors are bf16 or fp16, on the CPU."""
 
     def __init__(self, wave_size: int, folder: Path, *flags: str) -> None:
         built = _build(wave_size, folder, flags)

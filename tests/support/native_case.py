@@ -14,7 +14,7 @@ from usp.testing import philox
 
 @dataclass(frozen=True)
 class Case:
-    """One call. Sizes as in docs/design.md; ``heads`` is (held here, offset, group size)."""
+    """One call. Sizes as in docs/contract.md; ``heads`` is (held here, offset, group size)."""
 
     batch: int = 2
     lq: int = 67

@@ -88,7 +88,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What forward and backward share besides q, k, v; order and meaning as in docs/design.md.
+    """What forward and backward share besides q, k, v; order and meaning as in docs/contract.md.
 
     Attributes:
         first, stop: (Lq,) int32 or both None.

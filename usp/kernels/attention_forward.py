@@ -34,7 +34,7 @@ def attention_forward(
     Args:
         q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). fp32, bf16 or fp16, last dim
             contiguous, any other strides and sizes.
-        options: As the contract of docs/design.md has it.
+        options: As the contract of docs/contract.md has it.
         out: (B, Lq, H, Dv) fp32, last dim contiguous; None is one that has seen nothing.
         lse: (B, H, Lq) fp32, last dim contiguous.
         result: Like out, any floating dtype: gets what ``out`` would, which stays as it was.
