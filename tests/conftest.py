@@ -127,7 +127,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """Up to six gloo workers; see ``tests/pool.py``."""
+    """Up to six gloo workers; see ``tests/support/pool.py``."""
     yield _pool
     _pool.close()
 
@@ -148,13 +148,13 @@ def gpu_builds() -> Builds:
 
 @pytest.fixture(scope="session")
 def ahead_of_time() -> Said:
-    """Every Triton kernel compiled ahead of time; see ``tests/test_triton_compile.py``."""
+    """Every Triton kernel compiled ahead of time; see ``tests/kernels/test_triton_compile.py``."""
     return _background.result("ahead_of_time")
 
 
 @pytest.fixture(scope="session")
 def rehearsal() -> Said:
-    """The tests that need a GPU on a CPU; see ``tests/test_gpu_rehearsal.py``."""
+    """The tests that need a GPU on a CPU; see ``tests/gpu/test_gpu_rehearsal.py``."""
     return _background.result("rehearsal")
 
 

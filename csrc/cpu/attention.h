@@ -1,6 +1,7 @@
 #pragma once
 
-// The CPU kernels of one block of attention. Free of torch; see docs/contract.md. T is float or double.
+// The CPU kernels of one block of attention. Free of torch; see docs/contract.md.
+// T is float or double.
 
 #include "../attention.h"
 #include "parallel.h"

@@ -1,6 +1,7 @@
 #pragma once
 
-// The GPU kernels of one block of attention. Free of torch; see docs/contract.md. Every pointer is a device pointer. They return null, or what went wrong.
+// The GPU kernels of one block of attention. Free of torch; see docs/contract.md.
+// Every pointer is a device pointer. They return null, or what went wrong.
 //
 // q, k, v (and dout) are all bf16 or all fp16; D and Dv at most 256, Lq and Lk below 2^31.
 

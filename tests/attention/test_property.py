@@ -1,6 +1,6 @@
 """Results do not depend on mesh, layout, transport or backend: draw all of them at random.
 
-``pytest tests/test_property.py --hypothesis-profile=long`` draws thousands of cases.
+``pytest tests/attention/test_property.py --hypothesis-profile=long`` draws thousands of cases.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The first of a row is the default and needs no tuning run: of the shapes that the literature and
 the size of the register file suggest, the largest tiles that compile without spills, as
-``tests/test_triton_compile.py`` checks. The others are what ``tune.tune`` tries.
+``tests/kernels/test_triton_compile.py`` checks. The others are what ``tune.tune`` tries.
 """
 
 from __future__ import annotations

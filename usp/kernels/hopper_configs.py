@@ -1,7 +1,7 @@
 """How the Hopper kernels are cut: kernel x head dim.
 
 The first of a row is what ``configs.pipelined`` takes, and does not spill, as
-``tests/test_hopper_compile.py`` checks.
+``tests/kernels/test_hopper_compile.py`` checks.
 """
 
 from __future__ import annotations
