@@ -166,29 +166,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu or cuda; by default a GPU for each process, if any")
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--compare", action="store_true", help="then train again on one process")
     return parser.parse_args(argv)
 
 
+def start(args: argparse.Namespace) -> tuple[usp.SequenceMesh | None, torch.device]:
+    """The mesh of all processes, None for one by itself, and the device of this one."""
+    if args.ulysses * args.ring > 1 or "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        # Makes this process's own device the current one, or says why there is none.
+        mesh = usp.init_mesh(args.ulysses, args.ring, device_type=args.device)
+        return mesh, torch.device(mesh.device_type)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return None, torch.device(args.device or accelerator)
+
+
 def main() -> int:
     args = parse()
-    world, here, local_world = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    device = torch.device("cpu")
-    if torch.cuda.device_count() >= local_world:
-        device = torch.device("cuda", here)
-        torch.cuda.set_device(device)
-    mesh = None
-    if world > 1 or args.ulysses * args.ring > 1:
-        mesh = usp.init_mesh(args.ulysses, args.ring, device_type=device.type)
-    start = time.perf_counter()
+    mesh, device = start(args)
+    world = 1 if mesh is None else mesh.size
+    began = time.perf_counter()
     losses = train(args, mesh, device)
     status = 0
     if mesh is None or mesh.rank == 0:
-        print(f"{args.steps} steps on {world} process(es): {time.perf_counter() - start:.1f} s")
+        print(f"{args.steps} steps on {world} process(es): {time.perf_counter() - began:.1f} s")
         if args.compare:
             alone = train(args, None, device)
             difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))

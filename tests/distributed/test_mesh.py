@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pool as worker
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from cases import Case, local
 from judge import assert_close, attend, join, oracle
 from pool import RemoteError
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import usp
 
@@ -137,14 +138,128 @@ def wrong_degrees(ulysses: int, ring: int) -> None:
     usp.init_mesh(ulysses, ring)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "numbers"),
-    [((2, 2), ["4 ranks", "has 3"]), ((0, 3), ["ulysses_degree", "0"]), ((3, -1), ["ring", "-1"])],
-)
-def test_degrees_that_do_not_fit(pool, degrees: tuple[int, int], numbers: list[str]) -> None:
+WRONG_DEGREES = [
+    ((2, 2), ["4 ranks", "has 3"]),
+    ((0, 3), ["ulysses_degree", "0"]),
+    ((3, -1), ["ring", "-1"]),
+    ((True, 3), ["ulysses_degree", "True"]),
+    ((3, 1.0), ["ring_degree", "1.0"]),
+    (("3", 1), ["ulysses_degree", "'3'"]),
+    ((3, None), ["ring_degree", "None"]),
+    ((torch.ones(2), 1), ["ulysses_degree", "tensor"]),
+]
+
+
+@pytest.mark.parametrize(("degrees", "numbers"), WRONG_DEGREES)
+def test_degrees_that_do_not_fit(pool, degrees: tuple, numbers: list[str]) -> None:
     for outcome in pool.outcomes(wrong_degrees, *degrees, ranks=3):
-        assert outcome.kind == "ValueError"
+        assert outcome.kind in ("ValueError", "TypeError")
         assert all(number in outcome.message for number in numbers), outcome.message
+
+
+def degrees_of_numpy() -> str:
+    return repr(usp.init_mesh(np.int64(1), np.int32(3)))
+
+
+def test_numbers_of_numpy_are_numbers(pool) -> None:
+    assert (
+        pool.run(degrees_of_numpy, ranks=3) == ["SequenceMesh(ulysses_degree=1, ring_degree=3)"] * 3
+    )
+
+
+def degrees_that_differ(mine: list[tuple]) -> None:
+    usp.init_mesh(*mine[dist.get_rank()])
+
+
+@pytest.mark.parametrize(
+    ("mine", "words"),
+    [
+        ([(1, 3), (3, 1), (1, 3)], ["(1, 3)", "(3, 1)"]),
+        ([(1, 3), (1, 3), (1, 2)], ["2 ranks", "has 3"]),
+        ([(1, 3.0), (1, 3), (1, 3)], ["ring_degree", "3.0"]),
+    ],
+    ids=str,
+)
+def test_every_rank_hears_of_degrees_that_differ(pool, mine: list[tuple], words: list[str]) -> None:
+    for outcome in pool.outcomes(degrees_that_differ, mine, ranks=3, timeout=20):
+        assert outcome.kind in ("ValueError", "TypeError"), outcome
+        assert all(word in outcome.message for word in words), outcome.message
+
+
+# name of an axis -> its size; then the names of ours, and the degrees (ulysses, ring) they make
+AXES = {
+    "ring alone": ({"ring": 4}, {}, (1, 4)),
+    "ulysses alone": ({"ulysses": 4}, {}, (4, 1)),
+    "ulysses beside others": ({"dp": 2, "ulysses": 2}, {}, (2, 1)),
+    "another name": ({"cp": 4}, {"ring": "cp"}, (1, 4)),
+    "another name, the other axis": ({"dp": 2, "cp": 2}, {"ulysses": "cp"}, (2, 1)),
+    "None": ({"cp": 2, "ulysses": 2}, {"ring": "cp", "ulysses": None}, (1, 2)),
+    "two of three": ({"a": 2, "b": 1, "c": 2}, {"ring": "c", "ulysses": "a"}, (2, 2)),
+    "flattened": ({"a": 2, "b": 2}, {"ring": "a_b"}, (1, 4)),
+    "flattened ulysses": ({"a": 2, "b": 2}, {"ring": None, "ulysses": "a_b"}, (4, 1)),
+}
+OVERLAPS = {
+    "one axis twice": ({"cp": 4}, {"ring": "cp", "ulysses": "cp"}, ["'cp'", "[0, 1, 2, 3]"]),
+    "one of size 1 twice": ({"dp": 4, "cp": 1}, {"ring": "cp", "ulysses": "cp"}, ["'cp'"]),
+    "flattened twice": ({"a": 2, "b": 2}, {"ring": "a_b", "ulysses": "b"}, ["'a_b'", "'b'"]),
+    "typing error": ({"ulysses": 2, "rings": 2}, {}, ["'ring'", "'rings'"]),
+    "no such name": ({"ulysses": 4}, {"ring": "cp"}, ["'cp'", "'ulysses'"]),
+    "neither": ({"dp": 4}, {}, ["'dp'", "mesh=None"]),
+    "None twice": ({"ring": 4}, {"ring": None, "ulysses": None}, ["'ring'", "mesh=None"]),
+    "a number": ({"ring": 4}, {"ring": 0}, ["ring", "0"]),
+}
+
+
+def of_axes(sizes: dict[str, int], names: dict) -> tuple[tuple[int, int], list[int], int]:
+    """Degrees, and the tokens of 13 that the ranks hold together."""
+    whole = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if "a_b" in names.values():
+        whole["a", "b"]._flatten("a_b")
+    mesh = usp.SequenceMesh.from_device_mesh(whole, **names)
+    held = mesh.gather_objects(usp.positions(13, mesh, "zigzag").tolist())
+    numbers = mesh.gather_numbers(mesh.rank)
+    assert numbers == list(range(mesh.size)), numbers
+    return (
+        (mesh.ulysses_degree, mesh.ring_degree),
+        sorted(p for some in held for p in some),
+        mesh.rank,
+    )
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_axes_that_are_there_and_that_are_not(pool, name: str) -> None:
+    sizes, names, degrees = AXES[name]
+    results = pool.run(of_axes, sizes, names, ranks=4)
+    assert all(found[:2] == (degrees, list(range(13))) for found in results), results
+    ranks = sorted(found[2] for found in results)
+    size = degrees[0] * degrees[1]
+    assert ranks == sorted(list(range(size)) * (4 // size))
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_axes_that_give_no_rank_a_place_of_its_own(pool, name: str) -> None:
+    sizes, names, words = OVERLAPS[name]
+    for outcome in pool.outcomes(of_axes, sizes, names, ranks=4):
+        assert isinstance(outcome, RemoteError)
+        assert outcome.kind in ("ValueError", "TypeError")
+        assert all(word in outcome.message for word in words), outcome.message
+
+
+def a_mesh_of_some() -> str:
+    some = DeviceMesh("cpu", torch.tensor([0, 2]), mesh_dim_names=("ring",))
+    return repr(usp.SequenceMesh.from_device_mesh(some))
+
+
+def test_a_rank_that_is_not_in_the_device_mesh(pool) -> None:
+    outcomes = pool.outcomes(a_mesh_of_some, ranks=3)
+    assert outcomes[0] == outcomes[2] == "SequenceMesh(ulysses_degree=1, ring_degree=2)"
+    assert outcomes[1].kind == "ValueError"
+    assert "rank 1" in outcomes[1].message and "[0, 2]" in outcomes[1].message
+
+
+def test_what_is_no_device_mesh() -> None:
+    with pytest.raises(TypeError, match="DeviceMesh"):
+        usp.SequenceMesh.from_device_mesh("cpu")
 
 
 def unknown_axis() -> None:
@@ -159,6 +274,7 @@ def test_an_axis_that_does_not_exist(pool) -> None:
 
 
 def test_without_a_process_group_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="torchrun"):
         usp.init_mesh(1, 1)

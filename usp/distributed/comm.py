@@ -7,18 +7,21 @@ An ``Axis`` is one dimension of the mesh seen from one rank. Its verbs post and 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from math import prod
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from usp.distributed.launch import Launch, launched_by
 from usp.ops import native as ops
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Wait = Callable[[], Tensor]
 Given = ParamSpec("Given")
@@ -203,20 +206,39 @@ def _waiter(works: Sequence[Any], out: Tensor) -> Wait:
     return wait
 
 
-def ensure_initialised() -> None:
-    """Start the default process group from torchrun's environment if nobody has.
+def ensure_initialised() -> Launch | None:
+    """Start the default process group from the launcher's environment if nobody has.
+
+    Returns:
+        What the launcher said; None where there was a process group.
 
     Raises:
-        ValueError: there is neither a process group nor torchrun's environment.
+        ValueError: there is neither a process group nor a launcher's environment, or it
+            contradicts itself.
     """
     if dist.is_available() and dist.is_initialized():
-        return
-    if not dist.is_available() or "RANK" not in os.environ:
+        return None
+    launch = launched_by() if dist.is_available() else None
+    if launch is None:
         raise ValueError(
-            "torch.distributed has no process group: run under torchrun, or call "
+            "torch.distributed has no process group: run under torchrun or srun, or call "
             "torch.distributed.init_process_group first; one device needs no mesh (mesh=None)"
         )
-    dist.init_process_group()
+    if launch.init_method is None:
+        dist.init_process_group()
+    else:
+        dist.init_process_group(
+            init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size
+        )
+    return launch
+
+
+def axis_ranks(device_mesh: DeviceMesh, name: str) -> list[int] | None:
+    """Global ranks along an axis of that name, also one that was flattened; None without one."""
+    try:
+        return group_ranks(device_mesh.get_group(name))
+    except (KeyError, RuntimeError):
+        return None
 
 
 def group_ranks(group: dist.ProcessGroup | None) -> list[int]:
@@ -237,13 +259,7 @@ def mesh_groups(
     Args:
         table: Ranks of the mesh, row by row.
         group: Who calls this: the whole world (None), or just the ranks of the table.
-
-    Raises:
-        ValueError: the ranks of ``group`` have made different numbers of groups before; torch
-            would name the new ones differently and wait forever.
     """
-    if group is not None:
-        _compare_group_counts(group)
     mine: dict[str, dist.ProcessGroup] = {}
     for kind, lines in (("column", list(zip(*table, strict=True))), ("row", table)):
         for line in lines:
@@ -255,9 +271,41 @@ def mesh_groups(
     return mine["column"], mine["row"]
 
 
-def _compare_group_counts(group: dist.ProcessGroup) -> None:
-    counts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=group)
+def compare_before_groups(
+    group: dist.ProcessGroup | None, told: str, own: str | None, error: Exception | None
+) -> None:
+    """Collective over ``group``: raise on every rank where one refuses, or where they differ.
+
+    Args:
+        group: The ranks that are about to make process groups; None is the world.
+        told: What this rank was asked for.
+        own: What no other rank may have, if anything.
+        error: This rank's own refusal.
+
+    Raises:
+        ValueError: another rank refused, was asked for something else or has the same ``own``;
+            or the ranks have made
+            different numbers of groups before, and torch, which names groups of some ranks by
+            that number, would wait forever. And ``error`` itself.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    made = len(dist.distributed_c10d._world.pg_names) if group is not None else 0
+    refusal = None if error is None else str(error)
+    dist.all_gather_object(everyone, (told, own, refusal, made), group=group)
+    if error is not None:
+        raise error
+    owners: dict[str, int] = {}
+    for rank, (other, claimed, message, _) in enumerate(everyone):
+        if message is not None:
+            raise ValueError(f"rank {rank} of the group refused: {message}")
+        if other != told:
+            raise ValueError(f"ranks of the group disagree: rank {rank} has {other}, this {told}")
+        if claimed is not None and owners.setdefault(claimed, rank) != rank:
+            raise ValueError(
+                f"ranks {owners[claimed]} and {rank} would share one device ({claimed}): start as "
+                'many processes as there are devices, or choose the device type "cpu"'
+            )
+    counts = [count for *_, count in everyone]
     if len(set(counts)) > 1:
         raise ValueError(
             f"the ranks of the group have made {counts} process groups so far, and torch can only "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from usp.distributed import comm
 from usp.distributed.comm import Axis
+from usp.distributed.launch import choose_device, default_device_type
+from usp.planning.numbers import integer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,30 +31,43 @@ class SequenceMesh:
         device_mesh: The ``DeviceMesh`` below, which may have more axes.
     """
 
-    def __init__(self, device_mesh: DeviceMesh, ring: str = "ring", ulysses: str = "ulysses"):
-        names = device_mesh.mesh_dim_names or ()
-        for name in (ring, ulysses):
-            if name not in names:
-                raise ValueError(f"the device mesh has axes {names}, none is called {name!r}")
+    def __init__(
+        self,
+        device_mesh: DeviceMesh,
+        ring: str | None = "ring",
+        ulysses: str | None = "ulysses",
+    ):
+        names = {"ring": ring, "ulysses": ulysses}
+        found = _sequence_axes(device_mesh, names)
         self.device_mesh = device_mesh
-        self._names = {"ring": ring, "ulysses": ulysses}
-        self.ring_degree = device_mesh[ring].size()
-        self.ulysses_degree = device_mesh[ulysses].size()
-        self.ring_rank = device_mesh.get_local_rank(ring)
-        self.ulysses_rank = device_mesh.get_local_rank(ulysses)
+        self._names = {kind: names[kind] for kind, ranks in found.items() if ranks is not None}
+        rank = comm.global_rank()
+        axes = {kind: ranks or [rank] for kind, ranks in found.items()}
+        self.ring_degree, self.ulysses_degree = len(axes["ring"]), len(axes["ulysses"])
+        self.ring_rank = axes["ring"].index(rank)
+        self.ulysses_rank = axes["ulysses"].index(rank)
 
     @classmethod
     def from_device_mesh(
-        cls, device_mesh: DeviceMesh, ring: str = "ring", ulysses: str = "ulysses"
+        cls,
+        device_mesh: DeviceMesh,
+        ring: str | None = "ring",
+        ulysses: str | None = "ulysses",
     ) -> SequenceMesh:
         """The sequence axes of a larger mesh (dp, tp, pp axes are left alone).
 
+        An axis that is not there has degree 1: one of the two may be None, or missing where it
+        has the default name.
+
         Args:
-            device_mesh: Mesh with named axes, this process in it.
+            device_mesh: Mesh with named axes, this process in it. Axes that were flattened into
+                one have its name too.
             ring, ulysses: Names of its two sequence axes.
 
         Raises:
-            ValueError: an axis of that name does not exist; names those that do.
+            TypeError: no ``DeviceMesh``, or names that are no strings.
+            ValueError: an axis of that name does not exist, both are the same or overlap, or
+                this process is not in the mesh; names the axes that exist.
         """
         return cls(device_mesh, ring, ulysses)
 
@@ -117,6 +133,56 @@ def degrees_and_place(mesh: SequenceMesh | None) -> tuple[tuple[int, int], tuple
     return (mesh.ring_degree, mesh.ulysses_degree), (mesh.ring_rank, mesh.ulysses_rank)
 
 
+def _axis_ranks(device_mesh: DeviceMesh, kind: str, name: str | None) -> list[int] | None:
+    """Global ranks along the axis; None if it is not there and need not be.
+
+    Raises:
+        TypeError, ValueError: see ``SequenceMesh.from_device_mesh``.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"{kind} must be the name of an axis or None, got {name!r}")
+    ranks, names = comm.axis_ranks(device_mesh, name), device_mesh.mesh_dim_names or ()
+    near = get_close_matches(name, names, n=1)
+    if ranks is None and (name != kind or near):
+        raise ValueError(
+            f"the device mesh has axes {names}, none is called {name!r}"
+            f"{f' (did you mean {near[0]!r}?)' if near else ''}: pass {kind}= the name of an "
+            "axis, or None for a degree of 1"
+        )
+    return ranks
+
+
+def _sequence_axes(
+    device_mesh: DeviceMesh, names: dict[str, str | None]
+) -> dict[str, list[int] | None]:
+    """Global ranks along each of the two sequence axes, at least one of which is there."""
+    if not hasattr(device_mesh, "mesh_dim_names"):
+        raise TypeError(f"device_mesh must be a DeviceMesh, got {type(device_mesh).__name__}")
+    if device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"rank {comm.global_rank()} is not in the device mesh of ranks "
+            f"{device_mesh.mesh.flatten().tolist()} and has no place on it"
+        )
+    found = {kind: _axis_ranks(device_mesh, kind, name) for kind, name in names.items()}
+    ring, ulysses = found["ring"], found["ulysses"]
+    if ring is None and ulysses is None:
+        raise ValueError(
+            f"the device mesh has axes {device_mesh.mesh_dim_names}, and none of them is to share "
+            "the sequence: name one or two in ring= and ulysses=; one device needs no mesh "
+            "(mesh=None)"
+        )
+    shared = set(ring or ()) & set(ulysses or ())
+    if names["ring"] == names["ulysses"] or len(shared) > 1:
+        raise ValueError(
+            f"ring axis {names['ring']!r} and ulysses axis {names['ulysses']!r} of the device mesh "
+            f"both hold ranks {sorted(shared)}, but a rank needs a place of its own on either: "
+            "name two axes that do not overlap, or None for a degree of 1"
+        )
+    return found
+
+
 def init_mesh(
     ulysses_degree: int,
     ring_degree: int,
@@ -126,35 +192,51 @@ def init_mesh(
 ) -> SequenceMesh:
     """Make the mesh of the ranks that share one sequence.
 
-    Every rank of the group calls it, with the same degrees. Without a process group it starts the
-    default one from torchrun's environment.
+    Every rank of the group calls it, with the same degrees, which they compare. Without a process
+    group it starts the default one, from torchrun's variables or else from those of Slurm's
+    ``srun`` (``MASTER_ADDR`` and ``MASTER_PORT`` count where they are set), and makes this rank's
+    accelerator the current one: that of its local rank, or the only one it can see.
 
     Args:
         ulysses_degree: Ranks that share the heads of a row; neighbours in the group.
         ring_degree: Rows that pass blocks of keys around.
-        device_type: "cpu" or "cuda" (also for AMD); by default what torch finds.
+        device_type: "cpu" or "cuda" (also for AMD); by default the accelerator that is there,
+            else the CPU.
         group: The ranks of the mesh, in their order; the whole world by default.
 
     Raises:
-        ValueError: the degrees do not make up the group, this process is not in it, or there is
-            no process group to begin with.
+        TypeError: a degree is no integer.
+        ValueError: the degrees do not make up the group or differ between its ranks, this process
+            is not in it, there is no process group to begin with, or no device for this rank.
     """
-    for name, degree in (("ulysses_degree", ulysses_degree), ("ring_degree", ring_degree)):
-        if degree < 1:
-            raise ValueError(f"{name} must be 1 or more, got {degree}")
-    comm.ensure_initialised()
-    ranks, size = comm.group_ranks(group), ulysses_degree * ring_degree
-    if len(ranks) != size:
-        raise ValueError(
-            f"ulysses_degree {ulysses_degree} x ring_degree {ring_degree} is {size} ranks, but "
-            f"the group has {len(ranks)}: change a degree, pass group=, or build a larger "
-            "DeviceMesh and use SequenceMesh.from_device_mesh"
-        )
-    rank = comm.global_rank()
+    started = comm.ensure_initialised()
+    ranks, rank = comm.group_ranks(group), comm.global_rank()
     if rank not in ranks:
         raise ValueError(f"rank {rank} is not in the group {ranks} and cannot make its mesh")
-    table = torch.tensor(ranks, device="cpu").view(ring_degree, ulysses_degree)
-    return SequenceMesh(_device_mesh(table, group, device_type or _default_device_type()))
+    told, own, error = "", None, None
+    try:
+        kind = torch.device(device_type or default_device_type()).type
+        if started is not None:
+            own = choose_device(kind, started)
+        degrees = _checked_degrees(ulysses_degree, ring_degree, len(ranks))
+        told = f"ulysses_degree x ring_degree x device_type = {degrees}, {kind}"
+    except Exception as refusal:  # the others must not wait for this rank
+        error = refusal
+    comm.compare_before_groups(group, told, own, error)
+    table = torch.tensor(ranks, device="cpu").view(degrees[1], degrees[0])
+    return SequenceMesh(_device_mesh(table, group, kind))
+
+
+def _checked_degrees(ulysses_degree: int, ring_degree: int, ranks: int) -> tuple[int, int]:
+    ulysses_degree = integer("ulysses_degree", ulysses_degree, least=1)
+    ring_degree = integer("ring_degree", ring_degree, least=1)
+    if ulysses_degree * ring_degree != ranks:
+        raise ValueError(
+            f"ulysses_degree {ulysses_degree} x ring_degree {ring_degree} is "
+            f"{ulysses_degree * ring_degree} ranks, but the group has {ranks}: change a degree, "
+            "pass group=, or build a larger DeviceMesh and use SequenceMesh.from_device_mesh"
+        )
+    return ulysses_degree, ring_degree
 
 
 def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:
@@ -164,8 +246,3 @@ def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: s
     return DeviceMesh.from_group(
         [column, row], device_type, mesh=table, mesh_dim_names=("ring", "ulysses")
     )
-
-
-def _default_device_type() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None else "cpu"
