@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usp.attention import block
+from usp.ops.merge import merge_into
 from usp.planning.problem import State
 
 aten = torch.ops.aten
@@ -102,7 +102,7 @@ def eager_merge(state: State, out: Tensor, lse: Tensor) -> None:
 def fused_merge(state: State, out: Tensor, lse: Tensor) -> None:
     """usp's own merge kernel."""
     assert state.out is not None
-    block.merge_into(state.out, state.lse, out, lse)
+    merge_into(state.out, state.lse, out, lse)
 
 
 MERGES: dict[str, Merge] = {"Python merge": eager_merge, "fused merge": fused_merge}

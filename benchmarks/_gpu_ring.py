@@ -23,7 +23,8 @@ from torch import Tensor
 from usp import long_context_attention
 from usp.attention import block
 from usp.attention.ring import Inputs, Ring, ring_backward, ring_forward
-from usp.distributed.comm import Axis, Parcel, Wait
+from usp.distributed.comm import Axis, Wait
+from usp.ops.pack import pack
 from usp.planning.heads import Heads
 from usp.planning.mask import make_mask
 from usp.planning.plan import Step, make_plan
@@ -111,7 +112,7 @@ class VirtualRing:
 
     def usp(self, own: Own, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:
         """A call of usp's executor for some ranks in turn; dk and dv are right if it is all."""
-        messages = tuple(Parcel.of(shard[1:3]).pack(shard[1:3]) for shard in self.shards)
+        messages = tuple(pack(shard[1:3]) for shard in self.shards)
         sums = tuple(x.new_zeros(2 * x.numel()) for x in messages)
 
         def run() -> Parts:

@@ -44,6 +44,7 @@ from _measure import CLOCKS, interleave, introduce, matmul, write_report
 
 from usp.attention import block
 from usp.backends import native
+from usp.ops.merge import merge
 from usp.planning.heads import Heads
 from usp.planning.plan import Step
 from usp.planning.problem import Block, Scoring, State
@@ -100,7 +101,7 @@ def measure_ring_step(dtype: str, head_dim: int, args: argparse.Namespace) -> di
     carried = State(held.out.clone(), held.lse.clone())
     block.attention_forward(blocks[1], carried, native)
     single = fresh()
-    merged, lse = block.merge(held.out, held.lse, single.out, single.lse)
+    merged, lse = merge(held.out, held.lse, single.out, single.lse)
     for one, two in ((carried.out, merged), (carried.lse, lse)):
         if not (one - two).abs().max() <= 1e-2 * two.abs().max():
             sys.exit(f"ring step in {dtype}: the carried state is not the merged one: not timed")

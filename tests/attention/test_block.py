@@ -10,6 +10,7 @@ from torch import Tensor
 
 from usp.attention import block
 from usp.backends import TABLE, Backend
+from usp.ops.merge import merge
 from usp.planning.heads import Heads
 from usp.planning.mask import make_mask
 from usp.planning.plan import make_plan
@@ -81,7 +82,7 @@ def test_merge_is_exact_and_never_nan(pairs: list[tuple[float, float]]) -> None:
     lse, more = torch.tensor(pairs, dtype=torch.float64).T.contiguous()[:, None, None, :]
     out, more_out = (torch.randn(1, len(pairs), 1, 4, dtype=torch.float64) for _ in range(2))
     inputs = [x.clone().requires_grad_() for x in (out, lse, more_out, more)]
-    joined, joined_lse = block.merge(inputs[0], inputs[1], inputs[2], inputs[3])
+    joined, joined_lse = merge(inputs[0], inputs[1], inputs[2], inputs[3])
     expected = torch.logaddexp(lse, more)
     torch.testing.assert_close(joined_lse.detach(), expected, rtol=1e-14, atol=1e-12)
     safe = torch.where(expected == -torch.inf, 0, expected)
@@ -96,5 +97,5 @@ def test_merge_is_exact_and_never_nan(pairs: list[tuple[float, float]]) -> None:
 
 def test_a_row_that_saw_nothing_stays_0_and_minus_infinity() -> None:
     out, lse = torch.zeros(1, 1, 1, 3), torch.full((1, 1, 1), -torch.inf)
-    joined, joined_lse = block.merge(out, lse, out, lse)
+    joined, joined_lse = merge(out, lse, out, lse)
     assert joined.eq(0).all() and joined_lse.eq(-torch.inf).all()

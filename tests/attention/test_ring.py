@@ -13,7 +13,8 @@ from judge import attend
 from torch import Tensor
 
 from usp.attention import block
-from usp.distributed.comm import Axis, Parcel
+from usp.distributed.comm import Axis
+from usp.distributed.parcel import Parcel
 from usp.distributed.transport import TRANSPORTS, make_transport
 
 TRANSPORT = pytest.mark.parametrize("transport", sorted(TRANSPORTS))

@@ -14,7 +14,7 @@ from test_attention_delta import assert_products, randn
 from test_merge import assert_merged, parts
 from test_pack import assert_there_and_back, filled, message_of, random_bytes
 
-from usp.attention import block
+from usp.ops.merge import merge
 
 pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
 SOURCES = ("attention_delta", "state_merge", "head_exchange")
@@ -52,7 +52,7 @@ def test_delta(moves: PtxMoves, width: int, dtype: torch.dtype) -> None:
 def test_merge(moves: PtxMoves, head_dim: int, dtype: torch.dtype) -> None:
     """Into some rows of a state, from a result whose heads come first."""
     out, lse, more_out, more_lse = parts(torch.float32, dtype, head_dim)
-    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    want = merge(*(x.double() for x in (out, lse, more_out, more_lse)))
     whole = torch.full((2, 80, 5, head_dim), torch.nan)
     whole[:, 3:74] = out
     heads_first = more_out.transpose(1, 2).contiguous().transpose(1, 2)

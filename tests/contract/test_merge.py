@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import usp
-from usp.attention import block
 from usp.ops import native as ops
+from usp.ops.merge import MERGERS, merge
 from usp.testing import dense_attention
 
 B, L, H = 2, 71, 5  # more rows than one task of a thread takes, or one block of a GPU
@@ -58,7 +58,7 @@ def assert_merged(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) 
 
 @pytest.mark.parametrize("head_dim", [13, 40, 272])  # by numbers, by vectors, in several rounds
 @pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES)
-def test_it_is_the_formula_of_block(
+def test_it_is_the_formula(
     kernels: Any, dtype: torch.dtype, more_dtype: torch.dtype, head_dim: int
 ) -> None:
     out, lse, more_out, more_lse = parts(dtype, more_dtype, head_dim)
@@ -66,7 +66,7 @@ def test_it_is_the_formula_of_block(
         with pytest.raises(RuntimeError, match="out is Double, expected Float"):
             kernels.state_merge(out, lse, more_out, more_lse)
         return
-    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    want = merge(*(x.double() for x in (out, lse, more_out, more_lse)))
     kept = more_out.clone(), more_lse.clone()
     kernels.state_merge(out, lse, more_out, more_lse)
     assert_merged(out, lse, *want)
@@ -81,7 +81,7 @@ def test_strided_views_are_updated_in_place(
 ) -> None:
     """Some rows of a state, and a result whose heads come first, as libraries give it."""
     out, lse, more_out, more_lse = parts(dtype, more_dtype, head_dim)
-    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    want = merge(*(x.double() for x in (out, lse, more_out, more_lse)))
     rows = slice(3, 3 + L)
     whole_out = torch.full((B, L + 7, H, head_dim), torch.nan, dtype=dtype)
     whole_lse = torch.full((B, H, L + 7), torch.nan, dtype=dtype)
@@ -103,7 +103,7 @@ def test_elements_past_2_to_the_31(kernels: Any, head_dim: int, far: int) -> Non
     index = (slice(None), slice(9, 18), slice(None, 3))
     out, more_out = out[index].contiguous(), more_out[index]
     lse, more_lse = (x[:, :3, 9:18].contiguous() for x in (lse, more_lse))
-    want = block.merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+    want = merge(*(x.double() for x in (out, lse, more_out, more_lse)))
     gap = 2**31 // (out.shape[far] - 1) + 16
     strides = [32 * 32, 32, 32 * 512, 1]
     strides[far] = gap
@@ -187,18 +187,22 @@ def test_what_it_cannot_join_is_left_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     implementation("cpu", tmp_path)
-    out = torch.zeros(2, 3, 4, 6)
-    assert ops.merge_takes(out, out)
-    assert ops.merge_takes(out, out.bfloat16())
-    assert ops.merge_takes(out.double(), out.double())
-    assert not ops.merge_takes(out.bfloat16(), out.bfloat16())
-    assert not ops.merge_takes(out.double(), out)
-    assert not ops.merge_takes(out, out.double())
-    assert not ops.merge_takes(out, torch.zeros(2, 3, 6, 4).transpose(2, 3))
-    assert not ops.merge_takes(out.to("meta"), out.to("meta"))
+    out, lse = torch.zeros(2, 3, 4, 6), torch.zeros(2, 4, 3)
+
+    def takes(out: Tensor, more_out: Tensor) -> bool:
+        return MERGERS["native"].takes(out, lse, more_out, lse)
+
+    assert takes(out, out)
+    assert takes(out, out.bfloat16())
+    assert takes(out.double(), out.double())
+    assert not takes(out.bfloat16(), out.bfloat16())
+    assert not takes(out.double(), out)
+    assert not takes(out, out.double())
+    assert not takes(out, torch.zeros(2, 3, 6, 4).transpose(2, 3))
+    assert not takes(out.to("meta"), out.to("meta"))
     monkeypatch.setattr(ops, "is_there", lambda name, device_type: True)
-    assert ops.merge_takes(out.to("meta"), out.to("meta"))
-    assert not ops.merge_takes(out.to("meta").double(), out.to("meta").double())
+    assert takes(out.to("meta"), out.to("meta"))
+    assert not takes(out.to("meta").double(), out.to("meta").double())
 
 
 def test_opcheck(tmp_path: Path) -> None:

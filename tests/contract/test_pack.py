@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from move_ops import IMPLEMENTATIONS, implementation
 from torch import Tensor
 
-from usp.distributed.comm import Parcel
 from usp.ops import native as ops
+from usp.ops.pack import pack, unpack
 
 DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 LARGEST_TASK = 1 << 18  # bytes that one task of a thread copies
@@ -155,17 +155,16 @@ def test_parcels_are_packed_alike_with_and_without_it(
     assert ops.is_there("pack", "cpu")
     if not compiled:
         monkeypatch.setattr(ops, "is_there", lambda name, device_type: False)
-    parcel = Parcel.of(tensors)
-    message = parcel.pack(tensors)
+    message = pack(tensors)
     assert torch.equal(message, message_of(tensors))
     outs = [torch.empty_like(t.transpose(0, -1)).transpose(0, -1) for t in tensors]
-    parcel.unpack_into(message, outs)
+    unpack(message, outs)
     assert torch.equal(message_of(outs), message)
 
 
 def test_a_tensor_of_five_dims_is_left_to_torch() -> None:
     five = filled((2, 3, 2, 3, 2), torch.float32).permute(4, 2, 0, 3, 1)
-    assert torch.equal(Parcel.of([five]).pack([five]), message_of([five]))
+    assert torch.equal(pack([five]), message_of([five]))
 
 
 def test_opcheck(tmp_path: Path) -> None:

@@ -150,22 +150,22 @@ def test_three_blocks_equal_one() -> None:
 
 
 def test_merge() -> None:
-    from usp.attention import block
     from usp.kernels.state_merge import merge_into
+    from usp.ops.merge import merge
 
     torch.manual_seed(0)
     out, lse = torch.randn(2, 37, 3, 24), torch.randn(2, 3, 37)
     more_out, more_lse = torch.randn(2, 3, 37, 24).bfloat16().transpose(1, 2), torch.randn(2, 3, 37)
     lse[:, :, :9] = more_lse[:, :, 5:13] = -torch.inf
     out[:, :9] = 0
-    wanted = block.merge(out.double(), lse.double(), more_out.double(), more_lse.double())
+    wanted = merge(out.double(), lse.double(), more_out.double(), more_lse.double())
     TritonOps("sm_90").call(merge_into, out, lse, more_out, more_lse, written=(out, lse))
     torch.testing.assert_close(out.double(), wanted[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lse.double(), wanted[1], rtol=1e-6, atol=1e-6)
 
 
 def test_heads_into_a_message() -> None:
-    from usp.kernels.head_exchange import copy_pieces
+    from usp.kernels.pack import copy_pieces
 
     source = torch.arange(2 * 13 * 7 * 5).view(2, 7, 13, 5).transpose(1, 2).bfloat16()
     pieces = [source[:, :, :3], source[:, :, 3:4], source[:, :, 4:]]

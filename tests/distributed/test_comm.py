@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from usp.distributed.comm import Axis, Parcel
+from usp.distributed.comm import Axis
+from usp.distributed.parcel import Parcel
+from usp.ops.pack import pack
 
 ALONE = Axis(1, 0, None)
 DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64]
@@ -29,10 +31,10 @@ def test_a_parcel_unpacks_what_it_packed(items: list[tuple[list[int], torch.dtyp
     # a last dim that is not contiguous
     tensors = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     parcel = Parcel.of(tensors)
-    message = parcel.pack(tensors)
+    message = pack(tensors)
     assert message.dtype == torch.uint8 and message.dim() == 1
     assert message.numel() == parcel.nbytes == sum(t.numel() * t.element_size() for t in tensors)
-    for sent, received in zip(tensors, parcel.unpack(message), strict=True):
+    for sent, received in zip(tensors, parcel.read(message), strict=True):
         assert received.dtype == sent.dtype and torch.equal(received, sent)
 
 
@@ -42,7 +44,7 @@ def test_a_parcel_takes_the_odd_stride_of_a_dim_of_size_one() -> None:
     odd = torch.tensor([7.0, 8.0], dtype=torch.float64).as_strided((1, 1), (2, 2))
     assert odd.is_contiguous()
     parcel = Parcel.of([askew, odd])
-    assert parcel.unpack(parcel.pack([askew, odd]))[1].tolist() == [[7.0]]
+    assert parcel.read(pack([askew, odd]))[1].tolist() == [[7.0]]
 
 
 def test_an_axis_of_one_keeps_everything_at_home() -> None:

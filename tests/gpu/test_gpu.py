@@ -25,7 +25,6 @@ from pool import Pool
 from test_native_ops import HEADS, SPANS
 from test_property import CORNERS, cases
 from test_triton_kernels import OPTIONS
-from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 LONG = Case(batch=1, lq=997, lk=1511, heads=(3, 1, 2), head_dim=64, value_head_dim=64)
@@ -90,14 +89,10 @@ def test_partial_results_are_merged(dtype: torch.dtype, subject: Subject) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
 def test_heads_are_packed(dtype: torch.dtype, subject: Subject) -> None:
-    from usp.distributed.comm import Parcel
-    from usp.kernels import head_exchange
+    from usp.ops.pack import PACKERS
 
-    def copy(pieces: list[Tensor], message: Tensor) -> None:
-        head_exchange.copy_pieces(pieces, Parcel.of(pieces).views(message))
-
-    pack = torch.ops.usp.pack if subject.name == "native" else copy
-    assert_packed(subject, pack, dtype)
+    name = "native" if subject.name == "native" else "triton"
+    assert_packed(subject, PACKERS[name].pack, dtype)
 
 
 def on_gpu(case: MeshCase, device: str) -> MeshCase:

@@ -28,7 +28,7 @@ def merged(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tupl
 def test_merge_is_the_formula(
     shape: tuple[int, ...], dtype: torch.dtype, interpreter: Pool
 ) -> None:
-    from usp.attention import block
+    from usp.ops.merge import merge
 
     torch.manual_seed(0)
     batch, length, heads, width = shape
@@ -44,7 +44,7 @@ def test_merge_is_the_formula(
     inside = slice(2, -1)
     wanted = out.double(), lse.double()
     parts = [x[:, inside] for x in (wanted[0],)] + [wanted[1][:, :, inside]]
-    joined = block.merge(*parts, more_out.double().nan_to_num(), more_lse.double())
+    joined = merge(*parts, more_out.double().nan_to_num(), more_lse.double())
     wanted[0][:, inside], wanted[1][:, :, inside] = joined
     torch.testing.assert_close(got.double(), wanted[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got_lse.double(), wanted[1], rtol=1e-6, atol=1e-6)
@@ -52,7 +52,7 @@ def test_merge_is_the_formula(
 
 def copied(source: Tensor, cuts: list[tuple[int, int]], offset: int) -> list[Tensor]:
     """On a worker: runs of heads of a tensor, one behind the other in a message."""
-    from usp.kernels.head_exchange import copy_pieces
+    from usp.kernels.pack import copy_pieces
 
     pieces = [source[:, :, start:stop] for start, stop in cuts]
     message = torch.ones(offset + sum(p.numel() for p in pieces), dtype=source.dtype)
@@ -92,11 +92,11 @@ def test_pieces_arrive(
 
 def counted(case: Case) -> tuple[dict[str, Tensor], int, int]:
     """On a worker: the results, and how often each kernel was called."""
-    from usp.kernels import head_exchange, state_merge
+    from usp.kernels import pack, state_merge
 
     with (
         mock.patch.object(state_merge, "merge_into", wraps=state_merge.merge_into) as merge,
-        mock.patch.object(head_exchange, "copy_pieces", wraps=head_exchange.copy_pieces) as copy,
+        mock.patch.object(pack, "copy_pieces", wraps=pack.copy_pieces) as copy,
     ):
         return run(case), merge.call_count, copy.call_count
 

@@ -192,7 +192,7 @@ def assert_close(name: str, ours: Tensor, wanted: Tensor, cancelling: float = 0.
 
 def assert_merged(subject: Subject, merge: Callable[..., None], dtype: torch.dtype) -> None:
     """A partial result into some rows of a longer state; the others stay."""
-    from usp.attention import block
+    from usp.ops import merge as formula
 
     generator = torch.Generator().manual_seed(3)
     shape, inside = (2, 131, 3, 40), slice(5, -2)
@@ -210,7 +210,7 @@ def assert_merged(subject: Subject, merge: Callable[..., None], dtype: torch.dty
     assert more.shape == shape
     want, want_lse = out.double(), lse.double()
     held = want[:, inside], want_lse[:, :, inside]
-    want[:, inside], want_lse[:, :, inside] = block.merge(*held, more.double(), more_lse.double())
+    want[:, inside], want_lse[:, :, inside] = formula.merge(*held, more.double(), more_lse.double())
     got, got_lse, more, more_lse = (x.to(subject.device) for x in (out, lse, more, more_lse))
     merge(got[:, inside], got_lse[:, :, inside], more, more_lse)
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=2e-6)

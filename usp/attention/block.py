@@ -1,4 +1,4 @@
-"""One block of keys into the running softmax, forward and backward: the merge lives here."""
+"""One block of keys into the running softmax, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from usp import kernels
 from usp.backends import Backend, PartialBackend, StateBackend
-from usp.ops import native as ops
+from usp.ops.merge import merge_into
 from usp.planning.problem import Block, Gradients, Saved, State, state_dtype
 
 
@@ -26,51 +25,6 @@ def new_state(q: Tensor, value_head_dim: int, *, carried: bool = True) -> State:
     if carried:
         out = q.new_zeros((batch, num_rows, num_heads, value_head_dim), dtype=dtype)
     return State(out, q.new_full((batch, num_heads, num_rows), -torch.inf, dtype=dtype))
-
-
-def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the softmax over two disjoint sets of keys; differentiable.
-
-    Args:
-        out, more_out: (B, L, H, Dv) normalised outputs.
-        lse, more_lse: (B, H, L) natural logs of their sums, -inf where a row saw nothing.
-
-    Returns:
-        out, lse over both sets; 0 and -inf where a row saw nothing in either.
-
-    Source:
-        Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867.
-    """
-    top = torch.maximum(lse, more_lse).detach()
-    top = torch.where(top == -torch.inf, 0, top)
-    weight, more_weight = (lse - top).exp(), (more_lse - top).exp()
-    total = weight + more_weight
-    seen = total > 0
-    total = torch.where(seen, total, 1)
-    share, more_share = ((w / total).transpose(1, 2)[..., None] for w in (weight, more_weight))
-    joined = torch.where(seen, top + total.log(), -torch.inf)
-    return share * out + more_share * more_out, joined
-
-
-def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
-    """``merge`` into ``out`` and ``lse``, in place: one pass over memory where a kernel can.
-
-    Args:
-        out, lse: In the dtype of the state, as in ``merge``.
-        more_out, more_lse: Of any floating dtype.
-    """
-    if out.dtype == torch.float32 and kernels.can_take(out, lse, more_out, more_lse):
-        from usp.kernels import state_merge
-
-        with kernels.on_device_of(out):
-            state_merge.merge_into(out, lse, more_out, more_lse)
-        return
-    if ops.merge_takes(out, more_out):
-        torch.ops.usp.state_merge(out, lse, more_out, more_lse)
-        return
-    joined = merge(out, lse, more_out, more_lse)
-    for place, value in zip((out, lse), joined, strict=True):
-        place.copy_(value)
 
 
 def attention_forward(block: Block, state: State, backend: Backend) -> None:

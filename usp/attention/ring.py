@@ -10,7 +10,8 @@ from torch import Tensor
 
 from usp.attention import block
 from usp.backends import Backend
-from usp.distributed.comm import Axis, Parcel
+from usp.distributed.comm import Axis
+from usp.distributed.parcel import Parcel
 from usp.distributed.transport import Transport, make_transport
 from usp.planning.heads import Heads
 from usp.planning.plan import Plan, Step

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, pairwise
 
-import torch
 from torch import Tensor
 
-from usp import kernels
-from usp.distributed.comm import Axis, Parcel
+from usp.distributed.comm import Axis
+from usp.ops.pack import pack, unpack
 from usp.planning.heads import Cut
 
 
@@ -77,30 +76,9 @@ def _exchange(
     axis: Axis, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]
 ) -> None:
     """Send ``outgoing[rank]`` to each rank, receive ``incoming[rank]`` in place from each."""
-    send = [Parcel.of(tensors).nbytes for tensors in outgoing]
-    recv = [Parcel.of(tensors).nbytes for tensors in incoming]
-    arriving = list(chain(*incoming))
-    received = axis.all_to_all(_packed(outgoing), send, recv)
-    Parcel.of(arriving).unpack_into(received, arriving)
-
-
-def _packed(outgoing: Sequence[Sequence[Tensor]]) -> Tensor:
-    """All pieces as one message: one launch for each tensor where Triton runs."""
-    leaving = list(chain(*outgoing))
-    parcel = Parcel.of(leaving)
-    if not kernels.can_take(*leaving):
-        return parcel.pack(leaving)
-    message = torch.empty(parcel.nbytes, dtype=torch.uint8, device=leaving[0].device)
-    places = parcel.views(message)
-    if not places:
-        return parcel.pack(leaving, message)
-    from usp.kernels.head_exchange import copy_pieces
-
-    count = len(outgoing[0])
-    with kernels.on_device_of(message):
-        for index in range(count):
-            copy_pieces(leaving[index::count], places[index::count])
-    return message
+    send, recv = ([sum(t.nbytes for t in row) for row in rows] for rows in (outgoing, incoming))
+    received = axis.all_to_all(pack(list(chain(*outgoing))), send, recv)
+    unpack(received, list(chain(*incoming)))
 
 
 def _places_of_heads(

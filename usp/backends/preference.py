@@ -2,7 +2,8 @@
 
 A row stands here only if committed results say so, and a test holds it to them: where a file of
 another order, or of a device without a row, lies among the results, that test fails. Devices
-without a row have not been measured; there the order of ``backends.TABLE`` is a guess.
+without a row have not been measured; there the order of ``backends.TABLE`` is a guess. So are the
+orders of who merges and packs, which lie with these ops: ``ops/merge.py``, ``ops/pack.py``.
 """
 
 from __future__ import annotations

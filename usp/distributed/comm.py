@@ -1,16 +1,15 @@
 """Everything that crosses ranks: the only calls of ``torch.distributed``.
 
 An ``Axis`` is one dimension of the mesh seen from one rank. Its verbs post and return a
-``wait``; an axis of size 1 sends nothing. Tensors that travel together are packed in one
-``Parcel``: one message, no matter how many tensors, and no bytes of padding.
+``wait``; an axis of size 1 sends nothing. Messages are flat: tensors that travel together are one
+``Parcel``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from math import prod
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from usp.distributed.launch import Launch, launched_by
-from usp.ops import native as ops
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,77 +39,6 @@ def untraced(function: Callable[Given, Found]) -> Callable[Given, Found]:
         return function(*args, **kwargs)
 
     return call
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """Shapes and dtypes of the tensors that travel as one message."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Parcel:
-        return cls(tuple(tuple(t.shape) for t in tensors), tuple(t.dtype for t in tensors))
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Bytes of each tensor."""
-        return tuple(
-            prod(shape) * dtype.itemsize
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.sizes)
-
-    def pack(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """The tensors one behind the other in one flat uint8 message."""
-        if out is None:
-            out = torch.empty(self.nbytes, dtype=torch.uint8, device=tensors[0].device)
-        if _packs(tensors):
-            torch.ops.usp.pack(list(tensors), out)
-            return out
-        for part, tensor in zip(out.split(self.sizes), tensors, strict=True):
-            if part.storage_offset() % tensor.dtype.itemsize:
-                # contiguous() would leave the odd stride of a dim of size 1, which no view takes
-                flat = tensor.flatten().clone(memory_format=torch.contiguous_format)
-                part.copy_(flat.view(torch.uint8))
-            else:
-                part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return out
-
-    def views(self, message: Tensor) -> list[Tensor]:
-        """``message`` seen as the tensors; empty where one does not lie at its own alignment."""
-        parts = list(zip(message.split(self.sizes), self.shapes, self.dtypes, strict=True))
-        if any(part.storage_offset() % dtype.itemsize for part, _, dtype in parts):
-            return []
-        return [part.view(dtype).view(shape) for part, shape, dtype in parts]
-
-    def unpack(self, message: Tensor) -> list[Tensor]:
-        """Views of ``message`` with the shapes and dtypes that were packed."""
-        tensors = []
-        items = zip(message.split(self.sizes), self.shapes, self.dtypes, strict=True)
-        for part, shape, dtype in items:
-            # A dtype can only be viewed at its own alignment: copy what lies askew.
-            if part.storage_offset() % dtype.itemsize:
-                part = part.clone()
-            tensors.append(part.view(dtype).view(shape))
-        return tensors
-
-    def unpack_into(self, message: Tensor, outs: Sequence[Tensor]) -> None:
-        """Copy what was packed to tensors of the same shapes, of any strides."""
-        if _packs(outs):
-            torch.ops.usp.unpack(message, list(outs))
-            return
-        for out, part in zip(outs, self.unpack(message), strict=True):
-            out.copy_(part)
-
-
-def _packs(tensors: Sequence[Tensor]) -> bool:
-    """Whether the compiled ops copy these between themselves and a message, all at once."""
-    return ops.is_there("pack", tensors[0].device.type) and all(t.dim() <= 4 for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -139,12 +66,12 @@ class Axis:
         if by % self.size == 0:
             return lambda: out.copy_(message)
         # Empty messages are skipped on both ends alike: both know the size.
-        ops = [
+        posted = [
             dist.P2POp(verb, tensor, self._peer(self.rank + step), self.group)
             for verb, tensor, step in ((dist.isend, message, by), (dist.irecv, out, -by))
             if tensor.numel()
         ]
-        return _waiter(dist.batch_isend_irecv(ops) if ops else [], out)
+        return _waiter(dist.batch_isend_irecv(posted) if posted else [], out)
 
     def all_gather(self, message: Tensor, whole: Tensor, sizes: Sequence[int]) -> Wait:
         """Everyone's flat message, of ``sizes[rank]`` elements, into ``whole`` in rank order."""
@@ -154,14 +81,14 @@ class Axis:
             return _waiter([work], whole)
         # gloo has no uneven all-gather; point to point moves the same bytes.
         outs[self.rank].copy_(message)
-        ops = []
+        posted = []
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
             if message.numel():
-                ops.append(dist.P2POp(dist.isend, message, self._peer(to), self.group))
+                posted.append(dist.P2POp(dist.isend, message, self._peer(to), self.group))
             if outs[source].numel():
-                ops.append(dist.P2POp(dist.irecv, outs[source], self._peer(source), self.group))
-        return _waiter(dist.batch_isend_irecv(ops) if ops else [], whole)
+                posted.append(dist.P2POp(dist.irecv, outs[source], self._peer(source), self.group))
+        return _waiter(dist.batch_isend_irecv(posted) if posted else [], whole)
 
     def all_to_all(self, messages: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
         """Piece j of ``messages``, cut by ``send``, goes to rank j; what came in, in rank order.

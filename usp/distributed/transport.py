@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from usp.distributed.comm import Axis, Parcel, Wait
+from usp.distributed.comm import Axis, Wait
+from usp.distributed.parcel import Parcel
+from usp.ops.pack import pack
 
 
 class Sums(Protocol):
@@ -54,13 +56,13 @@ class RingTransport:
         axis, held = self._axis, list(tensors)
         buffers = _buffers(2, self._parcels, tensors[0].device)
         mine = self._parcels[axis.rank]
-        message = mine.pack(held, out=buffers[1][: mine.nbytes])
+        message = pack(held, buffers[1][: mine.nbytes])
         for hop in range(self._hops):
             parcel = self._parcels[(axis.rank - hop - 1) % axis.size]
             wait = axis.shift(message, buffers[hop % 2][: parcel.nbytes])
             yield held
             message = wait()
-            held = parcel.unpack(message)
+            held = parcel.read(message)
         yield held
 
     def sums(self, parcels: Sequence[Parcel], device: torch.device) -> Sums:
@@ -82,7 +84,7 @@ class TravellingSums:
 
     def fresh(self, owner: int) -> list[Tensor]:
         assert owner == (self._axis.rank - self._step) % self._axis.size
-        return self._parcels[owner].unpack(self._owned(0, self._step).zero_())
+        return self._parcels[owner].read(self._owned(0, self._step).zero_())
 
     def pass_on(self) -> None:
         step, self._step = self._step, self._step + 1
@@ -101,7 +103,7 @@ class TravellingSums:
 
     def home(self) -> list[Tensor]:
         assert self._wait is not None
-        return self._parcels[self._axis.rank].unpack(self._wait())
+        return self._parcels[self._axis.rank].read(self._wait())
 
 
 class AllGatherTransport:
@@ -113,12 +115,12 @@ class AllGatherTransport:
     def blocks(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         axis, sizes = self._axis, [parcel.nbytes for parcel in self._parcels]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
-        wait = axis.all_gather(self._parcels[axis.rank].pack(tensors), whole, sizes)
+        wait = axis.all_gather(pack(tensors), whole, sizes)
         yield list(tensors)
         pieces = wait().split(sizes)
         for step in range(1, self._hops + 1):
             owner = (axis.rank - step) % axis.size
-            yield self._parcels[owner].unpack(pieces[owner])
+            yield self._parcels[owner].read(pieces[owner])
 
     def sums(self, parcels: Sequence[Parcel], device: torch.device) -> Sums:
         return GatheredSums(self._axis, parcels, device)
@@ -133,7 +135,7 @@ class GatheredSums:
         self._whole = torch.zeros(sum(self._sizes), dtype=torch.uint8, device=device)
 
     def fresh(self, owner: int) -> list[Tensor]:
-        return self._parcels[owner].unpack(self._whole.split(self._sizes)[owner])
+        return self._parcels[owner].read(self._whole.split(self._sizes)[owner])
 
     def pass_on(self) -> None:
         pass
@@ -143,7 +145,7 @@ class GatheredSums:
         parts = axis.all_to_all(self._whole, self._sizes, [mine.nbytes] * axis.size)
         # Summed in rank order: the same bits whatever the collective's algorithm is.
         total = parts.view(mine.dtypes[0]).view(axis.size, -1).sum(0)
-        return mine.unpack(total.view(torch.uint8))
+        return mine.read(total.view(torch.uint8))
 
 
 class NoTransport:

@@ -1,6 +1,6 @@
 """A library's partial result into the running softmax, in place and in one pass.
 
-``block.merge`` is the formula and the differentiable way.
+``ops/merge.py`` has the formula, and the differentiable way.
 """
 
 from __future__ import annotations

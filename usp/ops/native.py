@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # HIP tensors are "cuda" to torch
@@ -41,22 +40,6 @@ def is_there(name: str, device_type: str) -> bool:
         return False
     key = _DISPATCH_KEYS[device_type]
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"usp::{name}", key)
-
-
-def merge_takes(out: Tensor, more_out: Tensor) -> bool:
-    """Whether ``usp::state_merge`` can join a partial result into a state.
-
-    Args:
-        out: (B, L, H, Dv), the state's.
-        more_out: The same shape.
-    """
-    # The GPU's state is fp32; the last dim is read and written in vectors.
-    is_state = out.dtype == torch.float32 or (out.dtype, out.device.type) == (torch.float64, "cpu")
-    fits = more_out.dtype == out.dtype or (
-        out.dtype == torch.float32 and more_out.dtype in (torch.bfloat16, torch.float16)
-    )
-    dense = all(x.shape[-1] <= 1 or x.stride(-1) == 1 for x in (out, more_out))
-    return is_state and fits and dense and is_there("state_merge", out.device.type)
 
 
 def library_path() -> Path | None:

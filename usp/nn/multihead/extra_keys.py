@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usp.attention import block
+from usp.ops.merge import merge
 from usp.planning.problem import state_dtype
 
 
@@ -50,7 +50,7 @@ class ExtraKeys:
         if keep is not None:
             weights = weights * keep
         extra = torch.einsum("nhle,ehd->nlhd", weights, self.v)
-        return block.merge(out, lse, extra, scores.logsumexp(-1))[0].to(out.dtype)
+        return merge(out, lse, extra, scores.logsumexp(-1))[0].to(out.dtype)
 
 
 def make_extra_keys(

@@ -1,7 +1,4 @@
-"""Many strided (B, L, H, X) pieces into one flat message, one launch for each tensor.
-
-What comes in needs no kernel: ``torch.cat`` joins it in one pass.
-"""
+"""Many strided (B, L, H, X) pieces into a flat message or out of it, all of them in one launch."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ def copy_pieces(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copy ``sources[n]`` to ``targets[n]``, all pieces in one launch.
 
     Args:
-        sources: (B, L, H, X) pieces of one tensor, last dim contiguous.
-        targets: Pieces of the same shapes and dtype of one message.
+        sources, targets: (B, L, H, X) pieces, of one X and dtype, last dim contiguous: parts of one
+            tensor, and of one message.
     """
     pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if s.numel()]
     if not pairs:
