@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +40,16 @@ class Options:
     backend: str = "auto"
 
 
-@dataclass(frozen=True, eq=False)
-class Tensors:
-    """The tensors of ``long_context_attention``; see there."""
+class Tensors(NamedTuple):
+    """The tensors of ``long_context_attention``, before the head exchange and after it; this is
+    their order everywhere.
+
+    Attributes:
+        q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv).
+        key_padding_mask: (B, Lk) bool, True = ignore; travels with its keys.
+        attn_bias: (B|1, H|1, Lq|1, Sk), columns in global order.
+        alibi_slopes: (H,) or (B|1, H).
+    """
 
     q: Tensor
     k: Tensor
@@ -49,6 +57,12 @@ class Tensors:
     key_padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
+
+    @property
+    def travelling(self) -> list[Tensor]:
+        """What is passed along the ring."""
+        mask = self.key_padding_mask
+        return [self.k, self.v] if mask is None else [self.k, self.v, mask]
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,12 +36,14 @@ class BiasCut:
     def _cut(self) -> Cut:
         """A bias without heads goes whole to every rank: one "head" each."""
         if not self.has_heads:
-            return Cut(self.lengths, tuple((rank, rank + 1) for rank in range(len(self.heads))))
-        return Cut(self.lengths, tuple((h.offset, h.offset + h.count) for h in self.heads))
+            return Cut.one_for_each(self.lengths)
+        return Cut.of_query_heads(self.lengths, self.heads)
 
 
-def cut_of(axis: Axis, bias: Tensor, lengths: tuple[int, ...], heads: tuple[Heads, ...]) -> BiasCut:
-    """The cut of a bias; asks the row only where a shape leaves it open.
+def agree_on_bias_cut(
+    axis: Axis, bias: Tensor, lengths: tuple[int, ...], heads: tuple[Heads, ...]
+) -> BiasCut:
+    """The cut of a bias; a collective of the row, but only where a shape leaves it open.
 
     A rank with a single query cannot tell a row of its own from a row for everybody.
     """

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from usp.attention.arguments import Options, Tensors, check, slopes_of
-from usp.attention.hybrid import Call, attention_backward, attention_forward, make_call
-from usp.attention.ring import Inputs
+from usp.attention.hybrid import Call, Results, attention_backward, attention_forward, make_call
 from usp.planning.problem import state_dtype
 
 _OPTIONS = (
@@ -22,7 +21,7 @@ _OPTIONS = (
     "float? softmax_scale, float? softcap, float dropout_p, bool return_lse, str backend"
 )
 _TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? attn_bias, Tensor? key_padding_mask, "
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? attn_bias, "
     "Tensor? alibi_slopes, Tensor? seed"
 )
 
@@ -46,8 +45,8 @@ def one_device_attention(
         tensors.q,
         tensors.k,
         tensors.v,
-        tensors.attn_bias,
         tensors.key_padding_mask,
+        tensors.attn_bias,
         tensors.alibi_slopes,
         seed,
         options.causal,
@@ -88,8 +87,8 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
+    bias: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
     *settings: Any,
@@ -97,7 +96,7 @@ def _attention(
     tensors = Tensors(q, k, v, mask, bias, slopes)
     call = _call(tensors, seed, settings)
     given = Tensors(q, k, v, mask, bias, slopes_of(tensors))
-    return attention_forward(given, call)[3]
+    return attention_forward(given, call).results
 
 
 @_attention.register_fake
@@ -122,21 +121,23 @@ def _gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
+    bias: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = Tensors(q, k, v, mask, bias, slopes)
     call = _call(tensors, seed, settings)
-    inputs = Inputs(q, k, v, mask, bias, slopes_of(tensors))
-    dq, dk, dv, dbias = attention_backward(dout, dlse, inputs, (out, lse), call, bias_gradient)
+    inputs = Tensors(q, k, v, mask, bias, slopes_of(tensors))
+    dq, dk, dv, dbias = attention_backward(
+        dout, dlse, inputs, Results(out, lse), call, bias_gradient
+    )
     # dk and dv are two views of one message, but outputs of an op must not share memory.
     dv = dv.clone()
     if bias is None or dbias is None:
         return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, dbias.to(bias.dtype)
+    return dq, dk, dv, dbias
 
 
 @_gradients.register_fake
@@ -149,6 +150,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,14 +167,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    bias_gradient = ctx.needs_input_grad[3]
+    bias_gradient = ctx.needs_input_grad[4]
     # The LSE that nobody was given has no gradient, only zeros that autograd fills in.
     dlse = dlse if ctx.settings[-2] else None
     dq, dk, dv, dbias = torch.ops.usp.attention_gradients(
         dout, dlse, out, lse, bias_gradient, *tensors, *ctx.settings
     )
-    others = (None,) * (3 + len(ctx.settings))
-    return dq, dk, dv, dbias if bias_gradient else None, *others
+    others = (None,) * (2 + len(ctx.settings))
+    return dq, dk, dv, None, dbias if bias_gradient else None, *others
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,7 +124,7 @@ def _attend(
     if options.dropout_p and dropout_seed is None:
         dropout_seed = draw_dropout_seed()
     request = _agree(tensors, options, mesh, dropout_seed or 0, validate)
-    tensors = replace(tensors, alibi_slopes=slopes_of(tensors))
+    tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
     out, lse = hybrid_attention(tensors, make_call(tensors, request, mesh))
     return out if lse is None else (out, lse)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from usp.attention import block
 from usp.attention.arguments import Request, Tensors
-from usp.attention.bias import BiasCut, cut_of, gather_bias_gradient, scatter_bias
-from usp.attention.ring import Inputs, Ring, ring_backward, ring_forward
+from usp.attention.bias import BiasCut, agree_on_bias_cut, gather_bias_gradient, scatter_bias
+from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
@@ -20,7 +21,6 @@ from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.plan import make_plan
 
 _ALONE = Axis(1, 0, None)
-Results = tuple[Tensor, Tensor]
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
@@ -30,9 +30,29 @@ def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | Non
     Returns:
         out: (B, Lq, H, Dv). lse: (B, H, Lq), None unless it was asked for.
     """
-    mask, slopes = tensors.key_padding_mask, tensors.alibi_slopes
-    apply = cast(Any, _Attention).apply
-    return apply(tensors.q, tensors.k, tensors.v, tensors.attn_bias, mask, slopes, call)
+    return cast(Any, _Attention).apply(*tensors, call)
+
+
+class Results(NamedTuple):
+    """Of the heads that this rank computed, for all queries of its row."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Forward(NamedTuple):
+    """What the forward leaves.
+
+    Attributes:
+        out: (B, Lq, H, Dv).
+        lse: (B, H, Lq), None unless it was asked for.
+        inputs, results: For the backward: what this rank computed with, and what came of it.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    inputs: Tensors
+    results: Results
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +73,20 @@ class Call:
     request: Request
     bias_cut: BiasCut | None
 
-    def cut(self, name: str) -> Cut:
-        """How the tensor of that name is cut among the ranks of the row."""
-        request = self.request
-        of_queries = name in ("q", "out", "lse")
-        lengths = request.query_lengths if of_queries else request.key_lengths
-        if name in ("q", "out", "lse"):
-            held = tuple((h.offset, h.offset + h.count) for h in self.heads)
-        elif name in ("k", "v"):
-            held = tuple(h.kv_range for h in self.heads)
-        else:
-            held = tuple((rank, rank + 1) for rank in range(self.ulysses.size))
-        return Cut(lengths, held)
+    @cached_property
+    def query_cut(self) -> Cut:
+        """How q, out and lse are cut among the ranks of the row."""
+        return Cut.of_query_heads(self.request.query_lengths, self.heads)
+
+    @cached_property
+    def key_cut(self) -> Cut:
+        """How k and v are cut."""
+        return Cut.of_key_heads(self.request.key_lengths, self.heads)
+
+    @cached_property
+    def mask_cut(self) -> Cut:
+        """How the key padding mask is cut: every rank needs all of it."""
+        return Cut.one_for_each(self.request.key_lengths)
 
 
 def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> Call:
@@ -76,52 +98,49 @@ def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> 
     )
     bias_cut = None
     if tensors.attn_bias is not None:
-        bias_cut = cut_of(ulysses, tensors.attn_bias, request.query_lengths, heads)
+        bias_cut = agree_on_bias_cut(ulysses, tensors.attn_bias, request.query_lengths, heads)
     executor = Ring(
         ring, plan, request.transport, heads[ulysses.rank], request.scoring, request.backend
     )
     return Call(ulysses, executor, heads, request, bias_cut)
 
 
-def _exchanged(way: Exchange, tensors: dict[str, Tensor], call: Call) -> list[Tensor]:
+def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
     """The tensors there or back; a row of one rank holds what it needs."""
+    moving = [tensor for tensor, _ in tensors]
     if call.ulysses.size == 1:
-        return list(tensors.values())
-    return way(call.ulysses, list(tensors.values()), [call.cut(name) for name in tensors])
+        return moving
+    return way(call.ulysses, moving, [cut for _, cut in tensors])
 
 
-def attention_forward(
-    tensors: Tensors, call: Call
-) -> tuple[Tensor, Tensor | None, Inputs, Results]:
-    """Exchange, ring, exchange.
-
-    Returns:
-        out (B, Lq, H, Dv), lse (B, H, Lq) if it was asked for; and for the backward what this
-        rank computed with: its inputs and (out, lse) of its heads for its row.
-    """
-    inputs = _scattered_inputs(tensors, call)
-    held = ring_forward(inputs, call.ring)
+def attention_forward(tensors: Tensors, call: Call) -> Forward:
+    """Exchange, ring, exchange."""
+    inputs = _scattered(tensors, call)
+    held = Results(*ring_forward(inputs, call.ring))
     if not call.request.return_lse:
-        (out,) = _exchanged(gather_heads, {"out": held[0]}, call)
-        return out, None, inputs, held
-    lse = held[1].transpose(1, 2)[..., None]
-    out, lse = _exchanged(gather_heads, {"out": held[0], "lse": lse}, call)
-    return out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held
+        (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
+        return Forward(out, None, inputs, held)
+    lse = held.lse.transpose(1, 2)[..., None]
+    returned = [(held.out, call.query_cut), (lse, call.query_cut)]
+    out, lse = _exchanged(gather_heads, returned, call)
+    return Forward(out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held)
 
 
-def _scattered_inputs(tensors: Tensors, call: Call) -> Inputs:
-    items = {"q": _last_dim_contiguous(tensors.q), "k": tensors.k, "v": tensors.v}
-    items["k"], items["v"] = _last_dim_contiguous(tensors.k), _last_dim_contiguous(tensors.v)
+def _scattered(tensors: Tensors, call: Call) -> Tensors:
+    """What this rank computes with: its heads for all tokens of its row."""
+    q, k, v = (_last_dim_contiguous(x) for x in (tensors.q, tensors.k, tensors.v))
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
+    moving = [(q, call.query_cut), (k, call.key_cut), (v, call.key_cut)]
     if mask is not None:
-        items["mask"] = mask[:, :, None, None].expand(-1, -1, call.ulysses.size, -1)
-    q, k, v, *rest = _exchanged(scatter_heads, items, call)
+        heads = mask[:, :, None, None].expand(-1, -1, call.ulysses.size, -1)
+        moving.append((heads, call.mask_cut))
+    q, k, v, *rest = _exchanged(scatter_heads, moving, call)
     if bias is not None and call.bias_cut is not None:
         bias = scatter_bias(call.ulysses, bias, call.bias_cut)
     if slopes is not None:
         mine = call.ring.heads
         slopes = slopes[:, mine.offset : mine.offset + mine.count]
-    return Inputs(q, k, v, rest[0][:, :, 0, 0] if rest else None, bias, slopes)
+    return Tensors(q, k, v, rest[0][:, :, 0, 0] if rest else None, bias, slopes)
 
 
 def _last_dim_contiguous(x: Tensor) -> Tensor:
@@ -129,25 +148,30 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, inputs: Inputs, results: Results, call: Call, bias_grad: bool
+    dout: Tensor,
+    dlse: Tensor | None,
+    inputs: Tensors,
+    results: Results,
+    call: Call,
+    bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
-    out, lse = results
-    items = {"out": _last_dim_contiguous(dout)}
+    moving = [(_last_dim_contiguous(dout), call.query_cut)]
     if dlse is not None:
-        items["lse"] = dlse.transpose(1, 2)[..., None]
-    dout, *rest = _exchanged(scatter_heads, items, call)
+        moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
+    dout, *rest = _exchanged(scatter_heads, moving, call)
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
     dout = _last_dim_contiguous(dout)
-    saved = block.saved_for_backward(dout, dlse, out, lse, call.ring.backend)
+    saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
     dtype = inputs.q.dtype
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
-    kv_dtype = lse.dtype if kv_heads_shared(call.heads) else dtype
-    grads = ring_backward(inputs, saved, call.ring, bias_grad, kv_dtype)
-    dq, dk, dv = _exchanged(gather_heads, {"q": grads.dq, "k": grads.dk, "v": grads.dv}, call)
+    kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
+    grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype)
+    moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
+    dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias
-    if dbias is not None and call.bias_cut is not None:
-        dbias = gather_bias_gradient(call.ulysses, dbias, call.bias_cut)
+    if dbias is not None and inputs.attn_bias is not None and call.bias_cut is not None:
+        dbias = gather_bias_gradient(call.ulysses, dbias, call.bias_cut).to(inputs.attn_bias.dtype)
     return dq, dk.to(dtype), dv.to(dtype), dbias
 
 
@@ -160,31 +184,21 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
         mask: Tensor | None,
+        bias: Tensor | None,
         slopes: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse, inputs, results = attention_forward(Tensors(q, k, v, mask, bias, slopes), call)
-        ctx.save_for_backward(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            inputs.key_padding_mask,
-            inputs.bias,
-            inputs.alibi_slopes,
-            *results,
-        )
-        ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype
-        return out, lse
+        given = attention_forward(Tensors(q, k, v, mask, bias, slopes), call)
+        ctx.save_for_backward(*given.inputs, *given.results)
+        ctx.call = call
+        return given.out, given.lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, out, lse = ctx.saved_tensors
+        *inputs, out, lse = ctx.saved_tensors
         dq, dk, dv, dbias = attention_backward(
-            dout, dlse, Inputs(*saved), (out, lse), ctx.call, ctx.needs_input_grad[3]
+            dout, dlse, Tensors(*inputs), Results(out, lse), ctx.call, ctx.needs_input_grad[4]
         )
-        if dbias is not None:
-            dbias = dbias.to(ctx.bias_dtype)
-        return dq, dk, dv, dbias, None, None, None
+        return dq, dk, dv, None, dbias, None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import block
+from usp.attention.arguments import Tensors
 from usp.backends import Backend
 from usp.distributed.comm import Axis
 from usp.distributed.parcel import Parcel
@@ -39,32 +40,7 @@ class Ring:
     backend: Backend
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """One rank's tensors, after the head exchange.
-
-    Attributes:
-        q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv).
-        key_padding_mask: (B, Lk) bool, True = ignore, or None; travels with its keys.
-        bias: (B|1, H|1, Lq|1, Sk), columns in global order, or None.
-        alibi_slopes: (B|1, H) or None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    key_padding_mask: Tensor | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-
-    @property
-    def travelling(self) -> list[Tensor]:
-        """What is passed along the ring."""
-        mask = self.key_padding_mask
-        return [self.k, self.v] if mask is None else [self.k, self.v, mask]
-
-
-def ring_forward(inputs: Inputs, ring: Ring) -> tuple[Tensor, Tensor]:
+def ring_forward(inputs: Tensors, ring: Ring) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys of all ranks of the ring.
 
     Returns:
@@ -90,7 +66,7 @@ def ring_forward(inputs: Inputs, ring: Ring) -> tuple[Tensor, Tensor]:
 
 
 def ring_backward(
-    inputs: Inputs, saved: Saved, ring: Ring, bias_gradient: bool, kv_dtype: torch.dtype
+    inputs: Tensors, saved: Saved, ring: Ring, bias_gradient: bool, kv_dtype: torch.dtype
 ) -> Gradients:
     """Gradients of this rank's q, k, v and bias; dk and dv travel one hop behind their block.
 
@@ -110,8 +86,8 @@ def ring_backward(
     dq = (torch.empty if only else torch.zeros)(inputs.q.shape, dtype=dq_dtype, device=device)
     dbias = None
     if bias_gradient:
-        assert inputs.bias is not None
-        dbias = torch.zeros(inputs.bias.shape, dtype=dtype, device=device)
+        assert inputs.attn_bias is not None
+        dbias = torch.zeros(inputs.attn_bias.shape, dtype=dtype, device=device)
     transport = _transport(inputs.travelling, ring)
     sums = transport.sums(_parcels([inputs.k, inputs.v], ring, sum_dtype), device)
     for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
@@ -150,7 +126,7 @@ def _parcels(
     ]
 
 
-def _block(inputs: Inputs, held: Sequence[Tensor], step: Step, ring: Ring) -> Block:
+def _block(inputs: Tensors, held: Sequence[Tensor], step: Step, ring: Ring) -> Block:
     """The kernel's view of one step."""
     k, v, *mask = held
     q_pos = k_pos = None
@@ -171,11 +147,11 @@ def _block(inputs: Inputs, held: Sequence[Tensor], step: Step, ring: Ring) -> Bl
     )
 
 
-def _step_bias(inputs: Inputs, mask: Tensor | None, step: Step, plan: Plan) -> Tensor | None:
+def _step_bias(inputs: Tensors, mask: Tensor | None, step: Step, plan: Plan) -> Tensor | None:
     """The bias of one owner's keys, in the dtype of the state; hidden keys get -inf."""
     dtype, bias = state_dtype(inputs.q.dtype), None
-    if inputs.bias is not None:
-        bias = inputs.bias
+    if inputs.attn_bias is not None:
+        bias = inputs.attn_bias
         if plan.ring_degree > 1:
             bias = bias.index_select(3, plan.keys[step.owner].positions_on(bias.device))
         bias = bias.to(dtype)

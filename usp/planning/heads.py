@@ -72,3 +72,18 @@ class Cut:
 
     lengths: tuple[int, ...]
     heads: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_query_heads(cls, lengths: tuple[int, ...], heads: Sequence[Heads]) -> Cut:
+        """For what has a place for each query head."""
+        return cls(lengths, tuple((h.offset, h.offset + h.count) for h in heads))
+
+    @classmethod
+    def of_key_heads(cls, lengths: tuple[int, ...], heads: Sequence[Heads]) -> Cut:
+        """For k and v: the key heads that the query heads read."""
+        return cls(lengths, tuple(h.kv_range for h in heads))
+
+    @classmethod
+    def one_for_each(cls, lengths: tuple[int, ...]) -> Cut:
+        """For what has no heads and goes whole to every rank: one "head" each."""
+        return cls(lengths, tuple((rank, rank + 1) for rank in range(len(lengths))))
