@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from usp.testing import dense_attention, dropout_multiplier
 
 # largest error of each dtype, as a share of the largest value or summand, or of 1 if that is less
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+_NOTHING = nullcontext()
 
 
 def run(case: Case) -> dict[str, Tensor]:
@@ -27,32 +29,40 @@ def run(case: Case) -> dict[str, Tensor]:
     return attend(case, local(case, dist.get_rank()), mesh)
 
 
-def attend(case: Case, t: Tensors, mesh: Any) -> dict[str, Tensor]:
+def attend(
+    case: Case,
+    t: Tensors,
+    mesh: Any,
+    around_forward: AbstractContextManager[Any] = _NOTHING,
+    around_backward: AbstractContextManager[Any] = _NOTHING,
+) -> dict[str, Tensor]:
     """The function under test, forward and backward."""
     import usp
 
     q, k, v, *rest = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v, t.bias) if x is not None]
     documents = case.layout == "documents"
-    result = usp.long_context_attention(
-        q,
-        k,
-        v,
-        mesh,
-        **case.masks,
-        layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
-        seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
-        key_padding_mask=t.padding,
-        attn_bias=rest[0] if rest else None,
-        dropout_p=case.dropout_p,
-        dropout_seed=case.dropout_seed,
-        alibi_slopes=t.slopes,
-        transport=case.transport,
-        return_lse=case.return_lse,
-        backend=case.backend,
-    )
+    with around_forward:
+        result = usp.long_context_attention(
+            q,
+            k,
+            v,
+            mesh,
+            **case.masks,
+            layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+            seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
+            key_padding_mask=t.padding,
+            attn_bias=rest[0] if rest else None,
+            dropout_p=case.dropout_p,
+            dropout_seed=case.dropout_seed,
+            alibi_slopes=t.slopes,
+            transport=case.transport,
+            return_lse=case.return_lse,
+            backend=case.backend,
+        )
     out, lse = result if case.return_lse else (result, None)
     outputs, cotangents = ([out, lse], [t.dout, t.dlse]) if case.return_lse else ([out], [t.dout])
-    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    with around_backward:
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
     names = ["out", "lse", "dq", "dk", "dv", "dbias"]
     values = [out.detach(), None if lse is None else lse.detach(), *gradients]
     return {name: x for name, x in zip(names, values, strict=False) if x is not None}

@@ -17,6 +17,7 @@ from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
+from usp.ops.precision import as_given
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.plan import make_plan
 
@@ -116,7 +117,8 @@ def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call)
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
     """Exchange, ring, exchange."""
     inputs = _scattered(tensors, call)
-    held = Results(*ring_forward(inputs, call.ring))
+    with as_given(tensors.q.device):
+        held = Results(*ring_forward(inputs, call.ring))
     if not call.request.return_lse:
         (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
         return Forward(out, None, inputs, held)
@@ -162,11 +164,12 @@ def attention_backward(
     dout, *rest = _exchanged(scatter_heads, moving, call)
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
     dout = _last_dim_contiguous(dout)
-    saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
     dtype = inputs.q.dtype
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
-    grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype)
+    with as_given(dout.device):
+        saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
+        grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype)
     moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
     dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from usp.ops.merge import merge
+from usp.ops.precision import einsum
 from usp.planning.problem import state_dtype
 
 
@@ -32,7 +33,7 @@ class ExtraKeys:
 
     def scores(self, q: Tensor, softmax_scale: float) -> Tensor:
         """Scaled scores (N, H, L, E) of queries (N, L, H, D), in the dtype of ``k``."""
-        return torch.einsum("nlhd,ehd->nhle", q.to(self.k.dtype) * softmax_scale, self.k)
+        return einsum("nlhd,ehd->nhle", q.to(self.k.dtype) * softmax_scale, self.k)
 
     def merge(self, out: Tensor, lse: Tensor, scores: Tensor, keep: Tensor | None) -> Tensor:
         """Let the extra keys into finished rows; differentiable in everything.
@@ -49,7 +50,7 @@ class ExtraKeys:
         weights = scores.softmax(-1)
         if keep is not None:
             weights = weights * keep
-        extra = torch.einsum("nhle,ehd->nlhd", weights, self.v)
+        extra = einsum("nhle,ehd->nlhd", weights, self.v)
         return merge(out, lse, extra, scores.logsumexp(-1))[0].to(out.dtype)
 
 

@@ -19,6 +19,7 @@ from usp.nn.multihead.arguments import Arguments, tokens
 from usp.nn.multihead.extra_keys import make_extra_keys
 from usp.nn.multihead.forward import Projected
 from usp.nn.multihead.placement import Placement
+from usp.ops.precision import as_given
 from usp.planning.layout import Layout
 
 
@@ -203,8 +204,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             lambda call: arguments.facts(),
         )
         call = multihead_forward.with_columns(call, self.placement, validate)
-        # scores are sums in fp32 and more: autocast has had its say in the projections
-        with torch.autocast(query.device.type, enabled=False):
+        # autocast has had its say in the projections
+        with as_given(query.device):
             extra = make_extra_keys(
                 self.bias_k, self.bias_v, self.add_zero_attn, self.num_heads, call.q
             )

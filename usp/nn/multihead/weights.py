@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from usp.ops import philox
+from usp.ops.precision import einsum
 from usp.planning.mask import Mask
 from usp.planning.problem import state_dtype
 
@@ -61,7 +62,7 @@ def attention_weights(
         (N, H, L, S + E) fp32 (fp64 for fp64 inputs); a row that sees nothing is 0.
     """
     dtype = state_dtype(q.dtype)
-    scores = torch.einsum("nlhd,nshd->nhls", q.to(dtype) * softmax_scale, k.to(dtype))
+    scores = einsum("nlhd,nshd->nhls", q.to(dtype) * softmax_scale, k.to(dtype))
     if bias is not None:
         scores = scores + bias.to(dtype)
     if visible is not None:
