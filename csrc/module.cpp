@@ -78,7 +78,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "What usp's compiled extension was built with.";
   m.def("build_info", &build_info,
         "{'version': str, 'compiler': str, 'targets': {'cpu': bool, 'cuda': bool, 'hip': bool}, "
-        "'architectures': list of str, what GPU kernels were compiled for, e.g. sm_90a}");
+        "'architectures': list of str, what GPU kernels were compiled for, e.g. sm_90}");
   m.def("cpu_capability", &cpu_capability,
         "The instruction set that the CPU kernels use now: default, avx2, avx512 or avx512_bf16. "
         "USP_CPU_CAPABILITY forces a lower one.");

@@ -59,11 +59,9 @@ def compiler_version(compiler: Sequence[str]) -> str:
     return (done.stdout.splitlines() or [" ".join(compiler)])[0]
 
 
-def device_sources(root: Path, kind: str) -> list[Path]:
-    """The kernels of one kind of device: those for all GPUs, and those for one family."""
-    gpu = root / "csrc" / "gpu"
-    family = sorted((gpu / "hopper").glob("*.cu")) if kind == "cuda" else []
-    return sorted(gpu.glob("*.cu")) + family
+def device_sources(root: Path) -> list[Path]:
+    """The GPU kernels, the same for CUDA and HIP."""
+    return sorted((root / "csrc" / "gpu").glob("*.cu"))
 
 
 def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None) -> Library:
@@ -75,7 +73,7 @@ def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None
     link_flags = [f"-L{torch.lib}", "-ltorch_cpu"]
     if device is not None:
         # First, for they take longest.
-        units += [Unit(source, device=device) for source in device_sources(root, device.kind)]
+        units += [Unit(source, device=device) for source in device_sources(root)]
         units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
         # After torch's folder: a torch that brings its own HIP runtime must get no second one.
         link_flags += device.link_flags

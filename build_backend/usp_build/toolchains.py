@@ -37,7 +37,7 @@ class Toolchain:
         kind: "cuda" or "hip".
         command: The compiler.
         version: For people, e.g. "nvcc 13.0.88".
-        architectures: What the objects hold, e.g. ("sm_80", "sm_90a", "compute_90").
+        architectures: What the objects hold, e.g. ("sm_80", "sm_90", "compute_90").
         flags: Of every device file.
         link_flags: For the library that the objects end in, linked by the C++ compiler.
     """
@@ -79,7 +79,6 @@ def find(kind: str, environ: Mapping[str, str] = os.environ) -> Toolchain:
 def cuda_architectures(listed: str) -> tuple[str, ...]:
     """What to compile for a list as in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX".
 
-    9.0 means sm_90a, which every Hopper GPU runs and only which has its matrix instructions.
     Entries older than 8.0, which such lists are full of, are left out.
 
     Raises:
@@ -95,7 +94,6 @@ def cuda_architectures(listed: str) -> tuple[str, ...]:
         major, minor, suffix, ptx = match.groups()
         if (int(major), int(minor)) < OLDEST_CUDA:
             continue
-        suffix = "a" if (major, minor) == ("9", "0") else suffix
         found.append(f"sm_{major}{minor}{suffix}")
         if ptx:
             found.append(f"compute_{major}{minor}")

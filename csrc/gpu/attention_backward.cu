@@ -7,7 +7,6 @@
 // bits. Source of the recomputation: Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 
 #include "gradients.h"
-#include "hopper/attention.h"
 
 namespace usp::gpu {
 namespace {
@@ -242,11 +241,6 @@ void backward_of(const BackwardArguments& arguments, Stream stream) {
 
 const char* attention_backward(const Attention<float>& inputs,
                                const AttentionGradients<float>& gradients, Stream stream) {
-#if defined(USP_WGMMA)
-  if (hopper::takes_backward(inputs, gradients)) {
-    return hopper::attention_backward(inputs, gradients, stream);
-  }
-#endif
   const GradientTarget dq = GradientTarget::of_dq(gradients);
   const GradientTarget dk = GradientTarget::of_dk(gradients);
   const GradientTarget dv = GradientTarget::of_dv(gradients);

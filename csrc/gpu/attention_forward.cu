@@ -5,7 +5,6 @@
 
 #include "attention.h"
 #include "blocks.h"
-#include "hopper/attention.h"
 #include "own_rows.h"
 #include "scores.h"
 #include "state_rows.h"
@@ -171,9 +170,6 @@ void forward_of(const ForwardArguments& arguments, Stream stream) {
 
 const char* attention_forward(const Attention<float>& inputs, const AttentionState<float>& state,
                               Stream stream) {
-#if defined(USP_WGMMA)
-  if (hopper::takes_forward(inputs, state)) return hopper::attention_forward(inputs, state, stream);
-#endif
   const bool vectors =
       has_aligned_rows(inputs.q, inputs.D) && has_aligned_rows(inputs.k, inputs.D) &&
       has_aligned_rows(inputs.v, inputs.Dv) && is_aligned(state.out) && is_aligned(state.result);

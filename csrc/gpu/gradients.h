@@ -46,11 +46,6 @@ struct GradientTarget {
   }
 };
 
-// Whether rows that nobody sees, or that see nothing, are written too: as zeros.
-USP_HOST_DEVICE bool overwrites(const AttentionGradients<float>& g) {
-  return g.results.dq != nullptr || g.results.dk != nullptr || g.results.dv != nullptr;
-}
-
 struct BackwardArguments {
   Attention<float> inputs;
   AttentionGradients<float> gradients;

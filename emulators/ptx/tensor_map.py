@@ -15,7 +15,6 @@ from .wgmma import Array, swizzled
 
 BYTES = 128
 _MARK = b"tensor map here\n"
-_HOST = struct.Struct("<Q4Q3QI")
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,9 @@ class TensorMap:
 
 
 def unpacked(blob: bytes) -> TensorMap:
-    """What ``packed`` has made, or csrc/gpu's host target."""
+    """What ``packed`` has made."""
     if blob[: len(_MARK)] != _MARK:
-        base, *sizes_and_strides, rows = _HOST.unpack_from(blob)
-        sizes, strides = sizes_and_strides[:4], sizes_and_strides[4:]
-        return TensorMap(base, tuple(sizes), tuple(strides), (64, rows, 1, 1), 128)
+        raise ValueError("what lies there is no tensor map")
     at = len(_MARK)
     base, rank, row = struct.unpack_from("<QII", blob, at)
     numbers = struct.unpack_from(f"<{rank}Q{rank - 1}Q{rank}B", blob, at + 16)

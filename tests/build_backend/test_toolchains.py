@@ -44,10 +44,10 @@ def clang(path: Path, known: str = "gfx90a gfx942", programs: str = "/usr/bin/")
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
-        (toolchains.CUDA_DEFAULT, ("sm_80", "sm_90a", "compute_90")),
+        (toolchains.CUDA_DEFAULT, ("sm_80", "sm_90", "compute_90")),
         ("8.0", ("sm_80",)),
         ("9.0a", ("sm_90a",)),
-        ("7.5 8.0 8.6 9.0 10.0a 12.0+PTX", ("sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120")),
+        ("7.5 8.0 8.6 9.0 10.0a 12.0+PTX", ("sm_80", "sm_86", "sm_90", "sm_100a", "sm_120")),
         ("8.0;8.0", ("sm_80",)),
     ],
 )
@@ -86,7 +86,7 @@ def test_cuda_home_comes_before_the_path(tmp_path: Path) -> None:
     assert found.version == "nvcc 13.0.88"
     assert f"-L{tmp_path}/cuda/lib" in found.link_flags
     assert found.link_flags.index("-lcudart_static") > 1
-    assert "-gencode=arch=compute_90a,code=sm_90a" in found.flags
+    assert "-gencode=arch=compute_90,code=sm_90" in found.flags
     assert "-gencode=arch=compute_90,code=compute_90" in found.flags
 
 

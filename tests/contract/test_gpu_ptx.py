@@ -53,9 +53,7 @@ def kernels(gpu_builds: Builds) -> Kernels:
 
 @pytest.fixture(scope="module")
 def host() -> GpuHostOps:
-    found = host_ops(32)
-    found.compute_capability(80)
-    return found
+    return host_ops(32)
 
 
 def machine(order: ptx.Order, together: int = 1, races: bool = False) -> Any:
@@ -123,11 +121,10 @@ def test_equals_dense_attention(name: str, host: GpuHostOps, kernels: Kernels) -
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
 
 
-def test_the_same_sources_for_sm_90a(host: GpuHostOps, gpu_builds: Builds) -> None:
-    """What takes there the problems that the kernels with wgmma do not take."""
+def test_the_same_sources_for_sm_90(host: GpuHostOps, gpu_builds: Builds) -> None:
     case = replace(SMALL, **CASES["alibi"])
     x = make_inputs(case)
-    kernels = kernels_for("sm_90a", gpu_builds)
+    kernels = kernels_for("sm_90", gpu_builds)
     ops = PtxOps(host, kernels.on(machine("random", races=True)))
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
 

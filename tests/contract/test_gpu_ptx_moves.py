@@ -24,7 +24,7 @@ def machine(memory: ptx.Memory) -> ptx.Machine:
     return ptx.Machine(memory, "descending", races=True)
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def moves(
     request: pytest.FixtureRequest,
     gpu_builds: Builds,

@@ -1,7 +1,6 @@
 """The PTX that Triton makes of our kernels, executed: what a GPU is given, without one.
 
-Our own launch code launches, Triton's own launcher passes the arguments, ``ptx`` executes. The
-Hopper kernels are those in Gluon.
+Our own launch code launches, Triton's own launcher passes the arguments, ``ptx`` executes.
 """
 
 from __future__ import annotations

@@ -16,14 +16,10 @@ from pathlib import Path
 # What makes each compiler keep and say it, in the environment of a build.
 ASK_NVCC = "-Xptxas=-v --keep --keep-dir="  # NVCC_APPEND_FLAGS
 ASK_CLANG = "#+-save-temps=obj"  # CCC_OVERRIDE_OPTIONS; the # keeps it quiet
-NOT_PIPELINED = "Potential Performance Loss"  # ptxas, of wgmma that waits for each product
 
-# Names of the matrix instructions, and of the TMA's copies that feed some of them, and how each is
-# written in what is read here.
+# Names of the matrix instructions, and how each is written in what is read here.
 INSTRUCTIONS = {
-    "UTMALDG": re.compile(r"\bcp\.async\.bulk\.tensor\."),
     "HMMA": re.compile(r"\bmma\.sync\."),
-    "HGMMA": re.compile(r"\bwgmma\.mma_async\."),
     "MFMA 32x32x8": re.compile(r"\bv_mfma_f32_32x32x8"),
     "MFMA 16x16x16": re.compile(r"\bv_mfma_f32_16x16x16"),
 }

@@ -45,7 +45,7 @@ class Built:
         return sorted(self.sources.rglob(f"*-hip-amdgcn-amd-amdhsa-{target}.s"))
 
     def ptx(self, source: str, architecture: str) -> Path:
-        """What nvcc made of a source file, for sm_80 or sm_90a."""
+        """What nvcc made of a source file, for sm_80 or sm_90."""
         return self.kept / f"{source}.{architecture.replace('sm_', 'compute_')}.ptx"
 
 
@@ -92,7 +92,7 @@ def build(kind: str, sources: Path, out: Path) -> None:
     kept = out / "kept"
     kept.mkdir(parents=True)
     ask = {"NVCC_APPEND_FLAGS": f"{ASK_NVCC}{kept}", "CCC_OVERRIDE_OPTIONS": ASK_CLANG}
-    # Without the PTX for newer GPUs, which is the code of sm_90a once more.
+    # Without the PTX for newer GPUs, which is the code of sm_90 once more.
     ask |= {"TORCH_CUDA_ARCH_LIST": "8.0;9.0", "PYTORCH_ROCM_ARCH": "gfx90a;gfx942"}
     done = build_wheel(sources, out, BUILD_TIMEOUT_S, USP_BUILD=kind, **ask)
     (out / "log").write_text(done.stdout)

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,7 @@ SOURCES = (
     "gpu/attention_forward.cu",
     "gpu/attention_backward.cu",
     "gpu/bias_backward.cu",
-    "gpu/hopper/wgmma_forward.cu",
-    "gpu/hopper/wgmma_backward.cu",
     "gpu/host/simt.cpp",
-    "gpu/host/hopper.cpp",
     "gpu/host/interface.cpp",
 )
 # from `first` to `dropout_seed`
@@ -106,39 +103,11 @@ class GpuHostOps:
         self.redirected = Launches(self._library, built).redirected
         self._library.usp_gpu_attention_forward.argtypes = [POINTER(_Inputs), *[c_void_p] * 3]
         self._library.usp_gpu_attention_backward.argtypes = [POINTER(_Inputs), POINTER(_Gradients)]
-        self._library.usp_gpu_wgmma_count.restype = c_int64
-        self._library.usp_gpu_tile_descriptor.restype = c_uint64
         assert self._library.usp_gpu_wave_size() == wave_size
         self.wave_size = wave_size
 
     def descending_waves(self, descending: bool) -> None:
         self._library.usp_gpu_descending_waves(int(descending))
-
-    def compute_capability(self, capability: int) -> None:
-        """80 or 90: the NVIDIA GPU that the target stands in for."""
-        self._library.usp_gpu_compute_capability(capability)
-
-    def late(self, copies: bool, products: bool) -> None:
-        """Whether what runs on by itself on sm_90a is done as late as it may be, or at once."""
-        self._library.usp_gpu_late(int(copies), int(products))
-
-    def tile_descriptor(
-        self, rows: int, dim: int, address: int, over_rows: bool, step: int, row: int = 0
-    ) -> int:
-        """The 64 bits that tell wgmma of 16 rows or columns of a tile in shared memory."""
-        return int(
-            self._library.usp_gpu_tile_descriptor(rows, dim, address, int(over_rows), step, row)
-        )
-
-    def descriptor_address(self, made: int, mn_major: bool, row: int, column: int) -> int:
-        """Where wgmma looks for a number of its operand."""
-        return int(
-            self._library.usp_gpu_descriptor_address(c_uint64(made), int(mn_major), row, column)
-        )
-
-    def wgmma_count(self) -> int:
-        """How many wgmma there have been."""
-        return int(self._library.usp_gpu_wgmma_count())
 
     def layout(self, name: str, lane: int, element: int) -> tuple[int, int]:
         row, column = c_int(), c_int()

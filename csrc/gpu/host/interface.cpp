@@ -4,8 +4,8 @@
 
 #include "../attention.h"
 #include "../gpu.h"
-#include "../hopper/tiles.h"
-#include "hopper.h"
+#include "../layouts.h"
+#include "simt.h"
 
 namespace usp::gpu {
 namespace {
@@ -90,25 +90,12 @@ struct NamedLayout {
 };
 
 constexpr NamedLayout kLayouts[] = {
-    {"m64nNk16.a", m64nNk16::a},         {"m64nNk16.d", m64nNk16::d},
     {"m16n8k16.a", m16n8k16::a},         {"m16n8k16.b", m16n8k16::b},
     {"m16n8k16.c", m16n8k16::c},         {"mfma16x16x16.a", mfma16x16x16::a},
     {"mfma16x16x16.b", mfma16x16x16::b}, {"mfma16x16x16.c", mfma16x16x16::c},
     {"mfma32x32x8.a", mfma32x32x8::a},   {"mfma32x32x8.b", mfma32x32x8::b},
     {"mfma32x32x8.c", mfma32x32x8::c},
 };
-
-struct TilePart {
-  bool over_rows;
-  int step, row;
-};
-
-template <int kRows, int kDim>
-uint64_t descriptor_in(uint32_t address, TilePart part) {
-  using Tile = hopper::Tile<BFloat16, kRows, kDim>;
-  return part.over_rows ? Tile::over_rows(address, part.step)
-                        : Tile::over_columns(address, part.step, part.row);
-}
 
 }  // namespace
 }  // namespace usp::gpu
@@ -121,35 +108,6 @@ void usp_gpu_descending_waves(int descending) {
   using usp::gpu::host::WaveOrder;
   usp::gpu::host::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
 }
-
-// The GPU to stand in for: 80, 90. Other targets than NVIDIA's do not look.
-void usp_gpu_compute_capability(int capability) {
-  usp::gpu::host::set_compute_capability(capability);
-}
-
-void usp_gpu_late(int copies, int products) {
-  using usp::gpu::host::Asynchrony;
-  const auto when = [](int late) { return late ? Asynchrony::kLate : Asynchrony::kAtOnce; };
-  usp::gpu::host::set_asynchrony(when(copies), when(products));
-}
-
-// Of a tile of 64 or 128 rows and as many columns.
-uint64_t usp_gpu_tile_descriptor(int rows, int dim, uint32_t address, int over_rows, int step,
-                                 int row) {
-  const usp::gpu::TilePart part{over_rows != 0, step, row};
-  if (rows == 64 && dim == 64) return usp::gpu::descriptor_in<64, 64>(address, part);
-  if (rows == 64) return usp::gpu::descriptor_in<64, 128>(address, part);
-  if (dim == 64) return usp::gpu::descriptor_in<128, 64>(address, part);
-  return usp::gpu::descriptor_in<128, 128>(address, part);
-}
-
-// Where number (row, column) of the operand lies.
-uint32_t usp_gpu_descriptor_address(uint64_t made, int mn_major, int row, int column) {
-  return mn_major ? usp::gpu::descriptor::mn_major(made, row, column)
-                  : usp::gpu::descriptor::k_major(made, row, column);
-}
-
-int64_t usp_gpu_wgmma_count() { return usp::gpu::host::product_count(); }
 
 // Returns 0 for a name that is not known.
 int usp_gpu_layout(const char* name, int lane, int element, int* row, int* column) {

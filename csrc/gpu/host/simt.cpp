@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -33,28 +32,21 @@ struct Fibre {
   jmp_buf resume;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool started = false, waiting = false, finished = false;
-  bool (*ready)(void*) = nullptr;  // ends its waiting
-  void* ready_argument = nullptr;
   std::vector<Copy> copies;
 };
 
-// Threads that meet: a wave, a warpgroup.
 struct Wave {
   WaveAction action = nullptr;
   std::vector<void*> lanes;
   int arrived = 0;
 };
 
-constexpr int kGroup = 128;
-
 // The block that runs now. Fibres and their stacks are kept from block to block.
 struct Block {
   std::vector<Fibre> fibres;
-  std::vector<Wave> waves, groups;
-  std::deque<std::function<void()>> later;
+  std::vector<Wave> waves;
   std::vector<char> shared;
   char* aligned_shared = nullptr;
-  size_t shared_bytes = 0;
   const std::function<void()>* body = nullptr;
   Index3 index{};
   int threads = 0, wave_size = 32, current = 0, at_barrier = 0, running = 0;
@@ -66,17 +58,8 @@ Block block;
 
 LaunchListener listener = nullptr;
 
-std::vector<void (*)()>& end_checks() {
-  static std::vector<void (*)()> checks;
-  return checks;
-}
-
 bool runnable(int thread) {
-  Fibre& fibre = block.fibres[thread];
-  if (fibre.waiting && fibre.ready != nullptr && fibre.ready(fibre.ready_argument)) {
-    fibre.waiting = false;
-    fibre.ready = nullptr;
-  }
+  const Fibre& fibre = block.fibres[thread];
   return !fibre.waiting && !fibre.finished;
 }
 
@@ -90,8 +73,7 @@ int runnable_lane(int wave, int first) {
   return -1;
 }
 
-// -1: all wait.
-int find_thread() {
+int next_thread() {
   const int own = block.current / block.wave_size;
   const int lane = runnable_lane(own, block.current % block.wave_size + 1);
   if (lane >= 0) return lane;
@@ -100,18 +82,6 @@ int find_thread() {
     const int wave = block.order == WaveOrder::kAscending ? i : count - 1 - i;
     const int thread = runnable_lane(wave, 0);
     if (thread >= 0) return thread;
-  }
-  return -1;
-}
-
-int next_thread() {
-  for (;;) {
-    const int thread = find_thread();
-    if (thread >= 0) return thread;
-    if (block.later.empty()) break;
-    const auto work = std::move(block.later.front());
-    block.later.pop_front();
-    work();
   }
   fail("threads wait for each other in different places, or after some have returned");
 }
@@ -143,7 +113,6 @@ void run_fibre() {
 
 void prepare_fibre(Fibre& fibre) {
   fibre.started = fibre.waiting = fibre.finished = false;
-  fibre.ready = nullptr;
   getcontext(&fibre.entry);
   fibre.entry.uc_stack.ss_sp = fibre.stack.get();
   fibre.entry.uc_stack.ss_size = kStackBytes;
@@ -157,26 +126,6 @@ void run_block() {
   block.running = block.threads;
   block.current = block.order == WaveOrder::kAscending ? 0 : block.threads - block.wave_size;
   if (_setjmp(block.done) == 0) resume(block.current);
-  if (!block.later.empty()) fail("a block ended before its copies arrived");
-  for (const auto check : end_checks()) check();
-}
-
-std::vector<Wave> sets_of(int threads, int size) {
-  return std::vector<Wave>(threads / size, Wave{nullptr, std::vector<void*>(size), 0});
-}
-
-// Of the current thread's set of `size` threads.
-void meet(std::vector<Wave>& sets, int size, WaveAction act, void* mine) {
-  const int index = block.current / size;
-  if (index >= static_cast<int>(sets.size())) fail("a block is not a whole number of warpgroups");
-  Wave& set = sets[index];
-  if (set.arrived > 0 && set.action != act) fail("lanes of a wave met in different operations");
-  set.action = act;
-  set.lanes[block.current % size] = mine;
-  if (++set.arrived < size) return wait();
-  set.arrived = 0;
-  act(set.lanes.data(), size);
-  for (int i = 0; i < size; ++i) block.fibres[index * size + i].waiting = false;
 }
 
 }  // namespace
@@ -189,9 +138,7 @@ void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
   block.wave_size = wave_size;
   block.body = &body;
   if (block.fibres.size() < static_cast<size_t>(threads)) block.fibres.resize(threads);
-  block.waves = sets_of(threads, wave_size);
-  block.groups = sets_of(threads, kGroup);
-  block.shared_bytes = shared_bytes;
+  block.waves.assign(threads / wave_size, Wave{nullptr, std::vector<void*>(wave_size), 0});
   block.shared.resize(shared_bytes + kAlign);
   const auto address = reinterpret_cast<uintptr_t>(block.shared.data());
   block.aligned_shared = block.shared.data() + (kAlign - address % kAlign) % kAlign;
@@ -217,8 +164,6 @@ Index3 block_index() { return block.index; }
 
 char* shared_memory() { return block.aligned_shared; }
 
-size_t shared_size() { return block.shared_bytes; }
-
 void barrier() {
   if (++block.at_barrier < block.threads) return wait();
   block.at_barrier = 0;
@@ -228,21 +173,17 @@ void barrier() {
   for (int thread = 0; thread < block.threads; ++thread) block.fibres[thread].waiting = false;
 }
 
-void meet_wave(WaveAction act, void* mine) { meet(block.waves, block.wave_size, act, mine); }
-
-void meet_group(WaveAction act, void* mine) { meet(block.groups, kGroup, act, mine); }
-
-void wait_until(bool (*ready)(void*), void* argument) {
-  if (ready(argument)) return;
-  Fibre& fibre = block.fibres[block.current];
-  fibre.ready = ready;
-  fibre.ready_argument = argument;
-  wait();
+void meet_wave(WaveAction act, void* mine) {
+  const int size = block.wave_size, index = block.current / size;
+  Wave& wave = block.waves[index];
+  if (wave.arrived > 0 && wave.action != act) fail("lanes of a wave met in different operations");
+  wave.action = act;
+  wave.lanes[block.current % size] = mine;
+  if (++wave.arrived < size) return wait();
+  wave.arrived = 0;
+  act(wave.lanes.data(), size);
+  for (int lane = 0; lane < size; ++lane) block.fibres[index * size + lane].waiting = false;
 }
-
-void when_all_wait(std::function<void()> work) { block.later.push_back(std::move(work)); }
-
-void at_block_end(void (*check)()) { end_checks().push_back(check); }
 
 namespace {
 

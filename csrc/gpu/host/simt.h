@@ -6,7 +6,6 @@
 // one) or a barrier. A wave runs ahead of the others as far as it can, and copies to shared memory
 // arrive only where they are waited for: so a missing barrier or wait gives wrong numbers here,
 // too. Shared memory starts as NaN. Threads that never meet end the program with a message.
-// hopper.h adds what runs on beside the threads.
 
 #include <cstddef>
 #include <cstdint>
@@ -53,7 +52,6 @@ void set_wave_order(WaveOrder order);
 uint32_t thread_index();
 Index3 block_index();
 char* shared_memory();
-size_t shared_size();
 
 void barrier();
 float shuffle_xor(float value, int mask);
@@ -64,17 +62,5 @@ void copies_arrived();
 // lane in order, and may read and write them all.
 using WaveAction = void (*)(void* const* lanes, int wave_size);
 void meet_wave(WaveAction act, void* mine);
-
-// Likewise for the 128 threads of a warpgroup.
-void meet_group(WaveAction act, void* mine);
-
-// Until ready(argument).
-void wait_until(bool (*ready)(void*), void* argument);
-
-// Work that is done when no thread can go on without it.
-void when_all_wait(std::function<void()> work);
-
-// Called after every block.
-void at_block_end(void (*check)());
 
 }  // namespace usp::gpu::host
