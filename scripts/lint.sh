@@ -8,7 +8,7 @@ failed=0
 
 "$bin/ruff" check . || failed=1
 "$bin/ruff" format --check . || failed=1
-"$bin/mypy" || failed=1
+python3 scripts/versions.py check "$(dirname "$bin")" || failed=1 # mypy, for each Python
 find csrc tests/cpp benchmarks \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 |
   xargs -0 --no-run-if-empty "$bin/clang-format" --dry-run -Werror || failed=1
 

@@ -72,11 +72,15 @@ def run_pip(python: Path, arguments: Sequence[str]) -> None:
         env=environ,
     )
     assert process.stdout is not None
+    hidden: list[str] = []
     for line in process.stdout:
         if line.strip() and not line.startswith(NOISE):
             text = line.rstrip()
             print(f"  {text if len(text) < 100 else text[:97] + '...'}", flush=True)
+        else:
+            hidden.append(line.rstrip())
     if process.wait():
+        print("\n".join(hidden[-20:]), flush=True)  # the cause may be among them
         raise SetupFailed(f"failed: {' '.join(command)}")
     say(f"done in {time.monotonic() - started:.0f} s")
 
