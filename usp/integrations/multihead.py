@@ -46,8 +46,18 @@ def replace_attention(model: Model, mesh: SequenceMesh | None = None, **options:
             raise NotImplementedError(f"cannot replace {name or 'the model'}: {refusal}") from None
     for module in found.values():
         MultiheadAttention.adopt(module, placement)
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder):
-            # else it hands its layers a NestedTensor in evaluation
-            encoder.use_nested_tensor = False
+    _refuse_nested_tensors(model)
     return model
+
+
+def _refuse_nested_tensors(model: nn.Module) -> None:
+    """Encoders, also those that copy a layer of the model later, pass padded tensors on."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer) and isinstance(
+            module.self_attn, MultiheadAttention
+        ):
+            # what an encoder asks before it makes NestedTensors: is the activation one of those
+            # that the fused kernel knows
+            module.activation_relu_or_gelu = 0

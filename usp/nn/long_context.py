@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from usp.attention.functional import long_context_attention
 from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh
+from usp.nn.tracing import one_node
 from usp.planning.layout import Layout
 
 
@@ -72,6 +73,7 @@ class LongContextAttention(nn.Module):
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self._compared = False
 
+    @one_node
     def forward(
         self,
         q: Tensor,

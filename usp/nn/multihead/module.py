@@ -19,6 +19,7 @@ from usp.nn.multihead.arguments import Arguments, tokens
 from usp.nn.multihead.extra_keys import make_extra_keys
 from usp.nn.multihead.forward import Projected
 from usp.nn.multihead.placement import Placement
+from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
 from usp.planning.layout import Layout
 
@@ -132,18 +133,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         self._compared: Placement | None = None
-        self._bypass_fused_paths()
+        self._keep_fused_paths_away()
 
-    def _bypass_fused_paths(self) -> None:
-        # nn.TransformerEncoderLayer and nn.TransformerEncoder read this flag: where it is True
-        # they compute attention from the parameters in evaluation, and never call forward.
-        self._qkv_same_embed_dim = False
+    def _keep_fused_paths_away(self) -> None:
+        # In evaluation nn.TransformerEncoderLayer computes attention from our parameters and never
+        # calls us, unless a hook is there that it would pass by. Ours does nothing but be there,
+        # under a number of this process: those in a pickle may be given out again.
+        hooks = self._forward_pre_hooks
+        for number in [number for number, hook in hooks.items() if hook is _no_change]:
+            del hooks[number]
+        self.register_forward_pre_hook(_no_change)
 
-    def _reset_parameters(self) -> None:
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
-        super()._reset_parameters()
-        self._bypass_fused_paths()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_fused_paths_away()
 
+    @one_node
     def forward(
         self,
         query: Tensor,
@@ -287,6 +292,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             if name != "mesh" and value != getattr(Placement, name):
                 shown += f", {name}={value!r}"
         return shown
+
+
+def _no_change(module: nn.Module, inputs: Any) -> None:
+    """A hook for being there."""
 
 
 def check_class(module: nn.Module) -> None:
