@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,7 @@ def _evaluated(layout: str, way: str, padded: bool) -> Tensor:
 
 
 def _for_evaluation(model: nn.Module, way: str) -> nn.Module:
-    return model.eval().requires_grad_(way == "no_grad")
+    return model.eval().requires_grad_(way != "frozen")
 
 
 def _left_aligned() -> Tensor:
@@ -231,8 +232,26 @@ def test_evaluation_on_a_mesh(pool, way, padded) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("way", ["no_grad", "frozen"])
+def _replaced(when: str, norm_first: bool) -> nn.Module:
+    """An encoder with our attention, that came into it in one of many ways."""
+    if when in ("layer", "attention"):
+        layer = make_encoder(norm_first=norm_first).layers[0]
+        usp.replace_attention(layer if when == "layer" else layer.self_attn)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="enable_nested_tensor is True")
+            return nn.TransformerEncoder(layer, 2, enable_nested_tensor=when == "layer")
+    model = usp.replace_attention(make_encoder(norm_first=norm_first))
+    if when == "copied":
+        return copy.deepcopy(model)
+    if when == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+        for layer in model.layers:  # a hook of another's may come and go
+            layer.self_attn.register_forward_pre_hook(lambda *_: None).remove()
+    return model
+
+
+@pytest.mark.parametrize("when", ["layer", "attention", "model", "copied", "pickled"])
+@pytest.mark.parametrize("way", ["no_grad", "inference", "frozen"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_fused_paths_are_bypassed(monkeypatch, when, way, padded, norm_first) -> None:
@@ -244,17 +263,9 @@ def test_the_fused_paths_are_bypassed(monkeypatch, when, way, padded, norm_first
         return real(self, *args, **options)
 
     monkeypatch.setattr(usp.MultiheadAttention, "forward", spy)
-    if when == "before":
-        layer = make_encoder(norm_first=norm_first).layers[0]
-        usp.replace_attention(layer)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="enable_nested_tensor is True")
-            model = nn.TransformerEncoder(layer, 2)
-    else:
-        model = usp.replace_attention(make_encoder(norm_first=norm_first))
-    model = _for_evaluation(model, way)
+    model = _for_evaluation(_replaced(when, norm_first), way)
     ignored = _left_aligned() if padded else None
-    with torch.set_grad_enabled(way == "frozen"):
+    with torch.inference_mode() if way == "inference" else torch.set_grad_enabled(way == "frozen"):
         out = model(random(BATCH, SOURCE, WIDTH, seed=1), src_key_padding_mask=ignored)
     assert calls == [layer.self_attn for layer in model.layers]
     assert not out.is_nested and out.shape == (BATCH, SOURCE, WIDTH)
