@@ -41,10 +41,13 @@ from judge import assert_close, join, oracle
 from native_case import Case, computed, expected, largest, make_inputs, new_state, options
 from pool import Pool
 from test_native_ops import HEADS, SPANS
+from torch import Tensor
 from triton_interpreter import Kernels
 
-from usp.kernels import configs, hopper, tune
+from usp.kernels import configs, hopper, tune, tuned
 from usp.kernels.arguments import BackwardInputs, Options
+from usp.kernels.attention_backward import attention_backward
+from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
 
 SMALL = Case(
@@ -298,56 +301,86 @@ NOT_TAKEN: dict[str, dict[str, Any]] = {
 }
 
 
+class Portable:
+    """Stands in for the portable launches: which were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.asked.append(name)
+
+
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Portable]:
+    stand_in = Portable()
+    importlib.import_module("usp.kernels.portable.launch")
+    monkeypatch.setattr("usp.kernels.portable.launch", stand_in)
+    monkeypatch.setattr(configs, "device_name", lambda device: "some GPU")
+    configs.forget()
+    yield stand_in
+    configs.forget()
+
+
+def called(case: Case, x: Any) -> list[Tensor]:
+    """Forward and backward by the doors; what they have updated."""
+    shared = Options(*options(case, x, slice(None), masked=True))
+    out, lse = new_state(case)
+    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
+    attention_forward(x.q, x.k, x.v, shared, out, lse)
+    given = BackwardInputs(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
+    attention_backward(given, shared, None, *sums)
+    return [out, *sums]
+
+
+BACKWARD = ["add_key_gradients", "add_query_gradients"]
+ALL = ["attention_forward", *BACKWARD]
+
+
 @pytest.mark.parametrize("reason", [None, *NOT_TAKEN])
-def test_the_portable_kernels_take_the_rest(reason: str | None) -> None:
+def test_the_portable_kernels_take_the_rest(reason: str | None, portable: Portable) -> None:
     case = replace(SMALL, **NOT_TAKEN[reason]) if reason else SMALL
     x = make_inputs(case)
-    shared = Options(*options(case, x, slice(None), masked=True))
-    assert hopper.takes(shared, x.dout, x.q, x.k, x.v) == (reason is None)
-    assert not hopper.takes(replace(shared, softmax_scale=-1.0), x.dout, x.q, x.k, x.v)
-    given = BackwardInputs(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
-    sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
-    out, lse = new_state(case)
     with small_steps(TIMINGS[0]):
-        took = [
-            hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None),
-            hopper.add_query_gradients(given, shared, sums[0]),
-            hopper.add_key_gradients(given, shared, None, *sums[1:]),
-        ]
-    assert took == [reason is None] * 3
-    if reason is not None:
-        assert not any(t.any() for t in (out, *sums)) and (lse == -torch.inf).all()
+        updated = called(case, x)
+    # a backward without keys has nothing to do
+    rest = ALL[:1] if reason == "no_keys" else ALL
+    assert portable.asked == ([] if reason is None else rest)
+    assert all(t.any() for t in updated) if reason is None else not any(t.any() for t in updated)
+    shared = Options(*options(case, x, slice(None), masked=True))
+    assert hopper.takes("forward", shared, x.q, x.k, x.v) == (reason is None)
+    assert not hopper.takes("forward", replace(shared, softmax_scale=-1.0), x.q, x.k, x.v)
 
 
-@pytest.mark.parametrize("dims", [(136, 136), (256, 64), (64, 256), (264, 64)])
-def test_forward_takes_wider_heads(dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dims", [(136, 136), (256, 64), (64, 256)])
+def test_forward_takes_wider_heads(dims: tuple[int, int], portable: Portable) -> None:
     case = replace(SMALL, lq=70, head_dim=dims[0], value_head_dim=dims[1], span="causal")
     x = make_inputs(case)
-    shared = Options(*options(case, x, slice(None), masked=True))
-    out, lse = new_state(case)
     with small_steps(TIMINGS[0]):
-        took = hopper.attention_forward(x.q, x.k, x.v, shared, out, lse, None)
-        given = BackwardInputs(x.dout, x.q, x.k, x.v, x.dlse, x.dlse)
-        assert not hopper.add_query_gradients(given, shared, x.q)
-        assert not hopper.add_key_gradients(given, shared, None, x.k, x.v)
-    assert took == (max(dims) <= 256)
-    if took:
-        assert largest(out - expected(case, x)["out"]) <= 1e-2
+        out, *_ = called(case, x)
+    assert portable.asked == BACKWARD
+    assert largest(out - expected(case, x)["out"]) <= 1e-2
+
+
+def test_no_head_is_wider() -> None:
+    x = make_inputs(replace(SMALL, head_dim=264))
+    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    assert not hopper.takes("forward", shared, x.q, x.k, x.v)
 
 
 def test_a_base_that_is_not_aligned_is_not_taken() -> None:
     x = make_inputs(SMALL)
     shared = Options(*options(SMALL, x, slice(None), masked=True))
     moved = torch.empty(x.k.numel() + 1, dtype=x.k.dtype)[1:].view(x.k.shape)
-    assert hopper.takes(shared, x.q, x.k, x.v) and not hopper.takes(shared, x.q, moved, x.v)
+    assert hopper.takes("forward", shared, x.q, x.k, x.v)
+    assert not hopper.takes("forward", shared, x.q, moved, x.v)
 
 
-def test_by_default_they_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = make_inputs(SMALL)
-    shared = Options(*options(SMALL, x, slice(None), masked=True))
-    monkeypatch.setattr(configs, "_won", lambda *_: None)
+def test_by_default_they_are_not_asked(monkeypatch: pytest.MonkeyPatch, portable: Portable) -> None:
+    monkeypatch.setattr(tuned, "recall", lambda *_: None)
     monkeypatch.setattr(configs, "family", lambda device: "sm_90")
-    assert not hopper.attention_forward(x.q, x.k, x.v, shared, *new_state(SMALL), None)
+    called(SMALL, make_inputs(SMALL))
+    assert portable.asked == ALL
 
 
 def test_an_older_triton_has_no_gluon_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

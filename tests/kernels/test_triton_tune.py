@@ -32,8 +32,14 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     configs.forget()
 
 
+def wanted(kernel: str, head_dim: int) -> Iterator[configs.AnyConfig]:
+    return configs.wanted(kernel, head_dim, torch.empty(0, dtype=torch.bfloat16))
+
+
 def launch(head_dim: int) -> dict[str, object]:
-    return configs.choose("forward", head_dim, torch.empty(0, dtype=torch.bfloat16))
+    """Of the portable kernel."""
+    found = wanted("forward", head_dim)
+    return next(config.launch() for config in found if isinstance(config, configs.Config))
 
 
 def test_the_fastest_is_used_and_remembered(a_gpu: None) -> None:
@@ -80,25 +86,26 @@ def test_what_is_wrong_is_not_timed(a_gpu: None) -> None:
         assert tune.fastest("forward", (wrong, right), seconds, is_right) == right
 
 
-def choose_pipeline(kernel: str = "forward", head_dim: int = 128) -> Pipeline | None:
-    like = torch.empty(0, dtype=torch.bfloat16)
-    return configs.choose_pipeline(kernel, head_dim, like)
+def pipeline(kernel: str = "forward", head_dim: int = 128) -> Pipeline | None:
+    """Of the Hopper kernel, where that is asked first."""
+    first = next(wanted(kernel, head_dim))
+    return first if isinstance(first, Pipeline) else None
 
 
 def test_hopper_kernels_are_candidates_that_must_win(
     a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "has_gluon", lambda: True)
-    assert choose_pipeline() is None
+    assert pipeline() is None
     best = next(c for c in configs.candidates("forward", 128, DEVICE) if isinstance(c, Pipeline))
     tuned.remember("some GPU", {("forward", 128): asdict(best)})
     configs.forget()
-    assert choose_pipeline() == best == choose_pipeline(head_dim=72)
+    assert pipeline() == best == pipeline(head_dim=72)
     # what it cannot take is launched by default
     assert launch(128) == configs.candidates("forward", 128, DEVICE)[0].launch()
-    assert choose_pipeline(head_dim=64) is choose_pipeline("backward_keys") is None
+    assert pipeline(head_dim=64) is pipeline("backward_keys") is None
     with configs.trying("forward", configs.candidates("forward", 128, DEVICE)[1]):
-        assert choose_pipeline() is None
+        assert pipeline() is None
     monkeypatch.setattr(kernels, "has_gluon", lambda: False)
     assert not any(isinstance(c, Pipeline) for c in configs.candidates("forward", 128, DEVICE))
 
@@ -107,11 +114,12 @@ def test_hopper_kernels_can_be_asked_for(a_gpu: None, monkeypatch: pytest.Monkey
     with configs.pipelined():
         for kernel, rows in HOPPER.items():
             for head_dim, row in rows.items():
-                assert choose_pipeline(kernel, head_dim) == row[0]
-            assert choose_pipeline(kernel, max(rows) + 1) is None
+                assert pipeline(kernel, head_dim) == row[0]
+            if max(rows) < max(configs.BUCKETS):
+                assert pipeline(kernel, max(rows) + 1) is None
         monkeypatch.setattr(configs, "family", lambda device: "default")
-        assert choose_pipeline() is None
-    assert choose_pipeline() is None
+        assert pipeline() is None
+    assert pipeline() is None
 
 
 def test_what_another_version_kept_is_forgotten(a_gpu: None) -> None:
@@ -121,7 +129,7 @@ def test_what_another_version_kept_is_forgotten(a_gpu: None) -> None:
         tuned.remember("some GPU", {("forward", 64): kept, ("bias_gradient", 64): kept})
         configs.forget()
         assert launch(64) == default.launch()
-        configs.choose("bias_gradient", 64, torch.empty(0, dtype=torch.bfloat16))
+        assert pipeline("bias_gradient", 64) is None
 
 
 def test_a_broken_store_is_no_error(a_gpu: None) -> None:
@@ -211,15 +219,16 @@ def test_rows_of_a_bias_narrow_the_steps(
     rows: int, a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 128 keys a step sm_90 wants 240 KiB of shared memory, and has 227."""
-    from usp.kernels import attention_forward
     from usp.kernels.arguments import Options
+    from usp.kernels.attention_forward import attention_forward
+    from usp.kernels.portable import launch
 
     seen = Launches()
-    monkeypatch.setattr(attention_forward, "forward_kernel", seen)
+    monkeypatch.setattr(launch, "forward_kernel", seen)
     q = torch.empty(1, 37, 2, 64, dtype=torch.bfloat16)
     bias = torch.empty(1, 2, rows, 37)
     options = Options(None, None, bias, None, None, None, 0, 2, 1, 0.125, 0.0, 0.0, 0)
-    attention_forward.attention_forward(q, q, q, options, q.float(), torch.empty(1, 2, 37))
+    attention_forward(q, q, q, options, q.float(), torch.empty(1, 2, 37))
     (found,) = seen.options
     assert (found["BLOCK_K"], found["EDGE"]) == ((64 if rows > 1 else 128), 64)
 

@@ -166,7 +166,7 @@ def searched(given: Any) -> dict[str, tuple[Any, int]]:
 
     def time_of(trial: Any) -> float:
         trial()
-        (kernel,) = configs._trial
+        (kernel,) = configs._asked
         timed[kernel] = timed.get(kernel, 0) + 1
         return 1.0 / timed[kernel]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from usp.kernels import configs
 from usp.kernels.arguments import BackwardInputs, Options, Span, bias_of, cdiv, rows_of
+from usp.kernels.choice import choose
 from usp.kernels.scores import gradient_of_scores, of_rows, weights
 from usp.kernels.tiles import base, load_tile
 
@@ -28,9 +29,9 @@ def bias_gradient(
     if not q.numel() or not k.numel():
         return
     batch, heads, rows, k_len = dbias.shape
-    launch = configs.choose("bias_gradient", max(q.shape[-1], given.v.shape[-1]), q)
-    row_tiles = cdiv(rows, launch["BLOCK_Q"]) if rows > 1 else 1
-    bias_gradient_kernel[(cdiv(k_len, launch["BLOCK_K"]) * row_tiles * batch * heads,)](
+    _, config = choose("bias_gradient", options, given.dout, q, k, given.v)
+    row_tiles = cdiv(rows, config.block_q) if rows > 1 else 1
+    bias_gradient_kernel[(cdiv(k_len, config.block_k) * row_tiles * batch * heads,)](
         *(rows_of(x) for x in (given.dout, q, k, given.v)),
         given.vectors,
         options.sizes(q, k),
@@ -42,7 +43,7 @@ def bias_gradient(
         (heads, q.shape[0] // batch, q.shape[2] // heads),
         **given.dims,
         WIDE=given.wide,
-        **launch,
+        **configs.launch(config, q.device),
     )
 
 

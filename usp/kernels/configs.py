@@ -7,10 +7,10 @@ the size of the register file suggest, the largest tiles that compile without sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class Config:
         for name in ("block_q", "block_k", "edge"):
             found[name.upper()] = found.pop(name)
         return found | {"NUM_XCDS": num_xcds, "enable_fp_fusion": True}
+
+
+AnyConfig = Config | Pipeline
 
 
 def _amd(block_q: int, block_k: int, edge: int, num_warps: int, waves: int) -> Config:
@@ -178,43 +181,39 @@ def bucket(head_dim: int) -> int:
     return next(size for size in BUCKETS if head_dim <= size)
 
 
-def choose(kernel: str, head_dim: int, like: Tensor) -> dict[str, Any]:
+def wanted(kernel: str, head_dim: int, like: Tensor) -> Iterator[AnyConfig]:
     """How to launch a kernel of ``TABLE`` on the device and in the dtype of a tensor.
 
     Returns:
-        Keyword arguments of the launch.
+        What was asked for, what tuning has found, and the default, a ``Config``, which takes every
+        call. The first that takes a call is to be taken.
     """
     if kernels.interpreted():
-        return INTERPRETED.launch()
-    config = _trial.get(kernel)
-    if isinstance(config, Config):
-        return config.launch(NUM_XCDS.get(family(like.device), 1))
-    return _chosen(kernel, bucket(head_dim), like.dtype == torch.float32, like.device)
+        yield INTERPRETED
+        return
+    size = bucket(head_dim)
+    asked = _asked[kernel](size) if kernel in _asked else None
+    if isinstance(asked, Config) or (asked is not None and family(like.device) == "sm_90"):
+        yield asked
+    yield from _known(kernel, size, like.dtype == torch.float32, like.device)
 
 
 @cache
-def _chosen(kernel: str, size: int, exact: bool, device: torch.device) -> dict[str, Any]:
+def _known(kernel: str, size: int, exact: bool, device: torch.device) -> tuple[AnyConfig, ...]:
     if exact:
-        return EXACT.launch()
-    found = family(device)
-    won = _won(kernel, size, device)
-    config = won if isinstance(won, Config) else TABLE[found][kernel][size][0]
-    return config.launch(NUM_XCDS.get(found, 1))
-
-
-def choose_pipeline(kernel: str, head_dim: int, like: Tensor) -> Pipeline | None:
-    """Which Hopper kernel shall do it if it can, or None: what ``choose`` says is for the rest."""
-    if kernels.interpreted() or head_dim > max(HOPPER[kernel]):
-        return None
-    config = _trial.get(kernel)
-    if config is None:
-        size = bucket(head_dim)
-        config = HOPPER[kernel][size][0] if _preferred else _won(kernel, size, like.device)
-    return config if isinstance(config, Pipeline) and family(like.device) == "sm_90" else None
+        return (EXACT,)
+    won, default = _won(kernel, size, device), TABLE[family(device)][kernel][size][0]
+    return (default,) if won is None else (won, default)
 
 
 @cache
-def _won(kernel: str, size: int, device: torch.device) -> Config | Pipeline | None:
+def launch(config: Config, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a launch on a device."""
+    return config.launch(NUM_XCDS.get(family(device), 1))
+
+
+@cache
+def _won(kernel: str, size: int, device: torch.device) -> AnyConfig | None:
     """What tuning has found for this device, if it still is one to choose from.
 
     Another version of usp may have written it.
@@ -225,12 +224,12 @@ def _won(kernel: str, size: int, device: torch.device) -> Config | Pipeline | No
     return next((c for c in candidates(kernel, size, device) if asdict(c) == found), None)
 
 
-def config_of(found: dict[str, Any]) -> Config | Pipeline:
+def config_of(found: dict[str, Any]) -> AnyConfig:
     """The one that ``asdict`` has taken apart."""
     return Config(**found) if "edge" in found else Pipeline(**found)
 
 
-def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config | Pipeline, ...]:
+def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[AnyConfig, ...]:
     """What tuning chooses from."""
     found, size = family(device), bucket(head_dim)
     pipelines = HOPPER.get(kernel, {}).get(size, ())
@@ -239,36 +238,41 @@ def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[Config
     return TABLE[found][kernel][size] + pipelines
 
 
-# Set by ``trying`` and ``pipelined`` alone.
-_trial: dict[str, Config | Pipeline] = {}
-_preferred = False
+# By kernel, what is asked for at a size: set in ``trying`` and ``pipelined`` alone. Not a context
+# variable: autograd runs the backward of a GPU in a thread of its own.
+_asked: dict[str, Callable[[int], AnyConfig | None]] = {}
 
 
 @contextmanager
-def pipelined() -> Iterator[None]:
+def _asking(asked: dict[str, Callable[[int], AnyConfig | None]]) -> Iterator[None]:
+    before = _asked.copy()
+    _asked.update(asked)
+    try:
+        yield
+    finally:
+        _asked.clear()
+        _asked.update(before)
+
+
+def pipelined() -> AbstractContextManager[None]:
     """In here the Hopper kernels do what they can."""
-    global _preferred
-    before, _preferred = _preferred, True
-    try:
-        yield
-    finally:
-        _preferred = before
+    return _asking({kernel: partial(_pipeline, kernel) for kernel in HOPPER})
 
 
-@contextmanager
-def trying(kernel: str, config: Config | Pipeline) -> Iterator[None]:
+def _pipeline(kernel: str, size: int) -> Pipeline | None:
+    return next(iter(HOPPER[kernel].get(size, ())), None)
+
+
+def trying(kernel: str, config: AnyConfig) -> AbstractContextManager[None]:
     """In here a kernel is launched so, on every device."""
-    _trial[kernel] = config
-    try:
-        yield
-    finally:
-        del _trial[kernel]
+    return _asking({kernel: lambda size: config})
 
 
 def forget() -> None:
     """Look up anew what was tuned."""
     _won.cache_clear()
-    _chosen.cache_clear()
+    _known.cache_clear()
+    launch.cache_clear()
 
 
 def device_name(device: torch.device) -> str:

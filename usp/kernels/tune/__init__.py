@@ -17,8 +17,7 @@ from torch import Tensor
 from usp import kernels
 from usp.kernels import configs, tuned
 from usp.kernels.arguments import Options, Span
-from usp.kernels.configs import Config
-from usp.kernels.hopper_configs import Pipeline
+from usp.kernels.configs import AnyConfig
 from usp.kernels.tune.trials import MARK, Shape, finishing
 
 _TUNED = ("forward", "backward_keys", "backward_queries")
@@ -31,7 +30,7 @@ def tune(
     seq_len: int = 8192,
     num_heads: int = 16,
     num_kv_heads: int | None = None,
-) -> dict[str, Config | Pipeline]:
+) -> dict[str, AnyConfig]:
     """Find the fastest configurations for causal attention on the current GPU and use them.
 
     They hold for every head dim of the same row of ``configs.TABLE``, in this process and in
@@ -67,10 +66,10 @@ def tune(
 
 def search(
     shape: Shape, dtype: torch.dtype, device: torch.device, time_of: Callable[[Trial], float]
-) -> dict[str, Config | Pipeline]:
+) -> dict[str, AnyConfig]:
     """The winner of each kernel, where ``time_of`` says how long a trial takes."""
     forward, backward = problem(shape, dtype, device)
-    found: dict[str, Config | Pipeline] = {}
+    found: dict[str, AnyConfig] = {}
     for kernel in _TUNED:
         trial = forward if kernel == "forward" else backward
         candidates = configs.candidates(kernel, shape[-1], device)
@@ -81,9 +80,7 @@ def search(
     return found
 
 
-def _first_answer(
-    kernel: str, trial: Trial, candidates: Sequence[Config | Pipeline]
-) -> tuple[Tensor, ...]:
+def _first_answer(kernel: str, trial: Trial, candidates: Sequence[AnyConfig]) -> tuple[Tensor, ...]:
     """Of the first that can be launched, the default if it can."""
     reason: Exception | None = None
     for config in candidates:
@@ -97,10 +94,10 @@ def _first_answer(
 
 def fastest(
     kernel: str,
-    candidates: Sequence[Config | Pipeline],
+    candidates: Sequence[AnyConfig],
     seconds: Callable[[], float],
     is_right: Callable[[], bool],
-) -> Config | Pipeline:
+) -> AnyConfig:
     """The candidate under which ``seconds()`` is least.
 
     One that is not right is not timed; one that cannot be launched is left out.

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from usp.kernels.configs import Config
-from usp.kernels.hopper_configs import Pipeline
+from usp.kernels.configs import AnyConfig, Config
 
 Shape = tuple[int, int, int, int, int]
 MARK = "usp: one more has ended"
@@ -24,12 +23,12 @@ MARK = "usp: one more has ended"
 
 def finishing(
     kernel: str,
-    candidates: Sequence[Config | Pipeline],
+    candidates: Sequence[AnyConfig],
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
     patience: float = 120.0,
-) -> list[Config | Pipeline]:
+) -> list[AnyConfig]:
     """The candidates under which a kernel's first launch ends, be it with an exception.
 
     Where no second process can use the device, those whose code waits for nothing.
@@ -40,7 +39,7 @@ def finishing(
         patience: Seconds for each, to compile and to run.
     """
     left = list(candidates)
-    fit: list[Config | Pipeline] = []
+    fit: list[AnyConfig] = []
     while left:
         command = command_for(kernel, left, shape, dtype, device)
         marks, reason = _told(command, patience)
@@ -57,7 +56,7 @@ def finishing(
 
 def command_for(
     kernel: str,
-    candidates: Sequence[Config | Pipeline],
+    candidates: Sequence[AnyConfig],
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
