@@ -42,6 +42,7 @@ def counted(case: Case) -> tuple[int, int, int]:
             transport=case.transport,
             return_lse=case.return_lse,
             backend="reference",
+            validate=False,
         )
     outputs = list(result) if case.return_lse else [result]
     cotangents = [t.dout, t.dlse][: len(outputs)]
@@ -212,19 +213,33 @@ def test_one_rank_sends_nothing(pool, on_mesh: bool) -> None:
     assert pool.run(on_one_rank, Case(seq_len=7), on_mesh, ranks=1) == [(0, {})]
 
 
-def bytes_of_agreeing() -> int:
-    """What `unshard_sequence` sends to compare ranks, beside the sequence itself."""
+def bytes_of_meeting(options: dict) -> list[int]:
+    """What ranks send to compare, beside what they send anyway."""
     mesh, sent = worker.mesh(2, 2), []
-    for validate in (False, True):
-        with WireBytes() as wire:
-            usp.unshard_sequence(torch.zeros(3), mesh, 0, validate=validate)
-        sent.append(wire.sent)
-    return sent[1] - sent[0]
+    x = torch.zeros(1, 3, 2, 4, requires_grad=True)
+    for validate in (False, options.pop("validate")):
+        with WireBytes() as joined:
+            usp.unshard_sequence(x, mesh, 1, validate=validate is not False)
+        with WireBytes() as forward:
+            out = usp.long_context_attention(x, x, x, mesh, validate=validate, **options)
+        with WireBytes() as backward:
+            out.sum().backward()
+        sent.append([joined.sent, forward.sent, backward.sent])
+    return [b - a for a, b in zip(*sent, strict=True)]
 
 
-def test_agreeing_costs_a_number_along_each_axis(pool) -> None:
-    """Eight bytes to the other rank of the row, then those of the row to the other row."""
-    assert pool.run(bytes_of_agreeing, ranks=4) == [8 + 16] * 4
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validate": None},
+        {"validate": True, "seq_len": 12, "causal": True},
+        {"validate": None, "dropout_p": 0.5, "transport": "allgather"},
+    ],
+    ids=str,
+)
+def test_meeting_costs_six_numbers_along_each_axis(pool, options: dict) -> None:
+    """48 bytes to the other rank of the row, then those of the row to the other row."""
+    assert pool.run(bytes_of_meeting, options, ranks=4) == [[48 + 96] * 3] * 4
 
 
 def bias_bytes(shape: tuple[int, ...], lengths: list[int]) -> int:
@@ -237,7 +252,7 @@ def bias_bytes(shape: tuple[int, ...], lengths: list[int]) -> int:
     sent = []
     for extra in ({}, {"attn_bias": bias}):
         with WireBytes() as wire:
-            usp.long_context_attention(q, q, q, mesh, seq_len=sum(lengths), **extra)
+            usp.long_context_attention(q, q, q, mesh, seq_len=sum(lengths), validate=False, **extra)
         sent.append(wire.sent)
     return sent[1] - sent[0]
 

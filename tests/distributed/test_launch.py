@@ -102,7 +102,7 @@ def _rank_of_a_step(rank: int, environment: dict[str, str], answers: Any) -> Non
     os.environ.update(environment, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
     torch.set_num_threads(1)
     mesh = usp.init_mesh(1, 2)
-    answers.put((mesh.rank, mesh.device_type, mesh.gather_numbers(10 + rank)))
+    answers.put((mesh.rank, mesh.device_type, mesh.gather_numbers(10 + rank, rank)))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
@@ -120,8 +120,8 @@ def test_two_ranks_of_a_slurm_step_find_each_other() -> None:
     for process in processes:
         process.start()
     assert sorted(answers.get(timeout=60) for _ in processes) == [
-        (0, "cpu", [10, 11]),
-        (1, "cpu", [10, 11]),
+        (0, "cpu", [(10, 0), (11, 1)]),
+        (1, "cpu", [(10, 0), (11, 1)]),
     ]
     for process in processes:
         process.join(10)

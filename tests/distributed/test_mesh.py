@@ -218,7 +218,7 @@ def of_axes(sizes: dict[str, int], names: dict) -> tuple[tuple[int, int], list[i
     mesh = usp.SequenceMesh.from_device_mesh(whole, **names)
     held = mesh.gather_objects(usp.positions(13, mesh, "zigzag").tolist())
     numbers = mesh.gather_numbers(mesh.rank)
-    assert numbers == list(range(mesh.size)), numbers
+    assert numbers == [(rank,) for rank in range(mesh.size)], numbers
     return (
         (mesh.ulysses_degree, mesh.ring_degree),
         sorted(p for some in held for p in some),

@@ -154,12 +154,13 @@ def collectives(case: Case, validate: str) -> list[int]:
 
 
 def test_when_ranks_compare_their_arguments(pool) -> None:
+    """On CPUs "first" compares at every call: it costs no waiting for a device."""
     never = pool.run(collectives, SMALL, "never", ranks=4)
     first = pool.run(collectives, SMALL, "first", ranks=4)
     always = pool.run(collectives, SMALL, "always", ranks=4)
     for a, b, c in zip(never, first, always, strict=True):
-        assert a[0] == a[1] == a[2] == b[1] == b[2]
-        assert b[0] == c[0] == c[1] == c[2] > a[0]
+        assert a[0] == a[1] == a[2]
+        assert b == c and b[0] == b[1] == b[2] > a[0]
 
 
 def some_gradients(case: Case, wanted: tuple[bool, ...]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
-from usp.planning.layout import Layout, check_layout, pieces, row_lengths, whole_lengths
+from usp.planning.layout import Layout, check_layout, named_lengths, pieces, row_lengths
 from usp.planning.mask import Mask, make_mask
 from usp.planning.problem import Scoring, Traits, state_dtype
 
@@ -90,43 +90,102 @@ class Request:
     key_lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What fits together as far as it can be told without the lengths of whole sequences.
+
+    Attributes:
+        mask, scoring, backend: As in ``Request``, but for the seed of dropout.
+        lengths: Queries and keys of the whole sequences where they were named.
+    """
+
+    mask: Mask
+    scoring: Scoring
+    backend: Backend
+    lengths: tuple[int, int] | None
+
+
 def check(
     tensors: Tensors, options: Options, mesh: SequenceMesh | None, dropout_seed: int
 ) -> Request:
     """Everything that one rank can check by itself.
 
     Raises:
-        ValueError: sizes, dtypes, devices or options that do not fit; names both sides.
+        TypeError, ValueError: sizes, dtypes, devices or options that do not fit; names both sides.
         NotImplementedError: no backend takes the problem; gives each one's reasons.
     """
+    alone = check_alone(tensors, options)
+    size = 1 if mesh is None else mesh.size
+    lengths = alone.lengths or (tensors.q.shape[1] * size, tensors.k.shape[1] * size)
+    return complete(alone, lengths, tensors, options, mesh, dropout_seed)
+
+
+def check_alone(tensors: Tensors, options: Options) -> Alone:
+    """The first half of ``check``: all but the lengths of whole sequences."""
     check_layout(options.layout)
     check_name(options.backend)
     check_transport(options.transport)
+    lengths = named_lengths(options.seq_len, options.layout)
     _check_qkv(tensors.q, tensors.k, tensors.v)
-    query_len, key_len = whole_lengths(
-        (tensors.q.shape[1], tensors.k.shape[1]),
-        mesh.size if mesh else 1,
-        options.layout,
-        options.seq_len,
+    _check_extras(tensors)
+    mask = make_mask(
+        causal=options.causal,
+        window_size=options.window_size,
+        cu_seqlens=options.cu_seqlens,
+        prefix_len=options.prefix_len,
     )
-    query_lengths = _row_pieces("q", tensors.q.shape[1], query_len, options.layout, mesh)
-    key_lengths = _row_pieces("k", tensors.k.shape[1], key_len, options.layout, mesh)
-    _check_extras(tensors, key_len)
-    scoring = _scoring(options, tensors.q.shape[3], dropout_seed)
+    scoring = _scoring(options, tensors.q.shape[3])
+    backend = select(options.backend, _traits(tensors, scoring, options.return_lse))
+    return Alone(mask, scoring, backend, lengths)
+
+
+def complete(
+    alone: Alone,
+    lengths: tuple[int, int],
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int,
+) -> Request:
+    """The second half of ``check``: what is told may differ between ranks in shares alone.
+
+    Args:
+        lengths: Queries and keys of the whole sequences.
+    """
+    query_len, key_len = lengths
+    _check_whole(tensors, options, lengths)
     return Request(
-        mask=_mask(options, query_len, key_len),
+        mask=alone.mask,
         layout=options.layout,
-        scoring=scoring,
+        scoring=replace(alone.scoring, dropout_seed=dropout_seed),
         transport=options.transport,
-        backend=select(options.backend, _traits(tensors, scoring, options.return_lse)),
+        backend=alone.backend,
         return_lse=options.return_lse,
         query_len=query_len,
         key_len=key_len,
         num_heads=tensors.q.shape[2],
         num_kv_heads=tensors.k.shape[2],
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
+        query_lengths=_row_pieces("q", tensors.q.shape[1], query_len, options.layout, mesh),
+        key_lengths=_row_pieces("k", tensors.k.shape[1], key_len, options.layout, mesh),
     )
+
+
+def _check_whole(tensors: Tensors, options: Options, lengths: tuple[int, int]) -> None:
+    """What must fit the whole sequences."""
+    query_len, key_len = lengths
+    bias = tensors.attn_bias
+    if bias is not None and bias.shape[3] != key_len:
+        raise ValueError(
+            "attn_bias must be (batch|1, heads|1, local queries|1, all keys), and there are "
+            f"{key_len} keys in the whole sequence, got {tuple(bias.shape)}"
+        )
+    if options.cu_seqlens is not None:
+        total = int(options.cu_seqlens[-1])
+        if (query_len, key_len) != (total, total):
+            raise ValueError(
+                f"cu_seqlens ends at {total}, but there are {query_len} queries and {key_len} "
+                "keys in the whole sequence"
+            )
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -168,8 +227,6 @@ def _row_pieces(
     name: str, length: int, seq_len: int, layout: Layout, mesh: SequenceMesh | None
 ) -> tuple[int, ...]:
     """Local tokens of each rank of this rank's row; this rank must have its share."""
-    if seq_len < 0:
-        raise ValueError(f"seq_len must be 0 or more, got {seq_len}")
     (ring, ulysses), place = degrees_and_place(mesh)
     row = pieces(row_lengths(layout, seq_len, ring)[place[0]], ulysses)
     if length != row[place[1]]:
@@ -186,24 +243,7 @@ def _layout_name(layout: Layout) -> str:
     return layout if isinstance(layout, str) else type(layout).__name__
 
 
-def _mask(options: Options, query_len: int, key_len: int) -> Mask:
-    mask = make_mask(
-        causal=options.causal,
-        window_size=options.window_size,
-        cu_seqlens=options.cu_seqlens,
-        prefix_len=options.prefix_len,
-    )
-    if options.cu_seqlens is not None:
-        total = int(options.cu_seqlens[-1])
-        if (query_len, key_len) != (total, total):
-            raise ValueError(
-                f"cu_seqlens ends at {total}, but there are {query_len} queries and {key_len} "
-                "keys in the whole sequence"
-            )
-    return mask
-
-
-def _scoring(options: Options, head_dim: int, dropout_seed: int) -> Scoring:
+def _scoring(options: Options, head_dim: int) -> Scoring:
     if not 0 <= options.dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {options.dropout_p}")
     softcap = options.softcap or 0.0
@@ -213,10 +253,10 @@ def _scoring(options: Options, head_dim: int, dropout_seed: int) -> Scoring:
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be finite, got {scale}")
-    return Scoring(scale, float(softcap), float(options.dropout_p), dropout_seed)
+    return Scoring(scale, float(softcap), float(options.dropout_p))
 
 
-def _check_extras(tensors: Tensors, key_len: int) -> None:
+def _check_extras(tensors: Tensors) -> None:
     q, k = tensors.q, tensors.k
     batch, queries, heads = q.shape[:3]
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
@@ -234,13 +274,13 @@ def _check_extras(tensors: Tensors, key_len: int) -> None:
                 f"attn_bias is added to the scores and must be floating point, got {bias.dtype}: "
                 "use -inf where a boolean mask hides"
             )
-        wanted = ((1, batch), (1, heads), (1, queries), (key_len,))
+        wanted = ((1, batch), (1, heads), (1, queries))
         if bias.dim() != 4 or any(
-            n not in sizes for n, sizes in zip(bias.shape, wanted, strict=True)
+            n not in sizes for n, sizes in zip(bias.shape, wanted, strict=False)
         ):
             raise ValueError(
                 "attn_bias must be (batch|1, heads|1, local queries|1, all keys) = "
-                f"({batch}|1, {heads}|1, {queries}|1, {key_len}), got {tuple(bias.shape)}"
+                f"({batch}|1, {heads}|1, {queries}|1, all keys), got {tuple(bias.shape)}"
             )
     if slopes is not None:
         if tuple(slopes.shape) not in ((heads,), (1, heads), (batch, heads)):
@@ -278,7 +318,7 @@ def slopes_of(tensors: Tensors) -> Tensor | None:
     return slopes.to(state_dtype(tensors.q.dtype)).view(-1, tensors.q.shape[2])
 
 
-def facts(tensors: Tensors, options: Options, request: Request) -> Facts:
+def facts(tensors: Tensors, options: Options, alone: Alone, dropout_seed: int | None) -> Facts:
     """What all ranks of a mesh must agree on, by name."""
     q, v, bias = tensors.q, tensors.v, tensors.attn_bias
     told: Facts = {
@@ -288,18 +328,17 @@ def facts(tensors: Tensors, options: Options, request: Request) -> Facts:
         "head_dim": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device type": q.device.type,
-        "seq_len": Advised((request.query_len, request.key_len), LENGTH_ADVICE),
-        "mask (causal, window_size, cu_seqlens, prefix_len)": request.mask,
+        "seq_len": Advised(alone.lengths or "not given", LENGTH_ADVICE),
+        "mask (causal, window_size, cu_seqlens, prefix_len)": alone.mask,
         "layout": options.layout,
-        "scoring (softmax_scale, softcap, dropout_p, dropout seed)": Advised(
-            request.scoring, "seed all ranks alike, or draw inside usp.rng.replicated(mesh)"
-        ),
+        "scoring (softmax_scale, softcap, dropout_p)": alone.scoring,
+        "dropout_seed": "drawn" if dropout_seed is None else dropout_seed,
         "transport": options.transport,
         "return_lse": options.return_lse,
         "key_padding_mask": tensors.key_padding_mask is not None,
         "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
         "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
-        "backend": request.backend.NAME,
+        "backend": alone.backend.NAME,
         "gradients needed": [
             torch.is_grad_enabled() and x is not None and x.requires_grad
             for x in (q, tensors.k, v, bias)

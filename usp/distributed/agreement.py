@@ -1,19 +1,38 @@
-"""Ranks compare what they were asked for, so that a difference is an error and not a hang."""
+"""Ranks compare what they were asked for, so that a difference is an error and not a hang.
+
+They meet: a message of 48 bytes along each axis of the mesh says where in the program a rank is,
+what it was asked for (a digest) and three numbers that the ranks need from each other. As every
+meeting has the same size, ranks that are at different places of the program understand each
+other, and each of them raises.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
+
+from torch import Tensor
 
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
 
 Found = TypeVar("Found")
 VALIDATE = ("first", "always", "never")
-LENGTH_ADVICE = "where shards are uneven pass seq_len="
-_REFUSALS = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
+LENGTH_ADVICE = "pass the same seq_len= on all ranks, or on none"
+PLACES = (
+    "long_context_attention",
+    "the backward of long_context_attention",
+    "MultiheadAttention",
+    "unshard_sequence",
+    "all_reduce_gradients",
+)
+_NUMBERS = 4
+_REFUSALS = {
+    kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, RuntimeError)
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Advised:
 
 # By name; ranks compare them as text.
 Facts = dict[str, object]
+Numbers = tuple[int, ...]
 
 
 def check_validate(validate: str) -> None:
@@ -41,64 +61,97 @@ def check_validate(validate: str) -> None:
         raise ValueError(f"validate must be one of {', '.join(VALIDATE)}, got {validate!r}")
 
 
-def compares_now(validate: str, compared: bool) -> bool:
-    """Whether ranks compare at this call of a module.
+def compares_now(validate: str, compared: bool) -> bool | None:
+    """Whether ranks compare at this call of a module: the ``validate`` of ``meets``.
 
     Args:
         validate: Of VALIDATE.
         compared: Whether they did before.
     """
-    return validate == "always" or (validate == "first" and not compared)
+    if validate == "never":
+        return False
+    return True if validate == "always" or not compared else None
+
+
+def meets(mesh: SequenceMesh | None, validate: bool | None, asks: bool) -> bool:
+    """Whether the ranks of the mesh meet at this call; the same on all of them.
+
+    Args:
+        mesh: Its ranks; None is one device.
+        validate: True or False: always, never. None: at every call of a mesh of CPUs, and where
+            there is something to ask; elsewhere a device would be waited for.
+        asks: Whether a rank needs to know something of the others.
+    """
+    if mesh is None or mesh.size == 1:
+        return False
+    return validate if validate is not None else asks or mesh.device_type == "cpu"
 
 
 def check_on_all_ranks(
-    mesh: SequenceMesh | None,
-    validate: bool,
+    mesh: SequenceMesh,
+    place: str,
     check: Callable[[], Found],
     facts: Callable[[Found], Facts],
-) -> Found:
-    """What ``check`` finds or raises, on request only together with all ranks of the mesh.
+    numbers: Callable[[], Numbers] = tuple,
+) -> tuple[Found, list[Numbers]]:
+    """What ``check`` finds or raises, together with all ranks of the mesh.
 
     Args:
         mesh: All its ranks call this.
-        validate: Whether they compare.
+        place: Of PLACES: where in the program that is.
         check: Looks at what this rank was given.
         facts: What of its findings all ranks must agree on, by name.
+        numbers: Up to four of 64 bits that the others are told.
+
+    Returns:
+        What was found, and the numbers of every rank.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: what ``check`` raises here or
+            on another rank, or a difference, with both values.
     """
-    if mesh is None or mesh.size == 1 or not validate:
-        return check()
     found, told, error = None, {}, None
+    mine: Numbers = ()
     try:
         found = check()
-        told = facts(found)
+        told, mine = facts(found), numbers()
     except Exception as refusal:  # whatever it is, the others must not wait for this rank
         error = refusal
-    compare(mesh, told, error)
-    return cast(Found, found)
+    return cast(Found, found), _compare(mesh, place, told, error, mine)
 
 
 @untraced
-def compare(mesh: SequenceMesh, facts: Facts, error: Exception | None) -> None:
-    """Collective: raise on every rank if any rank refused, or if two differ in a fact.
-
-    Eight bytes from each rank, and only where these differ what they stand for.
-
-    Args:
-        mesh: All its ranks call this.
-        facts: What this rank was asked for, by name; empty if it refused.
-        error: This rank's own refusal.
-
-    Raises:
-        ValueError, NotImplementedError: the own refusal, another rank's, or a difference with
-            both values.
-    """
+def _compare(
+    mesh: SequenceMesh, place: str, facts: Facts, error: Exception | None, numbers: Numbers
+) -> list[Numbers]:
+    """Collective: a digest of what each rank was told; only where these differ what it was."""
     said = {name: str(fact) for name, fact in facts.items()}
     told = (said, type(error).__name__ if error else None, str(error))
-    digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
-    digests = mesh.gather_numbers(int.from_bytes(digest, "little", signed=True))
-    if error is None and len(set(digests)) == 1:
-        return
-    everyone = mesh.gather_objects(told)
+    padded = (*numbers, *(0,) * (_NUMBERS - len(numbers)))
+    everyone = mesh.gather_numbers(PLACES.index(place), digest(repr(told)), *padded)
+    places = [PLACES[number] for number, *_ in everyone]
+    if len(set(places)) > 1:
+        other = next(rank for rank, there in enumerate(places) if there != places[0])
+        raise ValueError(
+            f"the ranks of the mesh are at different places of the program: rank 0 calls "
+            f"{places[0]}, rank {other} calls {places[other]}; all must make the same calls in "
+            "the same order, and run backward through the same outputs"
+        ) from error
+    if error is not None or len({said for _, said, *_ in everyone}) > 1:
+        _refuse_differences(mesh.gather_objects(told), facts, error)
+    return [tuple(rest) for _, _, *rest in everyone]
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a text."""
+    found = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)
+
+
+def _refuse_differences(
+    everyone: list[tuple[dict[str, str], str | None, str]], facts: Facts, error: Exception | None
+) -> None:
+    """Raise what a rank refused, or what two of them were told differently."""
     if error is not None:
         raise error
     for rank, (_, kind, message) in enumerate(everyone):
@@ -118,3 +171,35 @@ def compare(mesh: SequenceMesh, facts: Facts, error: Exception | None) -> None:
 
 def _advice(fact: object) -> str:
     return f"; {fact.advice}" if isinstance(fact, Advised) else ""
+
+
+def new_name() -> int:
+    """A number that no other call has; a call goes by that of the mesh's first rank."""
+    return secrets.randbits(62)
+
+
+def meet_in_backward(output: Tensor, mesh: SequenceMesh, name: int) -> None:
+    """Have the ranks meet before the backward of the call that ``output`` came from.
+
+    Collectives of a backward find each other by order alone: ranks whose losses depend on
+    different outputs would exchange gradients of different calls.
+
+    Args:
+        output: Of an autograd node of its own.
+        mesh: All its ranks were told ``name``.
+        name: Of the call.
+    """
+    if output.grad_fn is None:
+        return
+    told: Facts = {
+        "the call whose backward this is": Advised(
+            f"call {name:x}",
+            "every rank's loss must depend on the same outputs: add `0 * output.sum()` of "
+            "those that it does not use",
+        )
+    }
+
+    def before_backward(_: object) -> None:
+        _compare(mesh, PLACES[1], told, None, ())
+
+    output.grad_fn.register_prehook(before_backward)

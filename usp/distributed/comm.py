@@ -54,6 +54,11 @@ class Axis:
     rank: int
     group: dist.ProcessGroup | None
 
+    @property
+    def talks_on_host(self) -> bool:
+        """Whether its ranks can exchange tensors of the CPU."""
+        return self.group is None or "cpu:" in dist.get_backend_config(self.group)
+
     def _peer(self, rank: int) -> int:
         assert self.group is not None
         return dist.get_global_rank(self.group, rank % self.size)

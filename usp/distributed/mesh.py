@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -104,13 +104,18 @@ class SequenceMesh:
         return [item for row in rows for item in row]
 
     @comm.untraced
-    def gather_numbers(self, number: int) -> list[int]:
-        """Everyone's 64-bit number, in order of ``rank``; less than an object costs."""
-        numbers = torch.tensor([number], device=self.device_type)
-        for axis in (self.ulysses, self.ring):
-            whole = numbers.new_empty(axis.size * len(numbers))
-            numbers = axis.all_gather(numbers, whole, [len(numbers)] * axis.size)()
-        return cast("list[int]", numbers.tolist())
+    def gather_numbers(self, *numbers: int) -> list[tuple[int, ...]]:
+        """Everyone's 64-bit numbers, in order of ``rank``; less than an object costs.
+
+        Where the ranks can talk on the host, no device is waited for.
+        """
+        axes = self.ulysses, self.ring
+        device = "cpu" if all(axis.talks_on_host for axis in axes) else self.device_type
+        flat = torch.tensor(numbers, dtype=torch.int64, device=device)
+        for axis in axes:
+            whole = flat.new_empty(axis.size * len(flat))
+            flat = axis.all_gather(flat, whole, [len(flat)] * axis.size)()
+        return [tuple(row) for row in flat.view(self.size, len(numbers)).tolist()]
 
     @comm.untraced
     def all_reduce(self, tensor: Tensor) -> Tensor:

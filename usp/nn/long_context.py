@@ -26,7 +26,9 @@ class LongContextAttention(nn.Module):
             in training only.
         cu_seqlens, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every
-            rank and not a hang: at the "first" call, "always" or "never".
+            rank and not a hang: "always", "never", or at the "first" call and then wherever
+            ``long_context_attention`` does by itself: always on CPUs, and elsewhere where it
+            has to ask for a length or a dropout seed.
 
     Raises:
         ValueError: ``validate`` is none of the three.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.mask import check_cu_seqlens
+from usp.planning.numbers import integer
 
 Runs = list[tuple[Tensor, Tensor]]
 # Said everywhere, because a user may have set another default device.
@@ -215,40 +216,51 @@ def _row(bounds: Tensor, runs: Runs, stride: int) -> Row:
     return Row(bounds, start, stop, stride)
 
 
-def whole_length(local: int, ranks: int, layout: Layout, seq_len: int | None = None) -> int:
-    """Tokens of the whole sequence: those that were named, else what this rank's share says.
-
-    Args:
-        local: Tokens of this rank.
-        ranks: How many share the sequence; evenly, where nothing else is known.
-        layout: A document layout knows its length.
-        seq_len: What the caller said.
-    """
-    if seq_len is not None:
-        return int(seq_len)
-    if isinstance(layout, DocumentZigzag):
-        return layout.cu_seqlens[-1]
-    return local * ranks
-
-
-def whole_lengths(
-    local: tuple[int, int],
-    ranks: int,
-    layout: Layout,
-    seq_len: int | Sequence[int] | None = None,
-) -> tuple[int, int]:
-    """``whole_length`` of queries and keys, which may be named as a pair.
+def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
+    """Queries and keys of the whole sequence as far as ``seq_len`` or the layout name them.
 
     Raises:
-        ValueError: ``seq_len`` has not two entries.
+        TypeError: ``seq_len`` is no integer and no pair of integers.
+        ValueError: it has not two entries, or one is below 0.
     """
-    named = seq_len if isinstance(seq_len, (tuple, list)) else (seq_len, seq_len)
-    if len(named) != 2:
+    if seq_len is None:
+        known = layout.cu_seqlens[-1] if isinstance(layout, DocumentZigzag) else None
+        return None if known is None else (known, known)
+    if not isinstance(seq_len, (tuple, list)):
+        whole = integer("seq_len", seq_len, least=0)
+        return whole, whole
+    if len(seq_len) != 2:
         raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
-    queries, keys = (
-        whole_length(n, ranks, layout, said) for n, said in zip(local, named, strict=True)
-    )
+    queries, keys = (integer("seq_len", length, least=0) for length in seq_len)
     return queries, keys
+
+
+def shares(layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int) -> tuple[int, ...]:
+    """Tokens that each rank of a mesh holds of a whole sequence, in the order of the ranks."""
+    lengths = row_lengths(layout, seq_len, ring_degree)
+    return tuple(n for length in lengths for n in pieces(length, ulysses_degree))
+
+
+def summed_length(name: str, held: Sequence[int], layout: Layout, degrees: tuple[int, int]) -> int:
+    """The whole length of which each rank holds some, where all hold their share.
+
+    Args:
+        name: Of what they hold.
+        held: Tokens of each rank of the mesh.
+        degrees: Of the ring and of Ulysses.
+
+    Raises:
+        ValueError: a rank holds another share; the same on every rank that was told ``held``.
+    """
+    whole = sum(held)
+    for rank, (mine, share) in enumerate(zip(held, shares(layout, whole, *degrees), strict=True)):
+        if mine != share:
+            raise ValueError(
+                f"the ranks of the mesh hold {tuple(held)} tokens of {name}, {whole} in all, but "
+                f"layout {layout} gives rank {rank} {share} of them and not {mine}: cut with "
+                "usp.shard_sequence, the whole sequence being the same on all ranks"
+            )
+    return whole
 
 
 def pieces(length: int, degree: int) -> tuple[int, ...]:

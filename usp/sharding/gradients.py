@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from usp.distributed import comm
+from usp.distributed.agreement import Facts, check_on_all_ranks, digest
 from usp.distributed.comm import Axis
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ def all_reduce_gradients(
     A parameter that some ranks did not use counts as zeros there and gets its gradient
     everywhere; one that no rank used keeps ``grad=None``.
 
+    With a ``GradScaler`` call it before ``scaler.unscale_(optimizer)``, or before ``scaler.step``
+    where nothing unscales: a scaler looks for inf and nan in its own rank's gradients, and only
+    once they are summed do all ranks see the same, and skip the same steps.
+
+    The ranks of the mesh meet first (48 bytes along each axis): where they are at different
+    places of the program or hold different parameters, each of them raises.
+
     Args:
         module_or_parameters: What to reduce: the same parameters in the same order on every rank.
             Those without ``requires_grad`` are left out. ``DTensor`` gradients are reduced by
@@ -51,13 +59,20 @@ def all_reduce_gradients(
         data_parallel_group: Ranks that hold the same part of other samples.
         accumulate_in_fp32: Add fp16 and bf16 gradients in fp32 and round once at the end, for
             twice the bytes; otherwise in their own dtype.
+
+    Raises:
+        ValueError: parameters differ between the ranks of the mesh, or a rank is still in a
+            backward; says both.
     """
     axes = _axes(mesh, data_parallel_group)
     if not axes:
         return
+    parameters = _parameters(module_or_parameters)
+    if mesh is not None and mesh.size > 1:
+        check_on_all_ranks(mesh, "all_reduce_gradients", lambda: parameters, _facts)
     replicas = 1 if data_parallel_group is None else len(comm.group_ranks(data_parallel_group))
     with torch.no_grad():
-        for bucket in _buckets(_parameters(module_or_parameters)):
+        for bucket in _buckets(parameters):
             _reduce(bucket, axes, replicas, accumulate_in_fp32)
 
 
@@ -74,6 +89,16 @@ def _parameters(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> lis
     if isinstance(module_or_parameters, nn.Module):
         module_or_parameters = module_or_parameters.parameters()
     return [p for p in dict.fromkeys(module_or_parameters) if p.requires_grad]
+
+
+def _facts(parameters: list[nn.Parameter]) -> Facts:
+    shapes = [(tuple(_local(p).shape), p.dtype) for p in parameters]
+    return {
+        "number of parameters": len(parameters),
+        "number of their elements": sum(_local(p).numel() for p in parameters),
+        "shapes and dtypes of the parameters (a digest)": digest(repr(shapes)),
+        "device types of the parameters": {p.device.type for p in parameters},
+    }
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

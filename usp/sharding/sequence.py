@@ -8,16 +8,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts, check_on_all_ranks
+from usp.distributed.agreement import (
+    LENGTH_ADVICE,
+    Advised,
+    Facts,
+    check_on_all_ranks,
+    meet_in_backward,
+    meets,
+    new_name,
+)
 from usp.distributed.comm import Axis, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.planning.layout import (
     Layout,
+    check_layout,
     local_positions,
+    named_lengths,
     pieces,
     row_lengths,
     rows,
-    whole_length,
+    shares,
+    summed_length,
 )
 
 
@@ -86,10 +97,11 @@ def unshard_sequence(
         mesh: The ranks that share the sequence; None is one device.
         dim: The sequence dim.
         layout: As the sequence was cut.
-        seq_len: Tokens of the whole; by default local tokens times ranks.
+        seq_len: Tokens of the whole; by default the sum of what the ranks hold.
         validate: Compare what all ranks hold first, so that a disagreement raises on every rank
-            instead of hanging: 8 bytes along each axis of the mesh, for which a GPU is waited.
-            False where all are known to fit, in a loop that must not wait.
+            instead of hanging: 48 bytes along each axis of the mesh, for which a GPU is waited
+            unless the ranks can talk on the host. False where all are known to fit, in a loop
+            that must not wait; then the length is by default local tokens times ranks.
 
     Raises:
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
@@ -102,36 +114,53 @@ def unshard_sequence(
 def _unshard(
     x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
 ) -> Tensor:
-    whole_len = check_on_all_ranks(
-        mesh,
-        validate,
-        lambda: _whole_length(x, mesh, dim, layout, seq_len),
-        lambda found: _facts(x, dim, layout, found),
-    )
+    degrees = mesh.ring_degree, mesh.ulysses_degree
+
+    def check() -> int | None:
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
+        check_layout(layout)
+        named = named_lengths(seq_len, layout)
+        if named is not None:
+            _check_share(x.shape[dim], mesh, dim, layout, named[0])
+        return None if named is None else named[0]
+
+    name = None
+    if meets(mesh, validate, False):
+        whole_len, told = check_on_all_ranks(
+            mesh,
+            "unshard_sequence",
+            check,
+            lambda named: _facts(x, dim, layout, named),
+            lambda: (x.shape[dim], new_name()),
+        )
+        name = told[0][1]
+        if whole_len is None:
+            whole_len = summed_length("x", [held for held, *_ in told], layout, degrees)
+    else:
+        named = check()
+        whole_len = x.shape[dim] * mesh.size if named is None else named
+        _check_share(x.shape[dim], mesh, dim, layout, whole_len)
     whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, whole_len))
+    if name is not None:
+        meet_in_backward(whole, mesh, name)
     return whole.movedim(0, dim)
 
 
-def _whole_length(
-    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None
-) -> int:
-    """Tokens of the whole, of which ``x`` must be this rank's share."""
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
-    seq_len = whole_length(x.shape[dim], mesh.size, layout, seq_len)
-    mine = len(positions(seq_len, mesh, layout))
-    if x.shape[dim] != mine:
+def _check_share(held: int, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int) -> None:
+    """Refuse where this rank holds something else than its share."""
+    mine = shares(layout, seq_len, mesh.ring_degree, mesh.ulysses_degree)[mesh.rank]
+    if held != mine:
         raise ValueError(
-            f"rank {mesh.rank} holds {x.shape[dim]} tokens along dim {dim}, but layout {layout} "
+            f"rank {mesh.rank} holds {held} tokens along dim {dim}, but layout {layout} "
             f"gives it {mine} of {seq_len}: pass seq_len= of the whole sequence"
         )
-    return seq_len
 
 
-def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int) -> Facts:
+def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int | None) -> Facts:
     dim = dim % x.dim()
     return {
-        "seq_len": Advised(seq_len, LENGTH_ADVICE),
+        "seq_len": Advised("not given" if seq_len is None else seq_len, LENGTH_ADVICE),
         "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
         "dtype": x.dtype,
         "device type": x.device.type,

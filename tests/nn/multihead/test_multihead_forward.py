@@ -126,15 +126,14 @@ def _disagreement(kind: str) -> None:
         x = x[:2] if odd else x
         module.placement = replace(module.placement, seq_len=6)
         options["key_padding_mask"] = torch.zeros(2, len(x))
-    elif kind == "mask":
+    elif kind.startswith("mask"):
+        named = 6 if "named" in kind else None
+        module.placement = replace(module.placement, seq_len=named)
         options["attn_mask"] = torch.zeros(3, 5 if odd else 6)
     elif kind == "hint":
         options["is_causal"] = odd
     elif kind == "length":
-        x = x[:2] if odd else x
-    elif kind == "dropout":
-        module.dropout = 0.1
-        torch.manual_seed(mesh.rank)
+        x = x[:1] if odd else x
     module(x, x, x, **options)
 
 
@@ -146,10 +145,10 @@ def _disagreement(kind: str) -> None:
         ("need_weights", "disagree on need_weights"),
         ("padding", "disagree on key_padding_mask"),
         ("length of padding", "holds 2 tokens.* 3 of 6"),
-        ("mask", r"\(3, 6\) or \(4, 3, 6\), got \(3, 5\)"),
+        ("mask", "disagree on keys of attn_mask: rank 0 has 6, rank 1 has 5"),
+        ("mask of a named length", r"\(3, 6\) or \(4, 3, 6\), got \(3, 5\)"),
         ("hint", "is_causal is a hint"),
-        ("length", "disagree on seq_len"),
-        ("dropout", "dropout seed"),
+        ("length", "4 in all"),
     ],
 )
 def test_what_one_rank_cannot_take_all_refuse(pool, kind, message) -> None:

@@ -44,11 +44,16 @@ class Arguments:
         """Whether ``is_causal`` decides and not ``attn_mask``, which is when it does in torch."""
         return self.is_causal and self.key_padding_mask is None and not self.need_weights
 
-    def check(self, key_len: int) -> None:
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Local queries and keys."""
+        return tokens(self.query, self.batch_first), tokens(self.key, self.batch_first)
+
+    def check(self, key_len: int | None) -> None:
         """Everything that one rank can check by itself.
 
         Args:
-            key_len: Keys of the whole sequence.
+            key_len: Keys of the whole sequence; None where they are not known yet.
 
         Raises:
             ValueError: shapes or dtypes do not fit; names both sides.
@@ -64,7 +69,8 @@ class Arguments:
         if self.key_padding_mask is not None:
             self._check_mask("key_padding_mask", self.key_padding_mask, self._padding_shapes())
         if self.attn_mask is not None:
-            self._check_mask("attn_mask", self.attn_mask, self._mask_shapes(key_len))
+            keys = self.attn_mask.shape[-1] if key_len is None else key_len
+            self._check_mask("attn_mask", self.attn_mask, self._mask_shapes(keys))
 
     def _check_inputs(self) -> None:
         named = zip(("query", "key", "value"), (self.query, self.key, self.value), strict=True)
@@ -122,6 +128,8 @@ class Arguments:
             ("attn_mask", self.attn_mask),
         ):
             told[name] = "None" if mask is None else f"{mask.dtype}, {mask.dim()} dims"
+            if mask is not None and name == "attn_mask":
+                told["keys of attn_mask"] = mask.shape[-1]
             told[f"gradient of {name}"] = mask is not None and mask.requires_grad
         return told
 

@@ -57,7 +57,7 @@ def with_columns(call: Projected, placement: Placement, validate: bool) -> Proje
 
 
 def attend(
-    call: Projected, placement: Placement, extra: ExtraKeys | None, validate: bool
+    call: Projected, placement: Placement, extra: ExtraKeys | None, validate: bool | None
 ) -> Tensor:
     """(N, L, H, D), the attention of this rank's queries to all keys and ``extra``."""
     result = long_context_attention(

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usp.attention.functional import draw_dropout_seed
-from usp.distributed.agreement import check_on_all_ranks, compares_now
+from usp.distributed.agreement import check_on_all_ranks, compares_now, meets
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.multihead import forward as multihead_forward
-from usp.nn.multihead.arguments import Arguments, tokens
+from usp.nn.multihead.arguments import Arguments
 from usp.nn.multihead.extra_keys import make_extra_keys
 from usp.nn.multihead.forward import Projected
 from usp.nn.multihead.placement import Placement
@@ -39,12 +39,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         mesh: The ranks that share the sequence; None is one device.
         layout: Which tokens this rank holds: "contiguous", "zigzag", "striped" or
             ``DocumentZigzag(cu_seqlens)``.
-        seq_len: Tokens of the whole sequence, or (query, key) lengths, needed where shards are
-            uneven; "infer" adds up what the ranks hold at each call (two small all-reduces); None
-            is local tokens times ranks.
+        seq_len: Tokens of the whole sequence, or (query, key) lengths; None is the sum of what
+            the ranks hold, which they tell each other at each call (48 bytes along each axis of
+            the mesh), and so is "infer", which does that even with ``validate="never"``.
         transport, backend: See ``long_context_attention``.
         validate: When ranks compare their arguments, so that a difference is an error on every
-            rank and not a hang: at the "first" call, "always" or "never".
+            rank and not a hang: "first", "always" or "never"; see ``LongContextAttention``.
         causal, window_size: Masks by global positions that take no memory; see
             ``long_context_attention``. ``attn_mask`` may hide more.
 
@@ -202,6 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.num_heads,
         )
         validate = compares_now(self.placement.validate, self._compared is self.placement)
+<<<<<<< HEAD
         call = check_on_all_ranks(
             self.placement.mesh,
             validate,
@@ -211,6 +212,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         call = multihead_forward.with_columns(call, self.placement, validate)
         # autocast has had its say in the projections
         with as_given(query.device):
+=======
+        call = self._agree(arguments, validate)
+        call = multihead_forward.with_columns(call, self.placement, bool(validate))
+        # scores are sums in fp32 and more: autocast has had its say in the projections
+        with torch.autocast(query.device.type, enabled=False):
+>>>>>>> 26a965c (Ranks meet at every call on CPUs: lengths, seeds and backward passes that belong together)
             extra = make_extra_keys(
                 self.bias_k, self.bias_v, self.add_zero_attn, self.num_heads, call.q
             )
@@ -223,15 +230,48 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._compared = self.placement
         return self._joined(out, arguments), weights
 
-    def _prepare(self, arguments: Arguments) -> Projected:
-        """Check the arguments and project; no collective but that of ``seq_len="infer"``."""
-        lengths = self.placement.lengths(
-            tokens(arguments.query, self.batch_first),
-            tokens(arguments.key, self.batch_first),
-            arguments.query.device,
-        )
+    def _agree(self, arguments: Arguments, validate: bool | None) -> Projected:
+        """The call, checked together with all ranks where they meet.
+
+        Whole lengths that nobody named are the sum of what the ranks hold, and the seed is that
+        of the first.
+        """
+        placement, seed = self.placement, self._dropout_seed(arguments.need_weights)
+        lengths, mesh = placement.named_lengths, placement.mesh
+        asks = lengths is None or seed is not None
+
+        def check() -> tuple[Tensor, ...]:
+            arguments.check(None if lengths is None else lengths[1])
+            return tuple(self._split_heads(x) for x in self._projections(arguments))
+
+        if mesh is not None and (
+            meets(mesh, validate, asks) or (placement.infers and mesh.size > 1)
+        ):
+            projected, told = check_on_all_ranks(
+                mesh,
+                "MultiheadAttention",
+                check,
+                lambda _: arguments.facts() | {"seq_len": lengths or "not given"},
+                lambda: (*arguments.tokens, seed or 0),
+            )
+            lengths = lengths or placement.summed_lengths(told)
+            seed = None if seed is None else told[0][2]
+        else:
+            projected = check()
+            queries, keys = arguments.tokens
+            lengths = lengths or (queries * placement.size, keys * placement.size)
+        return self._prepare(arguments, projected, lengths, seed)
+
+    def _prepare(
+        self,
+        arguments: Arguments,
+        projected: tuple[Tensor, ...],
+        lengths: tuple[int, int],
+        seed: int | None,
+    ) -> Projected:
+        """What follows from the lengths of the whole; no collective."""
         arguments.check(lengths[1])
-        q, k, v = (self._split_heads(x) for x in self._projections(arguments))
+        q, k, v = projected
         causal = arguments.trusts_hint and self.placement.is_spread(lengths[0])
         call = Projected(
             q,
@@ -242,7 +282,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             causal,
             lengths,
             self.dropout if self.training else 0.0,
-            self._dropout_seed(arguments.need_weights),
+            seed,
         )
         if arguments.need_weights:
             multihead_forward.check_weights(call, self.placement)

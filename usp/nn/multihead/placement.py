@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from usp.backends import check_name
 from usp.distributed.agreement import check_validate
 from usp.distributed.mesh import SequenceMesh
 from usp.distributed.transport import check_transport
-from usp.planning.layout import Layout, check_layout, pieces, row_lengths, whole_lengths
+from usp.planning.layout import (
+    Layout,
+    check_layout,
+    named_lengths,
+    pieces,
+    row_lengths,
+    summed_length,
+)
 from usp.planning.mask import Mask, make_mask
 from usp.sharding.sequence import unshard_sequence
 
@@ -34,11 +41,12 @@ class Placement:
         check_name(self.backend)
         check_transport(self.transport)
         check_validate(self.validate)
-        if isinstance(self.seq_len, str) and self.seq_len != "infer":
+        if isinstance(self.seq_len, str) and not self.infers:
             raise ValueError(
                 f"seq_len must be a number, a pair of numbers, None or 'infer', "
                 f"got {self.seq_len!r}"
             )
+        _ = self.named_lengths  # refuses what is no length
         self.mask(False)
 
     @property
@@ -50,20 +58,30 @@ class Placement:
         """The interval mask of a call that is ``causal`` on top of the options."""
         return make_mask(causal=self.causal or causal, window_size=self.window_size)
 
-    def lengths(self, query_len: int, key_len: int, device: torch.device) -> tuple[int, int]:
-        """Queries and keys of the whole sequence.
+    @property
+    def infers(self) -> bool:
+        """Whether the whole lengths are to be summed up even where ranks compare nothing."""
+        return self.seq_len == "infer"
 
-        Args:
-            query_len, key_len: Local tokens.
-            device: Of the tokens; "infer" sums them up on it, a collective.
+    @property
+    def named_lengths(self) -> tuple[int, int] | None:
+        """Queries and keys of the whole sequence where ``seq_len`` or the layout say them."""
+        named = None if isinstance(self.seq_len, str) else self.seq_len
+        return named_lengths(named, self.layout)
+
+    def summed_lengths(self, held: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+        """The same as the sum of the (queries, keys, ...) that each rank holds.
+
+        Raises:
+            ValueError: the layout gives a rank another share; the same on all ranks.
         """
-        seq_len, mesh = self.seq_len, self.mesh
-        if seq_len == "infer" and mesh is not None:
-            total = torch.tensor((query_len, key_len), device=device)
-            queries, keys = mesh.all_reduce(total).tolist()
-            return queries, keys
-        named = None if isinstance(seq_len, str) else seq_len
-        return whole_lengths((query_len, key_len), self.size, self.layout, named)
+        mesh = self.mesh
+        degrees = (1, 1) if mesh is None else (mesh.ring_degree, mesh.ulysses_degree)
+        queries, keys, *_ = zip(*held, strict=True)
+        return (
+            summed_length("query", queries, self.layout, degrees),
+            summed_length("key", keys, self.layout, degrees),
+        )
 
     def largest_shard(self, seq_len: int) -> int:
         """Tokens of the rank that holds most."""
