@@ -69,7 +69,7 @@ def sharded(mesh: SequenceMesh | None = None) -> Iterator[None]:
 
 
 def _draw_seed() -> int:
-    return int(torch.randint(2**_SEED_BITS - 1, (), dtype=torch.int64))
+    return int(torch.randint(2**_SEED_BITS - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def _of_first_rank(seed: int, mesh: SequenceMesh) -> int:

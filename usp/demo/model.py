@@ -75,8 +75,8 @@ class PatchTransformer(nn.Module):
 
 def hidden_patches(grid: PatchGrid, fraction: float, seed: int) -> Tensor:
     """(1, tokens) bool: a random choice of patches to hide, the same in every process."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(1, grid.tokens, generator=generator) < fraction
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(1, grid.tokens, generator=generator, device="cpu") < fraction
 
 
 def reconstruction_loss(output: Tensor, patches: Tensor, hidden: Tensor, count: int) -> Tensor:

@@ -128,7 +128,8 @@ def _reduce(bucket: list[nn.Parameter], axes: list[Axis], replicas: int, fp32: b
     message = torch.zeros(len(bucket) + sum(sizes), dtype=dtype, device=bucket[0].device)
     users, flat = message.split((len(bucket), sum(sizes)))
     parts = flat.split(sizes)
-    users.copy_(torch.tensor([parameter.grad is not None for parameter in bucket]))
+    used_here = [parameter.grad is not None for parameter in bucket]
+    users.copy_(torch.tensor(used_here, device="cpu"))
     for part, parameter in zip(parts, bucket, strict=True):
         if parameter.grad is not None:
             part.copy_(_local(parameter.grad).flatten())

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Said everywhere, because a user may have set another default device.
+_HOST = torch.device("cpu")
+
 
 def visible_keys(
     query_len: int,
@@ -21,9 +24,9 @@ def visible_keys(
     prefix_len: int | None = None,
 ) -> Tensor:
     """Who sees whom: (Sq, Sk) bool, True where query i attends to key j. Positions are global."""
-    i = torch.arange(query_len)[:, None]
-    j = torch.arange(key_len)[None, :]
-    visible = torch.ones(query_len, key_len, dtype=torch.bool)
+    i = torch.arange(query_len, device=_HOST)[:, None]
+    j = torch.arange(key_len, device=_HOST)[None, :]
+    visible = torch.ones(query_len, key_len, dtype=torch.bool, device=_HOST)
     if causal:
         visible &= (j <= i) | (j < (prefix_len or 0))
     left, right = window_size
@@ -32,7 +35,7 @@ def visible_keys(
     if right is not None:
         visible &= j <= i + right
     if cu_seqlens is not None:
-        ends = torch.as_tensor(cu_seqlens)[1:].contiguous()
+        ends = torch.as_tensor(cu_seqlens, device=_HOST)[1:].contiguous()
         visible &= torch.bucketize(i, ends, right=True) == torch.bucketize(j, ends, right=True)
     return visible
 
@@ -82,11 +85,12 @@ def dense_attention(
         scores = scores + attn_bias.double()
     sq, sk = scores.shape[2:]
     if alibi_slopes is not None:
-        distance = (torch.arange(sq)[:, None] - torch.arange(sk)[None, :]).abs()
+        i, j = torch.arange(sq, device=q.device), torch.arange(sk, device=q.device)
+        distance = (i[:, None] - j[None, :]).abs()
         scores = scores - alibi_slopes.double().expand(q.shape[0], -1)[..., None, None] * distance
     hidden = ~visible_keys(
         sq, sk, causal=causal, window_size=window_size, cu_seqlens=cu_seqlens, prefix_len=prefix_len
-    )
+    ).to(q.device)
     if key_padding_mask is not None:
         hidden = hidden | key_padding_mask[:, None, None, :]
     scores = scores.masked_fill(hidden, float("-inf"))
@@ -98,7 +102,7 @@ def dense_attention(
     lse = torch.where(seen, largest + torch.log(total), float("-inf"))
     probabilities = weights / total[..., None]
     if dropout_keep is not None:
-        probabilities = probabilities * dropout_keep.double()
+        probabilities = probabilities * dropout_keep.to(q.device).double()
     return torch.einsum("bhij,bjhd->bihd", probabilities, v), lse
 
 
@@ -118,7 +122,9 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tenso
     Source:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        *(torch.as_tensor(word, device=_HOST) for word in counter)
+    )
     key0, key1 = key
     for _ in range(10):
         # int64 products wrap, which leaves their 64 bits as they should be
@@ -133,9 +139,9 @@ def dropout_multiplier(
     dropout_p: float, seed: int, batch: int, num_heads: int, query_len: int, key_len: int
 ) -> Tensor:
     """What dropout multiplies each probability with: (B, H, Sq, Sk) fp64, 0 or ``1 / (1 - p)``."""
-    sequence_head = torch.arange(batch * num_heads).view(batch, num_heads, 1, 1)
-    i = torch.arange(query_len).view(-1, 1)
-    j = torch.arange(key_len)
+    sequence_head = torch.arange(batch * num_heads, device=_HOST).view(batch, num_heads, 1, 1)
+    i = torch.arange(query_len, device=_HOST).view(-1, 1)
+    j = torch.arange(key_len, device=_HOST)
     words = philox((j >> 2, i, sequence_head, 0), (seed & _WORD, (seed >> 32) & _WORD))
     word = torch.stack(words, -1).gather(
         -1, (j & 3).expand(batch, num_heads, query_len, key_len)[..., None]
