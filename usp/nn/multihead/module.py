@@ -202,22 +202,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.num_heads,
         )
         validate = compares_now(self.placement.validate, self._compared is self.placement)
-<<<<<<< HEAD
-        call = check_on_all_ranks(
-            self.placement.mesh,
-            validate,
-            lambda: self._prepare(arguments),
-            lambda call: arguments.facts(),
-        )
-        call = multihead_forward.with_columns(call, self.placement, validate)
-        # autocast has had its say in the projections
-        with as_given(query.device):
-=======
         call = self._agree(arguments, validate)
         call = multihead_forward.with_columns(call, self.placement, bool(validate))
-        # scores are sums in fp32 and more: autocast has had its say in the projections
-        with torch.autocast(query.device.type, enabled=False):
->>>>>>> 26a965c (Ranks meet at every call on CPUs: lengths, seeds and backward passes that belong together)
+        # autocast has had its say in the projections
+        with as_given(query.device):
             extra = make_extra_keys(
                 self.bias_k, self.bias_v, self.add_zero_attn, self.num_heads, call.q
             )
@@ -238,28 +226,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         placement, seed = self.placement, self._dropout_seed(arguments.need_weights)
         lengths, mesh = placement.named_lengths, placement.mesh
-        asks = lengths is None or seed is not None
 
         def check() -> tuple[Tensor, ...]:
             arguments.check(None if lengths is None else lengths[1])
             return tuple(self._split_heads(x) for x in self._projections(arguments))
 
-        if mesh is not None and (
-            meets(mesh, validate, asks) or (placement.infers and mesh.size > 1)
-        ):
-            projected, told = check_on_all_ranks(
-                mesh,
-                "MultiheadAttention",
-                check,
-                lambda _: arguments.facts() | {"seq_len": lengths or "not given"},
-                lambda: (*arguments.tokens, seed or 0),
-            )
-            lengths = lengths or placement.summed_lengths(told)
-            seed = None if seed is None else told[0][2]
-        else:
-            projected = check()
+        asks = lengths is None or seed is not None
+        together = meets(mesh, validate, asks) or (placement.infers and placement.size > 1)
+        if mesh is None or not together:
             queries, keys = arguments.tokens
             lengths = lengths or (queries * placement.size, keys * placement.size)
+            return self._prepare(arguments, check(), lengths, seed)
+        projected, told = check_on_all_ranks(
+            mesh,
+            "MultiheadAttention",
+            check,
+            lambda _: arguments.facts() | {"seq_len": lengths or "not given"},
+            lambda: (*arguments.tokens, seed or 0),
+        )
+        lengths = lengths or placement.summed_lengths(told)
+        seed = None if seed is None else told[0][2]
         return self._prepare(arguments, projected, lengths, seed)
 
     def _prepare(
