@@ -86,9 +86,10 @@ class Spread:
 
     mesh: usp.SequenceMesh
     layout: str
+    seq_len: Any = "infer"
 
     def model(self, model: nn.Module) -> nn.Module:
-        return usp.replace_attention(model, self.mesh, layout=self.layout, seq_len="infer")
+        return usp.replace_attention(model, self.mesh, layout=self.layout, seq_len=self.seq_len)
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         return usp.shard_sequence(x, self.mesh, dim, self.layout)
@@ -193,6 +194,34 @@ def test_encoder_on_a_mesh(pool, mesh, layout, causal, padding, training) -> Non
 @pytest.mark.filterwarnings("ignore:Support for mismatched", "ignore:enable_nested_tensor is True")
 def test_transformer_on_a_mesh(pool, mesh, is_causal) -> None:
     check(pool, mesh, "zigzag", "transformer", is_causal)
+
+
+def _with_lengths(seq_len: Any) -> dict[str, Tensor]:
+    spread = Spread(workers.mesh(2, 2), "zigzag", seq_len)
+    return results(transformer(spread, None), spread.mesh.size)
+
+
+@pytest.mark.parametrize("seq_len", [(SOURCE, TARGET), None])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_transformer_has_lengths_of_source_and_target(pool, seq_len) -> None:
+    parts = pool.run(_with_lengths, seq_len, ranks=4)
+    expected = results(transformer(Whole(), None))
+    for part in parts:
+        torch.testing.assert_close(part["output"], expected["output"], rtol=1e-9, atol=1e-9)
+    for name in expected.keys() - {"output"}:
+        total = sum(part[name] for part in parts)
+        torch.testing.assert_close(total, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_each_layer_is_told_the_lengths_it_has() -> None:
+    model = nn.Transformer(WIDTH, 4, 1, 1, 16, batch_first=True)
+    model.pool = nn.MultiheadAttention(WIDTH, 4)
+    usp.replace_attention(model, seq_len=(SOURCE, TARGET))
+    decoder = model.decoder.layers[0]
+    assert model.encoder.layers[0].self_attn.placement.seq_len == SOURCE
+    assert decoder.self_attn.placement.seq_len == TARGET
+    assert decoder.multihead_attn.placement.seq_len == (TARGET, SOURCE)
+    assert model.pool.placement.seq_len == (SOURCE, TARGET)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
