@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import usp
-from usp.integrations.other_attention import other_attention
+from usp.integrations._other_attention import other_attention
 
 
 class Fused(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from usp.distributed.mesh import SequenceMesh
-from usp.integrations.choice import Only, any_means, choices, means, shortened
-from usp.integrations.other_attention import other_attention
+from usp.integrations._choice import Only, any_means, choices, means, shortened
+from usp.integrations._other_attention import other_attention
 from usp.nn.multihead.module import MultiheadAttention, check_class
 from usp.nn.multihead.placement import Placement
 
