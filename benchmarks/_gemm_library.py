@@ -30,7 +30,7 @@ def load_peer(optimize: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         sys.exit(f"no C++ compiler: {os.environ.get('CXX', 'c++')} is not there; set CXX")
-    flags = [optimize, "-std=c++20", "-fPIC"]
+    flags = [optimize, "-std=c++20", "-fPIC", f"-I{ROOT / 'csrc'}"]
     sources = [PEER, *sorted((ROOT / "csrc" / "cpu").glob("kernels*.cpp"))]
     headers = sorted((ROOT / "csrc").rglob("*.h"))
     state = hashlib.sha256(" ".join([compiler, *flags]).encode())

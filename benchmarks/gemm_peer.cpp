@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
+#include "cpu/kernels.h"
 
 #if USP_CPU_X86
 #include <immintrin.h>

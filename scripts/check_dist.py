@@ -46,9 +46,9 @@ def check_sdist(path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = [
-        "csrc/ops.cpp",
-        "csrc/module.cpp",
-        "csrc/span.h",
+        "csrc/torch/ops.cpp",
+        "csrc/torch/module.cpp",
+        "csrc/common/span.h",
         "tests/test_",
         "emulators/",
         "CMakeLists.txt",

@@ -65,7 +65,7 @@ def device_sources(root: Path) -> list[Path]:
 
 
 def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None) -> Library:
-    """The torch ops: only `ops.cpp` and `gpu_ops.cpp` see torch, the kernels are free of it."""
+    """The torch ops: only `csrc/torch` sees torch, the kernels are free of it."""
     csrc = root / "csrc"
     torch_flags = (*STABLE_ABI, f"-isystem{torch.include}")
     units: list[Unit] = []
@@ -74,10 +74,10 @@ def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None
     if device is not None:
         # First, for they take longest.
         units += [Unit(source, device=device) for source in device_sources(root)]
-        units.append(Unit(csrc / "gpu_ops.cpp", torch_flags))
+        units.append(Unit(csrc / "torch" / "gpu_ops.cpp", torch_flags))
         # After torch's folder: a torch that brings its own HIP runtime must get no second one.
         link_flags += device.link_flags
-    units.append(Unit(csrc / "ops.cpp", torch_flags))
+    units.append(Unit(csrc / "torch" / "ops.cpp", torch_flags))
     units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     return Library("_ops.so", tuple(units), tuple(link_flags))
 
@@ -94,7 +94,7 @@ def python_module(root: Path, version: str, device: Toolchain | None = None) -> 
     if device is not None:
         flags.append(f"-DUSP_WITH_{device.kind.upper()}")
         flags.append(f'-DUSP_GPU_ARCHITECTURES="{" ".join(device.architectures)}"')
-    units = [Unit(root / "csrc" / "module.cpp", tuple(flags))]
+    units = [Unit(root / "csrc" / "torch" / "module.cpp", tuple(flags))]
     return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tuple(units))
 
 

@@ -3,8 +3,8 @@
 // The CPU kernels of one block of attention. Free of torch; see docs/contract.md.
 // T is float or double.
 
-#include "../attention.h"
-#include "parallel.h"
+#include "common/attention.h"
+#include "cpu/parallel.h"
 
 namespace usp::cpu {
 
@@ -20,9 +20,5 @@ void attention_delta(const AttentionDelta<T>& inputs, const ParallelFor& paralle
 template <typename T>
 void attention_backward(const Attention<T>& inputs, const AttentionGradients<T>& gradients,
                         const ParallelFor& parallel);
-
-// Whether results can hold dq in this dtype: it is summed over runs of keys, in its own memory.
-template <typename T>
-bool can_sum_dq_in(DType dtype, int64_t num_keys);
 
 }  // namespace usp::cpu

@@ -15,11 +15,12 @@
 //
 // Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
+#include <memory>
 #include <vector>
 
-#include "attention.h"
-#include "lookahead.h"
-#include "tiles.h"
+#include "cpu/attention.h"
+#include "cpu/lookahead.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 namespace {
@@ -432,23 +433,46 @@ void clear(const Attention<T>& a, const GradientResults& results) {
   clear_one(results.dv, a.B * a.Lk * a.G * a.Dv, results.kv_dtype);
 }
 
-}  // namespace
-
 template <typename T>
-bool can_sum_dq_in(DType dtype, int64_t num_keys) {
-  return dtype == kDType<T> || num_keys <= kKeysHeld;
-}
-
-template <typename T>
-void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grads,
-                        const ParallelFor& parallel) {
-  if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return clear(a, grads.results);
+void walk(const Attention<T>& a, const AttentionGradients<T>& grads, const ParallelFor& parallel) {
   const Division division(a, grads.dbias, parallel.num_threads);
   (division.shares == 1 ? walk_apart<T> : walk_together<T>)(a, grads, division, parallel);
 }
 
-template bool can_sum_dq_in<float>(DType, int64_t);
-template bool can_sum_dq_in<double>(DType, int64_t);
+// dq is summed over runs of keys in its own memory. Where that is too narrow for sums, they are
+// made beside it and rounded once.
+template <typename T>
+void walk_beside_dq(const Attention<T>& a, AttentionGradients<T> grads,
+                    const ParallelFor& parallel) {
+  const int64_t rows = a.B * a.Lq * a.H;
+  const std::unique_ptr<T[]> sums(new T[static_cast<size_t>(rows * a.D)]);
+  char* dq = static_cast<char*>(grads.results.dq);
+  const DType dtype = grads.results.dq_dtype;
+  grads.results.dq = sums.get();
+  grads.results.dq_dtype = kDType<T>;
+  walk(a, grads, parallel);
+  constexpr int64_t kRowsPerTask = 1024;
+  const Kernels<T>& table = kernels<T>(a.q.dtype);
+  const int64_t row_bytes = a.D * element_size(dtype);
+  parallel.for_each_task((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t, int64_t task) {
+    const int64_t begin = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - begin);
+    table.store_rows({sums.get() + begin * a.D, a.D}, count, a.D, T(1), nullptr, dtype,
+                     dq + begin * row_bytes, a.D);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grads,
+                        const ParallelFor& parallel) {
+  const GradientResults& results = grads.results;
+  if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return clear(a, results);
+  const bool narrow = results.dq != nullptr && results.dq_dtype != kDType<T>;
+  if (narrow && a.Lk > kKeysHeld) return walk_beside_dq(a, grads, parallel);
+  walk(a, grads, parallel);
+}
+
 template void attention_backward(const Attention<float>&, const AttentionGradients<float>&,
                                  const ParallelFor&);
 template void attention_backward(const Attention<double>&, const AttentionGradients<double>&,

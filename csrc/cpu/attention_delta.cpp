@@ -1,5 +1,5 @@
-#include "attention.h"
-#include "tiles.h"
+#include "cpu/attention.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 

@@ -13,9 +13,9 @@
 #include <span>
 #include <vector>
 
-#include "attention.h"
-#include "lookahead.h"
-#include "tiles.h"
+#include "cpu/attention.h"
+#include "cpu/lookahead.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 namespace {

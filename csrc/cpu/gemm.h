@@ -5,7 +5,7 @@
 //
 // `Words` says what a word of a and b is (kernels.h) and how two of them are multiplied.
 
-#include "words.h"
+#include "cpu/words.h"
 
 namespace usp::cpu {
 namespace {

@@ -13,10 +13,10 @@
 
 #include <cstdint>
 
-#include "../attention.h"
-#include "../philox.h"
-#include "../softmax.h"
-#include "capability.h"
+#include "common/attention.h"
+#include "common/philox.h"
+#include "common/softmax.h"
+#include "cpu/capability.h"
 
 namespace usp::cpu {
 

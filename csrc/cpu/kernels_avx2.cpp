@@ -1,6 +1,6 @@
 // AVX2 and FMA.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #if USP_CPU_X86
 
@@ -15,7 +15,7 @@
 #define USP_VECTOR_BYTES 32
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 2
-#include "tile_kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace usp::cpu {
 

@@ -1,6 +1,6 @@
 // AVX-512 F, BW, DQ, VL.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #if USP_CPU_X86
 
@@ -16,7 +16,7 @@
 #define USP_VECTOR_BYTES 64
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 4
-#include "tile_kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace usp::cpu {
 

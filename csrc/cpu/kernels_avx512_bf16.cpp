@@ -2,7 +2,7 @@
 //
 // Weights and gradients of scores are rounded to bf16 for their products, to nearest even.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #if USP_CPU_X86
 
@@ -21,7 +21,7 @@
 #define USP_VECTOR_BYTES 64
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 4
-#include "tile_kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace usp::cpu {
 namespace {

@@ -1,11 +1,11 @@
 // Whatever the compiler's baseline has: SSE2, NEON, or plain scalars.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #define USP_VECTOR_BYTES 16
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 2
-#include "tile_kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace usp::cpu {
 

@@ -4,7 +4,7 @@
 // rows lie a whole token apart, which the hardware does not foresee, and a short sequence would
 // spend much of its time waiting for them.
 
-#include "tiles.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 

@@ -2,8 +2,8 @@
 
 // Tiles in and out of memory: converted to the arithmetic's dtype, transposed, added to.
 
-#include "kernels.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
 
 namespace usp::cpu {
 namespace {

@@ -2,7 +2,7 @@
 
 // Element-wise work on score tiles (keys, queries), and the softmax along their columns.
 
-#include "words.h"
+#include "cpu/words.h"
 
 namespace usp::cpu {
 namespace {

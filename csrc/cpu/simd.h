@@ -7,7 +7,7 @@
 #include <iterator>
 #include <utility>
 
-#include "capability.h"
+#include "cpu/capability.h"
 
 #if USP_CPU_X86
 #include <immintrin.h>

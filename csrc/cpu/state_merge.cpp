@@ -1,7 +1,7 @@
-#include "state_merge.h"
+#include "cpu/state_merge.h"
 
 #define USP_VECTOR_BYTES 16  // of rows.h only the conversions are used
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace usp::cpu {
 namespace {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../state_merge.h"
-#include "parallel.h"
+#include "common/state_merge.h"
+#include "cpu/parallel.h"
 
 namespace usp::cpu {
 

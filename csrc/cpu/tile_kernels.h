@@ -3,10 +3,10 @@
 // The tile kernels of one instruction set as a table; the including file has set
 // USP_VECTOR_BYTES, USP_GEMM_ROWS, USP_GEMM_VECTORS and the compiler's target.
 
-#include "gemm.h"
-#include "kernels.h"
-#include "rows.h"
-#include "scores.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/scores.h"
 
 namespace usp::cpu {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-#include "kernels.h"
-#include "scratch.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace usp::cpu {
 

@@ -3,8 +3,8 @@
 // What operands of gemm are made of (kernels.h): how two words are multiplied, and how a score tile
 // is written as words.
 
-#include "kernels.h"
-#include "simd.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
 
 namespace usp::cpu {
 namespace {

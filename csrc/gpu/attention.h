@@ -5,8 +5,8 @@
 //
 // q, k, v (and dout) are all bf16 or all fp16; D and Dv at most 256, Lq and Lk below 2^31.
 
-#include "../attention.h"
-#include "stream.h"
+#include "common/attention.h"
+#include "gpu/stream.h"
 
 namespace usp::gpu {
 

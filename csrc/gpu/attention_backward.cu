@@ -6,7 +6,7 @@
 // for dQ: scores are computed twice, nothing is added atomically, and the same inputs give the same
 // bits. Source of the recomputation: Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 
-#include "gradients.h"
+#include "gpu/gradients.h"
 
 namespace usp::gpu {
 namespace {

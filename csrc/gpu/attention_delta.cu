@@ -1,9 +1,9 @@
 // delta = <dout, out>, what a backward pass takes of every row's output. One pass over memory.
 
-#include "attention.h"
-#include "blocks.h"
-#include "half.h"
-#include "row_threads.h"
+#include "gpu/attention.h"
+#include "gpu/blocks.h"
+#include "gpu/half.h"
+#include "gpu/row_threads.h"
 
 namespace usp::gpu {
 namespace {

@@ -3,11 +3,11 @@
 // A thread block owns a tile of query rows of one head and walks over the keys they see. Source:
 // Dao 2023, "FlashAttention-2", arXiv:2307.08691; here the state comes from memory and goes back.
 
-#include "attention.h"
-#include "blocks.h"
-#include "own_rows.h"
-#include "scores.h"
-#include "state_rows.h"
+#include "gpu/attention.h"
+#include "gpu/blocks.h"
+#include "gpu/own_rows.h"
+#include "gpu/scores.h"
+#include "gpu/state_rows.h"
 
 namespace usp::gpu {
 namespace {

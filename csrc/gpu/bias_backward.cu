@@ -3,7 +3,7 @@
 // A thread block owns a tile of the bias and adds up, in a fixed order, what every batch entry,
 // head and query that share it contribute.
 
-#include "gradients.h"
+#include "gpu/gradients.h"
 
 namespace usp::gpu {
 namespace {

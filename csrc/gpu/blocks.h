@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "../attention.h"
-#include "tiles.h"
+#include "common/attention.h"
+#include "gpu/tiles.h"
 
 namespace usp::gpu {
 

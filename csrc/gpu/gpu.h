@@ -2,17 +2,17 @@
 
 // The one file that knows CUDA from HIP, and the CPU that stands in for both.
 //
-// Exactly one of USP_GPU_CUDA, USP_GPU_HIP and USP_GPU_HOST is defined. The HIP part needs none of
-// HIP's headers. The host target runs the threads of a block as fibres (host/simt.h); the macro
-// USP_GPU_HOST_WAVE says whether they form NVIDIA's warps of 32 or AMD's waves of 64.
+// Exactly one of USP_GPU_CUDA, USP_GPU_HIP and USP_GPU_EMULATED is defined. The HIP part needs none
+// of HIP's headers. The emulated GPU runs the threads of a block as fibres (emulated/simt.h); the
+// macro USP_GPU_EMULATED_WAVE says whether they form NVIDIA's warps of 32 or AMD's waves of 64.
 //
 // Blocks are one-dimensional. A wave is CUDA's warp, HIP's wavefront.
 
 #include <cstddef>
 #include <cstdint>
 
-#include "../macros.h"
-#include "stream.h"
+#include "common/macros.h"
+#include "gpu/stream.h"
 
 #if defined(__HIP__)
 #define USP_GPU_HIP 1
@@ -30,14 +30,14 @@
 #define USP_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define USP_UNROLL _Pragma("unroll")
 #else
-#define USP_GPU_HOST 1
-#ifndef USP_GPU_HOST_WAVE
-#define USP_GPU_HOST_WAVE 32
+#define USP_GPU_EMULATED 1
+#ifndef USP_GPU_EMULATED_WAVE
+#define USP_GPU_EMULATED_WAVE 32
 #endif
 #include <cmath>
 #include <cstring>
 
-#include "host/simt.h"
+#include "gpu/emulated/simt.h"
 #define USP_KERNEL static
 #define USP_DEVICE inline
 #define USP_LAUNCH_BOUNDS(threads, blocks)
@@ -68,7 +68,7 @@ inline constexpr int kWaveSize = 32;
 #elif defined(USP_GPU_HIP)
 inline constexpr int kWaveSize = 64;
 #else
-inline constexpr int kWaveSize = USP_GPU_HOST_WAVE;
+inline constexpr int kWaveSize = USP_GPU_EMULATED_WAVE;
 #endif
 
 // --- Host: launching -----------------------------------------------------------------------------
@@ -90,18 +90,18 @@ inline const char* last_error() {
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), Grid grid, int block, size_t shared_bytes, Stream stream,
             Parameters... arguments) {
-#if defined(USP_GPU_HOST)
+#if defined(USP_GPU_EMULATED)
   (void)stream;
-  const host::Argument given[] = {{&arguments, sizeof(arguments)}...};
-  const host::Index3 blocks{grid.x, grid.y, grid.z};
-  const host::Launch told{reinterpret_cast<const void*>(kernel),
-                          given,
-                          sizeof...(arguments),
-                          blocks,
-                          block,
-                          shared_bytes};
-  if (host::redirected(told)) return;
-  host::run_grid(blocks, block, kWaveSize, shared_bytes, [&] { kernel(arguments...); });
+  const emulated::Argument given[] = {{&arguments, sizeof(arguments)}...};
+  const emulated::Index3 blocks{grid.x, grid.y, grid.z};
+  const emulated::Launch told{reinterpret_cast<const void*>(kernel),
+                              given,
+                              sizeof...(arguments),
+                              blocks,
+                              block,
+                              shared_bytes};
+  if (emulated::redirected(told)) return;
+  emulated::run_grid(blocks, block, kWaveSize, shared_bytes, [&] { kernel(arguments...); });
 #else
   void* pointers[] = {static_cast<void*>(&arguments)...};
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -129,7 +129,7 @@ USP_DEVICE uint32_t thread_index() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_workitem_id_x();
 #else
-  return host::thread_index();
+  return emulated::thread_index();
 #endif
 }
 
@@ -139,7 +139,7 @@ USP_DEVICE uint32_t block_index() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_workgroup_id_x();
 #else
-  return host::block_index().x;
+  return emulated::block_index().x;
 #endif
 }
 
@@ -149,7 +149,7 @@ USP_DEVICE uint32_t block_index_y() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_workgroup_id_y();
 #else
-  return host::block_index().y;
+  return emulated::block_index().y;
 #endif
 }
 
@@ -159,7 +159,7 @@ USP_DEVICE uint32_t block_index_z() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_workgroup_id_z();
 #else
-  return host::block_index().z;
+  return emulated::block_index().z;
 #endif
 }
 
@@ -175,7 +175,7 @@ USP_DEVICE int wave() {
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_readfirstlane(index);
 #else
-  host::meet_wave([](void* const*, int) {}, nullptr);
+  emulated::meet_wave([](void* const*, int) {}, nullptr);
   return index;
 #endif
 }
@@ -191,7 +191,7 @@ USP_DEVICE void barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 #else
-  host::barrier();
+  emulated::barrier();
 #endif
 }
 
@@ -204,7 +204,7 @@ USP_DEVICE float shuffle_xor(float value, int mask) {
   return __builtin_bit_cast(float,
                             __builtin_amdgcn_ds_bpermute(from, __builtin_bit_cast(int, value)));
 #else
-  return host::shuffle_xor(value, mask);
+  return emulated::shuffle_xor(value, mask);
 #endif
 }
 
@@ -224,7 +224,7 @@ USP_DEVICE char* shared_memory() {
   extern __attribute__((shared)) __attribute__((aligned(16))) char usp_shared_memory[];
   return usp_shared_memory;
 #else
-  return host::shared_memory();
+  return emulated::shared_memory();
 #endif
 }
 
@@ -267,8 +267,8 @@ USP_DEVICE void copy16([[maybe_unused]] void* to, [[maybe_unused]] const void* f
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 16 : 0));
-#elif defined(USP_GPU_HOST)
-  host::copy_later(to, from, sizeof(Vector16), valid);
+#elif defined(USP_GPU_EMULATED)
+  emulated::copy_later(to, from, sizeof(Vector16), valid);
 #endif
 }
 
@@ -279,8 +279,8 @@ USP_DEVICE void copy4([[maybe_unused]] float* to, [[maybe_unused]] const float* 
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 4 : 0));
-#elif defined(USP_GPU_HOST)
-  host::copy_later(to, from, sizeof(float), valid);
+#elif defined(USP_GPU_EMULATED)
+  emulated::copy_later(to, from, sizeof(float), valid);
 #endif
 }
 
@@ -288,8 +288,8 @@ USP_DEVICE void copy4([[maybe_unused]] float* to, [[maybe_unused]] const float* 
 USP_DEVICE void copies_arrived() {
 #if defined(USP_GPU_CUDA)
   asm volatile("cp.async.wait_all;" ::: "memory");
-#elif defined(USP_GPU_HOST)
-  host::copies_arrived();
+#elif defined(USP_GPU_EMULATED)
+  emulated::copies_arrived();
 #endif
 }
 
@@ -345,7 +345,7 @@ USP_DEVICE float fast_tanh(float x) {
 }
 
 USP_DEVICE float larger(float a, float b) {
-#if defined(USP_GPU_HOST)
+#if defined(USP_GPU_EMULATED)
   return std::fmax(a, b);
 #else
   return __builtin_fmaxf(a, b);

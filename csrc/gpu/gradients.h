@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
-#include "attention.h"
-#include "own_rows.h"
-#include "scores.h"
+#include "gpu/attention.h"
+#include "gpu/own_rows.h"
+#include "gpu/scores.h"
 
 namespace usp::gpu {
 

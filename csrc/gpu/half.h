@@ -2,7 +2,7 @@
 
 // The two 16-bit number formats, and the way between them and fp32. Rounds to nearest even.
 
-#include "gpu.h"
+#include "gpu/gpu.h"
 
 namespace usp::gpu {
 

@@ -6,7 +6,7 @@
 // Without them it goes to registers, and store() moves it on once the rows before it have been
 // used.
 
-#include "shared_rows.h"
+#include "gpu/shared_rows.h"
 
 namespace usp::gpu {
 

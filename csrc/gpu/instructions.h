@@ -2,11 +2,11 @@
 
 // The matrix instructions themselves. layouts.h says what each register holds.
 
-#include "half.h"
-#include "layouts.h"
+#include "gpu/half.h"
+#include "gpu/layouts.h"
 
-#if defined(USP_GPU_HOST)
-#include "host/instructions.h"
+#if defined(USP_GPU_EMULATED)
+#include "gpu/emulated/instructions.h"
 #endif
 
 namespace usp::gpu {
@@ -29,8 +29,8 @@ USP_DEVICE void mma_m16n8k16([[maybe_unused]] float* d, [[maybe_unused]] const u
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
-#elif defined(USP_GPU_HOST)
-  host::mma_m16n8k16<T>(d, a, b);
+#elif defined(USP_GPU_EMULATED)
+  emulated::mma_m16n8k16<T>(d, a, b);
 #endif
 }
 
@@ -50,8 +50,8 @@ USP_DEVICE void load_m8n8x4([[maybe_unused]] uint32_t* d, [[maybe_unused]] const
                  : "r"(address)
                  : "memory");
   }
-#elif defined(USP_GPU_HOST)
-  host::load_m8n8x4(d, row, kTransposed);
+#elif defined(USP_GPU_EMULATED)
+  emulated::load_m8n8x4(d, row, kTransposed);
 #endif
 }
 
@@ -87,8 +87,8 @@ USP_DEVICE void mfma_16x16x16([[maybe_unused]] float* d, [[maybe_unused]] const 
     sum = __builtin_amdgcn_mfma_f32_16x16x16f16(left, right, sum, 0, 0, 0);
   }
   for (int i = 0; i < 4; ++i) d[i] = sum[i];
-#elif defined(USP_GPU_HOST)
-  host::mfma_16x16x16<T>(d, a, b);
+#elif defined(USP_GPU_EMULATED)
+  emulated::mfma_16x16x16<T>(d, a, b);
 #endif
 }
 
@@ -107,8 +107,8 @@ USP_DEVICE void mfma_32x32x8([[maybe_unused]] float* d, [[maybe_unused]] const u
     sum = __builtin_amdgcn_mfma_f32_32x32x8f16(left, right, sum, 0, 0, 0);
   }
   for (int i = 0; i < 16; ++i) d[i] = sum[i];
-#elif defined(USP_GPU_HOST)
-  host::mfma_32x32x8<T>(d, a, b);
+#elif defined(USP_GPU_EMULATED)
+  emulated::mfma_32x32x8<T>(d, a, b);
 #endif
 }
 

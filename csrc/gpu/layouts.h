@@ -5,7 +5,7 @@
 // D (m x n) = A (m x k) B (k x n) + C. `element` counts a lane's numbers of one operand, two to a
 // 32-bit register for 16-bit formats, the lower half first.
 
-#include "../macros.h"
+#include "common/macros.h"
 
 namespace usp::gpu {
 

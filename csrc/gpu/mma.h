@@ -12,7 +12,7 @@
 // of A would, so that the result of one product is the left operand of the next without leaving its
 // registers.
 
-#include "instructions.h"
+#include "gpu/instructions.h"
 
 namespace usp::gpu {
 

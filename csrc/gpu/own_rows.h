@@ -2,8 +2,8 @@
 
 // The rows that a block owns, as left operands of its waves.
 
-#include "in_flight.h"
-#include "products.h"
+#include "gpu/in_flight.h"
+#include "gpu/products.h"
 
 namespace usp::gpu {
 

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "mma.h"
-#include "numbers.h"
+#include "gpu/mma.h"
+#include "gpu/numbers.h"
 
 namespace usp::gpu {
 

@@ -3,8 +3,8 @@
 // For kernels that read every row of a tensor once: a row is taken by 1 to 32 neighbouring threads,
 // each with 16 bytes at a time; the rows of a block are neighbours in memory.
 
-#include "gpu.h"
-#include "numbers.h"
+#include "gpu/gpu.h"
+#include "gpu/numbers.h"
 
 namespace usp::gpu {
 

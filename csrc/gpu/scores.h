@@ -3,9 +3,9 @@
 // Scores of one head, from the bare products of queries and keys, in units of log2: exp2 of them is
 // the weight.
 
-#include "../attention.h"
-#include "../philox.h"
-#include "blocks.h"
+#include "common/attention.h"
+#include "common/philox.h"
+#include "gpu/blocks.h"
 
 namespace usp::gpu {
 

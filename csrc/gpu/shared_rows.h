@@ -2,8 +2,8 @@
 
 // Rows of a tensor in shared memory.
 
-#include "blocks.h"
-#include "half.h"
+#include "gpu/blocks.h"
+#include "gpu/half.h"
 
 namespace usp::gpu {
 

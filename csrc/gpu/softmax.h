@@ -2,7 +2,7 @@
 
 // The running softmax of a wave's rows while they walk over keys.
 
-#include "products.h"
+#include "gpu/products.h"
 
 namespace usp::gpu {
 

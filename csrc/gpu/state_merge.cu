@@ -2,10 +2,10 @@
 
 #include <initializer_list>
 
-#include "blocks.h"
-#include "half.h"
-#include "row_threads.h"
-#include "state_merge.h"
+#include "gpu/blocks.h"
+#include "gpu/half.h"
+#include "gpu/row_threads.h"
+#include "gpu/state_merge.h"
 
 namespace usp::gpu {
 namespace {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../state_merge.h"
-#include "stream.h"
+#include "common/state_merge.h"
+#include "gpu/stream.h"
 
 namespace usp::gpu {
 

@@ -2,7 +2,7 @@
 
 // The running softmax in memory: of a wave's rows, in and out.
 
-#include "softmax.h"
+#include "gpu/softmax.h"
 
 namespace usp::gpu {
 

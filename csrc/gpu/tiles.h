@@ -5,8 +5,8 @@
 // Bounds: 99 KiB of shared memory (sm_86, sm_89) and 255 registers a thread on NVIDIA, 64 KiB of
 // LDS on AMD.
 
-#include "gpu.h"
-#include "mma.h"
+#include "gpu/gpu.h"
+#include "gpu/mma.h"
 
 namespace usp::gpu {
 

@@ -211,7 +211,7 @@ def test_matrix_instructions_are_counted(text: str, counts: dict[str, int]) -> N
 def test_spills_are_seen(built: Built) -> None:
     """A kernel that keeps more in registers than there are: the readers must say so."""
     kernel = """
-#include "gpu.h"
+#include "gpu/gpu.h"
 namespace usp::gpu {
 USP_KERNEL USP_LAUNCH_BOUNDS(1024, 1) void greedy(float* x) {
   float held[300];
@@ -227,7 +227,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(1024, 1) void greedy(float* x) {
     folder.mkdir()
     (folder / "greedy.cu").write_text(kernel)
     device = toolchains.find(built.kind)
-    include = f"-I{ROOT / 'csrc' / 'gpu'}"
+    include = f"-I{ROOT / 'csrc'}"
     command = [*device.command, *device.flags, include, "-c", "greedy.cu", "-o", "greedy.o"]
     ask = {"NVCC_APPEND_FLAGS": f"{ASK_NVCC}{folder}", "CCC_OVERRIDE_OPTIONS": ASK_CLANG}
     done = subprocess.run(

@@ -20,7 +20,7 @@ from gcn.wave import Hazard
 from gcn_ops import GcnMoves, GcnOps, Programs
 from gpu_builds import BUILD_TIMEOUT_S, Builds
 from gpu_checks import Subject, assert_merged, assert_packed
-from gpu_host import host_ops
+from gpu_emulated import emulated_ops
 from move_ops import implementation, library
 from native_case import Case, assert_right, computed, make_inputs, new_state, options
 from test_attention_delta import assert_products, randn
@@ -48,7 +48,7 @@ class Machine:
         return self.programs.target
 
     def ops(self, order: Order) -> GcnOps:
-        return GcnOps(host_ops(64), self.programs, order)
+        return GcnOps(emulated_ops(64), self.programs, order)
 
     def move_ops(self, order: Order) -> GcnMoves:
         return GcnMoves(*self.moves, self.programs, order)
@@ -146,7 +146,7 @@ def without(start: str) -> Callable[[Kernel], Kernel]:
 def test_a_kernel_without_its_waits_is_caught(start: str, machine: Machine) -> None:
     case = replace(SMALL, dtype=torch.bfloat16, lk=131, heads=(1, 0, 1))
     x, edited = make_inputs(case), Programs(machine.assembly, machine.target, without(start))
-    ops = GcnOps(host_ops(64), edited, Order())
+    ops = GcnOps(emulated_ops(64), edited, Order())
     if start == "s_barrier":
         got = computed(case, x, ops)
         with pytest.raises(AssertionError, match=" is off by "):

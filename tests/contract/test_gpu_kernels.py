@@ -1,7 +1,7 @@
 """The GPU kernels' own sources on the CPU, with NVIDIA's and with AMD's matrix layouts.
 
 What runs here is csrc/gpu/*.cu, every line but the handful of instructions in gpu.h and
-instructions.h, which csrc/gpu/host stands in for.
+instructions.h, which csrc/gpu/emulated stands in for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_host import GpuHostOps, host_ops
+from gpu_emulated import GpuEmulatedOps, emulated_ops
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from native_case import (
@@ -42,8 +42,8 @@ GUARD = 12345.0
 
 
 @pytest.fixture(params=WAVES, ids=("warps_of_32", "waves_of_64"))
-def ops(request: pytest.FixtureRequest) -> GpuHostOps:
-    found = host_ops(request.param)
+def ops(request: pytest.FixtureRequest) -> GpuEmulatedOps:
+    found = emulated_ops(request.param)
     found.descending_waves(False)
     return found
 
@@ -60,7 +60,7 @@ def guarded(
 
 
 def assert_equal_to_oracle(
-    ops: GpuHostOps, case: Case, x: Inputs | None = None, slack: float = 1.0
+    ops: GpuEmulatedOps, case: Case, x: Inputs | None = None, slack: float = 1.0
 ) -> None:
     x = make_inputs(case) if x is None else x
     got, want = computed(case, x, ops), expected(case, x)
@@ -118,7 +118,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_equals_dense_attention(option: str, ops: GpuHostOps) -> None:
+def test_equals_dense_attention(option: str, ops: GpuEmulatedOps) -> None:
     assert_equal_to_oracle(ops, replace(SMALL, **OPTIONS[option]))
 
 
@@ -126,7 +126,7 @@ def test_equals_dense_attention(option: str, ops: GpuHostOps) -> None:
 @pytest.mark.parametrize(
     "head_dims", [(32, 32), (96, 72), (128, 128), (64, 192), (192, 128), (256, 256), (40, 256)]
 )
-def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype, ops: GpuHostOps) -> None:
+def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype, ops: GpuEmulatedOps) -> None:
     for softcap in (0.0, 3.0):
         dims = {"head_dim": head_dims[0], "value_head_dim": head_dims[1]}
         sizes = {"lq": 101, "lk": 83, "heads": (1, 0, 1), "span": "causal", "prior_keys": 29}
@@ -168,14 +168,16 @@ def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype, ops: GpuHostO
     descending=True,
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-def test_equals_dense_attention_in_any_mix(ops: GpuHostOps, case: Case, descending: bool) -> None:
+def test_equals_dense_attention_in_any_mix(
+    ops: GpuEmulatedOps, case: Case, descending: bool
+) -> None:
     ops.descending_waves(descending)
     # with one key or two, a rounded `out` is all that stands against dout v in a score's gradient
     assert_equal_to_oracle(ops, case, slack=8.0)
 
 
 @pytest.mark.parametrize("option", ["plain", "span_causal", "bias_B11K", "everything", "long"])
-def test_any_order_of_waves_gives_the_same_bits(option: str, ops: GpuHostOps) -> None:
+def test_any_order_of_waves_gives_the_same_bits(option: str, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, **{"lq": 150, "heads": (3, 1, 2), "bias": "B11K"} | OPTIONS[option])
     x = make_inputs(case)
     reference = computed(case, x, ops)
@@ -185,7 +187,7 @@ def test_any_order_of_waves_gives_the_same_bits(option: str, ops: GpuHostOps) ->
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_three_blocks_equal_one(softcap: float, ops: GpuHostOps) -> None:
+def test_three_blocks_equal_one(softcap: float, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, lk=300, softcap=softcap)
     x = make_inputs(case)
     whole, parts = whole_and_in_blocks(case, x, ops)
@@ -194,7 +196,7 @@ def test_three_blocks_equal_one(softcap: float, ops: GpuHostOps) -> None:
 
 
 @pytest.mark.parametrize("why", ["span", "span of some rows", "bias"])
-def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(why: str, ops: GpuHostOps) -> None:
+def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(why: str, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, lq=70)
     x = make_inputs(case)
     blind = torch.ones(case.lq, dtype=torch.bool)
@@ -219,7 +221,7 @@ def test_a_row_that_sees_nothing_keeps_its_state_to_the_bit(why: str, ops: GpuHo
 @pytest.mark.parametrize("span", ["all", "gaps", "nothing"])
 @pytest.mark.parametrize("prior", [False, True])
 def test_a_result_is_the_new_out_rounded(
-    span: str, dtype: torch.dtype, prior: bool, ops: GpuHostOps
+    span: str, dtype: torch.dtype, prior: bool, ops: GpuEmulatedOps
 ) -> None:
     case = replace(SMALL, lq=131, dtype=dtype, span="all" if span == "nothing" else span)
     case = replace(case, value_head_dim=37 if prior else 64)
@@ -244,7 +246,7 @@ def test_a_result_is_the_new_out_rounded(
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("option", ["plain", "softcap"])
-def test_tiles_in_a_gap_are_not_computed(option: str, head_dim: int, ops: GpuHostOps) -> None:
+def test_tiles_in_a_gap_are_not_computed(option: str, head_dim: int, ops: GpuEmulatedOps) -> None:
     """Packed documents out of order: rows of one tile see keys far apart, and NaN between them."""
     case = replace(SMALL, lq=70, lk=1009, head_dim=head_dim, value_head_dim=head_dim)
     case = replace(case, heads=(2, 0, 2), **OPTIONS[option])
@@ -264,7 +266,7 @@ def test_tiles_in_a_gap_are_not_computed(option: str, head_dim: int, ops: GpuHos
 
 
 @pytest.mark.parametrize("scale", [-0.125, 0.0])
-def test_scales_that_are_not_positive(scale: float, ops: GpuHostOps) -> None:
+def test_scales_that_are_not_positive(scale: float, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, span="causal")
     x = make_inputs(case)
     scaled = x.q.double() * (scale * case.head_dim**0.5)
@@ -279,7 +281,7 @@ def test_scales_that_are_not_positive(scale: float, ops: GpuHostOps) -> None:
 
 
 @pytest.mark.parametrize("where", [0, 150, 299])
-def test_one_key_far_above_the_rest(where: int, ops: GpuHostOps) -> None:
+def test_one_key_far_above_the_rest(where: int, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, lk=300, lq=70)
     x = make_inputs(case)
     x.bias = torch.zeros(1, 1, 1, case.lk)
@@ -287,7 +289,7 @@ def test_one_key_far_above_the_rest(where: int, ops: GpuHostOps) -> None:
     assert_equal_to_oracle(ops, case, x)
 
 
-def test_gradients_are_added(ops: GpuHostOps) -> None:
+def test_gradients_are_added(ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, bias="11QK")
     x = make_inputs(case)
     out, lse = new_state(case)
@@ -321,7 +323,7 @@ OVERWRITTEN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OVERWRITTEN)
-def test_overwritten_gradients_are_the_sums_rounded(option: str, ops: GpuHostOps) -> None:
+def test_overwritten_gradients_are_the_sums_rounded(option: str, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, **OVERWRITTEN[option])
     x = make_inputs(case)
     lse, delta = torch.randn(2, case.batch, case.heads[0], case.lq)
@@ -346,7 +348,7 @@ def test_overwritten_gradients_are_the_sums_rounded(option: str, ops: GpuHostOps
 
 
 @pytest.mark.parametrize("head_dim", [13, 64])
-def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
+def test_nothing_is_written_outside(head_dim: int, ops: GpuEmulatedOps) -> None:
     case = replace(SMALL, bias="1HQK", head_dim=head_dim, value_head_dim=head_dim)
     x = make_inputs(case)
     assert x.bias is not None
@@ -367,7 +369,7 @@ def test_nothing_is_written_outside(head_dim: int, ops: GpuHostOps) -> None:
 
 
 @pytest.mark.parametrize("far", ["batch", "rows", "heads"])
-def test_elements_past_2_to_the_31(far: str, ops: GpuHostOps) -> None:
+def test_elements_past_2_to_the_31(far: str, ops: GpuEmulatedOps) -> None:
     """Entries that lie 2^30 elements apart; only the pages that are used come into being."""
     width, gap = 8, 2**30 + 16
     case = Case(batch=3, lq=3, lk=3, heads=(3, 0, 1), head_dim=width, value_head_dim=width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from gpu_host import host_ops
+from gpu_emulated import emulated_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -38,7 +38,7 @@ def test_positions_equal_tritons(name: str) -> None:
         for element in range(2 ** len(elements.split())):
             by_element, by_lane = added(elements, element), added(lanes, lane)
             want = (by_element[0] + by_lane[0], by_element[1] + by_lane[1])
-            assert host_ops(32).layout(name, lane, element) == want
+            assert emulated_ops(32).layout(name, lane, element) == want
             seen.add(want)
     rows, columns = 1 + max(row for row, _ in seen), 1 + max(column for _, column in seen)
     assert (rows, columns) == shape
@@ -60,6 +60,6 @@ CALCULATED = {
 @pytest.mark.parametrize(("operand", "lane"), CALCULATED)
 def test_positions_equal_amds(operand: str, lane: int) -> None:
     want = [tuple(map(int, at.split(","))) for at in CALCULATED[operand, lane].split()]
-    ops = host_ops(32)
+    ops = emulated_ops(32)
     got = [ops.layout(f"mfma32x32x8.{operand}", lane, element) for element in range(len(want))]
     assert got == want

@@ -1,6 +1,6 @@
 """What nvcc makes of the GPU kernels for sm_80, executed: inline assembly, operand order and all.
 
-The kernels' own host code launches (the host target's), ``ptx`` runs the PTX that a real build of
+The kernels' own host code launches (the emulated GPU's), ``ptx`` runs the PTX that a real build of
 the wheel left behind, dense attention in fp64 judges.
 """
 
@@ -15,7 +15,7 @@ import ptx
 import pytest
 import torch
 from gpu_builds import BUILD_TIMEOUT_S, Builds
-from gpu_host import GpuHostOps, host_ops
+from gpu_emulated import GpuEmulatedOps, emulated_ops
 from gpu_launches import Launch
 from native_case import (
     Case,
@@ -52,8 +52,8 @@ def kernels(gpu_builds: Builds) -> Kernels:
 
 
 @pytest.fixture(scope="module")
-def host() -> GpuHostOps:
-    return host_ops(32)
+def host() -> GpuEmulatedOps:
+    return emulated_ops(32)
 
 
 def machine(order: ptx.Order, together: int = 1, races: bool = False) -> Any:
@@ -112,7 +112,7 @@ ORDERS: tuple[ptx.Order, ...] = ("ascending", "descending", "random")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_dense_attention(name: str, host: GpuHostOps, kernels: Kernels) -> None:
+def test_equals_dense_attention(name: str, host: GpuEmulatedOps, kernels: Kernels) -> None:
     """Warps one after the other, in another order from case to case, and without races."""
     case = replace(SMALL, **CASES[name])
     order = ORDERS[list(CASES).index(name) % 3]
@@ -121,7 +121,7 @@ def test_equals_dense_attention(name: str, host: GpuHostOps, kernels: Kernels) -
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
 
 
-def test_the_same_sources_for_sm_90(host: GpuHostOps, gpu_builds: Builds) -> None:
+def test_the_same_sources_for_sm_90(host: GpuEmulatedOps, gpu_builds: Builds) -> None:
     case = replace(SMALL, **CASES["alibi"])
     x = make_inputs(case)
     kernels = kernels_for("sm_90", gpu_builds)
@@ -129,7 +129,7 @@ def test_the_same_sources_for_sm_90(host: GpuHostOps, gpu_builds: Builds) -> Non
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], LSE_TOLERANCE)
 
 
-def test_the_cases_launch_every_kernel(host: GpuHostOps, kernels: Kernels) -> None:
+def test_the_cases_launch_every_kernel(host: GpuEmulatedOps, kernels: Kernels) -> None:
     launched: set[str] = set()
 
     def note(launch: Launch) -> None:
@@ -145,7 +145,7 @@ def test_the_cases_launch_every_kernel(host: GpuHostOps, kernels: Kernels) -> No
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("prior", [False, True])
 def test_a_result_is_the_new_out_rounded(
-    prior: bool, dtype: torch.dtype, host: GpuHostOps, kernels: Kernels
+    prior: bool, dtype: torch.dtype, host: GpuEmulatedOps, kernels: Kernels
 ) -> None:
     case = replace(SMALL, dtype=dtype, span="gaps", **dims(128 if prior else 64))
     x = make_inputs(case)
@@ -174,7 +174,7 @@ OVERWRITTEN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OVERWRITTEN)
 def test_overwritten_gradients_are_the_sums_rounded(
-    name: str, host: GpuHostOps, kernels: Kernels
+    name: str, host: GpuEmulatedOps, kernels: Kernels
 ) -> None:
     case = replace(SMALL, **OVERWRITTEN[name])
     x = make_inputs(case)
@@ -193,7 +193,7 @@ def test_overwritten_gradients_are_the_sums_rounded(
             assert largest(want) > 0
 
 
-def test_any_order_of_warps_gives_the_same_bits(host: GpuHostOps, kernels: Kernels) -> None:
+def test_any_order_of_warps_gives_the_same_bits(host: GpuEmulatedOps, kernels: Kernels) -> None:
     case = replace(SMALL, lq=67, lk=67, span="causal", heads=(1, 0, 1))
     x = make_inputs(case)
     results = [
@@ -237,7 +237,7 @@ RESULTS = {"forward_kernel": ("out",), "key_value_kernel": ("dk", "dv"), "query_
     ("kernel", "change"),
     [(kernel, change) for change, (_, _, tried) in CHANGES.items() for kernel in tried],
 )
-def test_a_change_shows(kernel: str, change: str, host: GpuHostOps, kernels: Kernels) -> None:
+def test_a_change_shows(kernel: str, change: str, host: GpuEmulatedOps, kernels: Kernels) -> None:
     """As wrong numbers, poison among them, or as an access that is refused; nothing does not."""
     case = replace(SMALL, lk=71, heads=(1, 0, 1), span="causal")
     pattern, new, _ = CHANGES[change]

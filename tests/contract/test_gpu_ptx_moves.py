@@ -17,7 +17,7 @@ from test_pack import assert_there_and_back, filled, message_of, random_bytes
 from usp.ops.merge import merge
 
 pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
-SOURCES = ("attention_delta", "state_merge", "head_exchange")
+SOURCES = ("attention_delta", "state_merge", "pack")
 
 
 def machine(memory: ptx.Memory) -> ptx.Machine:

@@ -1,4 +1,4 @@
-#include "philox.h"
+#include "common/philox.h"
 
 #include <gtest/gtest.h>
 

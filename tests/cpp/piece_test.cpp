@@ -3,7 +3,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "head_exchange.h"
+#include "common/pack.h"
 
 namespace usp {
 namespace {

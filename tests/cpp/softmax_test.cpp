@@ -1,4 +1,4 @@
-#include "softmax.h"
+#include "common/softmax.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "span.h"
+#include "common/span.h"
 
 #include <gtest/gtest.h>
 

@@ -13,7 +13,7 @@ from typing import Any
 from gcn.assembly import Assembly, Kernel
 from gcn.machine import Launchable, Order
 from gcn.memory import Memory
-from gpu_host import GpuHostOps
+from gpu_emulated import GpuEmulatedOps
 from gpu_launches import Launch, Launches
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class Programs:
         arguments: Sequence[Any],
         written: Sequence[Tensor],
     ) -> None:
-        """Call an op of the host target. What it launches may touch elements of the arguments."""
+        """Call an op of the emulated GPU. What it launches may touch elements of the arguments."""
         memory = Memory()
         for x in tensors_of(arguments):
             memory.allow(x)
@@ -83,9 +83,9 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 class GcnOps:
-    """The attention ops, with their own arguments as ``GpuHostOps`` has them."""
+    """The attention ops, with their own arguments as ``GpuEmulatedOps`` has them."""
 
-    def __init__(self, host: GpuHostOps, programs: Programs, order: Order) -> None:
+    def __init__(self, host: GpuEmulatedOps, programs: Programs, order: Order) -> None:
         assert host.wave_size == 64
         self._host, self._programs, self._order = host, programs, order
 
@@ -105,7 +105,7 @@ class GcnMoves:
     """``attention_delta``, ``state_merge``, ``pack`` and ``unpack``.
 
     Args:
-        ops: The host target's.
+        ops: The emulated GPU's.
         library: Their file.
     """
 

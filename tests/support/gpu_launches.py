@@ -61,7 +61,7 @@ def function_names(library: Path) -> dict[int, str]:
 
 
 class Launches:
-    """Takes the launches of a library of the host target."""
+    """Takes the launches of a library of the emulated GPU."""
 
     def __init__(self, library: ctypes.CDLL, path: Path) -> None:
         self._library = library
@@ -84,7 +84,7 @@ class Launches:
 
     @contextmanager
     def redirected(self, run: Callable[[Launch], None]) -> Iterator[None]:
-        """Meanwhile launches go to ``run`` and not to the host target; raises what it raises."""
+        """Meanwhile launches go to ``run`` and not to the emulated GPU; raises what it raises."""
         errors: list[BaseException] = []
 
         def listen(told: object) -> None:

@@ -24,11 +24,11 @@ def implementation(name: str, folder: Path) -> Any:
             pytest.skip(f"compiled ops: {ops.load_error()}")
         return torch.ops.usp
     library(name, folder)
-    return getattr(torch.ops, f"usp_gpu_host_{name.removeprefix('gpu_')}")
+    return getattr(torch.ops, f"usp_gpu_emulated_{name.removeprefix('gpu_')}")
 
 
 def library(name: str, folder: Path) -> Path:
-    """The host target's, compiled and loaded once in a process."""
+    """The emulated GPU's, compiled and loaded once in a process."""
     if name not in _LOADED:
         _LOADED[name] = _build(name.removeprefix("gpu_"), folder)
         torch.ops.load_library(_LOADED[name])
@@ -38,17 +38,17 @@ def library(name: str, folder: Path) -> Path:
 def _build(wave_size: str, folder: Path) -> Path:
     torch_found = torch_install.installed_torch()
     assert torch_found is not None
-    common = ("-O1", "-x", "c++", f"-DUSP_GPU_HOST_WAVE={wave_size}")
+    common = ("-O1", "-x", "c++", f"-DUSP_GPU_EMULATED_WAVE={wave_size}")
     binding = (
         *(*native.STABLE_ABI, f"-isystem{torch_found.include}"),
-        f"-DUSP_GPU_HOST_OPS=usp_gpu_host_{wave_size}",
+        f"-DUSP_GPU_EMULATED_OPS=usp_gpu_emulated_{wave_size}",
     )
     gpu = ROOT / "csrc" / "gpu"
-    stems = ("attention_delta", "state_merge", "head_exchange")
-    sources = (*(gpu / f"{stem}.cu" for stem in stems), gpu / "host" / "simt.cpp")
-    units = [native.Unit(ROOT / "tests" / "cpp" / "gpu_host_ops.cpp", (*common, *binding))]
+    stems = ("attention_delta", "state_merge", "pack")
+    sources = (*(gpu / f"{stem}.cu" for stem in stems), gpu / "emulated" / "simt.cpp")
+    units = [native.Unit(ROOT / "tests" / "cpp" / "gpu_emulated_ops.cpp", (*common, *binding))]
     units += [native.Unit(source, common) for source in sources]
     links = (f"-L{torch_found.lib}", "-ltorch_cpu")
-    library = native.Library(f"usp_gpu_host_{wave_size}.so", tuple(units), links)
+    library = native.Library(f"usp_gpu_emulated_{wave_size}.so", tuple(units), links)
     native.compile_libraries(ROOT, native.find_compiler(), [library], folder / "objects", folder)
     return folder / library.filename

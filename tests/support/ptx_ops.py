@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ptx
-from gpu_host import NUM_OPTIONS, GpuHostOps
+from gpu_emulated import NUM_OPTIONS, GpuEmulatedOps
 from gpu_launches import Launch, Launches
 from torch import Tensor
 
@@ -77,7 +77,7 @@ class Kernels:
         arguments: tuple[Any, ...],
         regions: Iterable[ptx.Region],
     ) -> None:
-        """Call an op of the host target; what it launches may touch the regions alone."""
+        """Call an op of the emulated GPU; what it launches may touch the regions alone."""
         machine = self.machine(ptx.Memory(regions))
 
         def launch(told: Launch) -> None:
@@ -90,9 +90,9 @@ class Kernels:
 
 
 class PtxOps:
-    """The attention ops, with their own arguments as ``GpuHostOps`` has them."""
+    """The attention ops, with their own arguments as ``GpuEmulatedOps`` has them."""
 
-    def __init__(self, host: GpuHostOps, kernels: Kernels) -> None:
+    def __init__(self, host: GpuEmulatedOps, kernels: Kernels) -> None:
         assert host.wave_size == 32
         self.host, self.kernels = host, kernels
 
@@ -115,7 +115,7 @@ class PtxMoves:
     """``attention_delta``, ``state_merge``, ``pack`` and ``unpack``.
 
     Args:
-        ops: The host target's.
+        ops: The emulated GPU's.
         library: Their file.
     """
 

@@ -1,6 +1,6 @@
 """Loads the compiled torch ops, and says which of them are there for a device.
 
-Their schemas stand in ``csrc/ops.cpp``, what they compute in
+Their schemas stand in ``csrc/torch/ops.cpp``, what they compute in
 ``docs/contract.md``. All update tensors in place and return nothing. A missing or
 broken library is no error here: :func:`load_error` says what is wrong, the native backend gives
 that as its reason, and who moves or joins does so with torch's own ops.

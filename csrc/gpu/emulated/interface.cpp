@@ -1,11 +1,11 @@
-// The host target's kernels and layouts by a C interface, for tests.
+// The emulated GPU's kernels and layouts by a C interface, for tests.
 
 #include <cstring>
 
-#include "../attention.h"
-#include "../gpu.h"
-#include "../layouts.h"
-#include "simt.h"
+#include "gpu/attention.h"
+#include "gpu/emulated/simt.h"
+#include "gpu/gpu.h"
+#include "gpu/layouts.h"
 
 namespace usp::gpu {
 namespace {
@@ -105,8 +105,8 @@ extern "C" {
 int usp_gpu_wave_size() { return usp::gpu::kWaveSize; }
 
 void usp_gpu_descending_waves(int descending) {
-  using usp::gpu::host::WaveOrder;
-  usp::gpu::host::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
+  using usp::gpu::emulated::WaveOrder;
+  usp::gpu::emulated::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
 }
 
 // Returns 0 for a name that is not known.

@@ -1,12 +1,12 @@
 #pragma once
 
 // Several strided tensors into one flat message, one behind the other, and back: what a rank sends
-// in a head exchange. Bytes are copied, whatever they mean.
+// at once. Bytes are copied, whatever they mean.
 
 #include <vector>
 
-#include "check.h"
-#include "piece.h"
+#include "common/check.h"
+#include "common/piece.h"
 
 namespace usp {
 

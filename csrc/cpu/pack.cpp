@@ -1,4 +1,4 @@
-#include "head_exchange.h"
+#include "cpu/pack.h"
 
 #include <cstring>
 
@@ -51,8 +51,8 @@ void copy(Direction direction, const Task& task, char* message) {
 
 }  // namespace
 
-void head_exchange(Direction direction, const std::vector<Piece>& pieces, char* message,
-                   const ParallelFor& parallel) {
+void copy_pieces(Direction direction, const std::vector<Piece>& pieces, char* message,
+                 const ParallelFor& parallel) {
   const std::vector<Task> tasks = tasks_of(pieces);
   parallel.for_each_task(static_cast<int64_t>(tasks.size()),
                          [&](int64_t, int64_t task) { copy(direction, tasks[task], message); });

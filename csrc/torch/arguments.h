@@ -8,8 +8,8 @@
 
 #include <optional>
 
-#include "attention.h"
-#include "check.h"
+#include "common/attention.h"
+#include "common/check.h"
 
 namespace usp {
 using torch::headeronly::ScalarType;
@@ -44,13 +44,13 @@ struct Scalars {
 };
 
 // The optional tensors, in the schema's order.
-struct Masks {
+struct OptionalTensors {
   const MaybeTensor &first, &stop, &bias, &alibi_slopes, &q_pos, &k_pos;
 };
 
-class Arguments {
+class ArgumentReader {
  public:
-  explicit Arguments(const Tensor& like) : like_(like) {}
+  explicit ArgumentReader(const Tensor& like) : like_(like) {}
 
   void shape(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
     shapes_.check_shape(name, x.sizes().data(), x.dim(), dims);
@@ -108,16 +108,16 @@ BiasView<Pointer> bias_view(Pointer data, const Tensor& x) {
           x.stride(3)};
 }
 
-inline Span span_of(Arguments& args, const Masks& masks) {
-  check(masks.first.has_value() == masks.stop.has_value(),
-        "first and stop come together: first is ", masks.first ? "given" : "None", ", stop is ",
-        masks.stop ? "given" : "None");
+inline Span span_of(ArgumentReader& args, const OptionalTensors& optional) {
+  check(optional.first.has_value() == optional.stop.has_value(),
+        "first and stop come together: first is ", optional.first ? "given" : "None", ", stop is ",
+        optional.stop ? "given" : "None");
   Span span{nullptr, nullptr, args["Lq"], args["Lk"]};
-  if (!masks.first) return span;
-  span.first = args.indices("first", *masks.first, "Lq");
-  span.stop = args.indices("stop", *masks.stop, "Lq");
+  if (!optional.first) return span;
+  span.first = args.indices("first", *optional.first, "Lq");
+  span.stop = args.indices("stop", *optional.stop, "Lq");
   if (span.num_queries == 0) return Span{nullptr, nullptr, 0, span.num_keys};
-  if (!masks.first->is_cpu()) return span;  // the host cannot look into it
+  if (!optional.first->is_cpu()) return span;  // the host cannot look into it
   check(span.first[0] >= 0, "first[0] is ", span.first[0], ", expected at least 0");
   const int32_t last = span.stop[span.num_queries - 1];
   check(last <= span.num_keys, "stop[-1] is ", last, ", but k has Lk = ", span.num_keys);
@@ -125,25 +125,27 @@ inline Span span_of(Arguments& args, const Masks& masks) {
 }
 
 template <typename T>
-void read_masks(Arguments& args, const Masks& masks, double dropout_p, Attention<T>& a) {
-  a.span = span_of(args, masks);
-  if (masks.bias) {
-    args.shape("bias", *masks.bias, {"B|1", "H|1", "Lq|1", "Lk"});
-    args.dtype("bias", *masks.bias, kScalarType<T>);
-    a.bias = bias_view(static_cast<const T*>(masks.bias->const_data_ptr()), *masks.bias);
+void read_optional(ArgumentReader& args, const OptionalTensors& optional, double dropout_p,
+                   Attention<T>& a) {
+  a.span = span_of(args, optional);
+  if (optional.bias) {
+    args.shape("bias", *optional.bias, {"B|1", "H|1", "Lq|1", "Lk"});
+    args.dtype("bias", *optional.bias, kScalarType<T>);
+    a.bias = bias_view(static_cast<const T*>(optional.bias->const_data_ptr()), *optional.bias);
   }
-  if (masks.alibi_slopes) {
-    const Tensor& slopes = *masks.alibi_slopes;
+  if (optional.alibi_slopes) {
+    const Tensor& slopes = *optional.alibi_slopes;
     args.shape("alibi_slopes", slopes, {"B|1", "H"});
     args.dtype("alibi_slopes", slopes, kScalarType<T>);
     a.alibi_slopes = static_cast<const T*>(slopes.const_data_ptr());
     a.alibi_batch_stride = broadcast_stride(slopes, 0);
     a.alibi_head_stride = slopes.stride(1);
   }
-  if (!masks.alibi_slopes && dropout_p == 0) return;
-  check(masks.q_pos && masks.k_pos, "q_pos and k_pos are needed with alibi_slopes or dropout");
-  a.q_pos = args.indices("q_pos", *masks.q_pos, "Lq");
-  a.k_pos = args.indices("k_pos", *masks.k_pos, "Lk");
+  if (!optional.alibi_slopes && dropout_p == 0) return;
+  check(optional.q_pos && optional.k_pos,
+        "q_pos and k_pos are needed with alibi_slopes or dropout");
+  a.q_pos = args.indices("q_pos", *optional.q_pos, "Lq");
+  a.k_pos = args.indices("k_pos", *optional.k_pos, "Lk");
 }
 
 template <typename T>
@@ -166,8 +168,8 @@ void read_scalars(const Scalars& s, Attention<T>& a) {
 }
 
 template <typename T>
-Attention<T> read_inputs(Arguments& args, const Tensor& q, const Tensor& k, const Tensor& v,
-                         const Masks& masks, const Scalars& scalars) {
+Attention<T> read_inputs(ArgumentReader& args, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const OptionalTensors& optional, const Scalars& scalars) {
   Attention<T> a;
   const ScalarType dtype = q.scalar_type();
   a.q = args.view("q", q, dtype, {"B", "Lq", "H", "D"});
@@ -181,7 +183,7 @@ Attention<T> read_inputs(Arguments& args, const Tensor& q, const Tensor& k, cons
   a.D = args["D"];
   a.Dv = args["Dv"];
   read_scalars(scalars, a);
-  read_masks(args, masks, scalars.dropout_p, a);
+  read_optional(args, optional, scalars.dropout_p, a);
   return a;
 }
 
@@ -192,7 +194,7 @@ struct GradientTensors {
 };
 
 template <typename T>
-AttentionState<T> read_state(Arguments& args, const Tensor& q, const MaybeTensor& out,
+AttentionState<T> read_state(ArgumentReader& args, const Tensor& q, const MaybeTensor& out,
                              const Tensor& lse, const MaybeTensor& result) {
   AttentionState<T> state{nullptr, args.contiguous<T>("lse", lse, {"B", "H", "Lq"})};
   check(out || result, "out and result are both None: the block's output has no place to go");
@@ -207,7 +209,7 @@ AttentionState<T> read_state(Arguments& args, const Tensor& q, const MaybeTensor
 
 // Sums to add to, in T, or results to write over, in T or the dtype of q.
 template <typename T>
-void read_targets(Arguments& args, const Tensor& q, const GradientTensors& g,
+void read_targets(ArgumentReader& args, const Tensor& q, const GradientTensors& g,
                   AttentionGradients<T>& gradients) {
   const auto target = [&](const char* name, const Tensor& x, const std::vector<DimName>& dims) {
     if (g.overwrite && x.scalar_type() == q.scalar_type()) return args.dense(name, x, dims);
@@ -228,7 +230,7 @@ void read_targets(Arguments& args, const Tensor& q, const GradientTensors& g,
 
 template <typename T>
 AttentionDelta<T> read_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
-  Arguments args(dout);
+  ArgumentReader args(dout);
   AttentionDelta<T> a{};
   a.dout = args.view("dout", dout, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
   a.out = args.view("out", out, dout.scalar_type(), {"B", "Lq", "H", "Dv"});
@@ -241,7 +243,7 @@ AttentionDelta<T> read_delta(const Tensor& dout, const Tensor& out, const Tensor
 }
 
 template <typename T>
-AttentionGradients<T> read_gradients(Arguments& args, const Tensor& q, const MaybeTensor& bias,
+AttentionGradients<T> read_gradients(ArgumentReader& args, const Tensor& q, const MaybeTensor& bias,
                                      const GradientTensors& g) {
   AttentionGradients<T> gradients{
       .dout = args.view("dout", g.dout, q.scalar_type(), {"B", "Lq", "H", "Dv"}),

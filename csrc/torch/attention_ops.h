@@ -3,13 +3,13 @@
 // The attention ops as torch calls them: their long lists of arguments, taken apart once for every
 // device.
 
-#include "arguments.h"
+#include "torch/arguments.h"
 
 namespace usp {
 
 struct ForwardCall {
   const Tensor &q, &k, &v;
-  Masks masks;
+  OptionalTensors optional;
   Scalars scalars;
   const MaybeTensor& out;
   const Tensor& lse;
@@ -18,7 +18,7 @@ struct ForwardCall {
 
 struct BackwardCall {
   const Tensor &q, &k, &v;
-  Masks masks;
+  OptionalTensors optional;
   Scalars scalars;
   GradientTensors gradients;
 };

@@ -3,8 +3,8 @@
 // A thread copies the largest power of two up to 16 bytes that the piece's address, strides, runs
 // and place in the message allow. Neighbours in the message are copied by neighbouring threads.
 
-#include "gpu.h"
-#include "head_exchange.h"
+#include "gpu/gpu.h"
+#include "gpu/pack.h"
 
 namespace usp::gpu {
 namespace {
@@ -136,8 +136,8 @@ Job job_of(const Piece& piece, char* message) {
 
 }  // namespace
 
-const char* head_exchange(Direction direction, const std::vector<Piece>& pieces, char* message,
-                          Stream stream) {
+const char* copy_pieces(Direction direction, const std::vector<Piece>& pieces, char* message,
+                        Stream stream) {
   std::vector<Piece> parts;
   for (const Piece& piece : pieces) {
     cut(piece, kMaxUnits * unit_of(piece, message), kMaxUnit, parts);

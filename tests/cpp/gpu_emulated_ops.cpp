@@ -1,12 +1,12 @@
-// The GPU kernels' sources on the CPU, as torch ops for tests: `usp_gpu_host_<wave size>`.
-// Arguments are read as the real GPU binding reads them.
+// The emulated GPU's kernels, as torch ops for tests: `usp_gpu_emulated_<wave size>`.
+// ArgumentReader are read as the real GPU binding reads them.
 
 #include <torch/csrc/stable/library.h>
 
 #include "gpu/attention.h"
-#include "gpu/head_exchange.h"
+#include "gpu/pack.h"
 #include "gpu/state_merge.h"
-#include "move_arguments.h"
+#include "torch/move_arguments.h"
 
 namespace usp {
 namespace {
@@ -24,29 +24,29 @@ void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
 
 void pack(const std::vector<Tensor>& tensors, const Tensor& message) {
   const auto pieces = read_pieces(tensors, message);
-  done(gpu::head_exchange(Direction::kPack, pieces, static_cast<char*>(message.data_ptr()), {}));
+  done(gpu::copy_pieces(Direction::kPack, pieces, static_cast<char*>(message.data_ptr()), {}));
 }
 
 void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
   const auto pieces = read_pieces(tensors, message);
-  done(gpu::head_exchange(Direction::kUnpack, pieces, static_cast<char*>(message.data_ptr()), {}));
+  done(gpu::copy_pieces(Direction::kUnpack, pieces, static_cast<char*>(message.data_ptr()), {}));
 }
 
 }  // namespace
 }  // namespace usp
 
 // The macro's arguments are pasted into names before they are expanded.
-#define USP_HOST_OPS(name) STABLE_TORCH_LIBRARY(name, m)
-#define USP_HOST_OPS_IMPL(name) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
+#define USP_EMULATED_OPS(name) STABLE_TORCH_LIBRARY(name, m)
+#define USP_EMULATED_OPS_IMPL(name) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
 
-USP_HOST_OPS(USP_GPU_HOST_OPS) {
+USP_EMULATED_OPS(USP_GPU_EMULATED_OPS) {
   m.def("attention_delta(Tensor dout, Tensor out, Tensor(a!) delta) -> ()");
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
 }
 
-USP_HOST_OPS_IMPL(USP_GPU_HOST_OPS) {
+USP_EMULATED_OPS_IMPL(USP_GPU_EMULATED_OPS) {
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));

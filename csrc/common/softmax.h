@@ -11,7 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#include "macros.h"
+#include "common/macros.h"
 
 namespace usp {
 

@@ -1,14 +1,14 @@
 #pragma once
 
-// torch's own thread pool, as kernels that know nothing of torch take it. For binding files.
+// torch's own thread pool, as kernels that know nothing of torch take it.
 
 #include <torch/csrc/stable/ops.h>
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 
-namespace usp::cpu {
+namespace usp {
 
-inline ParallelFor torch_threads() {
+inline cpu::ParallelFor torch_threads() {
   return {torch::stable::get_num_threads(), [](int64_t workers, const auto& body) {
             torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
               for (int64_t worker = begin; worker < end; ++worker) body(worker);
@@ -16,4 +16,4 @@ inline ParallelFor torch_threads() {
           }};
 }
 
-}  // namespace usp::cpu
+}  // namespace usp

@@ -2,42 +2,31 @@
 // ABI, so that one library serves torch 2.10 and everything newer.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "attention_ops.h"
 #include "cpu/attention.h"
-#include "cpu/head_exchange.h"
+#include "cpu/pack.h"
 #include "cpu/state_merge.h"
-#include "cpu/torch_threads.h"
-#include "move_arguments.h"
+#include "torch/attention_ops.h"
+#include "torch/move_arguments.h"
+#include "torch/torch_threads.h"
 
 namespace usp {
 namespace {
 
 template <typename T>
 void forward_of(const ForwardCall& call) {
-  Arguments args(call.q);
-  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  ArgumentReader args(call.q);
+  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.optional, call.scalars);
   cpu::attention_forward<T>(inputs, read_state<T>(args, call.q, call.out, call.lse, call.result),
-                            cpu::torch_threads());
+                            torch_threads());
 }
 
 template <typename T>
 void backward_of(const BackwardCall& call) {
-  Arguments args(call.q);
-  const GradientTensors& g = call.gradients;
-  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.masks, call.scalars);
-  auto gradients = read_gradients<T>(args, call.q, call.masks.bias, g);
-  auto& results = gradients.results;
-  if (!g.overwrite || cpu::can_sum_dq_in<T>(results.dq_dtype, inputs.Lk)) {
-    return cpu::attention_backward<T>(inputs, gradients, cpu::torch_threads());
-  }
-  const Tensor dq = torch::stable::new_empty(g.dq, g.dq.sizes(), kScalarType<T>);
-  results.dq = dq.data_ptr();
-  results.dq_dtype = dtype_of("dq", dq);
-  cpu::attention_backward<T>(inputs, gradients, cpu::torch_threads());
-  Tensor rounded = g.dq;
-  torch::stable::copy_(rounded, dq);
+  ArgumentReader args(call.q);
+  const auto inputs = read_inputs<T>(args, call.q, call.k, call.v, call.optional, call.scalars);
+  const auto gradients = read_gradients<T>(args, call.q, call.optional.bias, call.gradients);
+  cpu::attention_backward<T>(inputs, gradients, torch_threads());
 }
 
 void forward(const ForwardCall& call) {
@@ -51,7 +40,7 @@ void backward(const BackwardCall& call) {
 }
 
 void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta) {
-  const cpu::ParallelFor threads = cpu::torch_threads();
+  const cpu::ParallelFor threads = torch_threads();
   if (dtype_of("dout", dout) == DType::kFloat64) {
     return cpu::attention_delta(read_delta<double>(dout, out, delta), threads);
   }
@@ -60,22 +49,24 @@ void attention_delta(const Tensor& dout, const Tensor& out, const Tensor& delta)
 
 void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                  const Tensor& more_lse) {
-  const cpu::ParallelFor threads = cpu::torch_threads();
+  const cpu::ParallelFor threads = torch_threads();
   if (dtype_of("out", out) == DType::kFloat64) {
     return cpu::state_merge(read_merge<double>(out, lse, more_out, more_lse), threads);
   }
   cpu::state_merge(read_merge<float>(out, lse, more_out, more_lse), threads);
 }
 
-template <Direction kDirection>
-void head_exchange(const std::vector<Tensor>& tensors, const Tensor& message) {
+void copy_pieces(Direction direction, const std::vector<Tensor>& tensors, const Tensor& message) {
   const auto pieces = read_pieces(tensors, message);
-  cpu::head_exchange(kDirection, pieces, static_cast<char*>(message.data_ptr()),
-                     cpu::torch_threads());
+  cpu::copy_pieces(direction, pieces, static_cast<char*>(message.data_ptr()), torch_threads());
+}
+
+void pack(const std::vector<Tensor>& tensors, const Tensor& message) {
+  copy_pieces(Direction::kPack, tensors, message);
 }
 
 void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
-  head_exchange<Direction::kUnpack>(tensors, message);
+  copy_pieces(Direction::kUnpack, tensors, message);
 }
 
 }  // namespace
@@ -104,6 +95,6 @@ STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
-  m.impl("pack", TORCH_BOX(&usp::head_exchange<usp::Direction::kPack>));
+  m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));
 }

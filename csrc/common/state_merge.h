@@ -7,8 +7,8 @@
 //
 // Source: Milakov & Gimelshein 2018, arXiv:1805.02867.
 
-#include "attention.h"
-#include "softmax.h"
+#include "common/attention.h"
+#include "common/softmax.h"
 
 namespace usp {
 

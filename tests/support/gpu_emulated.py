@@ -19,8 +19,8 @@ SOURCES = (
     "gpu/attention_forward.cu",
     "gpu/attention_backward.cu",
     "gpu/bias_backward.cu",
-    "gpu/host/simt.cpp",
-    "gpu/host/interface.cpp",
+    "gpu/emulated/simt.cpp",
+    "gpu/emulated/interface.cpp",
 )
 # from `first` to `dropout_seed`
 NUM_OPTIONS = 13
@@ -94,7 +94,7 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> _Input
     )
 
 
-class GpuHostOps:
+class GpuEmulatedOps:
     """Has the ops' own arguments, as in docs/contract.md; tensors are bf16 or fp16, on the CPU."""
 
     def __init__(self, wave_size: int, folder: Path, *flags: str) -> None:
@@ -136,16 +136,16 @@ class GpuHostOps:
 
 
 @functools.cache
-def host_ops(wave_size: int) -> GpuHostOps:
+def emulated_ops(wave_size: int) -> GpuEmulatedOps:
     """Built once in a process; the loaded library outlives its file."""
     with tempfile.TemporaryDirectory() as folder:
-        return GpuHostOps(wave_size, Path(folder))
+        return GpuEmulatedOps(wave_size, Path(folder))
 
 
 def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:
     """Each source on its own, then one shared library."""
-    language = ("-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
-    common = ["g++", *language, f"-DUSP_GPU_HOST_WAVE={wave_size}", *flags]
+    language = ("-std=c++20", "-O1", "-fPIC", "-Wno-psabi", f"-I{CSRC}")
+    common = ["g++", *language, f"-DUSP_GPU_EMULATED_WAVE={wave_size}", *flags]
     objects = [folder / f"{Path(source).name}.{wave_size}.o" for source in SOURCES]
     compilers = [
         subprocess.Popen([*common, "-x", "c++", "-c", str(CSRC / source), "-o", str(compiled)])
@@ -153,6 +153,6 @@ def _build(wave_size: int, folder: Path, flags: tuple[str, ...]) -> Path:
     ]
     statuses = [compiler.wait() for compiler in compilers]
     assert not any(statuses)
-    library = folder / f"usp_gpu_host_{wave_size}.so"
+    library = folder / f"usp_gpu_emulated_{wave_size}.so"
     subprocess.run([*common, "-shared", "-o", str(library), *map(str, objects)], check=True)
     return library

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <functional>
 
-namespace usp::gpu::host {
+namespace usp::gpu::emulated {
 
 struct Index3 {
   uint32_t x, y, z;
@@ -63,4 +63,4 @@ void copies_arrived();
 using WaveAction = void (*)(void* const* lanes, int wave_size);
 void meet_wave(WaveAction act, void* mine);
 
-}  // namespace usp::gpu::host
+}  // namespace usp::gpu::emulated

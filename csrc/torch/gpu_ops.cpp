@@ -5,11 +5,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "attention_ops.h"
 #include "gpu/attention.h"
-#include "gpu/head_exchange.h"
+#include "gpu/pack.h"
 #include "gpu/state_merge.h"
-#include "move_arguments.h"
+#include "torch/attention_ops.h"
+#include "torch/move_arguments.h"
 
 namespace usp {
 namespace {
@@ -59,8 +59,8 @@ void check_takes(const Tensor& q, const Tensor& v) {
 }
 
 void forward(const ForwardCall& call) {
-  Arguments args(call.q);
-  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
+  ArgumentReader args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.optional, call.scalars);
   const auto state = read_state<float>(args, call.q, call.out, call.lse, call.result);
   check_takes(call.q, call.v);
   on_device_of(call.q, "attention_forward",
@@ -68,9 +68,9 @@ void forward(const ForwardCall& call) {
 }
 
 void backward(const BackwardCall& call) {
-  Arguments args(call.q);
-  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.masks, call.scalars);
-  const auto gradients = read_gradients<float>(args, call.q, call.masks.bias, call.gradients);
+  ArgumentReader args(call.q);
+  const auto inputs = read_inputs<float>(args, call.q, call.k, call.v, call.optional, call.scalars);
+  const auto gradients = read_gradients<float>(args, call.q, call.optional.bias, call.gradients);
   check_takes(call.q, call.v);
   on_device_of(call.q, "attention_backward", [&](gpu::Stream stream) {
     return gpu::attention_backward(inputs, gradients, stream);
@@ -90,19 +90,19 @@ void state_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                [&](gpu::Stream stream) { return gpu::state_merge(merge, stream); });
 }
 
-void head_exchange(Direction direction, const std::vector<Tensor>& tensors, const Tensor& message) {
+void copy_pieces(Direction direction, const std::vector<Tensor>& tensors, const Tensor& message) {
   const auto pieces = read_pieces(tensors, message);
   on_device_of(message, direction == Direction::kPack ? "pack" : "unpack", [&](gpu::Stream stream) {
-    return gpu::head_exchange(direction, pieces, static_cast<char*>(message.data_ptr()), stream);
+    return gpu::copy_pieces(direction, pieces, static_cast<char*>(message.data_ptr()), stream);
   });
 }
 
 void pack(const std::vector<Tensor>& tensors, const Tensor& message) {
-  head_exchange(Direction::kPack, tensors, message);
+  copy_pieces(Direction::kPack, tensors, message);
 }
 
 void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
-  head_exchange(Direction::kUnpack, tensors, message);
+  copy_pieces(Direction::kUnpack, tensors, message);
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 
 // The ops that move and join what others computed: from torch's tensors to raw pointers, checked.
 
-#include "arguments.h"
-#include "head_exchange.h"
-#include "state_merge.h"
+#include "common/pack.h"
+#include "common/state_merge.h"
+#include "torch/arguments.h"
 
 namespace usp {
 
@@ -16,7 +16,7 @@ LseView<Pointer> lse_view(Pointer data, const Tensor& x) {
 template <typename T>
 StateMerge<T> read_merge(const Tensor& out, const Tensor& lse, const Tensor& more_out,
                          const Tensor& more_lse) {
-  Arguments args(out);
+  ArgumentReader args(out);
   StateMerge<T> merge{};
   const TensorView held = args.view("out", out, kScalarType<T>, {"B", "L", "H", "Dv"});
   merge.out = static_cast<T*>(out.data_ptr());

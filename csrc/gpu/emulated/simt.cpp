@@ -1,4 +1,4 @@
-#include "simt.h"
+#include "gpu/emulated/simt.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -9,10 +9,10 @@
 #include <memory>
 #include <vector>
 
-namespace usp::gpu::host {
+namespace usp::gpu::emulated {
 
 void fail(const char* what) {
-  std::fprintf(stderr, "usp host target: %s\n", what);
+  std::fprintf(stderr, "usp emulated GPU: %s\n", what);
   std::abort();
 }
 
@@ -226,10 +226,10 @@ void copies_arrived() {
   copies.clear();
 }
 
-}  // namespace usp::gpu::host
+}  // namespace usp::gpu::emulated
 
-// Every library of the host target has it.
+// Every library of the emulated GPU has it.
 extern "C" __attribute__((visibility("default"))) void usp_gpu_redirect_launches(
-    usp::gpu::host::LaunchListener listener) {
-  usp::gpu::host::redirect_launches(listener);
+    usp::gpu::emulated::LaunchListener listener) {
+  usp::gpu::emulated::redirect_launches(listener);
 }

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "macros.h"
-#include "span.h"
+#include "common/macros.h"
+#include "common/span.h"
 
 namespace usp {
 

@@ -3,11 +3,11 @@
 // The matrix instructions on the CPU: the last lane of a wave to come gathers the operands of all
 // lanes by the instruction's documented layout, multiplies in fp32 and scatters the sums.
 
-#include "../half.h"
-#include "../layouts.h"
-#include "simt.h"
+#include "gpu/emulated/simt.h"
+#include "gpu/half.h"
+#include "gpu/layouts.h"
 
-namespace usp::gpu::host {
+namespace usp::gpu::emulated {
 
 // One lane's part of one instruction.
 struct MatrixOperands {
@@ -99,4 +99,4 @@ inline void load_m8n8x4(uint32_t* d, const void* row, bool transposed) {
   meet_wave(load_wave, &mine);
 }
 
-}  // namespace usp::gpu::host
+}  // namespace usp::gpu::emulated
