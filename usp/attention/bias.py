@@ -40,19 +40,16 @@ class BiasCut:
         return Cut.of_query_heads(self.lengths, self.heads)
 
 
-def agree_on_bias_cut(
-    axis: Axis, bias: Tensor, lengths: tuple[int, ...], heads: tuple[Heads, ...]
-) -> BiasCut:
-    """The cut of a bias; a collective of the row, but only where a shape leaves it open.
+def agree_on_bias_rows(axis: Axis, bias: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether a bias differs among queries; a collective of the row where a shape leaves it open.
 
     A rank with a single query cannot tell a row of its own from a row for everybody.
     """
     mine = lengths[axis.rank]
-    has_rows = bias.shape[2] != 1 or mine == 1
     if axis.size > 1 and 1 in lengths and any(length != 1 for length in lengths):
         told = bias.shape[2] != 1 if mine != 1 else None
-        has_rows = True in axis.gather_objects(told)
-    return BiasCut(lengths, heads, has_rows, bias.shape[1] == heads[0].total)
+        return True in axis.gather_objects(told)
+    return bias.shape[2] != 1 or mine == 1
 
 
 def scatter_bias(axis: Axis, bias: Tensor, cut: BiasCut) -> Tensor:

@@ -7,23 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from usp.attention import compiled
-from usp.attention.arguments import (
-    Alone,
-    Options,
-    Request,
-    Tensors,
-    check,
-    check_alone,
-    complete,
-    facts,
-    slopes_of,
-)
-from usp.attention.hybrid import hybrid_attention, make_call
-from usp.distributed.agreement import check_on_all_ranks, meet_in_backward, meets, new_name
+from usp.attention import op
+from usp.attention.arguments import Options, Tensors
+from usp.attention.hybrid import hybrid_attention, prepare
+from usp.attention.request import agree_on_request
+from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
-from usp.planning.layout import DocumentZigzag, Layout, summed_length
+from usp.planning.layout import Layout
 
 
 def long_context_attention(
@@ -122,11 +113,33 @@ def long_context_attention(
         return_lse,
         backend,
     )
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    if torch.compiler.is_compiling() and (mesh is None or mesh.size == 1):
-        return compiled.one_device_attention(tensors, options, dropout_seed)
+    return attend(tensors, options, mesh, dropout_seed, validate)
+
+
+def attend(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: bool | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``long_context_attention`` with its arguments in two parts."""
+    q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
+    tensors = tensors._replace(q=q, k=k, v=v)
+    if torch.compiler.is_compiling():
+        if mesh is None or mesh.size == 1:
+            return op.attention(tensors, options, None, dropout_seed, validate)
+    elif _is_watched():
+        return op.attention(tensors, options, mesh, dropout_seed, validate)
     return _attend(tensors, options, mesh, dropout_seed, validate)
+
+
+def _is_watched() -> bool:
+    """Whether somebody keeps, replaces or repeats the operations that he sees."""
+    if torch._C._is_tracing():
+        raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 @untraced
@@ -138,62 +151,11 @@ def _attend(
     validate: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     drawn = draw_dropout_seed() if options.dropout_p and dropout_seed is None else None
-    name = None
-    asks = drawn is not None or not _names_lengths(options)
-    if mesh is not None and meets(mesh, validate, asks):
-        request, name = _agree(tensors, options, mesh, dropout_seed, drawn)
-    else:
-        request = check(tensors, options, mesh, dropout_seed or drawn or 0)
-    tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
-    out, lse = hybrid_attention(tensors, make_call(tensors, request, mesh))
+    request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
+    out, lse = hybrid_attention(*prepare(tensors, request, mesh))
     if mesh is not None and name is not None:
         meet_in_backward(out, mesh, name)
     return out if lse is None else (out, lse)
-
-
-def _agree(
-    tensors: Tensors,
-    options: Options,
-    mesh: SequenceMesh,
-    dropout_seed: int | None,
-    drawn: int | None,
-) -> tuple[Request, int]:
-    """The arguments, checked together with all ranks, and the name of this call.
-
-    Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they drew
-    is that of the first.
-    """
-
-    def complete_with(alone: Alone, lengths: tuple[int, int], seed: int) -> Request:
-        return complete(alone, lengths, tensors, options, mesh, seed)
-
-    def check_here() -> Alone:
-        alone = check_alone(tensors, options)
-        if alone.lengths is not None:
-            complete_with(alone, alone.lengths, 0)  # that the others hear of it
-        return alone
-
-    alone, told = check_on_all_ranks(
-        mesh,
-        "long_context_attention",
-        check_here,
-        lambda alone: facts(tensors, options, alone, dropout_seed if drawn is None else None),
-        lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
-    )
-    queries, keys, seeds, names = zip(*told, strict=True)
-    lengths = alone.lengths
-    if lengths is None:
-        degrees = mesh.ring_degree, mesh.ulysses_degree
-        lengths = (
-            summed_length("q", queries, options.layout, degrees),
-            summed_length("k", keys, options.layout, degrees),
-        )
-    seed = dropout_seed or 0 if drawn is None else seeds[0]
-    return complete_with(alone, lengths, seed), names[0]
-
-
-def _names_lengths(options: Options) -> bool:
-    return options.seq_len is not None or isinstance(options.layout, DocumentZigzag)
 
 
 def _autocast(x: Tensor) -> Tensor:

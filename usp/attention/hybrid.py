@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from usp.attention import block
-from usp.attention.arguments import Request, Tensors
-from usp.attention.bias import BiasCut, agree_on_bias_cut, gather_bias_gradient, scatter_bias
+from usp.attention.arguments import Request, Tensors, slopes_of
+from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
+from usp.attention.derivatives import OnceDifferentiable, without_second_derivative
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
@@ -31,7 +32,8 @@ def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | Non
     Returns:
         out: (B, Lq, H, Dv). lse: (B, H, Lq), None unless it was asked for.
     """
-    return cast(Any, _Attention).apply(*tensors, call)
+    out, lse, _ = cast(Any, _Attention).apply(*tensors, call)
+    return out, lse
 
 
 class Results(NamedTuple):
@@ -90,8 +92,18 @@ class Call:
         return Cut.one_for_each(self.request.key_lengths)
 
 
-def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> Call:
-    """What this rank does for a request: its place, plan and heads."""
+def prepare(
+    tensors: Tensors, request: Request, mesh: SequenceMesh | None, bias_rows: bool | None = None
+) -> tuple[Tensors, Call]:
+    """What this rank does for a request, its place, plan and heads, and with what.
+
+    Args:
+        tensors, request: As given, and checked.
+        mesh: Who shares the sequence; None is one device.
+        bias_rows: Whether the bias differs among queries; None where it is still to be found
+            out, which may ask the row.
+    """
+    tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
     ulysses, ring = (_ALONE, _ALONE) if mesh is None else (mesh.ulysses, mesh.ring)
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
     plan = make_plan(
@@ -99,11 +111,14 @@ def make_call(tensors: Tensors, request: Request, mesh: SequenceMesh | None) -> 
     )
     bias_cut = None
     if tensors.attn_bias is not None:
-        bias_cut = agree_on_bias_cut(ulysses, tensors.attn_bias, request.query_lengths, heads)
+        lengths = request.query_lengths
+        if bias_rows is None:
+            bias_rows = agree_on_bias_rows(ulysses, tensors.attn_bias, lengths)
+        bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
     executor = Ring(
         ring, plan, request.transport, heads[ulysses.rank], request.scoring, request.backend
     )
-    return Call(ulysses, executor, heads, request, bias_cut)
+    return tensors, Call(ulysses, executor, heads, request, bias_cut)
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
@@ -116,7 +131,7 @@ def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call)
 
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
     """Exchange, ring, exchange."""
-    inputs = _scattered(tensors, call)
+    inputs = scattered(tensors, call)
     with as_given(tensors.q.device):
         held = Results(*ring_forward(inputs, call.ring))
     if not call.request.return_lse:
@@ -128,7 +143,7 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
     return Forward(out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held)
 
 
-def _scattered(tensors: Tensors, call: Call) -> Tensors:
+def scattered(tensors: Tensors, call: Call) -> Tensors:
     """What this rank computes with: its heads for all tokens of its row."""
     q, k, v = (_last_dim_contiguous(x) for x in (tensors.q, tensors.k, tensors.v))
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
@@ -139,10 +154,13 @@ def _scattered(tensors: Tensors, call: Call) -> Tensors:
     q, k, v, *rest = _exchanged(scatter_heads, moving, call)
     if bias is not None and call.bias_cut is not None:
         bias = scatter_bias(call.ulysses, bias, call.bias_cut)
-    if slopes is not None:
-        mine = call.ring.heads
-        slopes = slopes[:, mine.offset : mine.offset + mine.count]
-    return Tensors(q, k, v, rest[0][:, :, 0, 0] if rest else None, bias, slopes)
+    return Tensors(q, k, v, rest[0][:, :, 0, 0] if rest else None, bias, own_slopes(slopes, call))
+
+
+def own_slopes(slopes: Tensor | None, call: Call) -> Tensor | None:
+    """(B|1, own heads) of (B|1, H)."""
+    mine = call.ring.heads
+    return None if slopes is None else slopes[:, mine.offset : mine.offset + mine.count]
 
 
 def _last_dim_contiguous(x: Tensor) -> Tensor:
@@ -178,7 +196,7 @@ def attention_backward(
     return dq, dk.to(dtype), dv.to(dtype), dbias
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(OnceDifferentiable):
     """Autograd over ``attention_forward`` and its twin; nothing else happens here."""
 
     @staticmethod
@@ -191,17 +209,22 @@ class _Attention(torch.autograd.Function):
         bias: Tensor | None,
         slopes: Tensor | None,
         call: Call,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         given = attention_forward(Tensors(q, k, v, mask, bias, slopes), call)
-        ctx.save_for_backward(*given.inputs, *given.results)
+        # what was computed with has no history after an exchange, an output has
+        anchor = given.out.new_empty(0)
+        ctx.save_for_backward(*given.inputs, *given.results, anchor)
         ctx.call = call
-        return given.out, given.lse
+        return given.out, given.lse, anchor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
-        dq, dk, dv, dbias = attention_backward(
-            dout, dlse, Tensors(*inputs), Results(out, lse), ctx.call, ctx.needs_input_grad[4]
-        )
+    def backward(
+        ctx: Any, dout: Tensor, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse, anchor = ctx.saved_tensors
+        with torch.no_grad():
+            found = attention_backward(
+                dout, dlse, Tensors(*inputs), Results(out, lse), ctx.call, ctx.needs_input_grad[4]
+            )
+        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, anchor))
         return dq, dk, dv, None, dbias, None, None

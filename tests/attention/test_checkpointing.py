@@ -1,0 +1,166 @@
+"""Activation checkpointing, whatever a policy saves: the same bits, and saved is not run again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pool as worker
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import usp
+from usp.attention import block
+
+# What is saved, by the name of the op; the rest is computed again.
+POLICIES: dict[str, Callable[[str], bool]] = {
+    "attention": lambda op: "attention" in op,
+    "exchanges": lambda op: "all" in op and "to" in op,
+    "sends": lambda op: "send" in op or "recv" in op,
+    "collectives": lambda op: "c10d" in op,
+    "products": lambda op: ".mm" in op or ".bmm" in op or ".addmm" in op,
+    "everything": lambda op: True,
+    "all but attention": lambda op: "attention" not in op,
+    "nothing": lambda op: False,
+}
+WAYS = [*POLICIES, "not selective", "reentrant"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal, all extras": {
+        "causal": True,
+        "layout": "zigzag",
+        "return_lse": True,
+        "softcap": 4.0,
+        "bias": (1, 4, True),
+        "padding": True,
+        "alibi_slopes": (0.5, 0.25, 0.125, 1.0),
+    },
+    "dropout, a bias for every query": {"dropout_p": 0.3, "bias": (2, 1, False)},
+    "gathered": {"transport": "allgather", "causal": True, "layout": "striped"},
+}
+LENGTH = 11
+
+
+class Model(torch.nn.Module):
+    """Attention twice, between products and dropout of features."""
+
+    def __init__(self, mesh: usp.SequenceMesh | None, bias: Any = None, padding: bool = False, **o):
+        super().__init__()
+        torch.manual_seed(0)
+        slopes = o.pop("alibi_slopes", None)
+        slopes = None if slopes is None else torch.tensor(slopes, dtype=torch.float64)
+        self.mesh, self.layout, self.padding = mesh, o.get("layout", "contiguous"), padding
+        self.inner = torch.nn.Linear(12, 12, dtype=torch.float64)
+        self.attention = usp.LongContextAttention(mesh, seq_len=LENGTH, alibi_slopes=slopes, **o)
+        self.bias = None
+        if bias is not None:
+            batch, heads, rows = bias
+            whole = torch.randn(batch, heads, LENGTH if rows else 1, LENGTH, dtype=torch.float64)
+            own = usp.shard_sequence(whole, mesh, 2, self.layout) if rows else whole
+            self.bias = torch.nn.Parameter(own)
+
+    def attend(self, x: Tensor) -> Tensor:
+        mask = None
+        if self.padding:
+            mask = torch.arange(LENGTH).remainder(5).eq(3).expand(2, -1)
+            mask = usp.shard_sequence(mask, self.mesh, 1, self.layout)
+        q = x.unflatten(-1, (4, 3))
+        k = v = q[:, :, :2] + 1
+        given = self.attention(q, k, v, attn_bias=self.bias, key_padding_mask=mask)
+        if isinstance(given, tuple):
+            return (given[0] * given[1].transpose(1, 2)[..., None].exp()).flatten(2)
+        return given.flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attend(torch.tanh(self.inner(x)))
+        return torch.tanh(self.attend(self.inner(x) + x))
+
+
+def run(way: str | None, mesh: usp.SequenceMesh | None, options: dict[str, Any]) -> list[Tensor]:
+    """Outputs and gradients of this rank."""
+    model = Model(mesh, **options).train()
+    whole = torch.randn(
+        2, LENGTH, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    x = usp.shard_sequence(whole, mesh, 1, model.layout).requires_grad_()
+    torch.manual_seed(5)
+    if way is None:
+        out = model(x)
+    elif way in POLICIES:
+        saves = POLICIES[way]
+
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            saved = saves(str(op))
+            return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        out = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    else:
+        out = checkpoint(model, x, use_reentrant=way == "reentrant")
+    # an odd cotangent, and another draw between the passes
+    torch.rand(3)
+    out.backward(torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view_as(out))
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def differing(meshes: tuple[int, int] | None, options: dict[str, Any]) -> list[str]:
+    """The ways whose results are not, to the bit, those without checkpointing."""
+    mesh = None if meshes is None else worker.mesh(*meshes)
+    right = run(None, mesh, options)
+    found = []
+    for way in WAYS:
+        got = run(way, mesh, options)
+        if not all(torch.equal(a, b) for a, b in zip(got, right, strict=True)):
+            found.append(way)
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_device(options: str) -> None:
+    assert differing(None, OPTIONS[options]) == []
+
+
+@pytest.mark.parametrize("meshes", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_mesh(pool, options: str, meshes: tuple[int, int]) -> None:
+    ranks = meshes[0] * meshes[1]
+    assert pool.run(differing, meshes, OPTIONS[options], ranks=ranks) == [[]] * ranks
+
+
+def forward_blocks(meshes: tuple[int, int] | None, way: str | None) -> int:
+    """How many blocks of keys one forward and its backward let into the softmax."""
+    mesh = None if meshes is None else worker.mesh(*meshes)
+    count, real = 0, block.attention_forward
+
+    def counted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        real(*args)
+
+    block.attention_forward = counted
+    try:
+        run(way, mesh, {})
+    finally:
+        block.attention_forward = real
+    return count
+
+
+def blocks_by_way(meshes: tuple[int, int] | None) -> dict[str | None, int]:
+    return {
+        way: forward_blocks(meshes, way) for way in (None, "attention", "everything", "nothing")
+    }
+
+
+@pytest.mark.parametrize("meshes", [None, (2, 1), (1, 2)])
+def test_a_saved_attention_is_not_run_again(pool, meshes: tuple[int, int] | None) -> None:
+    once = 2 * (meshes[1] if meshes else 1)  # two layers, and as many blocks as the ring has
+    expected = {None: once, "attention": once, "everything": once, "nothing": 2 * once}
+    for counts in pool.run(blocks_by_way, meshes, ranks=2):
+        assert counts == expected

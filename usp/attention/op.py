@@ -1,0 +1,246 @@
+"""Attention as one op, for those who must see it whole.
+
+``torch.compile`` and ``torch.export`` keep their graph whole. A dispatch mode, as selective
+activation checkpointing is one, sees an op that takes tensors and returns tensors, to keep its
+results or to call it again; below it are kernels that write in place and collectives that ranks
+must call alike, which nobody may skip. The op plans and runs just what the eager function does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usp.attention.arguments import Options, Tensors, check
+from usp.attention.bias import scatter_bias
+from usp.attention.derivatives import (
+    OnceDifferentiable,
+    refuse_transforms,
+    without_second_derivative,
+)
+from usp.attention.hybrid import (
+    Call,
+    Forward,
+    Results,
+    attention_backward,
+    attention_forward,
+    own_slopes,
+    prepare,
+    scattered,
+)
+from usp.attention.op_arguments import SCHEMA, Arguments, arguments
+from usp.attention.request import agree_on_request
+from usp.distributed.agreement import meet_in_backward
+from usp.distributed.mesh import SequenceMesh
+from usp.planning.problem import state_dtype
+
+_LIBRARY = torch.library.Library("usp", "FRAGMENT")
+
+
+def attention(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: bool | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``long_context_attention`` through the op; arguments and result as there."""
+    given = arguments(tensors, options, mesh, dropout_seed, validate)
+    out, lse, kept = torch.ops.usp.attention(*given)
+    if mesh is not None and out.requires_grad:
+        *_, name = kept[0].tolist()
+        if name:
+            meet_in_backward(out, mesh, name)
+    return (out, lse) if options.return_lse else out
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    given = Arguments(*args)
+    number, drawn = given.number, given.seed_is_drawn
+    request, name = agree_on_request(
+        given.tensors,
+        given.options,
+        given.on,
+        None if drawn else number,
+        number if drawn else None,
+        given.validate,
+    )
+    tensors, call = prepare(given.tensors, request, given.on)
+    done = attention_forward(tensors, call)
+    lse = done.results.lse if call.ulysses.size == 1 else done.lse
+    kept = _kept(done, call)
+    if _agrees(given):
+        told = (request.query_len, request.key_len, request.scoring.dropout_seed, name or 0)
+        kept.insert(0, torch.tensor(told, device="cpu"))
+    return done.out, done.out.new_empty(0) if lse is None else lse, kept
+
+
+def _agrees(given: Arguments) -> bool:
+    """Whether a call says more than its arguments: it drew a seed, or ranks met."""
+    return given.dropout_seed is not None or given.mesh is not None
+
+
+def _kept(done: Forward, call: Call) -> list[Tensor]:
+    """What was exchanged in a row of several ranks, for the backward, whoever keeps it.
+
+    A bias without rows of its own was only cut, and is cut again.
+    """
+    if call.ulysses.size == 1:
+        return []
+    inputs = done.inputs
+    kept = [inputs.q, inputs.k, inputs.v, *done.results]
+    if inputs.key_padding_mask is not None:
+        kept.append(inputs.key_padding_mask)
+    if inputs.attn_bias is not None and call.bias_cut is not None and call.bias_cut.has_rows:
+        kept.append(inputs.attn_bias)
+    return kept
+
+
+def _recalled(
+    given: Arguments, results: Results, kept: Sequence[Tensor]
+) -> tuple[Tensors, Results, Call]:
+    """The inputs and results of this rank's heads, and the very call; nobody is asked again."""
+    tensors, options, seed = given.tensors, given.options, 0
+    if _agrees(given):
+        told, *kept = kept
+        query_len, key_len, seed, _ = told.tolist()
+        options = replace(options, seq_len=(query_len, key_len))
+    request = check(tensors, options, given.on, seed)
+    if not kept:
+        tensors, call = prepare(tensors, request, given.on)
+        return scattered(tensors, call), results, call
+    q, k, v, out, lse, *rest = kept
+    mask = rest.pop(0) if given.key_padding_mask is not None else None
+    tensors, call = prepare(tensors, request, given.on, bias_rows=bool(rest))
+    bias = rest[0] if rest else tensors.attn_bias
+    if not rest and bias is not None and call.bias_cut is not None:
+        bias = scatter_bias(call.ulysses, bias, call.bias_cut)
+    inputs = Tensors(q, k, v, mask, bias, own_slopes(tensors.alibi_slopes, call))
+    return inputs, Results(out, lse), call
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Sequence[Tensor],
+    bias_gradient: bool,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, results, call = _recalled(Arguments(*args), Results(out, lse), kept)
+    dq, dk, dv, dbias = attention_backward(dout, dlse, inputs, results, call, bias_gradient)
+    # dk and dv are two views of one message, but outputs of an op must not share memory.
+    return dq, dk, dv.clone(), dq.new_empty(0) if dbias is None else dbias
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    given = Arguments(*args)
+    if given.on is not None and given.on.ulysses_degree > 1:
+        raise NotImplementedError("attention with scattered heads runs on real tensors alone")
+    q, v = given.q, given.v
+    batch, length, heads = q.shape[:3]
+    out = q.new_empty((batch, length, heads, v.shape[3]))
+    lse = q.new_empty((batch, heads, length), dtype=state_dtype(q.dtype))
+    kept = [torch.empty(4, dtype=torch.int64, device="cpu")] if _agrees(given) else []
+    return out, lse, kept
+
+
+def _fake_gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Sequence[Tensor],
+    bias_gradient: bool,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, _, bias, *_ = args
+    dbias = bias.new_empty(bias.shape) if bias_gradient else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+class _Attention(OnceDifferentiable):
+    """Autograd over the two ops."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        given = Arguments(*args)
+        out, lse, kept = _below_autograd(*args)
+        ctx.save_for_backward(*given.tensors, given.dropout_seed, out, lse, *kept)
+        ctx.settings = args[len(Tensors._fields) + 1 :]
+        ctx.mesh = given.on  # is found by number, as long as somebody holds it
+        ctx.set_materialize_grads(False)
+        if not given.return_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse, kept
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
+        count = len(Tensors._fields) + 1
+        saved = ctx.saved_tensors
+        args = (*saved[:count], *ctx.settings)
+        out, lse, *kept = saved[count:]
+        bias_gradient = ctx.needs_input_grad[Arguments._fields.index("attn_bias")]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        with torch.no_grad():
+            found = torch.ops.usp.attention_gradients(
+                dout, dlse, out, lse, kept, bias_gradient, *args
+            )
+        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, out))
+        others = (None,) * (len(args) - 5)
+        return dq, dk, dv, None, dbias if bias_gradient else None, *others
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    with torch._C._AutoDispatchBelowAutograd():
+        out, lse, kept = torch.ops.usp.attention(*args)
+    return out, lse, kept
+
+
+def _differentiable(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    tensors = Arguments(*args).tensors
+    refuse_transforms(tensors)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        out, lse, kept = _Attention.apply(*args)
+        return out, lse, kept
+    return _below_autograd(*args)
+
+
+def _vmapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """One call for each item: what is dropped, and what ranks exchange, is that of the item."""
+    calls = [
+        torch.ops.usp.attention(
+            *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    out, lse, kept = zip(*calls, strict=True)
+    stacked = [torch.stack(items) for items in zip(*kept, strict=True)]
+    return (torch.stack(out), torch.stack(lse), stacked), (0, 0, [0] * len(stacked))
+
+
+def _register() -> None:
+    results = {
+        f"attention({SCHEMA})": "(Tensor out, Tensor lse, Tensor[] kept)",
+        "attention_gradients(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] kept, "
+        f"bool bias_gradient, {SCHEMA})": "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    }
+    for signature, result in results.items():
+        _LIBRARY.define(f"{signature} -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
+    for name, kernel, fake in (
+        ("attention", _forward, _fake_forward),
+        ("attention_gradients", _gradients, _fake_gradients),
+    ):
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl("attention", _differentiable, "Autograd")
+    torch.library.register_vmap("usp::attention", _vmapped, lib=_LIBRARY)
+
+
+_register()

@@ -1,0 +1,165 @@
+"""What a graph can hold of a call: the arguments of the op, in one table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from usp.attention.arguments import Options, Tensors
+from usp.distributed.mesh import SequenceMesh
+from usp.planning.layout import DocumentZigzag, Layout, named_lengths
+from usp.planning.mask import check_cu_seqlens
+
+
+class Arguments(NamedTuple):
+    """What the op takes: the six tensors in their order, then what a graph can hold of the rest.
+
+    The op's schema is made of this table.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_padding_mask: Tensor | None
+    attn_bias: Tensor | None
+    alibi_slopes: Tensor | None
+    dropout_seed: Tensor | None
+    seed_is_drawn: bool
+    causal: bool
+    window_left: int | None
+    window_right: int | None
+    cu_seqlens: Sequence[int] | None
+    prefix_len: int | None
+    softmax_scale: float | None
+    layout: str
+    layout_cu_seqlens: Sequence[int] | None
+    query_len: int | None
+    key_len: int | None
+    dropout_p: float
+    softcap: float | None
+    transport: str
+    return_lse: bool
+    backend: str
+    mesh: int | None
+    validate: bool | None
+
+    @property
+    def tensors(self) -> Tensors:
+        return Tensors(*cast(Any, self[: len(Tensors._fields)]))
+
+    @property
+    def options(self) -> Options:
+        layout: Layout = self.layout
+        if self.layout_cu_seqlens is not None:
+            layout = DocumentZigzag(tuple(self.layout_cu_seqlens))
+        lengths = None
+        if self.query_len is not None and self.key_len is not None:
+            lengths = self.query_len, self.key_len
+        return Options(
+            causal=self.causal,
+            window_size=(self.window_left, self.window_right),
+            cu_seqlens=self.cu_seqlens,
+            prefix_len=self.prefix_len,
+            softmax_scale=self.softmax_scale,
+            layout=layout,
+            seq_len=lengths,
+            dropout_p=self.dropout_p,
+            softcap=self.softcap,
+            transport=self.transport,
+            return_lse=self.return_lse,
+            backend=self.backend,
+        )
+
+    @property
+    def on(self) -> SequenceMesh | None:
+        """The mesh itself."""
+        return None if self.mesh is None else _MESHES[self.mesh]
+
+    @property
+    def number(self) -> int | None:
+        """The seed as a number."""
+        return None if self.dropout_seed is None else int(self.dropout_seed)
+
+
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "bool": "bool",
+    "bool | None": "bool?",
+    "int | None": "SymInt?",
+    "Sequence[int] | None": "int[]?",
+    "float": "float",
+    "float | None": "float?",
+    "str": "str",
+}
+SCHEMA = ", ".join(
+    f"{_TYPES[str(getattr(kind, '__forward_arg__', kind))]} {name}"
+    for name, kind in inspect.get_annotations(Arguments).items()
+)
+# A graph holds numbers: a mesh is found by its own, which stands for it as long as it is there.
+_MESHES: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
+
+
+def arguments(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: bool | None,
+) -> Arguments:
+    """What the op takes of a call of ``long_context_attention``."""
+    layout = options.layout
+    query_len, key_len = named_lengths(options.seq_len, layout) or (None, None)
+    return Arguments(
+        *tensors,
+        dropout_seed=_seed(options, dropout_seed),
+        seed_is_drawn=dropout_seed is None,
+        causal=options.causal,
+        window_left=options.window_size[0],
+        window_right=options.window_size[1],
+        cu_seqlens=_host(options.cu_seqlens),
+        prefix_len=options.prefix_len,
+        softmax_scale=options.softmax_scale,
+        layout="" if isinstance(layout, DocumentZigzag) else layout,
+        layout_cu_seqlens=list(layout.cu_seqlens) if isinstance(layout, DocumentZigzag) else None,
+        query_len=query_len,
+        key_len=key_len,
+        dropout_p=options.dropout_p,
+        softcap=options.softcap,
+        transport=options.transport,
+        return_lse=options.return_lse,
+        backend=options.backend,
+        mesh=None if mesh is None else _number(mesh),
+        validate=validate,
+    )
+
+
+def _host(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:
+    if cu_seqlens is None:
+        return None
+    if isinstance(cu_seqlens, Tensor):
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "under torch.compile cu_seqlens must be a tuple: a tensor's values are not known "
+                "while the graph is made"
+            )
+        cu_seqlens = check_cu_seqlens(cu_seqlens)
+    return list(cu_seqlens)
+
+
+def _seed(options: Options, dropout_seed: int | None) -> Tensor | None:
+    if not options.dropout_p:
+        return None
+    if dropout_seed is not None:
+        return torch.tensor(dropout_seed, device="cpu")
+    return torch.randint(2**62, (), device="cpu")
+
+
+def _number(mesh: SequenceMesh) -> int:
+    _MESHES[id(mesh)] = mesh
+    return id(mesh)

@@ -1,0 +1,82 @@
+"""What a call is to compute, checked; where ranks share a sequence, by all of them together."""
+
+from __future__ import annotations
+
+from usp.attention.arguments import (
+    Alone,
+    Options,
+    Request,
+    Tensors,
+    check,
+    check_alone,
+    complete,
+    facts,
+)
+from usp.distributed.agreement import check_on_all_ranks, meets, new_name
+from usp.distributed.mesh import SequenceMesh
+from usp.planning.layout import DocumentZigzag, summed_length
+
+
+def agree_on_request(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    drawn: int | None,
+    validate: bool | None,
+) -> tuple[Request, int | None]:
+    """The arguments, checked; together with all ranks of the mesh where these meet.
+
+    Args:
+        tensors, options, mesh, dropout_seed, validate: As in ``long_context_attention``.
+        drawn: The seed where this rank drew one.
+
+    Returns:
+        What to compute, and the name of this call where the ranks have met.
+    """
+    asks = drawn is not None or not _names_lengths(options)
+    if mesh is not None and meets(mesh, validate, asks):
+        return _together(tensors, options, mesh, dropout_seed, drawn)
+    return check(tensors, options, mesh, dropout_seed or drawn or 0), None
+
+
+def _names_lengths(options: Options) -> bool:
+    return options.seq_len is not None or isinstance(options.layout, DocumentZigzag)
+
+
+def _together(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh,
+    dropout_seed: int | None,
+    drawn: int | None,
+) -> tuple[Request, int]:
+    """Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they
+    drew is that of the first."""
+
+    def complete_with(alone: Alone, lengths: tuple[int, int], seed: int) -> Request:
+        return complete(alone, lengths, tensors, options, mesh, seed)
+
+    def check_here() -> Alone:
+        alone = check_alone(tensors, options)
+        if alone.lengths is not None:
+            complete_with(alone, alone.lengths, 0)  # that the others hear of it
+        return alone
+
+    alone, told = check_on_all_ranks(
+        mesh,
+        "long_context_attention",
+        check_here,
+        lambda alone: facts(tensors, options, alone, dropout_seed if drawn is None else None),
+        lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
+    )
+    queries, keys, seeds, names = zip(*told, strict=True)
+    lengths = alone.lengths
+    if lengths is None:
+        degrees = mesh.ring_degree, mesh.ulysses_degree
+        lengths = (
+            summed_length("q", queries, options.layout, degrees),
+            summed_length("k", keys, options.layout, degrees),
+        )
+    seed = dropout_seed or 0 if drawn is None else seeds[0]
+    return complete_with(alone, lengths, seed), names[0]
