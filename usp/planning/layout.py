@@ -71,7 +71,7 @@ class DocumentZigzag:
 Layout = str | DocumentZigzag
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
 class Row:
     """The positions of one ring rank: in each segment of the sequence a few arithmetic runs.
 
