@@ -17,7 +17,7 @@ from gpu_builds import Builds
 from hypothesis import HealthCheck, settings
 from places import ROOT, TESTS
 from pool import Pool
-from triton_interpreter import start_interpreter
+from triton_interpreter import kernels_unavailable, start_interpreter
 
 _COMMON = {
     "deadline": None,
@@ -136,6 +136,9 @@ def pool() -> Iterator[Pool]:
 def interpreter() -> Iterator[Pool]:
     """Up to four gloo workers in which Triton interprets its kernels on CPU."""
     pytest.importorskip("triton")
+    (unavailable,) = _interpreter.run(kernels_unavailable, ranks=1)
+    if unavailable is not None:
+        pytest.skip(unavailable)
     yield _interpreter
     _interpreter.close()
 

@@ -48,6 +48,13 @@ def _mend_bf16() -> None:
     builder.create_dot, builder.create_fp_trunc = dot, rounded
 
 
+def kernels_unavailable() -> str | None:
+    """On a worker: why none can run."""
+    from usp import kernels
+
+    return kernels.unavailable()
+
+
 class Kernels:
     """Our Triton kernels under the names and signatures of the compiled ops."""
 

@@ -31,9 +31,36 @@ def unavailable() -> str | None:
     """Why no kernel can run in this process, or None."""
     if not _installed():
         return "Triton is not installed: pip install triton (pip's torch for GPUs brings it)"
-    if not interpreted() and not torch.cuda.is_available():
+    if interpreted():
+        return _interpreter_fails()
+    if not torch.cuda.is_available():
         return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     return None
+
+
+def _interpreter_fails() -> str | None:
+    """Why it cannot run here: until 3.7 it takes arrays of one element for numbers, NumPy does not.
+
+    Source:
+        github.com/triton-lang/triton/issues/9171; the release notes of NumPy 2.4.
+    """
+    try:
+        import numpy
+    except ImportError:
+        return "Triton's interpreter needs NumPy: pip install numpy"
+    import triton
+
+    if _release(triton.__version__) >= (3, 7) or _release(numpy.__version__) < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: "
+        "pip install 'numpy<2.4', or Triton 3.7 or newer"
+    )
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 @cache
@@ -47,8 +74,7 @@ def has_gluon() -> bool:
         found = importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper")
     except ImportError:
         return False
-    major, minor = triton.__version__.split(".")[:2]
-    return found is not None and (int(major), int(minor)) >= (3, 6)
+    return found is not None and _release(triton.__version__) >= (3, 6)
 
 
 @cache
