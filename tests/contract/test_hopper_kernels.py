@@ -45,7 +45,7 @@ from torch import Tensor
 from triton_interpreter import Kernels
 
 from usp.kernels import configs, hopper, tune, tuned
-from usp.kernels.arguments import BackwardInputs, Options
+from usp.kernels.arguments import BackwardInputs, KernelOptions
 from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
@@ -324,7 +324,7 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Portable]:
 
 def called(case: Case, x: Any) -> list[Tensor]:
     """Forward and backward by the doors; what they have updated."""
-    shared = Options(*options(case, x, slice(None), masked=True))
+    shared = KernelOptions(*options(case, x, slice(None), masked=True))
     out, lse = new_state(case)
     sums = [torch.zeros(t.shape) for t in (x.q, x.k, x.v)]
     attention_forward(x.q, x.k, x.v, shared, out, lse)
@@ -347,7 +347,7 @@ def test_the_portable_kernels_take_the_rest(reason: str | None, portable: Portab
     rest = ALL[:1] if reason == "no_keys" else ALL
     assert portable.asked == ([] if reason is None else rest)
     assert all(t.any() for t in updated) if reason is None else not any(t.any() for t in updated)
-    shared = Options(*options(case, x, slice(None), masked=True))
+    shared = KernelOptions(*options(case, x, slice(None), masked=True))
     assert hopper.takes("forward", shared, x.q, x.k, x.v) == (reason is None)
     assert not hopper.takes("forward", replace(shared, softmax_scale=-1.0), x.q, x.k, x.v)
 
@@ -364,13 +364,13 @@ def test_forward_takes_wider_heads(dims: tuple[int, int], portable: Portable) ->
 
 def test_no_head_is_wider() -> None:
     x = make_inputs(replace(SMALL, head_dim=264))
-    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    shared = KernelOptions(*options(SMALL, x, slice(None), masked=True))
     assert not hopper.takes("forward", shared, x.q, x.k, x.v)
 
 
 def test_a_base_that_is_not_aligned_is_not_taken() -> None:
     x = make_inputs(SMALL)
-    shared = Options(*options(SMALL, x, slice(None), masked=True))
+    shared = KernelOptions(*options(SMALL, x, slice(None), masked=True))
     moved = torch.empty(x.k.numel() + 1, dtype=x.k.dtype)[1:].view(x.k.shape)
     assert hopper.takes("forward", shared, x.q, x.k, x.v)
     assert not hopper.takes("forward", shared, x.q, moved, x.v)

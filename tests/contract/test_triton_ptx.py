@@ -124,13 +124,13 @@ def test_pipelines(case: Case) -> None:
 
 @needs_gluon
 def test_a_result_without_a_state() -> None:
-    from usp.kernels.arguments import Options
+    from usp.kernels.arguments import KernelOptions
     from usp.kernels.attention_forward import attention_forward
 
     ops = TritonOps("sm_90", pipelined=True)
     x, out, lse = attended(ops, CAUSAL)
     result, last = torch.full_like(out, torch.nan, dtype=CAUSAL.dtype), torch.empty_like(lse)
-    shared = Options(*options(CAUSAL, x, slice(None), masked=True))
+    shared = KernelOptions(*options(CAUSAL, x, slice(None), masked=True))
     last.fill_(-torch.inf)
     ops.call(attention_forward, x.q, x.k, x.v, shared, None, last, result, written=(last, result))
     assert torch.equal(result, out.to(CAUSAL.dtype)) and torch.equal(last, lse)

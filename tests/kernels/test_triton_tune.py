@@ -163,7 +163,7 @@ def test_what_hangs_or_crashes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trials, "command_for", command)
     candidates = [configs.Config(32, 32, 32, num_warps) for num_warps in (1, 2, 3, 4, 5)]
     with pytest.warns(UserWarning) as said:
-        fit = trials.finishing("forward", candidates, *PROBLEM, patience=3.0)
+        fit = trials.candidates_that_finish("forward", candidates, *PROBLEM, patience=3.0)
     assert [config.num_warps for config in fit] == [1, 3, 5]
     messages = [str(warning.message) for warning in said]
     assert "num_warps=2" in messages[0] and "still running after 3 s" in messages[0]
@@ -177,14 +177,14 @@ def test_without_a_second_process_nothing_that_waits_is_tried(
     monkeypatch.setattr(trials, "command_for", lambda *_: command)
     portable, pipeline = configs.INTERPRETED, HOPPER["forward"][64][0]
     with pytest.warns(UserWarning, match="all devices are busy"):
-        fit = trials.finishing("forward", [portable, pipeline], *PROBLEM)
+        fit = trials.candidates_that_finish("forward", [portable, pipeline], *PROBLEM)
     assert fit == [portable]
 
 
 def test_the_other_process_tries_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     candidates = [configs.INTERPRETED, HOPPER["forward"][64][0]]
-    marks, reason = trials._told(trials.command_for("forward", candidates, *PROBLEM), 100.0)
+    marks, reason = trials.count_marks(trials.command_for("forward", candidates, *PROBLEM), 100.0)
     assert (marks, reason) == (3, "exit code 0: ")
 
 
@@ -219,7 +219,7 @@ def test_rows_of_a_bias_narrow_the_steps(
     rows: int, a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 128 keys a step sm_90 wants 240 KiB of shared memory, and has 227."""
-    from usp.kernels.arguments import Options
+    from usp.kernels.arguments import KernelOptions
     from usp.kernels.attention_forward import attention_forward
     from usp.kernels.portable import launch
 
@@ -227,7 +227,7 @@ def test_rows_of_a_bias_narrow_the_steps(
     monkeypatch.setattr(launch, "forward_kernel", seen)
     q = torch.empty(1, 37, 2, 64, dtype=torch.bfloat16)
     bias = torch.empty(1, 2, rows, 37)
-    options = Options(None, None, bias, None, None, None, 0, 2, 1, 0.125, 0.0, 0.0, 0)
+    options = KernelOptions(None, None, bias, None, None, None, 0, 2, 1, 0.125, 0.0, 0.0, 0)
     attention_forward(q, q, q, options, q.float(), torch.empty(1, 2, 37))
     (found,) = seen.options
     assert (found["BLOCK_K"], found["EDGE"]) == ((64 if rows > 1 else 128), 64)
@@ -238,10 +238,10 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
 
     with (
         pytest.raises(NotImplementedError, match=r"245760.*232448.*tune\(head_dim\)"),
-        kernels.on_device_of(torch.empty(0)),
+        kernels.launch_guard(torch.empty(0)),
     ):
         raise OutOfResources(245760, 232448, "shared memory")
-    with pytest.raises(KeyError), kernels.on_device_of(torch.empty(0)):
+    with pytest.raises(KeyError), kernels.launch_guard(torch.empty(0)):
         raise KeyError("anything else")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from triton_interpreter import Kernels
 
 from usp.kernels import configs
-from usp.kernels.arguments import Options
+from usp.kernels.arguments import KernelOptions
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper_configs import Pipeline
 
@@ -82,7 +82,7 @@ def finished(case: Case, carried: bool, timing: Timing) -> tuple[Tensor, Tensor]
     x = make_inputs(case)
     out, lse = new_state(case)
     result = torch.full_like(out, torch.nan, dtype=case.dtype)
-    shared = Options(*options(case, x, slice(None), masked=True))
+    shared = KernelOptions(*options(case, x, slice(None), masked=True))
     with small_steps(timing):
         attention_forward(x.q, x.k, x.v, shared, out if carried else None, lse, result)
     return out, result

@@ -29,7 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from usp.kernels import configs
-from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
 from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.bias_gradient import bias_gradient
@@ -92,9 +92,9 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
     lse, out, dk = new(2, 4, LENGTH), new(*q.shape), new(*k.shape)
     first = torch.zeros(LENGTH, dtype=torch.int32)
     stop = torch.arange(1, LENGTH + 1, dtype=torch.int32)
-    seen_by = Span(*transposed(first, stop, LENGTH))
+    seen_by = KernelSpan(*transposed(first, stop, LENGTH))
     scoring = (None, None, None, 0, 4, 2, head_dim**-0.5, 0.0, 0.0, 0)
-    options = Options(first, stop, None, *scoring)
+    options = KernelOptions(first, stop, None, *scoring)
     if not hopper or head_dim < 256:
         attention_forward(q, k, k, options, out, lse)
     if not hopper or head_dim >= 128:  # where registers are scarce
@@ -106,7 +106,7 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
     if hopper:
         return
     bias = new(2, 4, LENGTH, LENGTH)
-    bias_gradient(given, Options(first, stop, bias, *scoring), seen_by, bias)
+    bias_gradient(given, KernelOptions(first, stop, bias, *scoring), seen_by, bias)
 
 
 def compiled(

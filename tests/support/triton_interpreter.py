@@ -60,25 +60,25 @@ class Kernels:
 
     @staticmethod
     def attention_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-        from usp.kernels.arguments import Options
+        from usp.kernels.arguments import KernelOptions
         from usp.kernels.attention_forward import attention_forward
 
         *shared, out, lse = rest
-        attention_forward(q, k, v, Options(*shared), out, lse)
+        attention_forward(q, k, v, KernelOptions(*shared), out, lse)
 
     @staticmethod
     def attention_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse: Tensor, *rest: Any
     ) -> None:
-        from usp.kernels.arguments import BackwardInputs, Options, Span
+        from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
         from usp.kernels.attention_backward import attention_backward
         from usp.kernels.bias_gradient import bias_gradient
         from usp.planning.plan import transposed
 
         *shared, dq, dk, dv, dbias = rest
-        options, seen_by = Options(*shared), None
+        options, seen_by = KernelOptions(*shared), None
         if options.span is not None:
-            seen_by = Span(*transposed(*options.span, k.shape[1]))
+            seen_by = KernelSpan(*transposed(*options.span, k.shape[1]))
         given = BackwardInputs(dout, q, k, v, delta, lse)
         attention_backward(given, options, seen_by, dq, dk, dv)
         if dbias is not None:
@@ -96,17 +96,17 @@ def finished(case: Any, carried: bool) -> Tensor:
     """On a worker: the result of the last block of keys, before which there is a state, or none."""
     import native_case
 
-    from usp.kernels.arguments import Options
+    from usp.kernels.arguments import KernelOptions
     from usp.kernels.attention_forward import attention_forward
 
     x = native_case.make_inputs(case)
     out, lse = native_case.new_state(case)
     *before, (keys, masked) = native_case.blocks(case)
     for prior, _ in before:
-        options = Options(*native_case.options(case, x, prior, masked=False))
+        options = KernelOptions(*native_case.options(case, x, prior, masked=False))
         attention_forward(x.q, x.k[:, prior], x.v[:, prior], options, out, lse)
     kept, result = out.clone(), torch.full_like(out, torch.nan, dtype=case.dtype)
-    options = Options(*native_case.options(case, x, keys, masked=masked))
+    options = KernelOptions(*native_case.options(case, x, keys, masked=masked))
     held = out if carried else None
     attention_forward(x.q, x.k[:, keys], x.v[:, keys], options, held, lse, result)
     assert torch.equal(out, kept)
@@ -179,7 +179,9 @@ def searched(given: Any) -> dict[str, tuple[Any, int]]:
 
     with (
         mock.patch.object(configs, "family", lambda device: "sm_90"),
-        mock.patch.object(tune, "finishing", lambda kernel, candidates, *_: list(candidates)),
+        mock.patch.object(
+            tune, "candidates_that_finish", lambda kernel, candidates, *_: list(candidates)
+        ),
     ):
         found = tune.search(*given, time_of)
     return {kernel: (config, timed[kernel]) for kernel, config in found.items()}

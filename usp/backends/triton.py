@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from usp import kernels
-from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 NAME = "triton"
@@ -36,16 +36,22 @@ def reasons_against(traits: Traits) -> tuple[str, ...]:
 def attention_forward(block: Block, state: State) -> None:
     from usp.kernels import attention_forward as kernel
 
-    with kernels.on_device_of(block.q):
+    with kernels.launch_guard(block.q):
         kernel.attention_forward(
-            block.q, block.k, block.v, Options(*block.options), state.out, state.lse, state.result
+            block.q,
+            block.k,
+            block.v,
+            KernelOptions(*block.options),
+            state.out,
+            state.lse,
+            state.result,
         )
 
 
 def delta(dout: Tensor, out: Tensor) -> Tensor:
     from usp.kernels.attention_delta import attention_delta
 
-    with kernels.on_device_of(out):
+    with kernels.launch_guard(out):
         return attention_delta(dout, out)
 
 
@@ -53,12 +59,12 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
     from usp.kernels import attention_backward as kernel
 
     seen_by = block.step.seen_by
-    spans = None if seen_by is None else Span(*seen_by.on(block.q.device))
-    given = BackwardInputs(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
-    options = Options(*block.options)
-    with kernels.on_device_of(block.q):
-        kernel.attention_backward(given, options, spans, grads.dq, grads.dk, grads.dv)
+    spans = None if seen_by is None else KernelSpan(*seen_by.on(block.q.device))
+    inputs = BackwardInputs(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
+    options = KernelOptions(*block.options)
+    with kernels.launch_guard(block.q):
+        kernel.attention_backward(inputs, options, spans, grads.dq, grads.dk, grads.dv)
         if grads.dbias is not None:
             from usp.kernels.bias_gradient import bias_gradient
 
-            bias_gradient(given, options, spans, grads.dbias)
+            bias_gradient(inputs, options, spans, grads.dbias)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -107,32 +107,22 @@ def can_take(*tensors: Tensor) -> bool:
     return all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
 
 
-class on_device_of:
-    """Triton launches on the current device: make it that of the tensor.
+@contextmanager
+def launch_guard(tensor: Tensor) -> Iterator[None]:
+    """Around launches: Triton launches on the current device, in here that of the tensor.
 
     Raises:
         NotImplementedError: in here a kernel was too large for the device; gives both sizes.
     """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._guard: AbstractContextManager[object] = (
-            torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-        )
-
-    def __enter__(self) -> None:
-        self._guard.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._guard.__exit__(kind, error, trace)
+    try:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            yield
+    except Exception as error:
         # by name: it has moved between versions of Triton
-        if kind is not None and kind.__name__ == "OutOfResources":
-            raise NotImplementedError(
-                f"a Triton kernel does not fit this device ({error}): "
-                "usp.kernels.tune.tune(head_dim) finds one that does, if there is one; or ask for "
-                "another backend"
-            ) from error
+        if type(error).__name__ != "OutOfResources":
+            raise
+        raise NotImplementedError(
+            f"a Triton kernel does not fit this device ({error}): "
+            "usp.kernels.tune.tune(head_dim) finds one that does, if there is one; or ask for "
+            "another backend"
+        ) from error

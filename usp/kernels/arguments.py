@@ -16,7 +16,7 @@ LOG2E = math.log2(math.e)
 _WIDE_STRIDE = 2**31 // 256
 
 
-class Rows(NamedTuple):
+class TensorView(NamedTuple):
     """(B, L, H, X) tensor, last dim contiguous; strides in elements."""
 
     ptr: Any
@@ -25,14 +25,14 @@ class Rows(NamedTuple):
     head: int
 
 
-class Span(NamedTuple):
+class KernelSpan(NamedTuple):
     """Visible interval of each row, (L,) int32 both."""
 
     first: Tensor
     stop: Tensor
 
 
-class Bias(NamedTuple):
+class BiasView(NamedTuple):
     """(B, H, Lq, Lk) with strides 0 where broadcast; ``row`` None where all rows share one."""
 
     ptr: Any
@@ -59,7 +59,7 @@ class Dropout(NamedTuple):
     head_offset: int
 
 
-class Scoring(NamedTuple):
+class KernelScoring(NamedTuple):
     """How scores are made, in units of log 2.
 
     ``scale`` is the factor of <q, k>: for the score itself, or with ``softcap`` for the argument
@@ -68,7 +68,7 @@ class Scoring(NamedTuple):
 
     scale: float
     softcap: float | None
-    bias: Bias | None
+    bias: BiasView | None
     alibi: Alibi | None
     dropout: Dropout | None
     q_pos: Tensor | None
@@ -87,7 +87,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
+class KernelOptions:
     """What forward and backward share besides q, k, v; order and meaning as in docs/contract.md.
 
     Attributes:
@@ -113,13 +113,13 @@ class Options:
     dropout_seed: int
 
     @property
-    def span(self) -> Span | None:
+    def span(self) -> KernelSpan | None:
         if self.first is None or self.stop is None:
             return None
-        return Span(self.first.contiguous(), self.stop.contiguous())
+        return KernelSpan(self.first.contiguous(), self.stop.contiguous())
 
     @property
-    def scoring(self) -> Scoring:
+    def scoring(self) -> KernelScoring:
         scale, softcap = self.softmax_scale * LOG2E, None
         if self.softcap:
             scale, softcap = self.softmax_scale / self.softcap, self.softcap * LOG2E
@@ -131,8 +131,8 @@ class Options:
         if self.dropout_p:
             threshold, factor = _signed(int(self.dropout_p * 2**32)), 1 / (1 - self.dropout_p)
             dropout = Dropout(threshold, factor, self.num_heads, self.head_offset)
-        bias = None if self.bias is None else bias_of(self.bias)
-        return Scoring(scale, softcap, bias, alibi, dropout, self.q_pos, self.k_pos)
+        bias = None if self.bias is None else bias_view_of(self.bias)
+        return KernelScoring(scale, softcap, bias, alibi, dropout, self.q_pos, self.k_pos)
 
     @property
     def folded(self) -> bool:
@@ -187,17 +187,17 @@ class BackwardInputs:
         }
 
 
-def rows_of(x: Tensor) -> Rows:
+def view_of(x: Tensor) -> TensorView:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"the last dim must be contiguous, its stride is {x.stride(-1)}")
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+    return TensorView(x, x.stride(0), x.stride(1), x.stride(2))
 
 
-def bias_of(x: Tensor) -> Bias:
+def bias_view_of(x: Tensor) -> BiasView:
     batch, head, row, key = (
         stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)
     )
-    return Bias(x, batch, head, row if x.shape[2] > 1 else None, key)
+    return BiasView(x, batch, head, row if x.shape[2] > 1 else None, key)
 
 
 def is_wide(*tensors: Tensor) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from usp.kernels.arguments import BackwardInputs, Options, Span
+from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
 from usp.kernels.choice import choose
 
 
 def attention_backward(
-    given: BackwardInputs,
-    options: Options,
-    seen_by: Span | None,
+    inputs: BackwardInputs,
+    options: KernelOptions,
+    seen_by: KernelSpan | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -27,10 +27,10 @@ def attention_backward(
         seen_by: ``[first, stop)`` rows that see each key, (Lk,) int32; None with no span.
         dq, dk, dv: fp32, shapes of q, k, v, last dim contiguous.
     """
-    if not given.lse.numel() or not given.k.shape[1]:
+    if not inputs.lse.numel() or not inputs.k.shape[1]:
         return
-    tensors = given.dout, given.q, given.k, given.v
+    tensors = inputs.dout, inputs.q, inputs.k, inputs.v
     launch, config = choose("backward_keys", options, *tensors)
-    launch.add_key_gradients(config, given, options, seen_by, dk, dv)
+    launch.add_key_gradients(config, inputs, options, seen_by, dk, dv)
     launch, config = choose("backward_queries", options, *tensors)
-    launch.add_query_gradients(config, given, options, dq)
+    launch.add_query_gradients(config, inputs, options, dq)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usp.kernels.arguments import cdiv, padded, rows_of
-from usp.kernels.tiles import base
+from usp.kernels.arguments import cdiv, padded, view_of
+from usp.kernels.tiles import base, rows_of_head
 
 _BLOCK_ELEMENTS = 4096
 
@@ -34,8 +34,8 @@ def launch_delta(dout: Tensor, out: Tensor, delta: Tensor) -> None:
     batch, length, num_heads, width = out.shape
     block = max(1, _BLOCK_ELEMENTS // padded(width))
     delta_kernel[(cdiv(length, block) * batch * num_heads,)](
-        rows_of(dout),
-        rows_of(out),
+        view_of(dout),
+        view_of(out),
         delta,
         length,
         num_heads,
@@ -57,14 +57,7 @@ def delta_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # heads are next to each other in memory: their programs run together
-    pid = tl.program_id(0)
-    h = pid % num_heads
-    tiles = tl.cdiv(length, BLOCK)
-    b = pid // num_heads // tiles
-    i = pid // num_heads % tiles * BLOCK + tl.arange(0, BLOCK)
-    i_in = i < length
-    i = i.to(tl.int64)
+    b, h, i, i_in = rows_of_head(length, num_heads, BLOCK)
     x = tl.arange(0, BLOCK_DV)
     inside = i_in[:, None] & (x < DV)[None, :]
     one = tl.load(base(dout, b, h) + i[:, None] * dout.row + x[None, :], mask=inside, other=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from usp.kernels.arguments import Options
+from usp.kernels.arguments import KernelOptions
 from usp.kernels.choice import choose
 
 
@@ -12,7 +12,7 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: Options,
+    options: KernelOptions,
     out: Tensor | None,
     lse: Tensor,
     result: Tensor | None = None,

@@ -11,38 +11,45 @@ import triton.language as tl
 from torch import Tensor
 
 from usp.kernels import configs
-from usp.kernels.arguments import BackwardInputs, Options, Span, bias_of, cdiv, rows_of
+from usp.kernels.arguments import (
+    BackwardInputs,
+    KernelOptions,
+    KernelSpan,
+    bias_view_of,
+    cdiv,
+    view_of,
+)
 from usp.kernels.choice import choose
 from usp.kernels.scores import gradient_of_scores, of_rows, weights
 from usp.kernels.tiles import base, load_tile
 
 
 def bias_gradient(
-    given: BackwardInputs, options: Options, seen_by: Span | None, dbias: Tensor
+    inputs: BackwardInputs, options: KernelOptions, seen_by: KernelSpan | None, dbias: Tensor
 ) -> None:
     """Add the gradient of the bias to ``dbias``, of its shape, fp32.
 
     Args:
-        given, options, seen_by: As in ``attention_backward``.
+        inputs, options, seen_by: As in ``attention_backward``.
     """
-    q, k = given.q, given.k
+    q, k = inputs.q, inputs.k
     if not q.numel() or not k.numel():
         return
     batch, heads, rows, k_len = dbias.shape
-    _, config = choose("bias_gradient", options, given.dout, q, k, given.v)
+    _, config = choose("bias_gradient", options, inputs.dout, q, k, inputs.v)
     row_tiles = cdiv(rows, config.block_q) if rows > 1 else 1
     bias_gradient_kernel[(cdiv(k_len, config.block_k) * row_tiles * batch * heads,)](
-        *(rows_of(x) for x in (given.dout, q, k, given.v)),
-        given.vectors,
+        *(view_of(x) for x in (inputs.dout, q, k, inputs.v)),
+        inputs.vectors,
         options.sizes(q, k),
         options.span,
         seen_by,
         options.scoring,
         *options.seeds,
-        bias_of(dbias),
+        bias_view_of(dbias),
         (heads, q.shape[0] // batch, q.shape[2] // heads),
-        **given.dims,
-        WIDE=given.wide,
+        **inputs.dims,
+        WIDE=inputs.wide,
         **configs.launch(config, q.device),
     )
 

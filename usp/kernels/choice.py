@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from usp.kernels import configs, hopper
-from usp.kernels.arguments import Options
+from usp.kernels.arguments import KernelOptions
 from usp.kernels.configs import Config
 
 
-def choose(kernel: str, options: Options, *tensors: Tensor) -> tuple[ModuleType, Any]:
+def choose(kernel: str, options: KernelOptions, *tensors: Tensor) -> tuple[ModuleType, Any]:
     """The first of ``configs.wanted`` that takes a call.
 
     Args:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usp.kernels.arguments import Rows, cdiv, padded, rows_of
-from usp.kernels.tiles import base
+from usp.kernels.arguments import TensorView, cdiv, padded, view_of
+from usp.kernels.tiles import base, rows_of_head
 
 _BLOCK_ELEMENTS = 4096
 
@@ -27,9 +27,9 @@ def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> 
         return
     block = max(1, _BLOCK_ELEMENTS // padded(width))
     merge_kernel[(cdiv(length, block) * batch * num_heads,)](
-        rows_of(out),
+        view_of(out),
         _vectors(lse),
-        rows_of(more_out),
+        view_of(more_out),
         _vectors(more_lse),
         length,
         num_heads,
@@ -40,8 +40,8 @@ def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> 
     )
 
 
-def _vectors(lse: Tensor) -> Rows:
-    return Rows(lse, lse.stride(0), lse.stride(2), lse.stride(1))
+def _vectors(lse: Tensor) -> TensorView:
+    return TensorView(lse, lse.stride(0), lse.stride(2), lse.stride(1))
 
 
 @triton.jit
@@ -56,14 +56,7 @@ def merge_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # heads are next to each other in memory: their programs run together
-    pid = tl.program_id(0)
-    h = pid % num_heads
-    tiles = tl.cdiv(length, BLOCK)
-    b = pid // num_heads // tiles
-    i = pid // num_heads % tiles * BLOCK + tl.arange(0, BLOCK)
-    i_in = i < length
-    i = i.to(tl.int64)
+    b, h, i, i_in = rows_of_head(length, num_heads, BLOCK)
     lse_at = base(lse, b, h) + i * lse.row
     held = tl.load(lse_at, mask=i_in, other=float("-inf"))
     more = tl.load(base(more_lse, b, h) + i * more_lse.row, mask=i_in, other=float("-inf"))

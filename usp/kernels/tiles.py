@@ -27,6 +27,20 @@ def program(num_tiles, NUM_XCDS: tl.constexpr):
 
 
 @triton.jit
+def rows_of_head(length, num_heads, BLOCK: tl.constexpr):
+    """Batch entry, head and rows of this program, and which rows exist, where every row is alone.
+
+    Heads are next to each other in memory: their programs run together.
+    """
+    pid = tl.program_id(0)
+    h = pid % num_heads
+    tiles = tl.cdiv(length, BLOCK)
+    b = pid // num_heads // tiles
+    i = pid // num_heads % tiles * BLOCK + tl.arange(0, BLOCK)
+    return b, h, i.to(tl.int64), i < length
+
+
+@triton.jit
 def base(x, b, h):
     """Pointer to the first row of one head."""
     return x.ptr + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head

@@ -65,7 +65,7 @@ def _triton_takes(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) 
 def _triton(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
     from usp.kernels import state_merge
 
-    with kernels.on_device_of(out):
+    with kernels.launch_guard(out):
         state_merge.merge_into(out, lse, more_out, more_lse)
 
 

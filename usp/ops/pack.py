@@ -93,7 +93,7 @@ def _launches(message: Tensor, tensors: Sequence[Tensor]) -> Iterator[Pieces]:
 def _triton_pack(tensors: Sequence[Tensor], message: Tensor) -> None:
     from usp.kernels.pack import copy_pieces
 
-    with kernels.on_device_of(message):
+    with kernels.launch_guard(message):
         for pieces, places in _launches(message, tensors):
             copy_pieces(pieces, places)
 
@@ -101,7 +101,7 @@ def _triton_pack(tensors: Sequence[Tensor], message: Tensor) -> None:
 def _triton_unpack(message: Tensor, tensors: Sequence[Tensor]) -> None:
     from usp.kernels.pack import copy_pieces
 
-    with kernels.on_device_of(message):
+    with kernels.launch_guard(message):
         for pieces, places in _launches(message, tensors):
             copy_pieces(places, pieces)
 

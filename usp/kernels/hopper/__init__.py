@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from usp import kernels
-from usp.kernels.arguments import Options
+from usp.kernels.arguments import KernelOptions
 from usp.kernels.hopper_configs import HOPPER
 
 # TMA: addresses and strides are multiples of 16 bytes, strides have 40 bits
 _ALIGNMENT, _FARTHEST = 16, 2**40
 
 
-def takes(kernel: str, options: Options, *tensors: Tensor) -> bool:
+def takes(kernel: str, options: KernelOptions, *tensors: Tensor) -> bool:
     """Whether a kernel can do this; ``tensors`` are what it loads as (B, L, H, X) tiles."""
     return (
         all(x.shape[-1] <= max(HOPPER[kernel]) for x in tensors)

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from usp.kernels.arguments import BackwardInputs, Options, Span, cdiv, rows_of
+from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan, cdiv, view_of
 from usp.kernels.hopper.forward import forward_kernel
 from usp.kernels.hopper.key_gradients import keys_kernel
 from usp.kernels.hopper.query_gradients import queries_kernel
@@ -21,7 +21,7 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: Options,
+    options: KernelOptions,
     out: Tensor | None,
     lse: Tensor,
     result: Tensor | None,
@@ -32,11 +32,11 @@ def attention_forward(
         described(q, ROWS),
         described(k, config.block_k),
         described(v, config.block_k),
-        None if out is None else rows_of(out),
+        None if out is None else view_of(out),
         lse,
         lse.stride(0),
         lse.stride(1),
-        None if result is None else rows_of(result),
+        None if result is None else view_of(result),
         options.sizes(q, k),
         options.span,
         options.scoring.scale,
@@ -47,45 +47,45 @@ def attention_forward(
 
 def add_key_gradients(
     config: Pipeline,
-    given: BackwardInputs,
-    options: Options,
-    seen_by: Span | None,
+    inputs: BackwardInputs,
+    options: KernelOptions,
+    seen_by: KernelSpan | None,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    batch, k_len, num_kv_heads, head_dim = given.k.shape
+    batch, k_len, num_kv_heads, head_dim = inputs.k.shape
     keys_kernel[(cdiv(k_len, config.block_k) * batch * num_kv_heads,)](
-        described(given.dout, config.block_q),
-        described(given.q, config.block_q),
-        described(given.k, ROWS),
-        described(given.v, ROWS),
-        given.vectors,
-        options.sizes(given.q, given.k),
+        described(inputs.dout, config.block_q),
+        described(inputs.q, config.block_q),
+        described(inputs.k, ROWS),
+        described(inputs.v, ROWS),
+        inputs.vectors,
+        options.sizes(inputs.q, inputs.k),
         seen_by,
         options.scoring.scale,
-        rows_of(dk),
-        rows_of(dv),
+        view_of(dk),
+        view_of(dv),
         (options.softmax_scale, 1 / options.softmax_scale),
         D=head_dim,
-        DV=given.v.shape[-1],
+        DV=inputs.v.shape[-1],
         **config.launch(),
     )
 
 
 def add_query_gradients(
-    config: Pipeline, given: BackwardInputs, options: Options, dq: Tensor
+    config: Pipeline, inputs: BackwardInputs, options: KernelOptions, dq: Tensor
 ) -> None:
-    batch, q_len, num_heads, head_dim = given.q.shape
+    batch, q_len, num_heads, head_dim = inputs.q.shape
     queries_kernel[(cdiv(q_len, config.block_q) * batch * num_heads,)](
-        described(given.dout, ROWS),
-        described(given.q, ROWS),
-        described(given.k, config.block_k),
-        described(given.v, config.block_k),
-        given.vectors,
-        options.sizes(given.q, given.k),
+        described(inputs.dout, ROWS),
+        described(inputs.q, ROWS),
+        described(inputs.k, config.block_k),
+        described(inputs.v, config.block_k),
+        inputs.vectors,
+        options.sizes(inputs.q, inputs.k),
         options.span,
         options.scoring.scale,
-        rows_of(dq),
+        view_of(dq),
         (options.softmax_scale, 1 / options.softmax_scale),
         D=head_dim,
         **config.launch(),

@@ -7,7 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from usp.kernels import configs
-from usp.kernels.arguments import BackwardInputs, Options, Span, cdiv, is_wide, padded, rows_of
+from usp.kernels.arguments import (
+    BackwardInputs,
+    KernelOptions,
+    KernelSpan,
+    cdiv,
+    is_wide,
+    padded,
+    view_of,
+)
 from usp.kernels.configs import Config
 from usp.kernels.portable.forward import forward_kernel
 from usp.kernels.portable.key_gradients import keys_kernel
@@ -19,7 +27,7 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: Options,
+    options: KernelOptions,
     out: Tensor | None,
     lse: Tensor,
     result: Tensor | None,
@@ -31,14 +39,14 @@ def attention_forward(
         # its tiles take shared memory and registers: 128 keys at head dim 64 do not fit sm_90
         launch = launch | {"BLOCK_K": launch["EDGE"]}
     forward_kernel[(cdiv(q_len, config.block_q) * batch * num_heads,)](
-        rows_of(q),
-        rows_of(k),
-        rows_of(v),
-        None if out is None else rows_of(out),
+        view_of(q),
+        view_of(k),
+        view_of(v),
+        None if out is None else view_of(out),
         lse,
         lse.stride(0),
         lse.stride(1),
-        None if result is None else rows_of(result),
+        None if result is None else view_of(result),
         options.sizes(q, k),
         options.span,
         options.scoring,
@@ -55,55 +63,55 @@ def attention_forward(
 
 def add_key_gradients(
     config: Config,
-    given: BackwardInputs,
-    options: Options,
-    seen_by: Span | None,
+    inputs: BackwardInputs,
+    options: KernelOptions,
+    seen_by: KernelSpan | None,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    batch, k_len, num_kv_heads, _ = given.k.shape
+    batch, k_len, num_kv_heads, _ = inputs.k.shape
     if not options.softmax_scale:
         dk = dk.clone()
     keys_kernel[(cdiv(k_len, config.block_k) * batch * num_kv_heads,)](
-        *_shared(given, options),
+        *_shared(inputs, options),
         seen_by,
         options.scoring,
         *options.seeds,
-        rows_of(dk),
-        rows_of(dv),
+        view_of(dk),
+        view_of(dv),
         _scales(options),
-        **given.dims,
-        WIDE=given.wide or is_wide(dk, dv),
-        **configs.launch(config, given.q.device),
+        **inputs.dims,
+        WIDE=inputs.wide or is_wide(dk, dv),
+        **configs.launch(config, inputs.q.device),
     )
 
 
 def add_query_gradients(
-    config: Config, given: BackwardInputs, options: Options, dq: Tensor
+    config: Config, inputs: BackwardInputs, options: KernelOptions, dq: Tensor
 ) -> None:
-    batch, q_len, num_heads, _ = given.q.shape
+    batch, q_len, num_heads, _ = inputs.q.shape
     if not options.softmax_scale:
         dq = dq.clone()
     queries_kernel[(cdiv(q_len, config.block_q) * batch * num_heads,)](
-        *_shared(given, options),
+        *_shared(inputs, options),
         options.span,
         options.scoring,
         *options.seeds,
-        rows_of(dq),
+        view_of(dq),
         _scales(options),
-        **given.dims,
-        WIDE=given.wide or is_wide(dq),
-        **configs.launch(config, given.q.device),
+        **inputs.dims,
+        WIDE=inputs.wide or is_wide(dq),
+        **configs.launch(config, inputs.q.device),
     )
 
 
-def _shared(given: BackwardInputs, options: Options) -> tuple[Any, ...]:
+def _shared(inputs: BackwardInputs, options: KernelOptions) -> tuple[Any, ...]:
     """The first arguments of both backward kernels."""
-    tensors = (rows_of(x) for x in (given.dout, given.q, given.k, given.v))
-    return *tensors, given.vectors, options.sizes(given.q, given.k)
+    tensors = (view_of(x) for x in (inputs.dout, inputs.q, inputs.k, inputs.v))
+    return *tensors, inputs.vectors, options.sizes(inputs.q, inputs.k)
 
 
-def _scales(options: Options) -> tuple[float, float]:
+def _scales(options: KernelOptions) -> tuple[float, float]:
     """Of dq and dk, and its inverse for what is held.
 
     No gradient passes a scale of 0, by which held sums cannot be divided: their copies are updated.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from usp import kernels
 from usp.kernels import configs, tuned
-from usp.kernels.arguments import Options, Span
+from usp.kernels.arguments import KernelOptions, KernelSpan
 from usp.kernels.configs import AnyConfig
-from usp.kernels.tune.trials import MARK, Shape, finishing
+from usp.kernels.tune.trials import MARK, Shape, candidates_that_finish
 
 _TUNED = ("forward", "backward_keys", "backward_queries")
 
@@ -73,7 +73,7 @@ def search(
     for kernel in _TUNED:
         trial = forward if kernel == "forward" else backward
         candidates = configs.candidates(kernel, shape[-1], device)
-        fit = finishing(kernel, candidates, shape, dtype, device)
+        fit = candidates_that_finish(kernel, candidates, shape, dtype, device)
         wanted = _first_answer(kernel, trial, fit)
         seconds, is_right = partial(time_of, trial), partial(trial.agrees, wanted)
         found[kernel] = fastest(kernel, fit, seconds, is_right)
@@ -160,9 +160,9 @@ def problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tri
     lse = torch.full((batch, heads, length), float(length), device=device).log()
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
     at = torch.arange(length, dtype=torch.int32, device=device)
-    span = Span(torch.zeros_like(at), at + 1)
-    seen_by = Span(at, torch.full_like(at, length))
-    options = Options(
+    span = KernelSpan(torch.zeros_like(at), at + 1)
+    seen_by = KernelSpan(at, torch.full_like(at, length))
+    options = KernelOptions(
         *span,
         bias=None,
         alibi_slopes=None,
@@ -176,10 +176,10 @@ def problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tri
         dropout_p=0.0,
         dropout_seed=0,
     )
-    given = BackwardInputs(dout, q, k, v, torch.zeros_like(lse), lse)
+    inputs = BackwardInputs(dout, q, k, v, torch.zeros_like(lse), lse)
     return (
         Trial(partial(attention_forward, q, k, v, options), (out, lse.clone())),
-        Trial(partial(attention_backward, given, options, seen_by), (dq, dk, dv)),
+        Trial(partial(attention_backward, inputs, options, seen_by), (dq, dk, dv)),
     )
 
 

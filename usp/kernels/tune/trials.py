@@ -21,7 +21,7 @@ Shape = tuple[int, int, int, int, int]
 MARK = "usp: one more has ended"
 
 
-def finishing(
+def candidates_that_finish(
     kernel: str,
     candidates: Sequence[AnyConfig],
     shape: Shape,
@@ -42,7 +42,7 @@ def finishing(
     fit: list[AnyConfig] = []
     while left:
         command = command_for(kernel, left, shape, dtype, device)
-        marks, reason = _told(command, patience)
+        marks, reason = count_marks(command, patience)
         if not marks:
             warnings.warn(f"no second process can try {kernel}: {reason}", stacklevel=3)
             return fit + [config for config in left if isinstance(config, Config)]
@@ -73,23 +73,23 @@ def command_for(
     return [sys.executable, "-c", code, json.dumps(task)]
 
 
-def _told(command: Sequence[str], patience: float) -> tuple[int, str]:
+def count_marks(command: Sequence[str], patience: float) -> tuple[int, str]:
     """How many marks a process makes, and why there are no more."""
     with tempfile.TemporaryDirectory(prefix="usp-tune-") as folder:
-        said, wrong = Path(folder, "out"), Path(folder, "err")
+        output, errors = Path(folder, "out"), Path(folder, "err")
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with said.open("w") as out, wrong.open("w") as err:
+        with output.open("w") as out, errors.open("w") as err:
             child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
         marks, deadline = 0, time.monotonic() + patience
         while child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-            now = said.read_text().count(MARK)
+            now = output.read_text().count(MARK)
             if now > marks:
                 marks, deadline = now, time.monotonic() + patience
         reason = f"still running after {patience:.0f} s"
         if child.poll() is not None:
-            last = wrong.read_text().strip().splitlines()[-1:]
+            last = errors.read_text().strip().splitlines()[-1:]
             reason = f"exit code {child.returncode}: {''.join(last)}"
         child.kill()
         child.wait()
-        return said.read_text().count(MARK), reason
+        return output.read_text().count(MARK), reason
