@@ -129,8 +129,7 @@ def _refusing(step: Step) -> Step:
 @instruction(_COPY)
 def copy_box(code: Code, i: Instruction) -> Step:
     """Of a tensor in global memory to shared memory, by one thread."""
-    rank, target, *rest = i.parts[4:]
-    source = [part for part in rest if part != "tile"]
+    rank, target, *source = i.parts[4:]
     if target not in ("shared::cluster", "shared::cta") or source != ["global", _COMPLETES]:
         raise i.refuse("modifier not known")
     to, tensor, barrier = i.operands

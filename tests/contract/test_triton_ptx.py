@@ -123,6 +123,17 @@ def test_pipelines(case: Case) -> None:
 
 
 @needs_gluon
+def test_warps_one_by_one() -> None:
+    """As a warpgroup in lockstep, to the bit."""
+    one_by_one = partial(HopperMachine, together=1, order="random")
+    runs = [
+        attended(TritonOps("sm_90", machine, pipelined=True), CAUSAL)[1:]
+        for machine in (HopperMachine, one_by_one)
+    ]
+    assert all(map(torch.equal, *runs))
+
+
+@needs_gluon
 def test_a_result_without_a_state() -> None:
     from usp.kernels.arguments import KernelOptions
     from usp.kernels.attention_forward import attention_forward
@@ -195,6 +206,8 @@ PIPELINED: dict[str, tuple[str, str, str]] = {
     "another swizzle": ("4611686293305294848", "9223372311732682752", "pattern|is off"),
     "products are not waited for": (r"(wgmma\.wait_group\S+\s+)\d", r"\g<1>7", "run on|is off"),
     "no room is made": (r"^.*mbarrier\.arrive\.shared.*;", "", "can go on"),
+    "too few bytes": (r"(mbarrier\.arrive\.expect_tx.*, )\d+;", r"\g<1>1024;", "can go on"),
+    "another order of numbers": (r"(wgmma[^;]*, 1, 1, 0, )0;", r"\g<1>1;", "is off"),
 }
 PORTABLE: dict[str, tuple[str, str, str]] = {
     "stores of another proxy": (r"fence\.proxy\.async\S*;", ";", "fence.proxy"),
