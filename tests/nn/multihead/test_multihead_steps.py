@@ -100,5 +100,42 @@ def _in_different_modes() -> None:
 
 def test_one_rank_in_evaluation_is_refused(pool) -> None:
     for outcome in pool.outcomes(_in_different_modes, ranks=2, timeout=20):
-        with pytest.raises(workers.RemoteError, match="disagree on .*dropout"):
+        with pytest.raises(workers.RemoteError, match=r"disagree on .*dropout"):
+            raise outcome
+
+
+def _uncut(options: dict[str, Any], made: str) -> None:
+    mesh = workers.mesh(1, 2)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    usp.replace_attention(model, mesh, **options)
+    torch.manual_seed(mesh.rank if made == "other tokens" else 0)
+    x = torch.ones(2, 6, 8) if made == "constant" else torch.randn(2, 6, 8)
+    model(x[:, :1] if made == "one token" else x)
+
+
+UNCUT = r"all 2 ranks of the mesh hold the same 6 tokens.* usp\.shard_sequence"
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "message"),
+    [
+        ({"causal": True}, "same tokens", UNCUT),
+        ({"window_size": (3, 0), "validate": "always"}, "same tokens", UNCUT),
+        ({"causal": True, "seq_len": 6}, "same tokens", "6 .*local tokens.* 3 of 6 tokens"),
+        ({"causal": True}, "other tokens", None),
+        ({"causal": True}, "constant", None),
+        ({"causal": True}, "one token", None),
+        ({"causal": True, "seq_len": 12}, "same tokens", None),
+        ({"causal": True, "validate": "never"}, "same tokens", None),
+        ({}, "same tokens", None),
+    ],
+)
+def test_a_sequence_that_nobody_cut(pool, options, made, message) -> None:
+    """Its causal mask would be right on the first rank alone."""
+    outcomes = pool.outcomes(_uncut, options, made, ranks=2, timeout=20)
+    if message is None:
+        assert outcomes == [None, None]
+        return
+    for outcome in outcomes:
+        with pytest.raises(workers.RemoteError, match=message):
             raise outcome

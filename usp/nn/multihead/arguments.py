@@ -45,9 +45,14 @@ class Arguments:
         return self.is_causal and self.key_padding_mask is None and not self.need_weights
 
     @property
+    def token_dim(self) -> int:
+        """Of the inputs."""
+        return 1 if self.is_batched and self.batch_first else 0
+
+    @property
     def tokens(self) -> tuple[int, int]:
         """Local queries and keys."""
-        return tokens(self.query, self.batch_first), tokens(self.key, self.batch_first)
+        return self.query.shape[self.token_dim], self.key.shape[self.token_dim]
 
     def check(self, key_len: int | None) -> None:
         """Everything that one rank can check by itself.
@@ -101,11 +106,11 @@ class Arguments:
             )
 
     def _padding_shapes(self) -> list[tuple[int, ...]]:
-        batch, keys = _batch(self.key, self.batch_first), tokens(self.key, self.batch_first)
+        batch, keys = _batch(self.key, self.batch_first), self.tokens[1]
         return [(batch, keys)] if self.is_batched else [(keys,)]
 
     def _mask_shapes(self, key_len: int) -> list[tuple[int, ...]]:
-        shape = tokens(self.query, self.batch_first), key_len
+        shape = self.tokens[0], key_len
         return [shape, (_batch(self.query, self.batch_first) * self.num_heads, *shape)]
 
     def _check_mask(self, name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
@@ -154,13 +159,6 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(state_dtype(dtype))
     return torch.zeros_like(mask, dtype=state_dtype(dtype)).masked_fill_(mask, -torch.inf)
-
-
-def tokens(x: Tensor, batch_first: bool) -> int:
-    """Local tokens of an input; 0 for what is none."""
-    if x.is_nested or x.dim() not in (2, 3):
-        return 0
-    return x.shape[1 if x.dim() == 3 and batch_first else 0]
 
 
 def _batch(x: Tensor, batch_first: bool) -> int:

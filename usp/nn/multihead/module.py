@@ -5,10 +5,9 @@ Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E em
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usp.attention.functional import draw_dropout_seed
@@ -19,6 +18,8 @@ from usp.nn.multihead.arguments import Arguments
 from usp.nn.multihead.extra_keys import make_extra_keys
 from usp.nn.multihead.forward import Projected
 from usp.nn.multihead.placement import Placement
+from usp.nn.multihead.projections import join_heads, project
+from usp.nn.multihead.uncut import content, refuse_equal
 from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
 from usp.planning.layout import Layout
@@ -216,7 +217,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = weights.mean(1) if average_attn_weights else weights
                 weights = weights if arguments.is_batched else weights[0]
         self._compared = self.placement
-        return self._joined(out, arguments), weights
+        return join_heads(self, out, arguments), weights
 
     def _agree(self, arguments: Arguments, validate: bool | None) -> Projected:
         """The call, checked together with all ranks where they meet.
@@ -229,24 +230,33 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         def check() -> tuple[Tensor, ...]:
             arguments.check(None if lengths is None else lengths[1])
-            return tuple(self._split_heads(x) for x in self._projections(arguments))
+            return project(self, arguments)
 
         asks = lengths is None or seed is not None
         together = meets(mesh, validate, asks) or (placement.infers and placement.size > 1)
         if mesh is None or not together:
+            projected = check()
             queries, keys = arguments.tokens
             lengths = lengths or (queries * placement.size, keys * placement.size)
-            return self._prepare(arguments, check(), lengths, seed)
+            return self._prepare(arguments, projected, lengths, seed)
         projected, told = check_on_all_ranks(
             mesh,
             "MultiheadAttention",
             check,
             lambda _: arguments.facts() | {"seq_len": lengths or "not given"},
-            lambda: (*arguments.tokens, seed or 0),
+            lambda: (*arguments.tokens, seed or 0, self._content(arguments, validate)),
         )
+        refuse_equal([numbers[3] for numbers in told], arguments.tokens[1])
         lengths = lengths or placement.summed_lengths(told)
         seed = None if seed is None else told[0][2]
         return self._prepare(arguments, projected, lengths, seed)
+
+    def _content(self, arguments: Arguments, validate: bool | None) -> int:
+        """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
+        placement = self.placement
+        if not validate or placement.named_lengths or not placement.mask(False).terms:
+            return 0
+        return content(arguments.key, arguments.token_dim)
 
     def _prepare(
         self,
@@ -278,38 +288,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Drawn here where more than the attention itself drops by it."""
         shared = need_weights or self.add_zero_attn or self.bias_k is not None
         return draw_dropout_seed() if shared and self.training and self.dropout else None
-
-    def _projections(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        """Query, key and value with E features each, by one product where they are one tensor."""
-        x = arguments.query, arguments.key, arguments.value
-        biases: tuple[Tensor | None, ...] = (None, None, None)
-        packed = cast("Tensor | None", self.in_proj_weight)
-        weights: tuple[Tensor, ...]
-        if packed is None:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        elif x[0] is x[1] and x[1] is x[2]:
-            return F.linear(x[0], packed, self.in_proj_bias).chunk(3, -1)
-        else:
-            weights = packed.chunk(3)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)
-        return tuple(F.linear(*item) for item in zip(x, weights, biases, strict=True))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(L, N, E), (N, L, E) or (L, E) -> (N, L, H, D)."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if x.dim() == 3:
-            return x[None]
-        return x if self.batch_first else x.transpose(0, 1)
-
-    def _joined(self, out: Tensor, arguments: Arguments) -> Tensor:
-        """(N, L, H, D) -> the output in the order of the query's dims."""
-        out = out.flatten(2)
-        if not arguments.is_batched:
-            out = out[0]
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        return self.out_proj(out)
 
     def extra_repr(self) -> str:
         shown = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "

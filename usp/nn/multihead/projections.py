@@ -1,0 +1,53 @@
+"""Into the heads of an attention module and out of them again.
+
+Shape letters: N batch, L tokens, H heads, D head dim, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usp.nn.multihead.arguments import Arguments
+
+
+def project(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
+    """Query, key and value, (N, L, H, D) each."""
+    return tuple(_split_heads(module, x) for x in _projections(module, arguments))
+
+
+def join_heads(module: nn.MultiheadAttention, out: Tensor, arguments: Arguments) -> Tensor:
+    """(N, L, H, D) -> the output in the order of the query's dims."""
+    out = out.flatten(2)
+    if not arguments.is_batched:
+        out = out[0]
+    elif not module.batch_first:
+        out = out.transpose(0, 1)
+    return cast(Tensor, module.out_proj(out))
+
+
+def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
+    """Query, key and value with E features each, by one product where they are one tensor."""
+    x = arguments.query, arguments.key, arguments.value
+    biases: tuple[Tensor | None, ...] = (None, None, None)
+    packed = cast("Tensor | None", module.in_proj_weight)
+    weights: tuple[Tensor, ...]
+    if packed is None:
+        weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+    elif x[0] is x[1] and x[1] is x[2]:
+        return F.linear(x[0], packed, module.in_proj_bias).chunk(3, -1)
+    else:
+        weights = packed.chunk(3)
+    if module.in_proj_bias is not None:
+        biases = module.in_proj_bias.chunk(3)
+    return tuple(F.linear(*item) for item in zip(x, weights, biases, strict=True))
+
+
+def _split_heads(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """(L, N, E), (N, L, E) or (L, E) -> (N, L, H, D)."""
+    x = x.unflatten(-1, (module.num_heads, module.head_dim))
+    if x.dim() == 3:
+        return x[None]
+    return x if module.batch_first else x.transpose(0, 1)
