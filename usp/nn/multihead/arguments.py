@@ -65,7 +65,7 @@ class Arguments:
             RuntimeError: ``is_causal`` without ``attn_mask``, as torch.
             NotImplementedError: a NestedTensor.
         """
-        self._check_inputs()
+        self.check_inputs()
         if self.is_causal and self.attn_mask is None:
             raise RuntimeError(
                 "is_causal is a hint about attn_mask and needs one. For sequences too long for a "
@@ -77,7 +77,8 @@ class Arguments:
             keys = self.attn_mask.shape[-1] if key_len is None else key_len
             self._check_mask("attn_mask", self.attn_mask, self._mask_shapes(keys))
 
-    def _check_inputs(self) -> None:
+    def check_inputs(self) -> None:
+        """Query, key and value alone; see ``check``."""
         named = zip(("query", "key", "value"), (self.query, self.key, self.value), strict=True)
         for (name, x), size in zip(named, self.sizes, strict=True):
             if x.is_nested:

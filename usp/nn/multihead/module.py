@@ -235,10 +235,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         asks = lengths is None or seed is not None
         together = meets(mesh, validate, asks) or (placement.infers and placement.size > 1)
         if mesh is None or not together:
-            projected = check()
+            arguments.check_inputs()
             queries, keys = arguments.tokens
             lengths = lengths or (queries * placement.size, keys * placement.size)
-            return self._prepare(arguments, projected, lengths, seed)
+            return self._prepare(arguments, project(self, arguments), lengths, seed)
         projected, told = check_on_all_ranks(
             mesh,
             "MultiheadAttention",
