@@ -83,6 +83,22 @@ class Model(torch.nn.Module):
         return torch.tanh(self.attend(self.inner(x) + x))
 
 
+def through(way: str | None, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, checkpointed in that way; None is without."""
+    if way is None:
+        return function(x)
+    if way not in POLICIES:
+        return checkpoint(function, x, use_reentrant=way == "reentrant")
+    saves = POLICIES[way]
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = saves(str(op))
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+
+
 def run(way: str | None, mesh: usp.SequenceMesh | None, options: dict[str, Any]) -> list[Tensor]:
     """Outputs and gradients of this rank."""
     model = Model(mesh, **options).train()
@@ -91,19 +107,7 @@ def run(way: str | None, mesh: usp.SequenceMesh | None, options: dict[str, Any])
     )
     x = usp.shard_sequence(whole, mesh, 1, model.layout).requires_grad_()
     torch.manual_seed(5)
-    if way is None:
-        out = model(x)
-    elif way in POLICIES:
-        saves = POLICIES[way]
-
-        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            saved = saves(str(op))
-            return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-        out = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
-    else:
-        out = checkpoint(model, x, use_reentrant=way == "reentrant")
+    out = through(way, model, x)
     # an odd cotangent, and another draw between the passes
     torch.rand(3)
     out.backward(torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view_as(out))
@@ -164,3 +168,39 @@ def test_a_saved_attention_is_not_run_again(pool, meshes: tuple[int, int] | None
     expected = {None: once, "attention": once, "everything": once, "nothing": 2 * once}
     for counts in pool.run(blocks_by_way, meshes, ranks=2):
         assert counts == expected
+
+
+def gathered(way: str | None, mesh: usp.SequenceMesh, length: int) -> list[Tensor]:
+    """A block that joins its sequence, draws alike, and cuts it by a layout of its own."""
+    layout = usp.DocumentZigzag((0, 4, length))
+    random = torch.Generator().manual_seed(2)
+    weight = torch.randn(12, 12, dtype=torch.float64, generator=random)
+    whole = torch.randn(1, length, 12, dtype=torch.float64, generator=random)
+    x = usp.shard_sequence(whole, mesh, 1, "striped").requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        x = usp.unshard_sequence(torch.sin(x @ weight), mesh, 1, "striped", length)
+        with usp.rng.replicated(mesh):
+            x = x * torch.rand(12)
+        x = usp.shard_sequence(x + torch.arange(length)[:, None], mesh, 1, layout)
+        return torch.sin(usp.unshard_sequence(x, mesh, 1, layout) @ weight)
+
+    torch.manual_seed(6)
+    out = through(way, block, x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad]
+
+
+def differing_gathered() -> list[str]:
+    mesh, found = worker.mesh(2, 1), []
+    for number, way in enumerate(WAYS):
+        length = 17 + number  # tables are made at the first call with a length
+        got = gathered(way, mesh, length)
+        right = gathered(None, mesh, length)
+        if not all(torch.equal(a, b) for a, b in zip(got, right, strict=True)):
+            found.append(way)
+    return found
+
+
+def test_what_else_communicates(pool) -> None:
+    assert pool.run(differing_gathered, ranks=2) == [[]] * 2

@@ -7,7 +7,8 @@ An ``Axis`` is one dimension of the mesh seen from one rank. Its verbs post and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -15,6 +16,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from usp.distributed.launch import Launch, launched_by
 
@@ -28,15 +33,36 @@ Found = TypeVar("Found")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+@contextmanager
+def out_of_sight() -> Iterator[None]:
+    """Below dispatch modes, which may skip or repeat what they see on this rank alone.
+
+    Modes that say ``only_listens`` hear on, and a graph that is being made is not disturbed.
+    """
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+    if not modes or any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+        yield
+        return
+    with _disable_current_modes(), ExitStack() as listening:
+        for mode in modes:
+            if getattr(mode, "only_listens", False):
+                listening.enter_context(mode)
+        yield
+
+
 def untraced(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """A function that communicates, as one graph break where ``torch.compile`` comes upon it."""
+    """A function that communicates: one graph break where ``torch.compile`` comes upon it, and
+    out of sight of dispatch modes."""
 
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         # asked at the call: the decorator of torch would import the whole compiler with us
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
+        if not torch._C._len_torch_dispatch_stack():
+            return function(*args, **kwargs)
+        with out_of_sight():
+            return function(*args, **kwargs)
 
     return call
 

@@ -17,7 +17,7 @@ from usp.distributed.agreement import (
     meets,
     new_name,
 )
-from usp.distributed.comm import Axis, untraced
+from usp.distributed.comm import Axis, out_of_sight, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.planning.layout import (
     Layout,
@@ -53,7 +53,10 @@ def positions(
         ValueError: the layout is unknown or made for another length.
     """
     (ring, ulysses), rank = degrees_and_place(mesh)
-    return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
+    if torch.compiler.is_compiling():
+        return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
+    with out_of_sight():  # a first call makes tables that later ones find
+        return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
 
 
 def shard_sequence(

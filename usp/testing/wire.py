@@ -29,6 +29,8 @@ class WireBytes(TorchDispatchMode):
         >>> wire.sent
     """
 
+    only_listens = True  # usp's collectives are out of sight of modes that do more
+
     def __init__(self) -> None:
         super().__init__()
         self.sent = 0
