@@ -1,8 +1,10 @@
 """One table of launch configurations: device family x kernel x head dim.
 
-The first of a row is the default and needs no tuning run: of the shapes that the literature and
-the size of the register file suggest, the largest tiles that compile without spills, as
-``tests/kernels/test_triton_compile.py`` checks. The others are what ``tune.tune`` tries.
+The first of a row is the default: of the shapes that the literature and the size of the register
+file suggest, the largest tiles that compile without spills, as
+``tests/kernels/test_triton_compile.py`` checks. That is a rule and no measurement: no GPU has timed
+a row, and what spills outside of its loops only may well be faster. The others are what
+``tune.tune`` tries.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ _SM_90: dict[str, _Rows] = {
     },
     "backward_keys": {
         64: (Config(64, 128, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 3)),
-        # 128 keys keep 40 bytes of pointers in local memory, outside of the loops
+        # 128 keys keep 40 bytes of pointers in local memory, outside of the loops; 64 are the rows
+        # of one warpgroup alone, so that both compute the same scores
         128: (Config(64, 64, 32, 8, 2), Config(64, 128, 16, 8, 2)),
         # 64 keys, which wgmma wants, would spill: mma.sync
         256: (Config(64, 32, 16, 8, 2), Config(32, 32, 32, 8, 2)),

@@ -187,7 +187,7 @@ def try_all(text: str) -> None:
     """In a process of its own: a mark when it has the device, and one after each candidate.
 
     Args:
-        text: What to try, as ``guarded.command_for`` puts it.
+        text: What to try, as ``trials.command_for`` puts it.
     """
     task = json.loads(text)
     device = torch.device(task["device"])
