@@ -14,6 +14,10 @@ from usp.distributed.agreement import Facts
 from usp.planning.problem import state_dtype
 
 
+class ArgumentError(ValueError, AssertionError):
+    """A ``ValueError``, as everywhere here, and what torch's module raises in its place."""
+
+
 @dataclass(frozen=True, eq=False)
 class Arguments:
     """The arguments of ``MultiheadAttention.forward``; see there.
@@ -61,7 +65,7 @@ class Arguments:
             key_len: Keys of the whole sequence; None where they are not known yet.
 
         Raises:
-            ValueError: shapes or dtypes do not fit; names both sides.
+            ArgumentError: shapes or dtypes do not fit; names both sides.
             RuntimeError: ``is_causal`` without ``attn_mask``, as torch.
             NotImplementedError: a NestedTensor.
         """
@@ -88,23 +92,28 @@ class Arguments:
                     "usp.replace_attention sees to)"
                 )
             if x.dim() not in (2, 3) or x.dim() != self.query.dim():
-                order = "(N, L, E)" if self.batch_first else "(L, N, E)"
-                raise ValueError(
-                    f"query, key and value must all be {order}, or all (L, E): query has "
-                    f"{self.query.dim()} dims, {name} has {x.dim()}"
-                )
+                raise self._wrong_dims(name, x)
             if x.shape[-1] != size:
-                raise ValueError(f"{name} must have {size} features, got {x.shape[-1]}")
+                raise ArgumentError(f"{name} must have {size} features, got {x.shape[-1]}")
             if _batch(x, self.batch_first) != _batch(self.query, self.batch_first):
-                raise ValueError(
+                raise ArgumentError(
                     f"batch sizes differ: query has {_batch(self.query, self.batch_first)}, "
                     f"{name} has {_batch(x, self.batch_first)}"
                 )
         if self.key.shape[:-1] != self.value.shape[:-1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"key and value must have the same tokens: key is {tuple(self.key.shape)}, "
                 f"value {tuple(self.value.shape)}"
             )
+
+    def _wrong_dims(self, name: str, x: Tensor) -> ArgumentError:
+        order = "(N, L, E)" if self.batch_first else "(L, N, E)"
+        dims, key, value = self.query.dim(), self.key.dim(), self.value.dim()
+        return ArgumentError(
+            f"query, key and value must all be {order}, or all (L, E): query has {dims} dims, "
+            f"{name} has {x.dim()} (expected `key` and `value` to be {dims}-D but found {key}-D "
+            f"and {value}-D tensors respectively)"
+        )
 
     def _padding_shapes(self) -> list[tuple[int, ...]]:
         batch, keys = _batch(self.key, self.batch_first), self.tokens[1]
@@ -116,14 +125,17 @@ class Arguments:
 
     def _check_mask(self, name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
         if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"{name} must be bool (True = do not attend) or float: {mask.dtype}")
+            raise ArgumentError(
+                f"{name} must be bool (True = do not attend) or float: {mask.dtype}"
+            )
         if mask.device != self.query.device:
-            raise ValueError(f"{name} is on {mask.device}, query on {self.query.device}")
+            raise ArgumentError(f"{name} is on {mask.device}, query on {self.query.device}")
         if tuple(mask.shape) not in shapes:
             wanted = " or ".join(map(str, shapes))
-            raise ValueError(
-                f"{name} must be {wanted}, got {tuple(mask.shape)} (on a mesh: this rank's "
-                "queries against the keys of all ranks, this rank's keys for padding)"
+            raise ArgumentError(
+                f"{name} must be {wanted}, got {tuple(mask.shape)} "
+                f"({_as_torch_says(name, mask.dim(), shapes)}; on a mesh: this rank's queries "
+                "against the keys of all ranks, this rank's keys for padding)"
             )
 
     def facts(self) -> Facts:
@@ -166,3 +178,13 @@ def _batch(x: Tensor, batch_first: bool) -> int:
     if x.dim() == 2:
         return 1
     return x.shape[0 if batch_first else 1]
+
+
+def _as_torch_says(name: str, dims: int, shapes: list[tuple[int, ...]]) -> str:
+    """The same in the words of torch, for who goes by them."""
+    for shape in shapes:
+        if len(shape) == dims:
+            return f"Expected `{name}` shape to be {shape}"
+    *first, last = ["`None`", *(f"{len(shape)}-D" for shape in shapes)]
+    wanted = f"{', '.join(first)} or {last}"
+    return f"expected `{name}` to be {wanted} but found {dims}-D tensor instead"
