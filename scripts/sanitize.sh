@@ -28,5 +28,4 @@ ctest --test-dir "$build" --output-on-failure
 # The runtime must come first; libstdc++ with it, because it intercepts what that throws.
 runtime="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
 USP_OPS_LIBRARY=$library LD_PRELOAD=$runtime OMP_NUM_THREADS=2 \
-  pytest -p no:cacheprovider tests/contract/test_native_ops.py tests/contract/test_native_refusals.py \
-    tests/contract/test_merge.py tests/contract/test_pack.py -k 'not gpu_' "$@"
+  pytest -p no:cacheprovider tests/contract -m 'not device_code' "$@"

@@ -68,6 +68,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Two processes share out the tests; threads that wait for each other would burn both cores.
+    torch.set_num_threads(1)
     if config.getoption("--device") == "cpu":
         start_interpreter()
 
@@ -89,7 +91,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def waits_for_the_background(item: pytest.Item) -> bool:
     """Such tests come last: what they wait for is done beside the others."""
-    return bool(_background.modules.keys() & set(getattr(item, "fixturenames", ())))
+    return bool(_background.modules.keys() & asked_for(item))
+
+
+def asked_for(item: pytest.Item) -> set[str]:
+    """Fixtures of a test, and those that its subject runs on (``contract/subjects``)."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    more = getattr(params.get("subject"), "fixtures", ())
+    return {*getattr(item, "fixturenames", ()), *more}
 
 
 def taken_part(items: list[Any], part: str | None) -> list[Any]:
@@ -119,8 +128,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
-    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    _background.start(wanted)
+    _background.start({name for item in session.items for name in asked_for(item)})
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         _pool.prepare()
 

@@ -6,31 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from move_ops import IMPLEMENTATIONS, implementation
-from torch import Tensor
+from move_checks import assert_products, randn
+from move_ops import SUBJECTS, implementation
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=SUBJECTS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return implementation(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def assert_products(kernels: Any, dout: Tensor, out: Tensor) -> None:
-    batch, rows, heads, width = out.shape
-    margin, count = 64, batch * heads * rows
-    around = torch.full((count + 2 * margin,), torch.nan)
-    delta = around[margin : margin + count].view(batch, heads, rows)
-    kernels.attention_delta(dout, out, delta)
-    want = (dout.double() * out.double()).sum(-1).transpose(1, 2)
-    torch.testing.assert_close(delta.double(), want, rtol=0, atol=2e-6 * max(1, width))
-    assert around.isnan().sum() == 2 * margin
 
 
 # By numbers, by vectors, in several rounds; blocks that are not full.

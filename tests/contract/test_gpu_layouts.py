@@ -7,7 +7,10 @@ import shutil
 import pytest
 from gpu_emulated import emulated_ops
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.device_code,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+]
 
 # Position of lane 0's first element plus, for each set bit of the element's and of the lane's
 # number, one of these: what Triton 3.9 gives for the same instructions (to_linear_layout of

@@ -8,15 +8,22 @@ import ptx
 import pytest
 import torch
 from gpu_builds import BUILD_TIMEOUT_S, Builds
+from move_checks import (
+    assert_merged,
+    assert_products,
+    assert_there_and_back,
+    filled,
+    message_of,
+    parts,
+    randn,
+    random_bytes,
+)
 from move_ops import implementation, library
 from ptx_ops import Kernels, PtxMoves
-from test_attention_delta import assert_products, randn
-from test_merge import assert_merged, parts
-from test_pack import assert_there_and_back, filled, message_of, random_bytes
 
 from usp.ops.merge import merge
 
-pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
+pytestmark = [pytest.mark.device_code, pytest.mark.timeout(BUILD_TIMEOUT_S + 300)]
 SOURCES = ("attention_delta", "state_merge", "pack")
 
 

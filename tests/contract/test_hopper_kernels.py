@@ -1,7 +1,7 @@
-"""The Hopper kernels' own source, run by the Gluon emulator, against dense attention in fp64.
+"""The Hopper kernels beside the contract: mistakes that must show, whole meshes, what they take.
 
-Loads and products that run by themselves are done at once or as late as can be, and partitions
-take turns at random. That these tests would show a barrier that is missing is a test of its own.
+Their own source is run by the Gluon emulator: loads and products that run by themselves are done
+at once or as late as can be, and partitions take turns at random.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ from hopper_case import (
     attended,
     attended_on_a_mesh,
     errors,
-    finished,
     small_steps,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from judge import assert_close, join, oracle
 from native_case import Case, computed, expected, largest, make_inputs, new_state, options
 from pool import Pool
-from test_native_ops import HEADS, SPANS
 from torch import Tensor
 from triton_interpreter import Kernels
 
@@ -50,6 +46,7 @@ from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
 
+pytestmark = pytest.mark.device_code
 SMALL = Case(
     batch=1,
     lq=131,
@@ -59,78 +56,13 @@ SMALL = Case(
     value_head_dim=64,
     dtype=torch.bfloat16,
 )
-OPTIONS: dict[str, dict[str, Any]] = {
-    **{f"span_{span}": {"span": span} for span in SPANS},
-    "wide_gap": {"span": "gaps", "lq": 67, "lk": 307},
-    "second_batch": {"batch": 2, "span": "causal", "lq": 67, "heads": (1, 0, 1)},
-    "carried_state": {"prior_keys": 37, "span": "random"},
-    "fp16": {"dtype": torch.float16, "span": "causal"},
-    **{f"heads_{'_'.join(map(str, heads))}": {"heads": heads, "lq": 19} for heads in HEADS},
-    **{f"head_dim_{dim}": {"head_dim": dim, "lq": 37, "prior_keys": 5} for dim in (8, 40, 72, 128)},
-    "value_head_dim_larger": {"head_dim": 24, "value_head_dim": 96, "lq": 37},
-    "value_head_dim_smaller": {"head_dim": 128, "value_head_dim": 16, "lq": 37},
-    "one_query": {"lq": 1},
-    "one_key": {"lk": 1},
-    "one_by_one": {"lq": 1, "lk": 1},
-    "no_queries": {"lq": 0, "span": "causal"},
-    "no_heads": {"heads": (0, 2, 2)},
-    "strides_heads_first": {"layout": "heads_first", "span": "causal"},
-    "strides_and_poison_between_rows": {"layout": "sliced", "span": "window", "batch": 2, "lq": 67},
-}
 _turn = count()
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_equals_dense_attention(option: str) -> None:
-    case = replace(SMALL, **OPTIONS[option])
-    # every option meets another timing than its neighbour
-    number = list(OPTIONS).index(option)
-    assert_right(case, attended(case, replace(TIMINGS[number % 4], seed=number)))
-
-
-def test_timing_does_not_change_a_bit() -> None:
-    case = replace(SMALL, span="causal", prior_keys=17, heads=(1, 0, 1))
-    first, *others = (attended(case, timing) for timing in TIMINGS)
-    for other in others:
-        assert all(torch.equal(other[name], first[name]) for name in first)
 
 
 def test_blocks_of_the_table() -> None:
     case = replace(SMALL, head_dim=128, value_head_dim=128, span="causal", lq=257, lk=257)
     with emulated(TIMINGS[0]), configs.pipelined():
         assert_right(case, computed(case, make_inputs(case), Kernels))
-
-
-@pytest.mark.parametrize("span", ["strictly_causal", "gaps"])
-@pytest.mark.parametrize("carried", [True, False])
-def test_the_last_step_fills_the_result(carried: bool, span: str) -> None:
-    case = replace(SMALL, span=span, value_head_dim=24)
-    out, result = finished(case, carried, TIMINGS[0])
-    want = expected(case, make_inputs(case))["out"]
-    assert result.dtype == case.dtype and (out == 0).all()
-    assert largest(result.double() - want) <= 1e-2 * max(1.0, largest(want))
-
-
-@given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 2),
-        lq=st.sampled_from((1, 63, 65, 128, 193)),
-        lk=st.sampled_from((1, 15, 16, 33, 97)),
-        heads=st.sampled_from(((1, 0, 1), (2, 1, 2), (3, 0, 3))),
-        head_dim=st.sampled_from((16, 64, 104)),
-        value_head_dim=st.sampled_from((16, 64, 104)),
-        dtype=st.sampled_from((torch.bfloat16, torch.float16)),
-        span=st.sampled_from(SPANS),
-        layout=st.sampled_from(("contiguous", "heads_first", "sliced")),
-        prior_keys=st.sampled_from((0, 1, 37)),
-        seed=st.integers(0, 10**6),
-    ),
-    timing=st.builds(Timing, st.booleans(), st.booleans(), st.integers(0, 10**6)),
-)
-@settings(max_examples=max(8, settings.default.max_examples // 12))
-def test_equals_dense_attention_in_any_mix(case: Case, timing: Timing) -> None:
-    assert_right(case, attended(case, timing))
 
 
 ON_A_MESH = MeshCase(

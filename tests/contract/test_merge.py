@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from move_ops import IMPLEMENTATIONS, implementation
+from move_checks import TOLERANCE, B, H, L, assert_merged, parts
+from move_ops import SUBJECTS, implementation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,8 +17,6 @@ from usp.ops import native as ops
 from usp.ops.merge import MERGERS, merge
 from usp.testing import dense_attention
 
-B, L, H = 2, 71, 5  # more rows than one task of a thread takes, or one block of a GPU
-TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-15}
 DTYPES = [
     (torch.float64, torch.float64),
     (torch.float32, torch.float32),
@@ -26,34 +25,9 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=SUBJECTS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return implementation(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def parts(
-    dtype: torch.dtype, more_dtype: torch.dtype, D: int = 13
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two partial results with rows that saw nothing in the one, the other and both."""
-    generator = torch.Generator().manual_seed(5)
-    out, more_out = (torch.randn(B, L, H, D, generator=generator, dtype=dtype) for _ in range(2))
-    lse, more_lse = (8 * torch.randn(B, H, L, generator=generator, dtype=dtype) for _ in range(2))
-    more_lse[0, 0, :9] += 200  # one side decides
-    for rows, a, b in ((slice(10, 14), out, lse), (slice(12, 17), more_out, more_lse)):
-        a[:, rows], b[:, :, rows] = 0, -torch.inf
-    return out, lse, more_out.to(more_dtype), more_lse
-
-
-def assert_merged(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -> None:
-    empty = want_lse == -torch.inf
-    assert empty.any()
-    assert torch.equal(lse == -torch.inf, empty)
-    assert torch.all(out[empty.transpose(1, 2)] == 0)
-    tolerance = TOLERANCE[lse.dtype]
-    assert (out - want_out).abs().max() <= 4 * tolerance
-    assert torch.where(empty, 0, (lse - want_lse) / want_lse.abs().clamp(min=1)).abs().max() <= (
-        tolerance
-    )
 
 
 @pytest.mark.parametrize("head_dim", [13, 40, 272])  # by numbers, by vectors, in several rounds

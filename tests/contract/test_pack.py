@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from move_ops import IMPLEMENTATIONS, implementation
-from torch import Tensor
+from move_checks import assert_there_and_back, filled, message_of, random_bytes
+from move_ops import SUBJECTS, implementation
 
 from usp.ops import native as ops
 from usp.ops.pack import pack, unpack
@@ -20,45 +19,9 @@ DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32,
 LARGEST_TASK = 1 << 18  # bytes that one task of a thread copies
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=SUBJECTS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return implementation(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def random_bytes(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
-
-
-def filled(shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random bits, NaNs and all (0 and 1 for bool)."""
-    count = torch.Size(shape).numel() * dtype.itemsize
-    raw = random_bytes(count, seed) % 2 if dtype == torch.bool else random_bytes(count, seed)
-    return raw.view(dtype).view(tuple(shape))
-
-
-def message_of(tensors: Sequence[Tensor]) -> Tensor:
-    parts = [t.clone(memory_format=torch.contiguous_format).flatten() for t in tensors]
-    return torch.cat([part.view(torch.uint8) for part in parts])
-
-
-def assert_there_and_back(kernels: Any, tensors: Sequence[Tensor]) -> None:
-    """The message is that of torch; what comes back is what went in, and nothing else changes."""
-    want = message_of(tensors)
-    message = torch.empty_like(want)
-    kernels.pack(tensors, message)
-    assert torch.equal(message, want)
-    wholes = [torch.full((t.untyped_storage().nbytes(),), 7, dtype=torch.uint8) for t in tensors]
-    views = [
-        whole.view(t.dtype).as_strided(t.shape, t.stride(), t.storage_offset())
-        for whole, t in zip(wholes, tensors, strict=True)
-    ]
-    kernels.unpack(message, views)
-    assert torch.equal(message_of(views), want)
-    for whole, view in zip(wholes, views, strict=True):
-        view.view(torch.uint8 if view.dtype == torch.bool else view.dtype).zero_()
-        outside = whole.numel() - view.numel() * view.dtype.itemsize
-        assert (whole == 7).sum() == outside
 
 
 @given(st.data())

@@ -14,6 +14,7 @@ from places import SUPPORT
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.device_code
 SECONDS = 900
 KERNELS = {
     "hip:gfx90a": {"forward_kernel", "keys_kernel", "queries_kernel"},

@@ -37,6 +37,7 @@ from triton import knobs
 
 from usp.kernels import configs
 
+pytestmark = pytest.mark.device_code
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 BASE = Case(
     batch=1, lq=67, lk=131, heads=(3, 1, 2), head_dim=64, value_head_dim=64, dtype=torch.bfloat16

@@ -16,30 +16,28 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case as MeshCase
-from gpu_checks import DTYPES, NAMES, Subject, assert_merged, assert_packed, assert_right_twice
+from contract_cases import HEADS, ROWS, SPANS
+from gpu_checks import (
+    DTYPES,
+    Subject,
+    assert_merged,
+    assert_packed,
+    assert_right_twice,
+    subject,
+)
 from gpu_worker import one_rank_alone, run_on_device, start_gpu_worker
 from hypothesis import given, seed, settings
 from judge import assert_close, join, oracle
+from mesh_cases import CORNERS, cases
 from native_case import Case
 from pool import Pool
-from test_native_ops import HEADS, SPANS
-from test_property import CORNERS, cases
-from test_triton_kernels import OPTIONS
 
+__all__ = ["subject"]  # the fixture
 pytestmark = pytest.mark.gpu
 LONG = Case(batch=1, lq=997, lk=1511, heads=(3, 1, 2), head_dim=64, value_head_dim=64)
 SHORT = replace(LONG, lq=37, lk=41)  # for a rehearsal
 HEAD_DIMS = (16, 40, 64, 72, 80, 96, 128, 192, 256)
 PARTS = 8  # of the property test, so that processes can share it
-
-
-@pytest.fixture(params=NAMES)
-def subject(request: pytest.FixtureRequest, device: str) -> Subject:
-    found = Subject(request.param, device)
-    reason = found.reason_against()
-    if reason is not None:
-        pytest.skip(f"{found.name}: {reason}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +55,10 @@ def assert_right_if_taken(subject: Subject, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ROWS)
 def test_every_option(option: str, dtype: torch.dtype, subject: Subject) -> None:
     small = Case(batch=2, lq=131, lk=257) if subject.device == "cuda" else SHORT
-    case = replace(small, **OPTIONS[option])
+    case = replace(small, **ROWS[option])
     assert_right_if_taken(subject, replace(case, dtype=dtype))
 
 
@@ -170,7 +168,7 @@ def test_tuning_finds_what_runs(
 
 
 # Of test_every_option, one of each kind: -k takes no brackets.
-SANITIZED = "bfloat16 and (span_gaps or everything or bias_1H1K or head_dim_80 or carried_state)"
+SANITIZED = "bfloat16 and (span_gaps or everything or bias_1H1K or head_dims_80 or carried_state)"
 
 
 def sanitizer_tests(device: str) -> list[str]:

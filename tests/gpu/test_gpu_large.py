@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpu_checks import Long, Sampled, Subject, assert_right_far_apart
-from test_gpu import subject
+from gpu_checks import Long, Sampled, Subject, assert_right_far_apart, subject
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 __all__ = ["subject"]  # the fixture

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import Case
+from guarded import assert_untouched, guarded
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judge import judge, run
@@ -48,6 +49,27 @@ def test_merge_is_the_formula(
     wanted[0][:, inside], wanted[1][:, :, inside] = joined
     torch.testing.assert_close(got.double(), wanted[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got_lse.double(), wanted[1], rtol=1e-6, atol=1e-6)
+
+
+def products(dout: Tensor, out: Tensor) -> Tensor:
+    """On a worker: delta, and that nothing else is written."""
+    from usp.kernels.attention_delta import attention_delta, launch_delta
+
+    shape = (out.shape[0], out.shape[2], out.shape[1])
+    delta, around = guarded(torch.Size(shape), torch.nan)
+    launch_delta(dout, out, delta)
+    assert_untouched(around, delta)
+    assert torch.equal(attention_delta(dout, out), delta)
+    return delta
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 3, 16), (1, 5, 2, 40), (3, 1, 1, 256), (1, 37, 3, 13)])
+def test_delta(shape: tuple[int, ...], interpreter: Pool) -> None:
+    torch.manual_seed(0)
+    dout, out = torch.randn(shape).transpose(0, 1).contiguous().transpose(0, 1), torch.randn(shape)
+    (delta,) = interpreter.run(products, dout, out.bfloat16(), ranks=1)
+    exact = (dout.double() * out.bfloat16().double()).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(delta.double(), exact, rtol=0, atol=2e-5)
 
 
 def copied(source: Tensor, cuts: list[tuple[int, int]], offset: int) -> list[Tensor]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from native_case import Case, Inputs, assert_right, computed, expected, largest, make_inputs
 from torch import Tensor
@@ -59,6 +60,15 @@ class Subject:
             if self.device == "cpu" or configs.family(torch.device("cuda")) != "sm_90":
                 return "this is no Hopper GPU"
         return "; ".join(reasons) or None
+
+
+@pytest.fixture(params=NAMES)
+def subject(request: pytest.FixtureRequest, device: str) -> Subject:
+    found = Subject(request.param, device)
+    reason = found.reason_against()
+    if reason is not None:
+        pytest.skip(f"{found.name}: {reason}")
+    return found
 
 
 @contextmanager

@@ -18,15 +18,11 @@ from native_case import (
     expected,
     largest,
     make_inputs,
-    new_state,
-    options,
 )
 from torch import Tensor
 from triton_interpreter import Kernels
 
 from usp.kernels import configs
-from usp.kernels.arguments import KernelOptions
-from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper_configs import Pipeline
 
 TIMINGS = [Timing(loads, products) for loads in (False, True) for products in (False, True)]
@@ -75,17 +71,6 @@ def assert_right(case: Case, got: dict[str, Tensor]) -> None:
     for name, error in errors(case, got).items():
         # a NaN is no success
         assert error <= 1, f"{name} is off by {error:.2f} of what is allowed in {case}"
-
-
-def finished(case: Case, carried: bool, timing: Timing) -> tuple[Tensor, Tensor]:
-    """out and the result after one step that is the last; with a state, or none."""
-    x = make_inputs(case)
-    out, lse = new_state(case)
-    result = torch.full_like(out, torch.nan, dtype=case.dtype)
-    shared = KernelOptions(*options(case, x, slice(None), masked=True))
-    with small_steps(timing):
-        attention_forward(x.q, x.k, x.v, shared, out if carried else None, lse, result)
-    return out, result
 
 
 def attended_on_a_mesh(case: MeshCase, timing: Timing) -> dict[str, Tensor]:

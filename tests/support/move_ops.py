@@ -13,7 +13,11 @@ from wheels import ROOT
 from usp.ops import native as ops
 
 # CPU kernels, and the GPU's sources with NVIDIA's warps and AMD's waves.
-IMPLEMENTATIONS = ("cpu", "gpu_32", "gpu_64")
+SUBJECTS = [
+    pytest.param("cpu", id="native"),
+    pytest.param("gpu_32", id="gpu_emulated-warps_of_32", marks=pytest.mark.device_code),
+    pytest.param("gpu_64", id="gpu_emulated-waves_of_64", marks=pytest.mark.device_code),
+]
 _LOADED: dict[str, Path] = {}
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -55,6 +54,10 @@ def kernels_unavailable() -> str | None:
     return kernels.unavailable()
 
 
+# from `first` to `dropout_seed`
+NUM_OPTIONS = 13
+
+
 class Kernels:
     """Our Triton kernels under the names and signatures of the compiled ops."""
 
@@ -63,8 +66,8 @@ class Kernels:
         from usp.kernels.arguments import KernelOptions
         from usp.kernels.attention_forward import attention_forward
 
-        *shared, out, lse = rest
-        attention_forward(q, k, v, KernelOptions(*shared), out, lse)
+        shared, state = rest[:NUM_OPTIONS], rest[NUM_OPTIONS:]
+        attention_forward(q, k, v, KernelOptions(*shared), *state)
 
     @staticmethod
     def attention_backward(
@@ -85,82 +88,9 @@ class Kernels:
             bias_gradient(given, options, seen_by, dbias)
 
 
-def computed(case: Any) -> dict[str, Tensor]:
-    """On a worker: the kernels' results."""
-    import native_case
-
-    return native_case.computed(case, native_case.make_inputs(case), Kernels)
-
-
-def finished(case: Any, carried: bool) -> Tensor:
-    """On a worker: the result of the last block of keys, before which there is a state, or none."""
-    import native_case
-
-    from usp.kernels.arguments import KernelOptions
-    from usp.kernels.attention_forward import attention_forward
-
-    x = native_case.make_inputs(case)
-    out, lse = native_case.new_state(case)
-    *before, (keys, masked) = native_case.blocks(case)
-    for prior, _ in before:
-        options = KernelOptions(*native_case.options(case, x, prior, masked=False))
-        attention_forward(x.q, x.k[:, prior], x.v[:, prior], options, out, lse)
-    kept, result = out.clone(), torch.full_like(out, torch.nan, dtype=case.dtype)
-    options = KernelOptions(*native_case.options(case, x, keys, masked=masked))
-    held = out if carried else None
-    attention_forward(x.q, x.k[:, keys], x.v[:, keys], options, held, lse, result)
-    assert torch.equal(out, kept)
-    return result
-
-
-def guarded(shape: Any, fill: float) -> tuple[Tensor, Tensor]:
-    """A tensor inside a larger one, whose rest must stay as it is."""
-    margin, count = 512, torch.Size(shape).numel()
-    around = torch.full((count + 2 * margin,), 12345.0)
-    inside = around[margin : margin + count].view(shape)
-    inside.fill_(fill)
-    return inside, around
-
-
-def written_outside(case: Any) -> dict[str, int]:
-    """On a worker: how many numbers beside each result were changed."""
-    import native_case
-
-    from usp.kernels.attention_delta import launch_delta
-
-    x = native_case.make_inputs(case)
-    shapes = native_case.new_state(case)
-    made = {"out": guarded(shapes[0].shape, 0.0), "lse": guarded(shapes[1].shape, -torch.inf)}
-    shared = native_case.options(case, x, slice(None), masked=True)
-    Kernels.attention_forward(x.q, x.k, x.v, *shared, made["out"][0], made["lse"][0])
-    made["delta"] = guarded(shapes[1].shape, 0.0)
-    launch_delta(x.dout, made["out"][0], made["delta"][0])
-    for name in ("q", "k", "v", "bias"):
-        made[f"d{name}"] = guarded(getattr(x, name).shape, 0.0)
-    sums = [made[name][0] for name in ("dq", "dk", "dv", "dbias")]
-    state = (made["delta"][0], made["lse"][0])
-    Kernels.attention_backward(x.dout, x.q, x.k, x.v, *state, *shared, *sums)
-    return {
-        name: around.numel() - inside.numel() - int((around == 12345.0).sum())
-        for name, (inside, around) in made.items()
-    }
-
-
-def far_apart(case: Any, gap: int) -> dict[str, Tensor]:
-    """On a worker: results for rows of q, k, v, dout that all are k's and lie ``gap`` apart."""
-    import native_case
-
-    x = native_case.make_inputs(case)
-    far = torch.empty(case.lq * gap, dtype=case.dtype).as_strided(x.k.shape, (1, gap, 1, 1))
-    x.q = x.k = x.v = x.dout = far.copy_(x.k)
-    return native_case.computed(case, x, Kernels)
-
-
-def delta_of(dout: Tensor, out: Tensor) -> Tensor:
-    """On a worker."""
-    from usp.kernels.attention_delta import attention_delta
-
-    return attention_delta(dout, out)
+def interpreted(promise: Any, *args: Any) -> Any:
+    """On a worker: what is done with the kernels, see ``contract/promises.py``."""
+    return promise(Kernels, *args)
 
 
 def searched(given: Any) -> dict[str, tuple[Any, int]]:
