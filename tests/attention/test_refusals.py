@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pool as worker
 import pytest
 import torch
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from cases import Case
 from judge import judge
 from pool import RemoteError
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import usp
+from usp.testing import dense_attention, dropout_multiplier
 
 
 def call(mesh: usp.SequenceMesh | None = None, attention: Any = None, **changed: Any) -> Any:
@@ -81,6 +84,224 @@ WRONG = {
     "bias of two dims": ({"attn_bias": zeros(6, 6)}, ["(6, 6)"]),
     "slopes": ({"alibi_slopes": zeros(3)}, ["(3,)", "(4,)"]),
 }
+
+
+class Hidden(torch.Tensor):
+    """Its data lie elsewhere, as those of quantisation libraries do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError("used before it was refused")
+
+
+def q_like(kind: str) -> Any:
+    """Something in the place of q whose elements are not where a tensor's are."""
+    q = torch.zeros(2, 6, 4, 8)
+    ragged = [torch.zeros(n, 4, 8) for n in (6, 3)]
+    made = {
+        "jagged": lambda: torch.nested.nested_tensor(ragged, layout=torch.jagged),
+        "nested": lambda: torch.nested.nested_tensor(ragged, layout=torch.strided),
+        "sparse": lambda: q.to_sparse(),
+        "quantized": lambda: torch.quantize_per_tensor(q, 0.1, 0, torch.quint8),
+        "hidden": lambda: torch.Tensor._make_wrapper_subclass(Hidden, q.shape, dtype=q.dtype),
+        "complex": lambda: q.to(torch.complex64),
+        "numpy": lambda: q.numpy(),
+        "list": lambda: q.tolist(),
+        "none": lambda: None,
+    }
+    return made[kind]()
+
+
+def extra_like(kind: str) -> Any:
+    mask = torch.zeros(1, 1, 6, 6)
+    made = {
+        "list": lambda: mask.tolist(),
+        "numpy": lambda: mask.numpy(),
+        "sparse": lambda: mask.to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor([mask, mask]),
+        "number": lambda: 0.5,
+    }
+    return made[kind]()
+
+
+# what is there in place of q, and what the message must say
+KINDS = {
+    "jagged": ["NestedTensor", "jagged", "cu_seqlens"],
+    "nested": ["NestedTensor", "strided", "key_padding_mask"],
+    "sparse": ["sparse", "to_dense"],
+    "quantized": ["quantized", "dequantize"],
+    "hidden": ["Hidden", "__torch_dispatch__"],
+    "complex": ["complex64", "fp32"],
+    "numpy": ["ndarray", "tensor"],
+    "list": ["list", "tensor"],
+    "none": ["NoneType", "tensor"],
+}
+EXTRAS = {
+    "list": "list",
+    "numpy": "ndarray",
+    "sparse": "to_dense",
+    "nested": "Nested",
+    "number": "0.5",
+}
+REFUSED = (ValueError, TypeError, NotImplementedError)
+
+
+def of_another_kind(place: str, kind: str, deviant: int | None) -> Any:
+    """On a mesh one rank has it, or all."""
+    mesh = worker.mesh(1, 2) if dist.is_initialized() else None
+    given = {}
+    if mesh is None or deviant in (None, mesh.rank):
+        given = {place: q_like(kind) if place == "q" else extra_like(kind)}
+    return call(mesh, **given)
+
+
+ELSEWHERE = [("q", kind) for kind in KINDS]
+ELSEWHERE += [
+    (place, kind) for place in ("key_padding_mask", "attn_bias", "alibi_slopes") for kind in EXTRAS
+]
+
+
+@pytest.mark.parametrize(("place", "kind"), ELSEWHERE)
+def test_tensors_of_other_kinds(pool, place: str, kind: str) -> None:
+    words = [place, *(KINDS[kind] if place == "q" else [EXTRAS[kind]])]
+    with pytest.raises(REFUSED) as caught:
+        of_another_kind(place, kind, None)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    for deviant in (None, 1):
+        for message in assert_refused(pool, of_another_kind, place, kind, deviant, ranks=2):
+            assert all(word in message for word in words), message
+
+
+def a_dtensor(place: str) -> Any:
+    mesh = worker.mesh(1, 2)
+    x = torch.zeros(2, 12, 4, 8)
+    spread = distribute_tensor(x, mesh.device_mesh["ring"], [Shard(1)])
+    if place == "q":
+        return usp.long_context_attention(spread, spread, spread, mesh)
+    return usp.unshard_sequence(spread, mesh, 1)
+
+
+@pytest.mark.parametrize("place", ["q", "unshard"])
+def test_a_dtensor(pool, place: str) -> None:
+    for message in assert_refused(pool, a_dtensor, place, ranks=2):
+        assert "DTensor" in message and "to_local()" in message
+
+
+# option: values that are no such thing
+NO_SUCH = {
+    "seq_len": [
+        6.0,
+        4.7,
+        True,
+        "6",
+        (6, 6.0),
+        (6, True),
+        (6, -1),
+        {6},
+        float("nan"),
+        torch.ones(2),
+    ],
+    "cu_seqlens": [
+        (0, 2.5, 6),
+        (0, True, 6),
+        (0, "6"),
+        "06",
+        6,
+        torch.tensor([0.0, 6.0]),
+        torch.tensor([False, True]),
+        torch.tensor([[0, 6]]),
+        torch.tensor([0, 6], device="meta"),
+    ],
+    "window_size": [(2.0, None), (True, 1), ("1", 1), "11", 3, {1, 2}, (None, float("inf"))],
+    "prefix_len": [True, 2.0, "2", (2,)],
+    "causal": [1, 0, None, "yes", 1.0, torch.tensor([True, False])],
+    "return_lse": [1, None, "no"],
+    "validate": [1, "first", 0.0],
+    "dropout_p": [float("nan"), float("inf"), True, "0.1", None, 1, torch.ones(2)],
+    "dropout_seed": [-1, 2**64, 0.5, True, "7", float("nan")],
+    "softcap": [float("nan"), float("inf"), -1.0, True, "2", (2.0,)],
+    "softmax_scale": [float("inf"), float("nan"), True, "1", (1.0,)],
+    "transport": [None, 1, ["ring"], True, ("ring", "allgather")],
+    "layout": [None, 1, ["zigzag"], (0, 6), True],
+    "backend": [None, 1, ["reference"], {"auto"}],
+    "mesh": ["cpu", 2, (1, 1)],
+}
+
+
+def option_of_another_kind(option: str, index: int, deviant: int | None) -> Any:
+    mesh = worker.mesh(1, 2) if dist.is_initialized() else None
+    options = {"causal": True} if option == "prefix_len" else {}
+    options |= {"dropout_p": 0.5} if option == "dropout_seed" else {}
+    if mesh is None or deviant in (None, mesh.rank):
+        options[option] = NO_SUCH[option][index]
+    return call(**{"mesh": mesh, **options})
+
+
+@pytest.mark.parametrize("option", NO_SUCH)
+def test_options_of_other_kinds(pool, option: str) -> None:
+    for index in range(len(NO_SUCH[option])):
+        with pytest.raises(REFUSED, match="(?i)" + option.split("_")[0]):
+            option_of_another_kind(option, index, None)
+        for deviant in (None, 0):
+            if option != "mesh" or deviant is None:
+                assert_refused(pool, option_of_another_kind, option, index, deviant, ranks=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seq_len": np.int64(6), "causal": np.bool_(True), "prefix_len": np.int32(2)},
+        {"window_size": [np.int64(2), None], "cu_seqlens": np.array([0, 2, 6])},
+        {"cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32)},
+        {"softcap": np.float32(2.5), "softmax_scale": np.float64(0.25), "seq_len": [6, 6]},
+        {"softcap": 2, "softmax_scale": 1, "dropout_p": 0},
+        {"seq_len": torch.tensor(6)},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch_are_numbers(options: dict) -> None:
+    plain = {
+        name: value.tolist() if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else value
+        for name, value in options.items()
+    }
+    torch.manual_seed(0)
+    found = call(**options)
+    torch.manual_seed(0)
+    assert torch.equal(found, call(**plain))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, np.uint64(2**63 + 5)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_seeds_of_64_bits(seed: Any, backend: str) -> None:
+    q, k, v = (torch.randn(1, 9, 2, 4, dtype=torch.float64) for _ in range(3))
+    found = usp.long_context_attention(q, k, v, dropout_p=0.4, dropout_seed=seed, backend=backend)
+    keep = dropout_multiplier(0.4, int(seed), 1, 2, 9, 9)
+    torch.testing.assert_close(found, dense_attention(q, k, v, dropout_keep=keep)[0])
+
+
+def sharding_of(what: str, value: Any) -> Any:
+    mesh = worker.mesh(1, 2) if dist.is_initialized() else None
+    given = {"x": torch.zeros(2, 6, 3), "dim": 1, "layout": "zigzag", "seq_len": 12} | {what: value}
+    if what == "x":
+        given["x"] = q_like(value)
+    if mesh is not None:
+        usp.unshard_sequence(mesh=mesh, **given)
+    usp.positions(given["seq_len"], mesh, given["layout"])
+    del given["seq_len"]
+    return usp.shard_sequence(mesh=mesh, **given)
+
+
+SHARDING = [("x", kind) for kind in KINDS if kind != "complex"]
+SHARDING += [("dim", 1.0), ("dim", True), ("dim", "1"), ("dim", 3), ("dim", -4)]
+SHARDING += [("layout", None), ("layout", ["zigzag"]), ("layout", "diagonal")]
+SHARDING += [("seq_len", 12.0), ("seq_len", True), ("seq_len", -1), ("seq_len", "12")]
+
+
+@pytest.mark.parametrize(("what", "value"), SHARDING, ids=str)
+def test_sharding_of_other_kinds(pool, what: str, value: Any) -> None:
+    with pytest.raises(REFUSED):
+        sharding_of(what, value)
+    assert_refused(pool, sharding_of, what, value, ranks=2)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -80,6 +80,45 @@ def test_cut_and_join(pool, case: Case, dim: int) -> None:
         torch.testing.assert_close(dmine, total.index_select(dim, index), rtol=1e-12, atol=1e-12)
 
 
+DTYPES = [
+    torch.bool,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint64,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+def joined_in(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Seven tokens over two ranks; the second time not contiguous, and conjugated if it can be."""
+    mesh = worker.mesh(1, 2)
+    bits = torch.randint(0, 2, (7, 3, 16), generator=torch.Generator().manual_seed(2))
+    x = bits.to(dtype) if dtype == torch.bool else bits.to(torch.uint8).repeat(1, 1, 16).view(dtype)
+    mine = x[:4] if mesh.rank == 0 else x[4:]
+    first = usp.unshard_sequence(mine, mesh, 0)
+    turned = mine.transpose(1, 2).conj() if dtype.is_complex else mine.transpose(1, 2)
+    second = usp.unshard_sequence(turned, mesh, 0).transpose(1, 2)
+    second = second.conj() if dtype.is_complex else second
+    return same(first, x), same(second, x)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """To the bit: some dtypes cannot be compared."""
+    a, b = (x.resolve_conj().contiguous().view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_joins_any_dtype(pool, dtype: torch.dtype) -> None:
+    """Also those that gloo does not know."""
+    assert pool.run(joined_in, dtype, ranks=2) == [(True, True)] * 2
+
+
 def test_one_device_holds_everything() -> None:
     x = torch.randn(2, 7)
     assert usp.positions(7, None).tolist() == list(range(7))

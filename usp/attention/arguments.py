@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
+from usp.planning.kinds import flag, integer, real, tensor
 from usp.planning.layout import Layout, check_layout, named_lengths, pieces, row_lengths
 from usp.planning.mask import Mask, make_mask
 from usp.planning.problem import Scoring, Traits, state_dtype
@@ -125,6 +126,7 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_layout(options.layout)
     check_name(options.backend)
     check_transport(options.transport)
+    flag("return_lse", options.return_lse)
     lengths = named_lengths(options.seq_len, options.layout)
     _check_qkv(tensors.q, tensors.k, tensors.v)
     _check_extras(tensors)
@@ -190,8 +192,7 @@ def _check_whole(tensors: Tensors, options: Options, lengths: tuple[int, int]) -
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        tensor(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
@@ -244,16 +245,15 @@ def _layout_name(layout: Layout) -> str:
 
 
 def _scoring(options: Options, head_dim: int) -> Scoring:
-    if not 0 <= options.dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {options.dropout_p}")
-    softcap = options.softcap or 0.0
+    dropout_p = real("dropout_p", options.dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    softcap = 0.0 if options.softcap is None else real("softcap", options.softcap)
     if softcap < 0:
-        raise ValueError(f"softcap must be positive (None for none), got {options.softcap}")
+        raise ValueError(f"softcap must be positive (None for none), got {softcap}")
     scale = options.softmax_scale
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be finite, got {scale}")
-    return Scoring(scale, float(softcap), float(options.dropout_p))
+    scale = head_dim**-0.5 if scale is None else real("softmax_scale", scale)
+    return Scoring(scale, softcap, dropout_p)
 
 
 def _check_extras(tensors: Tensors) -> None:
@@ -261,7 +261,7 @@ def _check_extras(tensors: Tensors) -> None:
     batch, queries, heads = q.shape[:3]
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
     for name, x in (("key_padding_mask", mask), ("attn_bias", bias), ("alibi_slopes", slopes)):
-        if x is not None and x.device != q.device:
+        if x is not None and tensor(name, x).device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
         raise ValueError(
@@ -316,6 +316,26 @@ def slopes_of(tensors: Tensors) -> Tensor | None:
     if slopes is None:
         return None
     return slopes.to(state_dtype(tensors.q.dtype)).view(-1, tensors.q.shape[2])
+
+
+def drops(dropout_p: object) -> bool:
+    """Whether a seed is needed; what is no probability is refused later, on all ranks."""
+    return isinstance(dropout_p, Real) and float(dropout_p) > 0
+
+
+def seed_of(dropout_seed: int | None) -> int | None:
+    """A seed of 64 bits as kernels take it: their integers have a sign.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 0 or has more than 64 bits.
+    """
+    if dropout_seed is None:
+        return None
+    seed = integer("dropout_seed", dropout_seed, least=0)
+    if seed >= 2**64:
+        raise ValueError(f"dropout_seed must be below 2**64, got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def facts(tensors: Tensors, options: Options, alone: Alone, dropout_seed: int | None) -> Facts:

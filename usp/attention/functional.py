@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import op
-from usp.attention.arguments import Options, Tensors
+from usp.attention.arguments import Options, Tensors, drops
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.request import agree_on_request
 from usp.distributed.agreement import meet_in_backward
@@ -150,7 +150,7 @@ def _attend(
     dropout_seed: int | None,
     validate: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    drawn = draw_dropout_seed() if options.dropout_p and dropout_seed is None else None
+    drawn = draw_dropout_seed() if dropout_seed is None and drops(options.dropout_p) else None
     request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
     out, lse = hybrid_attention(*prepare(tensors, request, mesh))
     if mesh is not None and name is not None:

@@ -10,10 +10,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from usp.attention.arguments import Options, Tensors
+from usp.attention.arguments import Options, Tensors, drops, seed_of
 from usp.distributed.mesh import SequenceMesh
+from usp.planning.kinds import flag, integer
 from usp.planning.layout import DocumentZigzag, Layout, named_lengths
-from usp.planning.mask import check_cu_seqlens
+from usp.planning.mask import check_cu_seqlens, check_window
 
 
 class Arguments(NamedTuple):
@@ -113,15 +114,15 @@ def arguments(
     validate: bool | None,
 ) -> Arguments:
     """What the op takes of a call of ``long_context_attention``."""
-    layout = options.layout
+    layout, window = options.layout, check_window(options.window_size)
     query_len, key_len = named_lengths(options.seq_len, layout) or (None, None)
     return Arguments(
         *tensors,
         dropout_seed=_seed(options, dropout_seed),
         seed_is_drawn=dropout_seed is None,
-        causal=options.causal,
-        window_left=options.window_size[0],
-        window_right=options.window_size[1],
+        causal=flag("causal", options.causal),
+        window_left=window.left,
+        window_right=window.right,
         cu_seqlens=_host(options.cu_seqlens),
         prefix_len=options.prefix_len,
         softmax_scale=options.softmax_scale,
@@ -132,7 +133,7 @@ def arguments(
         dropout_p=options.dropout_p,
         softcap=options.softcap,
         transport=options.transport,
-        return_lse=options.return_lse,
+        return_lse=flag("return_lse", options.return_lse),
         backend=options.backend,
         mesh=None if mesh is None else _number(mesh),
         validate=validate,
@@ -149,14 +150,14 @@ def _host(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:
                 "while the graph is made"
             )
         cu_seqlens = check_cu_seqlens(cu_seqlens)
-    return list(cu_seqlens)
+    return [integer("a boundary of cu_seqlens", bound) for bound in cu_seqlens]
 
 
 def _seed(options: Options, dropout_seed: int | None) -> Tensor | None:
-    if not options.dropout_p:
+    if not drops(options.dropout_p):
         return None
     if dropout_seed is not None:
-        return torch.tensor(dropout_seed, device="cpu")
+        return torch.tensor(seed_of(dropout_seed), device="cpu")
     return torch.randint(2**62, (), device="cpu")
 
 

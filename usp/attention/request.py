@@ -11,9 +11,10 @@ from usp.attention.arguments import (
     check_alone,
     complete,
     facts,
+    seed_of,
 )
-from usp.distributed.agreement import check_on_all_ranks, meets, new_name
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.agreement import check_on_all_ranks, check_when, meets, new_name
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.layout import DocumentZigzag, summed_length
 
 
@@ -35,9 +36,10 @@ def agree_on_request(
         What to compute, and the name of this call where the ranks have met.
     """
     asks = drawn is not None or not _names_lengths(options)
-    if mesh is not None and meets(mesh, validate, asks):
-        return _together(tensors, options, mesh, dropout_seed, drawn)
-    return check(tensors, options, mesh, dropout_seed or drawn or 0), None
+    if mesh is not None and meets(check_mesh(mesh), validate, asks):
+        return _together(tensors, options, mesh, (dropout_seed, drawn), validate)
+    check_when(validate)
+    return check(tensors, options, mesh, seed_of(dropout_seed) or drawn or 0), None
 
 
 def _names_lengths(options: Options) -> bool:
@@ -48,17 +50,24 @@ def _together(
     tensors: Tensors,
     options: Options,
     mesh: SequenceMesh,
-    dropout_seed: int | None,
-    drawn: int | None,
+    seeds: tuple[int | None, int | None],
+    validate: bool | None,
 ) -> tuple[Request, int]:
     """Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they
-    drew is that of the first."""
+    drew is that of the first.
+
+    Args:
+        seeds: The one that was given, and the one that was drawn in its place.
+    """
+    dropout_seed, drawn = seeds
 
     def complete_with(alone: Alone, lengths: tuple[int, int], seed: int) -> Request:
         return complete(alone, lengths, tensors, options, mesh, seed)
 
     def check_here() -> Alone:
         alone = check_alone(tensors, options)
+        seed_of(dropout_seed)
+        check_when(validate)
         if alone.lengths is not None:
             complete_with(alone, alone.lengths, 0)  # that the others hear of it
         return alone
@@ -70,7 +79,7 @@ def _together(
         lambda alone: facts(tensors, options, alone, dropout_seed if drawn is None else None),
         lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
     )
-    queries, keys, seeds, names = zip(*told, strict=True)
+    queries, keys, theirs, names = zip(*told, strict=True)
     lengths = alone.lengths
     if lengths is None:
         degrees = mesh.ring_degree, mesh.ulysses_degree
@@ -78,5 +87,5 @@ def _together(
             summed_length("q", queries, options.layout, degrees),
             summed_length("k", keys, options.layout, degrees),
         )
-    seed = dropout_seed or 0 if drawn is None else seeds[0]
+    seed = theirs[0] if drawn is not None else seed_of(dropout_seed) or 0
     return complete_with(alone, lengths, seed), names[0]

@@ -69,7 +69,7 @@ def check_name(name: str) -> None:
         ValueError: names it and those there are.
     """
     names = [backend.NAME for backend in TABLE]
-    if name != "auto" and name not in names:
+    if not isinstance(name, str) or name not in ("auto", *names):
         raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
 
 

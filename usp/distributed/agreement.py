@@ -18,6 +18,7 @@ from torch import Tensor
 
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
+from usp.planning.kinds import flag
 
 Found = TypeVar("Found")
 VALIDATE = ("first", "always", "never")
@@ -57,8 +58,18 @@ def check_validate(validate: str) -> None:
     Raises:
         ValueError: names it and those there are.
     """
-    if validate not in VALIDATE:
+    if not isinstance(validate, str) or validate not in VALIDATE:
         raise ValueError(f"validate must be one of {', '.join(VALIDATE)}, got {validate!r}")
+
+
+def check_when(validate: bool | None) -> None:
+    """Refuse what ``meets`` does not know.
+
+    Raises:
+        TypeError: it is neither True, False nor None.
+    """
+    if validate is not None:
+        flag("validate", validate)
 
 
 def compares_now(validate: str, compared: bool) -> bool | None:
@@ -84,7 +95,9 @@ def meets(mesh: SequenceMesh | None, validate: bool | None, asks: bool) -> bool:
     """
     if mesh is None or mesh.size == 1:
         return False
-    return validate if validate is not None else asks or mesh.device_type == "cpu"
+    if isinstance(validate, bool):
+        return validate
+    return asks or mesh.device_type == "cpu"
 
 
 def check_on_all_ranks(

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.distributed import comm
 from usp.distributed.comm import Axis
 from usp.distributed.launch import choose_device, default_device_type
-from usp.planning.numbers import integer
+from usp.planning.kinds import integer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,10 +131,25 @@ class SequenceMesh:
         return f"SequenceMesh(ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree})"
 
 
+def check_mesh(mesh: SequenceMesh | None) -> SequenceMesh | None:
+    """``mesh`` itself if it is one.
+
+    Raises:
+        TypeError: it is something else; says how to make one.
+    """
+    if mesh is None or isinstance(mesh, SequenceMesh):
+        return mesh
+    raise TypeError(
+        f"mesh must be a SequenceMesh (usp.init_mesh, usp.SequenceMesh.from_device_mesh) or None, "
+        f"got {type(mesh).__name__}"
+    )
+
+
 def degrees_and_place(mesh: SequenceMesh | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """(ring, ulysses) degrees, and this process's (ring, ulysses) ranks; None is one device."""
     if mesh is None:
         return (1, 1), (0, 0)
+    check_mesh(mesh)
     return (mesh.ring_degree, mesh.ulysses_degree), (mesh.ring_rank, mesh.ulysses_rank)
 
 

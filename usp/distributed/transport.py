@@ -190,7 +190,7 @@ def check_transport(name: str) -> None:
     Raises:
         ValueError: names it and those there are.
     """
-    if name not in TRANSPORTS:
+    if not isinstance(name, str) or name not in TRANSPORTS:
         raise ValueError(f"unknown transport {name!r}: use one of {', '.join(TRANSPORTS)}")
 
 

@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from usp.planning.kinds import integer
 from usp.planning.mask import check_cu_seqlens
-from usp.planning.numbers import integer
 
 Runs = list[tuple[Tensor, Tensor]]
 # Said everywhere, because a user may have set another default device.

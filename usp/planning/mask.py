@@ -7,13 +7,15 @@ the intersection. What is not an interval is an additive bias and does not live 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from usp.planning.kinds import flag, integer
 
 
 class Term(Protocol):
@@ -120,9 +122,9 @@ def make_mask(
         ValueError: a bound is negative, or boundaries decrease or do not start at 0.
     """
     terms: list[Term] = []
+    causal = flag("causal", causal)
     if prefix_len is not None:
-        if prefix_len < 0:
-            raise ValueError(f"prefix_len must be 0 or more, got {prefix_len}")
+        prefix_len = integer("prefix_len", prefix_len, least=0)
         if not causal:
             raise ValueError(
                 f"prefix_len={prefix_len} opens keys that causal hides, but causal is False: "
@@ -130,7 +132,7 @@ def make_mask(
             )
     if causal:
         terms.append(Causal(prefix_len or 0))
-    window = _window(window_size)
+    window = check_window(window_size)
     if window != Window():
         terms.append(window)
     if cu_seqlens is not None:
@@ -140,16 +142,20 @@ def make_mask(
     return Mask(tuple(terms))
 
 
-def _window(window_size: Sequence[int | None]) -> Window:
+def check_window(window_size: Sequence[int | None]) -> Window:
+    """The window of a pair (left, right).
+
+    Raises:
+        TypeError: a bound is no integer.
+        ValueError: it is no pair, or a bound is below 0; names it.
+    """
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
-    for side, size in zip(("left", "right"), window_size, strict=True):
-        if size is not None and size < 0:
-            raise ValueError(
-                f"window_size counts keys and must be 0 or more (None for no bound), "
-                f"got {side}={size}"
-            )
-    return Window(*window_size)
+    left, right = (
+        None if size is None else integer(f"{side} window_size (None for no bound)", size, least=0)
+        for side, size in zip(("left", "right"), window_size, strict=True)
+    )
+    return Window(left, right)
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:
@@ -165,9 +171,12 @@ def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:
                 f"cu_seqlens must be host integers (a tuple or a CPU tensor), got a tensor on "
                 f"{cu_seqlens.device}: planning must not wait for the device"
             )
-        bounds = tuple(cu_seqlens.flatten().tolist())
-    else:
-        bounds = tuple(int(bound) for bound in cu_seqlens)
+        if cu_seqlens.dim() != 1:
+            raise ValueError(f"cu_seqlens must have one dim, got shape {tuple(cu_seqlens.shape)}")
+        cu_seqlens = cu_seqlens.tolist()
+    elif not isinstance(cu_seqlens, Iterable):
+        raise TypeError(f"cu_seqlens must be host integers (0, ..., total), got {cu_seqlens!r}")
+    bounds = tuple(integer("a boundary of cu_seqlens", bound) for bound in cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0:
         raise ValueError(
             f"cu_seqlens must be (0, ..., total) with at least two boundaries, got {len(bounds)} "

@@ -19,6 +19,8 @@ from usp.distributed.agreement import (
 )
 from usp.distributed.comm import Axis, out_of_sight, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
+from usp.ops.pack import pack
+from usp.planning.kinds import integer, tensor
 from usp.planning.layout import (
     Layout,
     check_layout,
@@ -53,6 +55,8 @@ def positions(
         ValueError: the layout is unknown or made for another length.
     """
     (ring, ulysses), rank = degrees_and_place(mesh)
+    seq_len = integer("seq_len", seq_len, least=0)
+    check_layout(layout)
     if torch.compiler.is_compiling():
         return local_positions(layout, seq_len, ring, ulysses, rank).to(device)
     with out_of_sight():  # a first call makes tables that later ones find
@@ -76,8 +80,23 @@ def shard_sequence(
     Returns:
         (..., local tokens, ...), contiguous.
     """
+    dim = _checked_dim(x, dim)
     index = positions(x.shape[dim], mesh, layout, x.device)
     return x.index_select(dim, index)
+
+
+def _checked_dim(x: Tensor, dim: int) -> int:
+    """``dim`` counted from the front.
+
+    Raises:
+        TypeError, NotImplementedError: ``x`` is no plain tensor, or ``dim`` no integer.
+        ValueError: there is no such dim.
+    """
+    tensor("x", x)
+    dim = integer("dim", dim)
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
+    return dim % x.dim()
 
 
 def unshard_sequence(
@@ -110,20 +129,23 @@ def unshard_sequence(
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
             another rank refuses or holds something else; names both.
     """
-    return x if mesh is None else _unshard(x, mesh, dim, layout, seq_len, validate)
+    if mesh is None:
+        _checked_dim(x, dim)
+        return x
+    return _unshard(x, mesh, dim, layout, seq_len, validate)
 
 
 @untraced
 def _unshard(
     x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
 ) -> Tensor:
-    degrees = mesh.ring_degree, mesh.ulysses_degree
+    (degrees, _) = degrees_and_place(mesh)
 
     def check() -> int | None:
-        if not -x.dim() <= dim < x.dim():
-            raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
+        _checked_dim(x, dim)
         check_layout(layout)
-        named = named_lengths(seq_len, layout)
+        whole = None if seq_len is None else integer("seq_len", seq_len, least=0)
+        named = named_lengths(whole, layout)
         if named is not None:
             _check_share(x.shape[dim], mesh, dim, layout, named[0])
         return None if named is None else named[0]
@@ -200,18 +222,28 @@ def _gather(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """(n, ...) of every rank, joined in rank order."""
     if axis.size == 1:
         return x
-    width = x.shape[1:].numel()
-    whole = x.new_empty((sum(lengths), *x.shape[1:]))
-    sizes = [length * width for length in lengths]
-    axis.all_gather(x.contiguous().flatten(), whole.view(-1), sizes)()
-    return whole
+    sizes = _sizes(x, lengths)
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
+    axis.all_gather(_message(x), whole, sizes)()
+    return whole.view(x.dtype).view(sum(lengths), *x.shape[1:])
 
 
 def _reduce_scatter(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """The adjoint: this rank's part of the sum over ranks, added in rank order."""
     if axis.size == 1:
         return x
-    width, mine = x.shape[1:].numel(), lengths[axis.rank]
-    sizes = [length * width for length in lengths]
-    parts = axis.all_to_all(x.contiguous().flatten(), sizes, [mine * width] * axis.size)
-    return parts.view(axis.size, mine, *x.shape[1:]).sum(0)
+    sizes, mine = _sizes(x, lengths), lengths[axis.rank]
+    parts = axis.all_to_all(_message(x), sizes, [sizes[axis.rank]] * axis.size)
+    return parts.view(x.dtype).view(axis.size, mine, *x.shape[1:]).sum(0)
+
+
+def _sizes(x: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Bytes of so many items of x."""
+    width = x.shape[1:].numel() * x.element_size()
+    return [length * width for length in lengths]
+
+
+def _message(x: Tensor) -> Tensor:
+    """The bytes of x: what carries messages knows few dtypes."""
+    x = x.resolve_conj().resolve_neg()
+    return pack([x])
