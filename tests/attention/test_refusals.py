@@ -172,6 +172,29 @@ def test_tensors_of_other_kinds(pool, place: str, kind: str) -> None:
             assert all(word in message for word in words), message
 
 
+def multihead_of(place: str, kind: str, deviant: int | None) -> Any:
+    mesh = worker.mesh(1, 2) if dist.is_initialized() else None
+    attention = usp.MultiheadAttention(8, 2, mesh=mesh, batch_first=True)
+    given = dict.fromkeys(("query", "key", "value"), torch.zeros(2, 6, 8))
+    if mesh is None or deviant in (None, mesh.rank):
+        given[place] = q_like(kind) if place in given else extra_like(kind)
+    return attention(**given)
+
+
+MULTIHEAD = [("query", kind) for kind in ("jagged", "nested", "sparse", "hidden", "list", "none")]
+MULTIHEAD += [("value", "numpy"), ("key", "quantized")]
+MULTIHEAD += [("attn_mask", kind) for kind in EXTRAS]
+MULTIHEAD += [("key_padding_mask", kind) for kind in EXTRAS]
+
+
+@pytest.mark.parametrize(("place", "kind"), MULTIHEAD)
+def test_multihead_attention_of_other_kinds(pool, place: str, kind: str) -> None:
+    with pytest.raises(REFUSED, match=place):
+        multihead_of(place, kind, None)
+    for deviant in (None, 1):
+        assert_refused(pool, multihead_of, place, kind, deviant, ranks=2)
+
+
 def a_dtensor(place: str) -> Any:
     mesh = worker.mesh(1, 2)
     x = torch.zeros(2, 12, 4, 8)

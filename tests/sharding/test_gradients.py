@@ -225,3 +225,15 @@ def test_one_device_is_left_alone():
     before = {name: g if g is None else g.clone() for name, g in gradients_of(model).items()}
     all_reduce_gradients(model, None)
     assert_same(gradients_of(model), before, 0)
+
+
+def complex_gradients() -> list[complex]:
+    mesh = init_mesh(1, 2, device_type="cpu")
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    parameter.grad = torch.tensor([1 + 2j, 3j]) * (1 + mesh.rank)
+    all_reduce_gradients([parameter], mesh)
+    return parameter.grad.tolist()
+
+
+def test_complex_parameters(pool) -> None:
+    assert pool.run(complex_gradients, ranks=2) == [[3 + 6j, 9j]] * 2

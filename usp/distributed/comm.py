@@ -137,7 +137,8 @@ class Axis:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the axis, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            dist.all_reduce(parts, group=self.group)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:

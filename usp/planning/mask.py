@@ -151,11 +151,17 @@ def check_window(window_size: Sequence[int | None]) -> Window:
     """
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
-    left, right = (
-        None if size is None else integer(f"{side} window_size (None for no bound)", size, least=0)
-        for side, size in zip(("left", "right"), window_size, strict=True)
-    )
-    return Window(left, right)
+    sizes = [
+        None if size is None else integer("window_size (None for no bound)", size)
+        for size in window_size
+    ]
+    for side, size in zip(("left", "right"), sizes, strict=True):
+        if size is not None and size < 0:
+            raise ValueError(
+                f"window_size counts keys and must be 0 or more (None for no bound), "
+                f"got {side}={size}"
+            )
+    return Window(*sizes)
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:

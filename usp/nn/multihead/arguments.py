@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usp.distributed.agreement import Facts
+from usp.planning.kinds import tensor
 from usp.planning.problem import state_dtype
 
 
@@ -78,19 +79,20 @@ class Arguments:
         if self.key_padding_mask is not None:
             self._check_mask("key_padding_mask", self.key_padding_mask, self._padding_shapes())
         if self.attn_mask is not None:
-            keys = self.attn_mask.shape[-1] if key_len is None else key_len
+            keys = tensor("attn_mask", self.attn_mask).shape[-1] if key_len is None else key_len
             self._check_mask("attn_mask", self.attn_mask, self._mask_shapes(keys))
 
     def check_inputs(self) -> None:
         """Query, key and value alone; see ``check``."""
         named = zip(("query", "key", "value"), (self.query, self.key, self.value), strict=True)
         for (name, x), size in zip(named, self.sizes, strict=True):
-            if x.is_nested:
+            if isinstance(x, Tensor) and x.is_nested:
                 raise NotImplementedError(
                     f"{name} is a NestedTensor; pass a padded one with key_padding_mask (an "
                     "nn.TransformerEncoder makes them unless use_nested_tensor is False, which "
                     "usp.replace_attention sees to)"
                 )
+            tensor(name, x)
             if x.dim() not in (2, 3) or x.dim() != self.query.dim():
                 raise self._wrong_dims(name, x)
             if x.shape[-1] != size:
@@ -124,6 +126,7 @@ class Arguments:
         return [shape, (_batch(self.query, self.batch_first) * self.num_heads, *shape)]
 
     def _check_mask(self, name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+        tensor(name, mask)
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ArgumentError(
                 f"{name} must be bool (True = do not attend) or float: {mask.dtype}"
