@@ -83,8 +83,8 @@ class Arguments(NamedTuple):
 
     @property
     def number(self) -> int | None:
-        """The seed as a number."""
-        return None if self.dropout_seed is None else int(self.dropout_seed)
+        """The seed as a number; the tensor's has a sign."""
+        return None if self.dropout_seed is None else int(self.dropout_seed) % 2**64
 
 
 _TYPES = {
