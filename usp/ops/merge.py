@@ -27,7 +27,7 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> tuple
     """Join the softmax over two disjoint sets of keys; differentiable.
 
     Args:
-        out, more_out: (B, L, H, Dv) normalised outputs.
+        out, more_out: (B, L, H, Dv) normalised outputs, finite also where a row saw nothing.
         lse, more_lse: (B, H, L) natural logs of their sums, -inf where a row saw nothing.
 
     Returns:
