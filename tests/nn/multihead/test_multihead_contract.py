@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pool as workers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +91,46 @@ def test_an_encoder_with_padding_compiles_whole_in_evaluation() -> None:
     compiled = torch.compile(encoder, backend="eager", fullgraph=True)
     out = compiled(x, src_key_padding_mask=ignored)
     torch.testing.assert_close(out, encoder(x, src_key_padding_mask=ignored), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (Q2.int(), "query must be floating point, got dtype torch.int32"),
+        (Q2.double(), "query has dtype torch.float64, the parameters have torch.float32"),
+        (Q2.bfloat16(), "cast one of them"),
+    ],
+)
+def test_inputs_that_parameters_cannot_take(inputs, message) -> None:
+    module = usp.MultiheadAttention(4, 2)
+    with pytest.raises(ValueError, match=message):
+        module(inputs, inputs, inputs)
+    if inputs.is_floating_point() and inputs.dtype != torch.float64:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            module(inputs, inputs, inputs)
+
+
+def _with_a_distributed_parameter() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = workers.mesh(1, 2)
+    module = usp.MultiheadAttention(4, 2, mesh=mesh)
+    if mesh.rank == 1:
+        weight = distribute_tensor(
+            module.in_proj_weight.detach(),
+            init_device_mesh("cpu", (2,)),
+            [Shard(0)],
+            src_data_rank=None,
+        )
+        module.in_proj_weight = nn.Parameter(weight)
+    else:
+        init_device_mesh("cpu", (2,))
+    x = torch.zeros(3, 1, 4)
+    module(x, x, x)
+
+
+def test_a_distributed_parameter_is_refused_on_all_ranks(pool) -> None:
+    for outcome in pool.outcomes(_with_a_distributed_parameter, ranks=2, timeout=30):
+        with pytest.raises(workers.RemoteError, match="in_proj_weight is a DTensor"):
+            raise outcome

@@ -41,6 +41,10 @@ class Arguments:
     num_heads: int
 
     @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @property
     def is_batched(self) -> bool:
         return self.query.dim() == 3
 
@@ -84,7 +88,7 @@ class Arguments:
 
     def check_inputs(self) -> None:
         """Query, key and value alone; see ``check``."""
-        named = zip(("query", "key", "value"), (self.query, self.key, self.value), strict=True)
+        named = zip(("query", "key", "value"), self.inputs, strict=True)
         for (name, x), size in zip(named, self.sizes, strict=True):
             if isinstance(x, Tensor) and x.is_nested:
                 raise NotImplementedError(

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usp.nn.multihead.arguments import Arguments
+from usp.nn.multihead.arguments import ArgumentError, Arguments
 
 
 def project(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
-    """Query, key and value, (N, L, H, D) each."""
+    """Query, key and value, (N, L, H, D) each.
+
+    Raises:
+        ArgumentError: inputs and parameters do not go together; says what to do.
+        NotImplementedError: a parameter is spread over ranks itself.
+    """
+    _check_parameters(module, arguments)
     return tuple(_split_heads(module, x) for x in _projections(module, arguments))
 
 
@@ -28,9 +35,29 @@ def join_heads(module: nn.MultiheadAttention, out: Tensor, arguments: Arguments)
     return cast(Tensor, module.out_proj(out))
 
 
+def _check_parameters(module: nn.MultiheadAttention, arguments: Arguments) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if type(parameter).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"{name} is a DTensor, and usp spreads the sequence, not the projections: leave "
+                "attention out of tensor parallelism, or let fully_shard gather its parameters "
+                "(call the module that was wrapped, not one inside it)"
+            )
+    packed = cast("Tensor | None", module.in_proj_weight)
+    dtype = (module.q_proj_weight if packed is None else packed).dtype
+    for name, x in zip(("query", "key", "value"), arguments.inputs, strict=True):
+        if not x.is_floating_point():
+            raise ArgumentError(f"{name} must be floating point, got dtype {x.dtype}")
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ArgumentError(
+                f"{name} has dtype {x.dtype}, the parameters have {dtype}: cast one of them "
+                "(module.to(dtype)), or call under torch.autocast"
+            )
+
+
 def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
     """Query, key and value with E features each, by one product where they are one tensor."""
-    x = arguments.query, arguments.key, arguments.value
+    x = arguments.inputs
     biases: tuple[Tensor | None, ...] = (None, None, None)
     packed = cast("Tensor | None", module.in_proj_weight)
     weights: tuple[Tensor, ...]
