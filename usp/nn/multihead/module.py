@@ -186,9 +186,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             the dropped weights, as in torch.
 
         Raises:
-            ValueError: arguments do not fit; names both values.
+            ValueError: arguments do not fit each other or the parameters; names both values. An
+                ``AssertionError`` too, as in torch, where one rank can tell. Or all ranks hold the
+                same tokens, though ``causal`` or ``window_size`` go by positions.
             RuntimeError: ``is_causal`` without ``attn_mask``.
-            NotImplementedError: weights beyond 2 GiB on a rank, or a NestedTensor.
+            NotImplementedError: weights beyond 2 GiB on a rank, a NestedTensor, or a ``DTensor``.
         """
         arguments = Arguments(
             query,
