@@ -31,7 +31,7 @@ class Options:
     window_size: tuple[int | None, int | None] = (None, None)
     cu_seqlens: Sequence[int] | Tensor | None = None
     prefix_len: int | None = None
-    softmax_scale: float | None = None
+    softmax_scale: float | Tensor | None = None
     layout: Layout = "contiguous"
     seq_len: int | tuple[int, int] | None = None
     dropout_p: float = 0.0

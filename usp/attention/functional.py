@@ -10,6 +10,7 @@ from torch import Tensor
 from usp.attention import op
 from usp.attention.arguments import Options, Tensors, drops
 from usp.attention.hybrid import hybrid_attention, prepare
+from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
 from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
@@ -27,7 +28,7 @@ def long_context_attention(
     window_size: tuple[int | None, int | None] = (None, None),
     cu_seqlens: Sequence[int] | Tensor | None = None,
     prefix_len: int | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     layout: Layout = "contiguous",
     seq_len: int | tuple[int, int] | None = None,
     key_padding_mask: Tensor | None = None,
@@ -57,7 +58,8 @@ def long_context_attention(
             is no bound.
         cu_seqlens: Global boundaries ``(0, ..., total)`` of packed documents, host integers.
         prefix_len: First keys that ``causal`` opens to every query; a window still closes them.
-        softmax_scale: Factor of ``<q, k>``, dimensionless; D ** -0.5 by default.
+        softmax_scale: Factor of ``<q, k>``, dimensionless; D ** -0.5 by default. A tensor of one
+            number is multiplied with q, and has a gradient: this rank's part of the sum.
         layout: "contiguous", "zigzag", "striped" or ``DocumentZigzag(cu_seqlens)``: which
             tokens this rank holds, as ``shard_sequence`` cut them.
         seq_len: Tokens of the whole sequence, or (query, key) lengths; by default the sum of what
@@ -126,7 +128,7 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` with its arguments in two parts."""
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
-    tensors = tensors._replace(q=q, k=k, v=v)
+    tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
     if torch.compiler.is_compiling():
         if mesh is None or mesh.size == 1:
             return op.attention(tensors, options, None, dropout_seed, validate)

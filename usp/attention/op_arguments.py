@@ -125,7 +125,7 @@ def arguments(
         window_right=window.right,
         cu_seqlens=_host(options.cu_seqlens),
         prefix_len=options.prefix_len,
-        softmax_scale=options.softmax_scale,
+        softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
         layout="" if isinstance(layout, DocumentZigzag) else layout,
         layout_cu_seqlens=list(layout.cu_seqlens) if isinstance(layout, DocumentZigzag) else None,
         query_len=query_len,

@@ -1,13 +1,15 @@
-"""The function as a module without parameters."""
+"""The function as a module, without parameters but a learned scale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields, replace
 
 from torch import Tensor, nn
 
-from usp.attention.functional import long_context_attention
+from usp.attention.arguments import Options, Tensors
+from usp.attention.functional import attend
+from usp.attention.learned import refuse_gradient
 from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.tracing import one_node
@@ -21,9 +23,10 @@ class LongContextAttention(nn.Module):
 
     Args:
         mesh: The ranks that share the sequence; None is one device.
-        causal, window_size, prefix_len, softmax_scale, layout, seq_len, dropout_p, softcap,
+        causal, window_size, prefix_len, layout, seq_len, dropout_p, softcap,
         transport, return_lse, backend: See ``long_context_attention``. ``dropout_p`` is active
             in training only.
+        softmax_scale: A ``nn.Parameter`` is one of the module's, to be learned.
         cu_seqlens, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "always", "never", or at the "first" call and then wherever
@@ -42,7 +45,7 @@ class LongContextAttention(nn.Module):
         window_size: tuple[int | None, int | None] = (None, None),
         cu_seqlens: Sequence[int] | Tensor | None = None,
         prefix_len: int | None = None,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         layout: Layout = "contiguous",
         seq_len: int | tuple[int, int] | None = None,
         dropout_p: float = 0.0,
@@ -55,22 +58,24 @@ class LongContextAttention(nn.Module):
     ):
         super().__init__()
         check_validate(validate)
+        refuse_gradient("softcap", softcap)
         self.mesh = mesh
         self.validate = validate
-        self.dropout_p = dropout_p
-        self.options: dict[str, Any] = {
-            "causal": causal,
-            "window_size": window_size,
-            "prefix_len": prefix_len,
-            "softmax_scale": softmax_scale,
-            "layout": layout,
-            "softcap": softcap,
-            "transport": transport,
-            "return_lse": return_lse,
-            "backend": backend,
-        }
+        self.options = Options(
+            causal=causal,
+            window_size=window_size,
+            prefix_len=prefix_len,
+            layout=layout,
+            softcap=softcap,
+            transport=transport,
+            return_lse=return_lse,
+            backend=backend,
+        )
+        # what forward may be given instead, what training changes, and what may be a parameter
         self.seq_len = seq_len
         self.cu_seqlens = cu_seqlens
+        self.dropout_p = dropout_p
+        self.softmax_scale = softmax_scale
         self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self._compared = False
@@ -99,23 +104,24 @@ class LongContextAttention(nn.Module):
         Returns:
             (B, Lq, H, Dv), with ``return_lse`` also (B, H, Lq).
         """
-        out = long_context_attention(
-            q,
-            k,
-            v,
-            self.mesh,
-            key_padding_mask=key_padding_mask,
-            attn_bias=attn_bias,
-            alibi_slopes=self.alibi_slopes if alibi_slopes is None else alibi_slopes,
+        options = replace(
+            self.options,
+            softmax_scale=self.softmax_scale,
             cu_seqlens=self.cu_seqlens if cu_seqlens is None else cu_seqlens,
             seq_len=self.seq_len if seq_len is None else seq_len,
             dropout_p=self.dropout_p if self.training else 0.0,
-            validate=compares_now(self.validate, self._compared),
-            **self.options,
         )
+        slopes = self.alibi_slopes if alibi_slopes is None else alibi_slopes
+        tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
+        compare = compares_now(self.validate, self._compared)
+        out = attend(tensors, options, self.mesh, None, compare)
         self._compared = True
         return out
 
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in self.options.items() if v not in (None, False, (None, None))}
-        return ", ".join([f"mesh={self.mesh}", *(f"{k}={v!r}" for k, v in shown.items())])
+        shown = [f"mesh={self.mesh}"]
+        for field in fields(Options):
+            value = getattr(self if hasattr(self, field.name) else self.options, field.name)
+            if value is not field.default and value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return ", ".join(shown)
