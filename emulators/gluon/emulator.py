@@ -1,17 +1,15 @@
-"""Runs the source of our Gluon kernels on a CPU: the functions under ``jit``, with the language's
+"""Runs the source of Gluon kernels on a CPU: the functions under ``jit``, with the language's
 names bound to what is below. Triton's interpreter does not know Gluon.
 
-``gluon_values`` are its values, and ``gluon_machine`` runs loads, products and partitions. In a
-test: ``with emulated(Timing(...)): launch.attention_forward(...)``.
+``values.py`` has its values, and ``machine.py`` runs loads, products and partitions.
+``Kernel(function, Timing(...))`` is launched as the compiled kernel would be.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import triton.language as tl
@@ -296,17 +294,3 @@ def _argument(x: Any) -> Any:
         parts = [_argument(part) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     return x
-
-
-@contextmanager
-def emulated(timing: Timing) -> Iterator[None]:
-    """In here the Hopper kernels run on the CPU, wherever they can."""
-    from usp.kernels import configs
-    from usp.kernels.hopper import launch
-
-    with ExitStack() as stack:
-        for name, value in vars(launch).copy().items():
-            if isinstance(value, JITFunction):
-                stack.enter_context(mock.patch.object(launch, name, Kernel(value, timing)))
-        stack.enter_context(mock.patch.object(configs, "family", lambda device: "sm_90"))
-        yield

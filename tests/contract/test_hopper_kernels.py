@@ -24,13 +24,13 @@ if not kernels.has_gluon():
     pytest.skip("no Triton with Gluon for Hopper", allow_module_level=True)
 
 from cases import Case as MeshCase
-from gluon.emulator import emulated
 from gluon.machine import Timing
 from hopper_case import (
     TIMINGS,
     assert_right,
     attended,
     attended_on_a_mesh,
+    emulated,
     errors,
     small_steps,
 )

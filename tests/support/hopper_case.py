@@ -9,7 +9,7 @@ from unittest import mock
 import judge
 import torch
 from cases import Case as MeshCase
-from gluon.emulator import emulated
+from gluon.emulator import Kernel
 from gluon.machine import Timing
 from native_case import (
     Case,
@@ -19,21 +19,33 @@ from native_case import (
     largest,
     make_inputs,
 )
+from subjects.gluon import TIMINGS, TOLERANCE
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from triton_interpreter import Kernels
 
 from usp.kernels import configs
+from usp.kernels.hopper import launch
 from usp.kernels.hopper_configs import Pipeline
 
-TIMINGS = [Timing(loads, products) for loads in (False, True) for products in (False, True)]
-# Weights and their gradients are rounded to the inputs' dtype before they enter a product.
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+__all__ = ["TIMINGS"]
 # Steps as small as wgmma and a warp take them, so that short sequences have many.
 SMALL_STEPS = {
     "forward": Pipeline(128, 16, 3),
     "backward_keys": Pipeline(32, 128, 3),
     "backward_queries": Pipeline(128, 16, 2),
 }
+
+
+@contextmanager
+def emulated(timing: Timing) -> Iterator[None]:
+    """In here the Hopper kernels run on the CPU, wherever they can."""
+    with ExitStack() as stack:
+        for name, value in vars(launch).copy().items():
+            if isinstance(value, JITFunction):
+                stack.enter_context(mock.patch.object(launch, name, Kernel(value, timing)))
+        stack.enter_context(mock.patch.object(configs, "family", lambda device: "sm_90"))
+        yield
 
 
 @contextmanager
