@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from guarded import assert_untouched, guarded
-from native_case import (
-    Case,
+from kernel_call import (
+    Call,
     Inputs,
     blocks,
     computed,
@@ -24,17 +24,17 @@ from native_case import (
 from torch import Tensor
 
 
-def answers(ops: Any, case: Case) -> dict[str, Tensor]:
+def answers(ops: Any, case: Call) -> dict[str, Tensor]:
     """All results of one call."""
     return computed(case, make_inputs(case), ops)
 
 
-def in_blocks(ops: Any, case: Case) -> Any:
+def in_blocks(ops: Any, case: Call) -> Any:
     """The state after all keys at once, and after three blocks of them."""
     return whole_and_in_blocks(case, make_inputs(case), ops)
 
 
-def results(ops: Any, case: Case, carried: bool, lse_is_read: bool) -> dict[str, Tensor]:
+def results(ops: Any, case: Call, carried: bool, lse_is_read: bool) -> dict[str, Tensor]:
     """Of the last block of keys: the result of its own, and the state that it would be.
 
     Args:
@@ -60,7 +60,7 @@ def results(ops: Any, case: Case, carried: bool, lse_is_read: bool) -> dict[str,
     return {"out": out, "lse": lse, "result": result, "last_lse": last_lse}
 
 
-def state_of_blind_rows(ops: Any, case: Case, why: str) -> None:
+def state_of_blind_rows(ops: Any, case: Call, why: str) -> None:
     """A row that sees nothing keeps its state to the bit, and any other does not."""
     x = make_inputs(case)
     blind = torch.ones(case.lq, dtype=torch.bool)
@@ -84,18 +84,18 @@ def state_of_blind_rows(ops: Any, case: Case, why: str) -> None:
     assert (lse[..., ~blind] != kept[1][..., ~blind]).all()
 
 
-def with_one_key_above(case: Case, where: int) -> Inputs:
+def with_one_key_above(case: Call, where: int) -> Inputs:
     x = make_inputs(case)
     x.bias = torch.zeros(1, 1, 1, case.lk, dtype=case.acc)
     x.bias[..., where] = 200.0
     return x
 
 
-def one_key_far_above(ops: Any, case: Case, where: int) -> dict[str, Tensor]:
+def one_key_far_above(ops: Any, case: Call, where: int) -> dict[str, Tensor]:
     return computed(case, with_one_key_above(case, where), ops)
 
 
-def scaled(ops: Any, case: Case, scale: float) -> tuple[Tensor, Tensor]:
+def scaled(ops: Any, case: Call, scale: float) -> tuple[Tensor, Tensor]:
     """The state with another scale of the scores."""
     x = make_inputs(case)
     state = new_state(case)
@@ -105,7 +105,7 @@ def scaled(ops: Any, case: Case, scale: float) -> tuple[Tensor, Tensor]:
     return state
 
 
-def saved_for_backward(ops: Any, case: Case, x: Inputs) -> tuple[Tensor, ...]:
+def saved_for_backward(ops: Any, case: Call, x: Inputs) -> tuple[Tensor, ...]:
     """dout, q, k, v, delta and lse after a forward."""
     out, lse = new_state(case)
     shared = options(case, x, slice(None), masked=True)
@@ -114,7 +114,7 @@ def saved_for_backward(ops: Any, case: Case, x: Inputs) -> tuple[Tensor, ...]:
     return x.dout, x.q, x.k, x.v, delta, lse
 
 
-def added(ops: Any, case: Case) -> list[tuple[Tensor, Tensor]]:
+def added(ops: Any, case: Call) -> list[tuple[Tensor, Tensor]]:
     """Each gradient after one backward, and after two."""
     x = make_inputs(case)
     shared = options(case, x, slice(None), masked=True)
@@ -128,7 +128,7 @@ def added(ops: Any, case: Case) -> list[tuple[Tensor, Tensor]]:
 
 
 def overwritten(
-    ops: Any, case: Case, kept: list[tuple[torch.dtype, torch.dtype]]
+    ops: Any, case: Call, kept: list[tuple[torch.dtype, torch.dtype]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Gradients as they are written over, and the sums that they must be, unrounded.
 
@@ -158,7 +158,7 @@ def overwritten(
     return found
 
 
-def written_outside(ops: Any, case: Case) -> dict[str, float]:
+def written_outside(ops: Any, case: Call) -> dict[str, float]:
     """The largest number of each result; none of them is written beside its tensor."""
     x = make_inputs(case)
     shapes = [state.shape for state in new_state(case)]
@@ -178,13 +178,13 @@ def written_outside(ops: Any, case: Case) -> dict[str, float]:
 FAR = ("batch", "rows", "heads")
 
 
-def far_apart_case(base: Case) -> Case:
+def far_apart_case(base: Call) -> Call:
     """Of 3 sequences of 3 tokens with 3 heads."""
     case = replace(base, batch=3, lq=3, lk=3, heads=(3, 0, 1), head_dim=8, value_head_dim=8)
     return replace(case, dtype=torch.bfloat16, span="causal")
 
 
-def far_apart(ops: Any, case: Case, far: str, gap: int) -> dict[str, Tensor]:
+def far_apart(ops: Any, case: Call, far: str, gap: int) -> dict[str, Tensor]:
     """Results where entries along a dim lie ``gap`` elements apart.
 
     Only the pages that are used come into being.
@@ -200,7 +200,7 @@ def far_apart(ops: Any, case: Case, far: str, gap: int) -> dict[str, Tensor]:
     return computed(case, x, ops)
 
 
-def rows_far_apart(ops: Any, case: Case, gap: int) -> dict[str, Tensor]:
+def rows_far_apart(ops: Any, case: Call, gap: int) -> dict[str, Tensor]:
     """Results for rows of q, k, v, dout that all are k's and lie ``gap`` elements apart."""
     x = make_inputs(case)
     far = torch.empty(case.lq * gap, dtype=case.dtype).as_strided(x.k.shape, (1, gap, 1, 1))

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from contract_cases import ROWS
 from hypothesis import HealthCheck, given, settings
-from native_case import Case
+from kernel_call import Call
 from promises import answers
 from subjects import SIZES, Subject, held_to, mixture_with, mixtures_of
 from subjects.families import FAMILIES, SUBJECTS
@@ -16,7 +16,7 @@ from subjects.native import COMPLETE
 
 @pytest.mark.parametrize(("subject", "case"), [*held_to(ROWS, SUBJECTS), *mixtures_of(SUBJECTS)])
 def test_equals_dense_attention(
-    subject: Subject, case: Case, request: pytest.FixtureRequest
+    subject: Subject, case: Call, request: pytest.FixtureRequest
 ) -> None:
     subject.assert_right(case, subject.run(request, answers, case))
 
@@ -43,7 +43,7 @@ def test_equals_dense_attention_in_any_mix(
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(drawn=subject.drawn())
-    def judged(drawn: tuple[Subject, Case]) -> None:
+    def judged(drawn: tuple[Subject, Call]) -> None:
         found, case = drawn
         got = found.run(request, answers, case)
         found.assert_right(case, got, SLACK.get(family, 1.0))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import OVERWRITTEN, SPANS
-from native_case import largest
+from kernel_call import largest
 from promises import added, overwritten
 from subjects import Subject
 from subjects.families import SUBJECTS, of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import BITS
-from native_case import Case, assert_right, make_inputs
+from kernel_call import Call, assert_right, make_inputs
 from promises import (
     FAR,
     all_equal,
@@ -48,7 +48,7 @@ def with_orders() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("subject", "case"), list(with_orders()))
 def test_the_same_inputs_give_the_same_bits(
-    subject: Subject, case: Case, request: pytest.FixtureRequest
+    subject: Subject, case: Call, request: pytest.FixtureRequest
 ) -> None:
     """In any order of waves, of copies and products, at any time."""
     all_equal([held.run(request, answers, case) for held in subject.orders()])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import RESULTS
-from native_case import assert_right, expected, make_inputs
+from kernel_call import assert_right, expected, make_inputs
 from promises import (
     in_blocks,
     one_key_far_above,

@@ -16,9 +16,9 @@ from gcn_ops import GcnMoves, GcnOps, Programs
 from gpu_builds import BUILD_TIMEOUT_S, Builds
 from gpu_checks import Subject, assert_merged, assert_packed
 from gpu_emulated import emulated_ops
+from kernel_call import assert_right, computed, make_inputs
 from move_checks import assert_products, randn
 from move_ops import implementation, library
-from native_case import assert_right, computed, make_inputs
 from subjects.gcn import ORDERS, SUBJECTS, TARGETS, TOLERANCE, programs_for
 
 pytestmark = [pytest.mark.device_code, pytest.mark.timeout(BUILD_TIMEOUT_S + 300)]

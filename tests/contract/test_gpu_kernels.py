@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_emulated import GpuEmulatedOps, emulated_ops
-from native_case import computed, expected, largest, make_inputs
+from kernel_call import computed, expected, largest, make_inputs
 from subjects.gpu_emulated import SUBJECTS, TOLERANCE, WAVES
 
 pytestmark = [

@@ -12,8 +12,8 @@ import torch
 from gpu_builds import BUILD_TIMEOUT_S, Builds
 from gpu_emulated import GpuEmulatedOps, emulated_ops
 from gpu_launches import Launch
-from native_case import (
-    Case,
+from kernel_call import (
+    Call,
     computed,
     expected,
     largest,
@@ -110,7 +110,7 @@ def test_a_change_shows(kernel: str, change: str, host: GpuEmulatedOps, kernels:
         assert_near(case, kernel, ops)
 
 
-def assert_near(case: Case, kernel: str, ops: PtxOps) -> None:
+def assert_near(case: Call, kernel: str, ops: PtxOps) -> None:
     """What one kernel gives, with everything else from the oracle."""
     x = make_inputs(case)
     want = expected(case, x)

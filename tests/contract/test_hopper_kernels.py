@@ -35,7 +35,7 @@ from hopper_case import (
     small_steps,
 )
 from judge import assert_close, join, oracle
-from native_case import Case, computed, expected, largest, make_inputs, new_state, options
+from kernel_call import Call, computed, expected, largest, make_inputs, new_state, options
 from pool import Pool
 from torch import Tensor
 from triton_interpreter import Kernels
@@ -47,7 +47,7 @@ from usp.kernels.attention_forward import attention_forward
 from usp.kernels.hopper import forward, key_gradients, launch, query_gradients
 
 pytestmark = pytest.mark.device_code
-SMALL = Case(
+SMALL = Call(
     batch=1,
     lq=131,
     lk=83,
@@ -254,7 +254,7 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Portable]:
     configs.forget()
 
 
-def called(case: Case, x: Any) -> list[Tensor]:
+def called(case: Call, x: Any) -> list[Tensor]:
     """Forward and backward by the doors; what they have updated."""
     shared = KernelOptions(*options(case, x, slice(None), masked=True))
     out, lse = new_state(case)

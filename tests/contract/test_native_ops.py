@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_case import Case, make_inputs, new_state, options
+from kernel_call import Call, make_inputs, new_state, options
 from promises import answers
 from subjects.native import CAPABILITIES, COMPLETE, running_on
 from torch import Tensor
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 def test_any_number_of_threads(
     threads: int, bias: str | None, request: pytest.FixtureRequest
 ) -> None:
-    case = Case(batch=3, lq=200, lk=300, span="causal", bias=bias)
+    case = Call(batch=3, lq=200, lk=300, span="causal", bias=bias)
     got = replace(COMPLETE, threads=threads).run(request, answers, case)
     COMPLETE.assert_right(case, got)
 
@@ -37,7 +37,7 @@ def test_results_round_as_torch_does() -> None:
     values = torch.cat([2**steps * f for f in (1, 1.0004, 1.00049, 1.0005, 1.0037, 1.004, 1.9999)])
     values = torch.cat([values, -values, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
     count = len(values)
-    case = Case(heads=(1, 0, 1), dtype=torch.float16)
+    case = Call(heads=(1, 0, 1), dtype=torch.float16)
     for dtype in (torch.float16, torch.bfloat16):
         q, k = (torch.zeros(1, n, 1, 16, dtype=dtype) for n in (count, 1))
         out = values.repeat_interleave(16).view(1, count, 1, 16)
@@ -70,7 +70,7 @@ def test_delta(shape: tuple[int, ...], dtype: torch.dtype, capability: str) -> N
 
 def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     found = []
-    for case in (Case(), Case(bias="B1QK", span="causal", alibi="1H", dropout_p=0.1, softcap=3.0)):
+    for case in (Call(), Call(bias="B1QK", span="causal", alibi="1H", dropout_p=0.1, softcap=3.0)):
         x = make_inputs(case)
         out, lse = new_state(case)
         shared = options(case, x, slice(None), masked=True)
@@ -89,7 +89,7 @@ def test_opcheck(sample: int) -> None:
 
 
 def test_compiles_in_one_graph() -> None:
-    case = Case(span="causal")
+    case = Call(span="causal")
     x = make_inputs(case)
     shared = options(case, x, slice(None), masked=True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_case import Case, make_inputs, new_state, options
+from kernel_call import Call, make_inputs, new_state, options
 
 from usp.ops import native as ops
 
@@ -48,7 +48,7 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_refuses_with_both_numbers(refusal: str) -> None:
     name, value, message = REFUSALS[refusal]
-    case = Case(span="causal")
+    case = Call(span="causal")
     x = make_inputs(case)
     values = (x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *new_state(case), None)
     arguments = torch.ops.usp.attention_forward.default._schema.arguments
@@ -59,7 +59,7 @@ def test_refuses_with_both_numbers(refusal: str) -> None:
 
 
 def test_refuses_a_gradient_of_another_shape_than_the_bias() -> None:
-    case = Case(bias="11QK")
+    case = Call(bias="11QK")
     x = make_inputs(case)
     _, lse = new_state(case)
     saved = (x.dout, x.q, x.k, x.v, lse, lse)
@@ -74,7 +74,7 @@ def test_refuses_a_gradient_of_another_shape_than_the_bias() -> None:
 
 def test_an_unknown_capability_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USP_CPU_CAPABILITY", "sse9")
-    case = Case()
+    case = Call()
     x = make_inputs(case)
     shared = options(case, x, slice(None), masked=True)
     with pytest.raises(RuntimeError, match="USP_CPU_CAPABILITY is 'sse9'; expected default, avx2"):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from native_case import (
-    Case,
+from kernel_call import (
+    Call,
     Inputs,
     assert_right,
     computed,
@@ -39,7 +39,7 @@ from usp.kernels import configs
 
 pytestmark = pytest.mark.device_code
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-BASE = Case(
+BASE = Call(
     batch=1, lq=67, lk=131, heads=(3, 1, 2), head_dim=64, value_head_dim=64, dtype=torch.bfloat16
 )
 needs_gluon = pytest.mark.skipif(not kernels.has_gluon(), reason="no Triton with Gluon for Hopper")
@@ -54,7 +54,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def check(ops: TritonOps, case: Case) -> None:
+def check(ops: TritonOps, case: Call) -> None:
     x = make_inputs(case)
     assert_right(case, x, computed(case, x, ops), TOLERANCE[case.dtype], lse=1e-5)
 
@@ -67,7 +67,7 @@ SCORES = replace(SCORES, softcap=3.0, dropout_p=0.2)
 ATTENTION = ["forward_kernel", "keys_kernel", "queries_kernel"]
 
 
-def attended(ops: TritonOps, case: Case) -> tuple[Inputs, Tensor, Tensor]:
+def attended(ops: TritonOps, case: Call) -> tuple[Inputs, Tensor, Tensor]:
     """Inputs, out and lse."""
     x, state = make_inputs(case), new_state(case)
     ops.attention_forward(x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *state)
@@ -112,7 +112,7 @@ def test_every_kind_of_score() -> None:
 
 @needs_gluon
 @pytest.mark.parametrize("case", [CAUSAL, WIDE], ids=["causal", "gaps"])
-def test_pipelines(case: Case) -> None:
+def test_pipelines(case: Call) -> None:
     """Copies and products as late as they may be, or at once, warps the other way round."""
     x, found = make_inputs(case), []
     for machine in (HopperMachine, AT_ONCE):

@@ -28,13 +28,13 @@ from gpu_checks import (
 from gpu_worker import one_rank_alone, run_on_device, start_gpu_worker
 from hypothesis import given, seed, settings
 from judge import assert_close, join, oracle
+from kernel_call import Call
 from mesh_cases import CORNERS, cases
-from native_case import Case
 from pool import Pool
 
 __all__ = ["subject"]  # the fixture
 pytestmark = pytest.mark.gpu
-LONG = Case(batch=1, lq=997, lk=1511, heads=(3, 1, 2), head_dim=64, value_head_dim=64)
+LONG = Call(batch=1, lq=997, lk=1511, heads=(3, 1, 2), head_dim=64, value_head_dim=64)
 SHORT = replace(LONG, lq=37, lk=41)  # for a rehearsal
 HEAD_DIMS = (16, 40, 64, 72, 80, 96, 128, 192, 256)
 PARTS = 8  # of the property test, so that processes can share it
@@ -47,7 +47,7 @@ def gpu_pool(device: str) -> Iterator[Pool]:
     pool.close()
 
 
-def assert_right_if_taken(subject: Subject, case: Case) -> None:
+def assert_right_if_taken(subject: Subject, case: Call) -> None:
     reason = subject.reason_against(case.dtype, max(case.head_dim, case.value_head_dim))
     if reason is not None:
         pytest.skip(f"{subject.name}: {reason}")
@@ -57,7 +57,7 @@ def assert_right_if_taken(subject: Subject, case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", ROWS)
 def test_every_option(option: str, dtype: torch.dtype, subject: Subject) -> None:
-    small = Case(batch=2, lq=131, lk=257) if subject.device == "cuda" else SHORT
+    small = Call(batch=2, lq=131, lk=257) if subject.device == "cuda" else SHORT
     case = replace(small, **ROWS[option])
     assert_right_if_taken(subject, replace(case, dtype=dtype))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_case import Case, Inputs, assert_right, computed, expected, largest, make_inputs
+from kernel_call import Call, Inputs, assert_right, computed, expected, largest, make_inputs
 from torch import Tensor
 from triton_interpreter import Kernels
 
@@ -84,7 +84,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def assert_right_twice(subject: Subject, case: Case) -> None:
+def assert_right_twice(subject: Subject, case: Call) -> None:
     """Every result against dense attention in fp64, and the same bits twice."""
     x = make_inputs(case)
     there = on_device(x, subject.device)
@@ -106,7 +106,7 @@ def on_device(x: Inputs, device: str) -> Inputs:
 def assert_right_far_apart(subject: Subject, gap: int) -> None:
     """Rows that lie ``gap`` elements apart; of what lies between, pages come into being at most."""
     rows, width = 3, 16
-    case = Case(batch=1, lq=rows, lk=rows, heads=(1, 0, 1), head_dim=width, value_head_dim=width)
+    case = Call(batch=1, lq=rows, lk=rows, heads=(1, 0, 1), head_dim=width, value_head_dim=width)
     case = replace(case, dtype=torch.bfloat16, span="causal")
     x = make_inputs(case)
     far = torch.empty(rows * gap, dtype=case.dtype, device=subject.device)

@@ -11,8 +11,8 @@ import torch
 from cases import Case as MeshCase
 from gluon.emulator import Kernel
 from gluon.machine import Timing
-from native_case import (
-    Case,
+from kernel_call import (
+    Call,
     computed,
     error_scale,
     expected,
@@ -57,13 +57,13 @@ def small_steps(timing: Timing) -> Iterator[None]:
         yield
 
 
-def attended(case: Case, timing: Timing) -> dict[str, Tensor]:
+def attended(case: Call, timing: Timing) -> dict[str, Tensor]:
     """All results. A call that fell back would not: the portable kernels do not run on CPU."""
     with small_steps(timing):
         return computed(case, make_inputs(case), Kernels)
 
 
-def errors(case: Case, got: dict[str, Tensor]) -> dict[str, float]:
+def errors(case: Call, got: dict[str, Tensor]) -> dict[str, float]:
     """Of each result what it is off by, in units of what is allowed; NaN where it is NaN."""
     x = make_inputs(case)
     want = expected(case, x)
@@ -79,7 +79,7 @@ def errors(case: Case, got: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def assert_right(case: Case, got: dict[str, Tensor]) -> None:
+def assert_right(case: Call, got: dict[str, Tensor]) -> None:
     for name, error in errors(case, got).items():
         # a NaN is no success
         assert error <= 1, f"{name} is off by {error:.2f} of what is allowed in {case}"

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import native_case
+import kernel_call
 import torch
 from gcn.assembly import Assembly
 from gcn.machine import Launchable, Order
 from gcn.memory import Memory
-from native_case import Case
+from kernel_call import Call
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -29,7 +29,7 @@ from usp.kernels import configs
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LSE_TOLERANCE = {torch.bfloat16: 1e-6, torch.float16: 5e-5}  # see test_gpu_gcn.py
-_SMALL = Case(
+_SMALL = Call(
     batch=1,
     lq=37,
     lk=67,
@@ -108,13 +108,13 @@ def executed(target: str, order: Order) -> Iterator[list[str]]:
     configs.forget()
 
 
-def check(target: str, case: Case, order: Order) -> list[str]:
+def check(target: str, case: Call, order: Order) -> list[str]:
     """Every result against dense attention; returns which kernels have run."""
-    x = native_case.make_inputs(case)
+    x = kernel_call.make_inputs(case)
     with executed(target, order) as launched:
-        got = native_case.computed(case, x, Kernels)
+        got = kernel_call.computed(case, x, Kernels)
     tolerance = TOLERANCE[case.dtype]
-    native_case.assert_right(case, x, got, tolerance, LSE_TOLERANCE[case.dtype])
+    kernel_call.assert_right(case, x, got, tolerance, LSE_TOLERANCE[case.dtype])
     return launched
 
 

@@ -11,7 +11,7 @@ import torch
 from contract_cases import RESULTS, Changes
 from gpu_builds import BUILD_TIMEOUT_S
 from hypothesis.strategies import SearchStrategy
-from native_case import Case, assert_right, problem
+from kernel_call import Call, assert_right, problem
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ class Subject:
     name: str
 
     # What a row of the table changes; small where every instruction is interpreted.
-    base: ClassVar[Case] = Case()
+    base: ClassVar[Call] = Call()
     # Session fixtures that it runs on.
     fixtures: ClassVar[tuple[str, ...]] = ()
     # Whether lse is read where there is no state before.
@@ -65,7 +65,7 @@ class Subject:
         """``promise(ops, *args)``, here or in a worker."""
         raise NotImplementedError
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         """Why it is not held to a row of the table, or None."""
         return None
 
@@ -81,7 +81,7 @@ class Subject:
         """All of them."""
         return (self,)
 
-    def kept(self, case: Case) -> list[tuple[torch.dtype, torch.dtype]]:
+    def kept(self, case: Call) -> list[tuple[torch.dtype, torch.dtype]]:
         """Of gradients that are written over: dtypes of dq, and of dk and dv."""
         return [(dtype, dtype) for dtype in {case.dtype, case.acc}]
 
@@ -89,16 +89,16 @@ class Subject:
         """Where lse is more exact than other results."""
         return None
 
-    def drawn(self) -> SearchStrategy[tuple[Subject, Case]]:
+    def drawn(self) -> SearchStrategy[tuple[Subject, Call]]:
         """Any mix of all it takes, in any of its orders."""
         raise NotImplementedError
 
-    def case(self, row: str, changes: Changes, dtype: torch.dtype | None = None) -> Case:
+    def case(self, row: str, changes: Changes, dtype: torch.dtype | None = None) -> Call:
         """The row's call at this subject's sizes."""
         case = replace(self.base, **{**changes, **self.sizes(row, changes)})
         return case if dtype is None else replace(case, dtype=dtype)
 
-    def assert_right(self, case: Case, got: dict[str, Tensor], slack: float = 1.0) -> None:
+    def assert_right(self, case: Call, got: dict[str, Tensor], slack: float = 1.0) -> None:
         """Every result is near dense attention in fp64."""
         x, want = problem(case)
         tolerance = self.tolerance[case.dtype] * slack

@@ -19,7 +19,7 @@ from gcn.machine import Order
 from gcn_ops import GcnOps, Programs
 from gpu_builds import Builds
 from gpu_emulated import emulated_ops
-from native_case import Case
+from kernel_call import Call
 
 from subjects import Result, Subject
 
@@ -81,7 +81,7 @@ class Executed(Subject):
 
     order: Order = ORDERS[0]
 
-    base = Case(
+    base = Call(
         batch=1,
         lq=37,
         lk=67,
@@ -108,7 +108,7 @@ class Executed(Subject):
         programs = programs_for(self.target, request.getfixturevalue("gpu_builds"))
         return promise(GcnOps(emulated_ops(64), programs, self.order), *args)
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         return "every instruction is interpreted: kernel by kernel, a call here mixes several rows"
 
     def in_turn(self, number: int) -> Subject:

@@ -11,7 +11,7 @@ import torch
 from contract_cases import SPANS, Changes
 from gluon.machine import Timing
 from hypothesis import strategies as st
-from native_case import Case
+from kernel_call import Call
 
 from subjects import Result, Subject
 from usp import kernels
@@ -22,7 +22,7 @@ TIMINGS = [Timing(loads, products) for loads in (False, True) for products in (F
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 CALLS = st.builds(
-    Case,
+    Call,
     batch=st.integers(1, 2),
     lq=st.sampled_from((1, 63, 65, 128, 193)),
     lk=st.sampled_from((1, 15, 16, 33, 97)),
@@ -43,7 +43,7 @@ class Emulated(Subject):
 
     timing: Timing = TIMINGS[0]
 
-    base = Case(
+    base = Call(
         batch=1,
         lq=131,
         lk=83,
@@ -78,7 +78,7 @@ class Emulated(Subject):
         with small_steps(self.timing):
             return promise(Kernels, *args)
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         for option in ("bias", "softcap", "alibi", "dropout_p"):
             if getattr(case, option):
                 return f"a call with {option} is the portable kernels'"
@@ -104,7 +104,7 @@ class Emulated(Subject):
     def orders(self) -> Sequence[Subject]:
         return [replace(self, timing=timing) for timing in TIMINGS]
 
-    def drawn(self) -> st.SearchStrategy[tuple[Subject, Case]]:
+    def drawn(self) -> st.SearchStrategy[tuple[Subject, Call]]:
         timings = st.builds(Timing, st.booleans(), st.booleans(), st.integers(0, 10**6))
         return st.tuples(st.builds(Emulated, st.just(self.name), timings), CALLS)
 

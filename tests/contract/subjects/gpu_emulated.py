@@ -16,7 +16,7 @@ import torch
 from contract_cases import BIASES, HEADS, LAYOUTS, OVERWRITTEN, SPANS, Changes
 from gpu_emulated import emulated_ops
 from hypothesis import strategies as st
-from native_case import Case
+from kernel_call import Call
 
 from subjects import Result, Subject
 
@@ -29,7 +29,7 @@ IN_BOTH_DTYPES = ("32_32", "96_72", "128_128", "64_192", "192_128", "256_256", "
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 CALLS = st.builds(
-    Case,
+    Call,
     batch=st.integers(1, 2),
     lq=st.sampled_from((1, 2, 15, 17, 64, 65, 129, 150)),
     lk=st.sampled_from((1, 3, 16, 31, 32, 33, 64, 97, 128, 130)),
@@ -55,7 +55,7 @@ class Emulated(Subject):
 
     descending: bool = False
 
-    base = Case(batch=1, heads=(2, 0, 2), head_dim=64, value_head_dim=64, dtype=torch.float16)
+    base = Call(batch=1, heads=(2, 0, 2), head_dim=64, value_head_dim=64, dtype=torch.float16)
 
     overwritten = OVERWRITTEN
 
@@ -87,7 +87,7 @@ class Emulated(Subject):
         finally:
             ops.descending_waves(False)
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         if max(case.head_dim, case.value_head_dim) > 256:
             return "head dims above 256 have no tiles"
         return None
@@ -97,7 +97,7 @@ class Emulated(Subject):
         both = both or row.removeprefix("head_dims_with_softcap_") in IN_BOTH_DTYPES
         return (torch.float16, torch.bfloat16) if both else (torch.float16,)
 
-    def kept(self, case: Case) -> list[tuple[torch.dtype, torch.dtype]]:
+    def kept(self, case: Call) -> list[tuple[torch.dtype, torch.dtype]]:
         return list(itertools.product((case.dtype, torch.float32), repeat=2))
 
     def orders(self) -> Sequence[Subject]:
@@ -106,7 +106,7 @@ class Emulated(Subject):
     def lse_tolerance(self, dtype: torch.dtype) -> float:
         return 1e-6
 
-    def drawn(self) -> st.SearchStrategy[tuple[Subject, Case]]:
+    def drawn(self) -> st.SearchStrategy[tuple[Subject, Call]]:
         return st.tuples(st.builds(Emulated, st.just(self.name), st.booleans()), CALLS)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from contract_cases import BIASES, HEADS, LAYOUTS, SPANS
 from hypothesis import strategies as st
-from native_case import Case
+from kernel_call import Call
 
 from subjects import Result, Subject
 from usp.ops import native as ops
@@ -26,7 +26,7 @@ BF16_TOLERANCE = 2e-2
 
 LENGTHS = st.sampled_from((0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 97, 127, 128, 129, 257))
 CALLS = st.builds(
-    Case,
+    Call,
     batch=st.integers(1, 3),
     lq=LENGTHS,
     lk=LENGTHS,
@@ -89,7 +89,7 @@ class Native(Subject):
             return (torch.bfloat16,)
         return DTYPES if self == COMPLETE else (torch.float32,)
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         if row.startswith("head_dims_with_softcap"):
             return "no head dim and no option has a kernel of its own"
         return None
@@ -98,7 +98,7 @@ class Native(Subject):
         """Any time again, with two threads."""
         return [replace(self, threads=2)] * 5
 
-    def drawn(self) -> st.SearchStrategy[tuple[Subject, Case]]:
+    def drawn(self) -> st.SearchStrategy[tuple[Subject, Call]]:
         """The complete one draws its own level, too."""
         subjects = st.builds(Native, st.sampled_from([s.name for s in SUBJECTS]), st.integers(1, 3))
         return st.tuples(subjects, CALLS)

@@ -18,7 +18,7 @@ import torch
 from contract_cases import Changes, dims
 from gpu_builds import Builds
 from gpu_emulated import emulated_ops
-from native_case import Case
+from kernel_call import Call
 from ptx_ops import Kernels, PtxOps
 
 from subjects import Result, Subject
@@ -106,7 +106,7 @@ class Executed(Subject):
     together: int = 1
     races: bool = True
 
-    base = Case(
+    base = Call(
         batch=1,
         lq=37,
         lk=83,
@@ -137,13 +137,13 @@ class Executed(Subject):
         runs = kernels.on(machine(self.order, self.together, self.races))
         return promise(PtxOps(emulated_ops(32), runs), *args)
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         return "every thread is interpreted: kernel by kernel, a call here mixes several rows"
 
     def in_turn(self, number: int) -> Subject:
         return replace(self, order=ORDERS[number % 3])
 
-    def kept(self, case: Case) -> list[tuple[torch.dtype, torch.dtype]]:
+    def kept(self, case: Call) -> list[tuple[torch.dtype, torch.dtype]]:
         return [(case.dtype, case.dtype), (case.dtype, torch.float32)]
 
     def orders(self) -> Sequence[Subject]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract_cases import BIASES, LAYOUTS, SPANS, Changes
 from hypothesis import strategies as st
-from native_case import Case
+from kernel_call import Call
 from triton_interpreter import interpreted
 
 from subjects import Result, Subject
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 LENGTHS = st.sampled_from((0, 1, 2, 15, 16, 17, 31, 33, 65))
 CALLS = st.builds(
-    Case,
+    Call,
     batch=st.integers(1, 2),
     lq=LENGTHS,
     lk=LENGTHS,
@@ -44,7 +44,7 @@ CALLS = st.builds(
 
 @dataclass(frozen=True)
 class Interpreted(Subject):
-    base = Case(batch=1, lq=37, lk=59, heads=(2, 0, 1))
+    base = Call(batch=1, lq=37, lk=59, heads=(2, 0, 1))
     lse_is_read = True
     odd_head_dim = 9
 
@@ -66,7 +66,7 @@ class Interpreted(Subject):
         (found,) = interpreter.run(interpreted, promise, *args, ranks=1, timeout=240)
         return found  # type: ignore[no-any-return]
 
-    def reason_against(self, row: str, case: Case) -> str | None:
+    def reason_against(self, row: str, case: Call) -> str | None:
         if max(case.head_dim, case.value_head_dim) > 256:
             return "head dims above 256 have no tiles"
         if case.lq > 257 or case.lk > 700:
@@ -78,7 +78,7 @@ class Interpreted(Subject):
             return tuple(TOLERANCE)
         return (DTYPES.get(row, torch.float32),)
 
-    def drawn(self) -> st.SearchStrategy[tuple[Subject, Case]]:
+    def drawn(self) -> st.SearchStrategy[tuple[Subject, Call]]:
         return st.tuples(st.just(self), CALLS)
 
 

@@ -14,7 +14,7 @@ from usp.testing import philox
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     """One call. Sizes as in docs/contract.md; ``heads`` is (held here, offset, group size)."""
 
     batch: int = 2
@@ -80,7 +80,7 @@ def strided(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def make_span(case: Case, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+def make_span(case: Call, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
     i = torch.arange(case.lq)
     lk = case.lk
     if case.span == "all":
@@ -107,7 +107,7 @@ def make_span(case: Case, generator: torch.Generator) -> tuple[Tensor | None, Te
     return first.int(), torch.maximum(first, stop.clamp(0, lk)).int()
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Call) -> Inputs:
     generator = torch.Generator().manual_seed(case.seed)
 
     def randn(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -142,7 +142,7 @@ def make_inputs(case: Case) -> Inputs:
     )
 
 
-def dropout_multiplier(case: Case, x: Inputs) -> Tensor:
+def dropout_multiplier(case: Call, x: Inputs) -> Tensor:
     held, offset, _ = case.heads
     row = torch.arange(case.batch)[:, None] * case.num_heads + offset + torch.arange(held)
     words = philox(
@@ -154,7 +154,7 @@ def dropout_multiplier(case: Case, x: Inputs) -> Tensor:
     return (word >= int(case.dropout_p * 2**32)).double() / (1 - case.dropout_p)
 
 
-def dense(case: Case, x: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
+def dense(case: Call, x: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Any:
     """out, lse in fp64 by the full score matrix; prior keys are seen by every row."""
     held, offset, group = case.heads
     heads = [(offset + h) // group - offset // group for h in range(held)]
@@ -183,13 +183,13 @@ def dense(case: Case, x: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
 
 
 @lru_cache(maxsize=32)
-def problem(case: Case) -> tuple[Inputs, dict[str, Tensor]]:
+def problem(case: Call) -> tuple[Inputs, dict[str, Tensor]]:
     """Inputs and the dense answer, for many subjects; neither is to be changed."""
     x = make_inputs(case)
     return x, expected(case, x)
 
 
-def expected(case: Case, x: Inputs) -> dict[str, Tensor]:
+def expected(case: Call, x: Inputs) -> dict[str, Tensor]:
     leaves = [t.double().detach().requires_grad_() for t in (x.q, x.k, x.v)]
     bias = None if x.bias is None else x.bias.double().requires_grad_()
     out, lse = dense(case, x, *leaves, bias)
@@ -201,7 +201,7 @@ def expected(case: Case, x: Inputs) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), **found}
 
 
-def options(case: Case, x: Inputs, keys: slice, *, masked: bool) -> list[Any]:
+def options(case: Call, x: Inputs, keys: slice, *, masked: bool) -> list[Any]:
     """The arguments that both ops share, for a run of keys."""
     positional = case.alibi is not None or case.dropout_p > 0
     return [
@@ -221,18 +221,18 @@ def options(case: Case, x: Inputs, keys: slice, *, masked: bool) -> list[Any]:
     ]
 
 
-def new_state(case: Case) -> tuple[Tensor, Tensor]:
+def new_state(case: Call) -> tuple[Tensor, Tensor]:
     b, lq, h = case.batch, case.lq, case.heads[0]
     out = torch.zeros(b, lq, h, case.value_head_dim, dtype=case.acc)
     return out, torch.full((b, h, lq), -torch.inf, dtype=case.acc)
 
 
-def blocks(case: Case) -> list[tuple[slice, bool]]:
+def blocks(case: Call) -> list[tuple[slice, bool]]:
     prior = slice(0, case.prior_keys)
     return [(prior, False)] * bool(case.prior_keys) + [(slice(case.prior_keys, None), True)]
 
 
-def computed(case: Case, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tensor]:
+def computed(case: Call, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tensor]:
     """The kernels' own results, one call for each block of keys.
 
     Args:
@@ -261,7 +261,7 @@ def computed(case: Case, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
 
 
 def whole_and_in_blocks(
-    case: Case, x: Inputs, ops: Any = torch.ops.usp
+    case: Call, x: Inputs, ops: Any = torch.ops.usp
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The state after all 300 keys at once, and after three blocks of them in some order."""
     whole, parts = new_state(case), new_state(case)
@@ -278,7 +278,7 @@ def largest(x: Tensor) -> float:
     return x.abs().amax().item() if x.numel() else 0.0
 
 
-def error_scale(case: Case, x: Inputs, want: dict[str, Tensor], name: str) -> float:
+def error_scale(case: Call, x: Inputs, want: dict[str, Tensor], name: str) -> float:
     """What the rounding errors of a result are relative to.
 
     Its own size; and for gradients of scores, that of dout * out, which cancels in them against
@@ -294,7 +294,7 @@ def error_scale(case: Case, x: Inputs, want: dict[str, Tensor], name: str) -> fl
 
 
 def assert_right(
-    case: Case,
+    case: Call,
     x: Inputs,
     got: dict[str, Tensor],
     tolerance: float,
