@@ -138,7 +138,7 @@ class VirtualRing:
             axis = VirtualAxis(self.ranks, rank, None, messages, sums)
             return Ring(axis, self.plans[rank], "ring", heads, scoring, backend)
 
-        out, lse = ring_forward(inputs, ring())
+        out, lse, _ = ring_forward(inputs, ring())
         if which == "forward":
             return (out,)
         saved = block.saved_for_backward(dout, None, out, lse, backend)

@@ -29,6 +29,8 @@ class Case:
         bias: Letters of the dims in which the bias is not broadcast, out of "bhq"; None for none.
         alibi: "h" or "bh", the dims of the slopes.
         bias_hides: Share of the bias that is -inf.
+        bias_fill: Added to some of its rows, and of its first and other columns: a number, or
+            "lowest" for that of its dtype.
         bias_dtype: Another dtype of the bias than ``dtype``.
         strided: How q, k, v and the bias lie in memory: "heads" before tokens, or with the "last"
             dim not contiguous.
@@ -57,6 +59,7 @@ class Case:
     padding: float | None = None
     bias: str | None = None
     bias_hides: float = 0.0
+    bias_fill: float | str | None = None
     bias_dtype: str | None = None
     softcap: float | None = None
     alibi: str | None = None
@@ -133,13 +136,26 @@ def whole(case: Case) -> Tensors:
         shape = (*(size if dim in case.bias else 1 for dim, size in sizes), sk)
         bias = normal(*shape, dtype=DTYPES[case.bias_dtype or case.dtype])
         hidden = torch.rand(shape, generator=random) < case.bias_hides
-        bias = bias.masked_fill(hidden, -torch.inf)
+        bias = _filled(bias, case.bias_fill, random).masked_fill(hidden, -torch.inf)
     if case.padding is not None:
         padding = torch.rand(b, sk, generator=random) < case.padding
     if case.alibi is not None:
         shape = (b, h) if case.alibi == "bh" else (h,)
         slopes = torch.rand(shape, generator=random, dtype=state_dtype)
     return Tensors((q * case.magnitude).to(dtype), k, v, dout, dlse, bias, padding, slopes)
+
+
+def _filled(bias: Tensor, fill: float | str | None, random: torch.Generator) -> Tensor:
+    """Masks of finite values: rows that all share one, and the padding of a sequence's start."""
+    if fill is None:
+        return bias
+    ends = torch.finfo(bias.dtype)
+    value = ends.min if fill == "lowest" else min(max(float(fill), ends.min / 2), ends.max / 2)
+    rows = torch.rand((*bias.shape[:3], 1), generator=random) < 0.3
+    first = torch.rand(bias.shape[:2], generator=random)[..., None, None] * bias.shape[3]
+    columns = torch.rand((1, 1, 1, bias.shape[3]), generator=random) < 0.1
+    columns = columns | (torch.arange(bias.shape[3]) < first)
+    return torch.where(rows | columns, bias + value, bias)
 
 
 def chunks(length: int, parts: int) -> list[list[int]]:

@@ -96,6 +96,9 @@ def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def oracle(case: Case) -> dict[str, Tensor]:
     """The same results by dense attention in fp64 over the whole sequences."""
     t = whole(case)
+    if t.bias is not None:  # what the lowest number of a dtype means would be lost in fp64
+        lowest = torch.finfo(t.bias.dtype).min
+        t.bias = t.bias.double().masked_fill(t.bias == lowest, -torch.inf)
     leaves = [x.double().requires_grad_() for x in (t.q, t.k, t.v, t.bias) if x is not None]
     keep = None
     if case.dropout_p:

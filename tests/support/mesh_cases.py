@@ -13,6 +13,8 @@ MESHES = [(u, r) for u in range(1, 7) for r in range(1, 7) if u * r <= 6]
 LENGTHS = st.one_of(
     st.sampled_from([1, 2, 3, 5, 7, 11, 13, 17, 23, 31, 43, 61]), st.integers(1, 64)
 )
+# what masks are filled with, and any other offset that a row's keys may share
+FILLS = ["lowest", "lowest", -1e30, -1e9, -65504.0, -1e4, -900.0, 1e4, 3e38]
 BACKENDS = ["auto", "reference", "sdpa"]
 if usp.backends()["native"] == "can run here":
     BACKENDS.append("native")
@@ -46,7 +48,7 @@ def heads(draw: st.DrawFn) -> dict[str, int]:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> dict[str, object]:
+def extras(draw: st.DrawFn, filled: bool) -> dict[str, object]:
     """What reaches a score or a weight beside the mask, each in some of the cases."""
     options = {
         "padding": st.sampled_from([0.0, 0.3, 0.9, 1.0]),
@@ -60,6 +62,8 @@ def extras(draw: st.DrawFn) -> dict[str, object]:
     }
     chosen = draw(st.sets(st.sampled_from(sorted(options)), max_size=4))
     drawn = {name: draw(options[name]) for name in sorted(chosen)}
+    if filled:
+        drawn |= {"bias": draw(options["bias"]), "bias_fill": draw(st.sampled_from(FILLS))}
     if "bias" in drawn:
         drawn["bias_hides"] = draw(st.sampled_from([0.0, 0.0, 0.2, 0.9]))
         drawn["bias_dtype"] = draw(st.sampled_from([None, "float32"]))
@@ -67,7 +71,8 @@ def extras(draw: st.DrawFn) -> dict[str, object]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, filled: bool = False) -> Case:
+    """Any case; ``filled``: one with a bias whose rows and columns share large offsets."""
     ulysses, ring = draw(st.sampled_from(MESHES))
     seq_len = draw(LENGTHS)
     self_attention = draw(st.integers(0, 4)) > 0
@@ -86,7 +91,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=draw(st.integers(0, 2**16)),
         **draw(masks(seq_len, self_attention)),
         **draw(heads()),
-        **draw(extras()),
+        **draw(extras(filled)),
     )
     if case.cu_seqlens is not None and draw(st.booleans()):
         case = replace(case, layout="documents")
@@ -96,7 +101,9 @@ def cases(draw: st.DrawFn) -> Case:
     if case.dtype == "float64":
         # its gradient could be no better than its own dtype
         case = replace(case, bias_dtype=None)
-    return for_sdpa(case) if case.backend == "sdpa" else case
+    if case.backend == "sdpa":
+        return replace(case, backend="auto") if filled else for_sdpa(case)
+    return case
 
 
 def for_sdpa(case: Case) -> Case:

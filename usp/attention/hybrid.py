@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from usp.attention import block
+from usp.attention import block, levels
 from usp.attention.arguments import Request, Tensors, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
 from usp.attention.derivatives import OnceDifferentiable, without_second_derivative
@@ -41,6 +41,7 @@ class Results(NamedTuple):
 
     out: Tensor
     lse: Tensor
+    level: Tensor | None  # (B|1, H|1, Lq), what lse is relative to
 
 
 class Forward(NamedTuple):
@@ -131,13 +132,16 @@ def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call)
 
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
     """Exchange, ring, exchange."""
-    inputs = scattered(tensors, call)
+    inputs, large_bias = scattered(tensors, call), False
+    if inputs.attn_bias is not None:
+        bias, large_bias = levels.prepared(inputs.attn_bias)
+        inputs = inputs._replace(attn_bias=bias)
     with as_given(tensors.q.device):
-        held = Results(*ring_forward(inputs, call.ring))
+        held = Results(*ring_forward(inputs, call.ring, large_bias))
     if not call.request.return_lse:
         (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
         return Forward(out, None, inputs, held)
-    lse = held.lse.transpose(1, 2)[..., None]
+    lse = levels.returned(held.lse, held.level).transpose(1, 2)[..., None]
     returned = [(held.out, call.query_cut), (lse, call.query_cut)]
     out, lse = _exchanged(gather_heads, returned, call)
     return Forward(out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held)
@@ -187,7 +191,7 @@ def attention_backward(
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
-        grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype)
+        grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype, results.level)
     moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
     dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias
@@ -221,10 +225,11 @@ class _Attention(OnceDifferentiable):
     def backward(
         ctx: Any, dout: Tensor, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse, anchor = ctx.saved_tensors
+        *inputs, out, lse, level, anchor = ctx.saved_tensors
+        results = Results(out, lse, level)
         with torch.no_grad():
             found = attention_backward(
-                dout, dlse, Tensors(*inputs), Results(out, lse), ctx.call, ctx.needs_input_grad[4]
+                dout, dlse, Tensors(*inputs), results, ctx.call, ctx.needs_input_grad[4]
             )
         dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, anchor))
         return dq, dk, dv, None, dbias, None, None

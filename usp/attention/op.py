@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usp.attention import levels
 from usp.attention.arguments import Options, Tensors, check
 from usp.attention.bias import scatter_bias
 from usp.attention.derivatives import (
@@ -71,7 +72,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     )
     tensors, call = prepare(given.tensors, request, given.on)
     done = attention_forward(tensors, call)
-    lse = done.results.lse if call.ulysses.size == 1 else done.lse
+    lse = done.lse
+    if call.ulysses.size == 1:
+        lse = levels.returned(done.results.lse, done.results.level)
     kept = _kept(done, call)
     if _agrees(given):
         told = (request.query_len, request.key_len, request.scoring.dropout_seed, name or 0)
@@ -85,14 +88,19 @@ def _agrees(given: Arguments) -> bool:
 
 
 def _kept(done: Forward, call: Call) -> list[Tensor]:
-    """What was exchanged in a row of several ranks, for the backward, whoever keeps it.
+    """What the backward needs beyond its inputs and results, whoever keeps it.
 
-    A bias without rows of its own was only cut, and is cut again.
+    What was exchanged in a row of several ranks; where there is a bias, the LSE relative to its
+    levels, and these. A bias without rows of its own was only cut, and is cut again.
     """
+    inputs, (out, lse, level) = done.inputs, done.results
+    levelled = []
+    if inputs.attn_bias is not None:
+        shape = _level_shape(inputs.q, inputs.key_padding_mask, inputs.attn_bias)
+        levelled = [lse.clone(), lse.new_zeros(shape) if level is None else level]
     if call.ulysses.size == 1:
-        return []
-    inputs = done.inputs
-    kept = [inputs.q, inputs.k, inputs.v, *done.results]
+        return levelled
+    kept = [inputs.q, inputs.k, inputs.v, out, lse, *levelled[1:]]
     if inputs.key_padding_mask is not None:
         kept.append(inputs.key_padding_mask)
     if inputs.attn_bias is not None and call.bias_cut is not None and call.bias_cut.has_rows:
@@ -110,17 +118,32 @@ def _recalled(
         query_len, key_len, seed, _ = told.tolist()
         options = replace(options, seq_len=(query_len, key_len))
     request = check(tensors, options, given.on, seed)
-    if not kept:
+    if given.on is None or given.on.ulysses_degree == 1:
         tensors, call = prepare(tensors, request, given.on)
-        return scattered(tensors, call), results, call
+        inputs = scattered(tensors, call)
+        if inputs.attn_bias is not None:
+            inputs = inputs._replace(attn_bias=levels.prepared(inputs.attn_bias)[0])
+            results = Results(results.out, kept[0], _or_none(kept[1]))
+        return inputs, results, call
     q, k, v, out, lse, *rest = kept
+    level = rest.pop(0) if given.attn_bias is not None else None
     mask = rest.pop(0) if given.key_padding_mask is not None else None
     tensors, call = prepare(tensors, request, given.on, bias_rows=bool(rest))
     bias = rest[0] if rest else tensors.attn_bias
     if not rest and bias is not None and call.bias_cut is not None:
-        bias = scatter_bias(call.ulysses, bias, call.bias_cut)
+        bias = levels.prepared(scatter_bias(call.ulysses, bias, call.bias_cut))[0]
     inputs = Tensors(q, k, v, mask, bias, own_slopes(tensors.alibi_slopes, call))
-    return inputs, Results(out, lse), call
+    return inputs, Results(out, lse, _or_none(level)), call
+
+
+def _level_shape(q: Tensor, mask: Tensor | None, bias: Tensor) -> tuple[int, ...]:
+    """(B|1, H|1, Lq), as bias and mask together are broadcast."""
+    return bias.shape[0] if mask is None else q.shape[0], bias.shape[1], q.shape[1]
+
+
+def _or_none(level: Tensor | None) -> Tensor | None:
+    """A level that every row is at, 0, as none."""
+    return level if level is not None and level.any() else None
 
 
 def _gradients(
@@ -132,7 +155,7 @@ def _gradients(
     bias_gradient: bool,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, results, call = _recalled(Arguments(*args), Results(out, lse), kept)
+    inputs, results, call = _recalled(Arguments(*args), Results(out, lse, None), kept)
     dq, dk, dv, dbias = attention_backward(dout, dlse, inputs, results, call, bias_gradient)
     # dk and dv are two views of one message, but outputs of an op must not share memory.
     return dq, dk, dv.clone(), dq.new_empty(0) if dbias is None else dbias
@@ -147,6 +170,9 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     out = q.new_empty((batch, length, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, length), dtype=state_dtype(q.dtype))
     kept = [torch.empty(4, dtype=torch.int64, device="cpu")] if _agrees(given) else []
+    if given.attn_bias is not None:
+        shape = _level_shape(q, given.key_padding_mask, given.attn_bias)
+        kept += [lse.new_empty(lse.shape), lse.new_empty(shape)]
     return out, lse, kept
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from usp.attention import block
+from usp.attention import block, levels
 from usp.attention.arguments import Tensors
 from usp.backends import Backend
 from usp.distributed.comm import Axis
@@ -40,33 +40,51 @@ class Ring:
     backend: Backend
 
 
-def ring_forward(inputs: Tensors, ring: Ring) -> tuple[Tensor, Tensor]:
+def ring_forward(
+    inputs: Tensors, ring: Ring, large_bias: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention of this rank's queries over the keys of all ranks of the ring.
+
+    Args:
+        inputs: After the head exchange.
+        ring: Who computes what with whom.
+        large_bias: Whether the bias has values that need levels.
 
     Returns:
         out: (B, Lq, H, Dv), dtype of q. lse: (B, H, Lq) fp32 (fp64 for fp64 inputs), -inf for rows
-        that see nothing.
+        that see nothing. level: (B|1, H|1, Lq), what lse is relative to, or None.
 
     Source:
         Ring attention: arXiv:2310.01889.
     """
     q, steps = inputs.q, ring.plan.steps
     working = [t for t, step in enumerate(steps) if step.pairs and q.numel()]
-    state = block.new_state(q, inputs.v.shape[-1], carried=len(working) > 1)
+    state = block.new_state(q, inputs.v.shape[-1], carried=len(working) > 1 or large_bias)
+    level = None
     empty = q.new_empty if working else q.new_zeros
     out = empty((*q.shape[:3], inputs.v.shape[-1]))
     transport = _transport(inputs.travelling, ring)
     for t, held in enumerate(transport.blocks(inputs.travelling)):
         if t not in working:
             continue
-        if t == working[-1]:
-            state = replace(state, result=out)
-        block.attention_forward(_block(inputs, held, steps[t], ring), state, ring.backend)
-    return out, state.lse
+        parts = [_block(inputs, held, steps[t], ring)]
+        if large_bias:
+            level = levels.new_level(parts[0]) if level is None else level
+            parts = levels.enter(parts[0], level, state.lse)
+        for part in parts:
+            if t == working[-1] and part is parts[-1]:
+                state = replace(state, result=out)
+            block.attention_forward(part, state, ring.backend)
+    return out, state.lse, level
 
 
 def ring_backward(
-    inputs: Tensors, saved: Saved, ring: Ring, bias_gradient: bool, kv_dtype: torch.dtype
+    inputs: Tensors,
+    saved: Saved,
+    ring: Ring,
+    bias_gradient: bool,
+    kv_dtype: torch.dtype,
+    level: Tensor | None = None,
 ) -> Gradients:
     """Gradients of this rank's q, k, v and bias; dk and dv travel one hop behind their block.
 
@@ -76,12 +94,14 @@ def ring_backward(
         ring: As in the forward.
         bias_gradient: Whether to compute that of the bias, in its shape.
         kv_dtype: Of the resulting dk and dv: that of q or of the state.
+        level: What the saved lse is relative to, or None.
 
     Returns:
         dq in the dtype of q; dbias in that of the state.
     """
     dtype, device = saved.lse.dtype, inputs.q.device
-    only = not ring.plan.hops  # nothing to sum: a kernel writes the final gradients
+    # nothing to sum: a kernel writes the final gradients
+    only = not ring.plan.hops and level is None
     dq_dtype, sum_dtype = (inputs.q.dtype, kv_dtype) if only else (dtype, dtype)
     dq = (torch.empty if only else torch.zeros)(inputs.q.shape, dtype=dq_dtype, device=device)
     dbias = None
@@ -92,6 +112,8 @@ def ring_backward(
     sums = transport.sums(_parcels([inputs.k, inputs.v], ring, sum_dtype), device)
     for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
         dk, dv = sums.fresh(step.owner)
+        if not ring.plan.hops and not only:
+            dk.zero_(), dv.zero_()
         if step.pairs and inputs.q.numel():
             piece = _block(inputs, held, step, ring)
             step_dbias = None
@@ -99,7 +121,8 @@ def ring_backward(
                 assert piece.bias is not None
                 step_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=device)
             grads = Gradients(dq, dk, dv, step_dbias, only)
-            block.attention_backward(piece, saved, grads, ring.backend)
+            for part in [piece] if level is None else levels.relative(piece, level):
+                block.attention_backward(part, saved, grads, ring.backend)
             if dbias is not None and step_dbias is not None:
                 _add_columns(dbias, step_dbias, ring.plan, step)
         elif only:

@@ -65,7 +65,8 @@ def dense_attention(
         causal, window_size, cu_seqlens, prefix_len: see :func:`visible_keys`.
         softmax_scale: Dimensionless, default ``D ** -0.5``.
         key_padding_mask: (B, Sk) bool, True = ignore.
-        attn_bias: (B|1, H|1, Sq|1, Sk), added to the scores.
+        attn_bias: (B|1, H|1, Sq|1, Sk), added to the scores; the lowest number of bf16 and what
+            lies below it hide. Exact for any offset that a row's values share.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the bias.
         alibi_slopes: (H,) or (B, H); ``slope * |i - j|`` is taken off the scores.
         dropout_keep: (B, H, Sq, Sk) multiplier of the probabilities; lse does not see it.
@@ -81,8 +82,6 @@ def dense_attention(
     scores = scores * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if attn_bias is not None:
-        scores = scores + attn_bias.double()
     sq, sk = scores.shape[2:]
     if alibi_slopes is not None:
         i, j = torch.arange(sq, device=q.device), torch.arange(sk, device=q.device)
@@ -93,17 +92,28 @@ def dense_attention(
     ).to(q.device)
     if key_padding_mask is not None:
         hidden = hidden | key_padding_mask[:, None, None, :]
+    level = 0.0  # of each row: even fp64 has no digits for scores beside 1e30
+    if attn_bias is not None:
+        hidden = hidden | (attn_bias.double() <= torch.finfo(torch.bfloat16).min)
+        level = _largest(attn_bias.double().expand_as(scores).masked_fill(hidden, float("-inf")))
+        scores = scores + (attn_bias.double() - level[..., None])
     scores = scores.masked_fill(hidden, float("-inf"))
-    largest = scores.detach().amax(-1) if sk else scores.new_full(scores.shape[:3], float("-inf"))
-    seen = largest > float("-inf")
-    largest = torch.where(seen, largest, 0.0)
+    seen, largest = (~hidden).expand_as(scores).any(-1), _largest(scores)
     weights = torch.exp(scores - largest[..., None])
     total = torch.where(seen, weights.sum(-1), 1.0)
-    lse = torch.where(seen, largest + torch.log(total), float("-inf"))
+    lse = torch.where(seen, largest + torch.log(total) + level, float("-inf"))
     probabilities = weights / total[..., None]
     if dropout_keep is not None:
         probabilities = probabilities * dropout_keep.to(q.device).double()
     return torch.einsum("bhij,bjhd->bihd", probabilities, v), lse
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Of each row, 0 where there is none."""
+    if not scores.shape[-1]:
+        return scores.new_zeros(scores.shape[:-1])
+    largest = scores.detach().amax(-1)
+    return torch.where(largest > float("-inf"), largest, 0.0)
 
 
 _WORD = 0xFFFFFFFF

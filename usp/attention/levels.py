@@ -1,0 +1,180 @@
+"""Biases that hide, and rows whose scores share a large offset.
+
+A row's state is its output and its LSE. Where all scores of a row lie near -1e9, fp32 leaves of the
+LSE that -1e9 and nothing of how many keys there were: what merges two blocks of such a row, or
+takes its weights from its LSE, is wrong by any factor. A softmax does not change when all scores
+of its row do by the same amount. So such rows are computed relative to a level, about the largest
+bias that they have seen: ``bias - level`` is what kernels are given, and ``lse - level`` what they
+carry. Rows below ``LARGE`` keep level 0, and calls without large values their bias as it is.
+
+Shape letters: b, h, q where a dim may be 1, because a bias is broadcast along it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from usp.planning.plan import Span, Step
+from usp.planning.problem import Block
+
+# From here on fp32 rounds an LSE by more than 3e-5, and the weights of its row with it.
+LARGE = 1024.0
+# Rows that share a bias share a level as long as theirs is this near.
+_NEAR = LARGE / 2
+_SCORES_AT_ONCE = 1 << 22
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """From which value down a bias hides its key, as -inf does.
+
+    The lowest number of its dtype, with which masks are filled. That of bf16 lies above that of
+    fp32 and counts in both, so that casting such a mask changes nothing.
+    """
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+
+
+def hidden(bias: Tensor) -> Tensor:
+    """The bias with -inf where it hides, differentiable; a new tensor."""
+    return torch.where(bias <= lowest(bias.dtype), -torch.inf, bias)
+
+
+def prepared(bias: Tensor) -> tuple[Tensor, bool]:
+    """The bias with -inf where it hides, and whether other values are large.
+
+    Looks at the values once, which on a GPU waits for them. While a CUDA graph is captured it
+    cannot: then all that needs no look is done, levels where each row has a bias of its own.
+
+    Args:
+        bias: (b, h, q, Sk), any strides.
+    """
+    stored = bias[tuple(slice(0, None if stride else 1) for stride in bias.stride())]
+    hides = large = False
+    if bias.is_cuda and torch.cuda.is_current_stream_capturing():
+        hides, large = True, bias.shape[2] != 1
+    elif stored.numel():
+        low, high = torch.stack(stored.aminmax()).tolist()
+        if not -LARGE < low <= high < LARGE:
+            hides, large = _kinds(stored)
+    return (hidden(stored).expand(bias.shape) if hides else bias), large
+
+
+def _kinds(bias: Tensor) -> tuple[bool, bool]:
+    """Whether finite values hide, and whether others are large."""
+    hides = large = False
+    rows = max(1, _SCORES_AT_ONCE // max(1, bias[:, :, :1].numel()))
+    for part in bias.split(rows, 2):
+        seen = part > lowest(bias.dtype)
+        hides = hides or bool((~seen & (part > -torch.inf)).any())
+        large = large or bool((seen & (part.abs() >= LARGE)).any())
+    return hides, large
+
+
+def new_level(block: Block) -> Tensor:
+    """(b, h, Lq) of rows that have seen nothing: -inf."""
+    bias = block.bias
+    assert bias is not None
+    return bias.new_full((*bias.shape[:2], block.q.shape[1]), -torch.inf)
+
+
+def enter(block: Block, level: Tensor, lse: Tensor) -> list[Block]:
+    """Raise the levels of all rows for a block, before its keys come into their state.
+
+    Args:
+        block: Its bias is not relative yet.
+        level: (b, h, Lq), updated in place.
+        lse: (B, H, Lq) relative to ``level``, updated in place: relative to the new one.
+
+    Returns:
+        The block relative to the new levels: see ``relative``.
+    """
+    assert block.bias is not None
+    raised = torch.maximum(level, _largest_seen(block.bias, block.step))
+    raised = torch.where(raised.abs() < LARGE, 0.0, raised)
+    if block.bias.shape[2] == 1:
+        raised = _in_runs(raised)
+    lse += torch.where(level == -torch.inf, 0.0, level - raised)
+    level.copy_(raised)
+    return relative(block, level)
+
+
+def relative(block: Block, level: Tensor) -> list[Block]:
+    """The block with a bias relative to the levels of its rows.
+
+    Args:
+        block: Its bias is not relative yet.
+        level: (b, h, Lq).
+
+    Returns:
+        It as one, or, where its bias is the same for all rows and their levels differ, one for
+        each run of rows of the same level, which other rows see nothing of.
+    """
+    bias = block.bias
+    assert bias is not None
+    level = torch.where(level == -torch.inf, 0.0, level)
+    if bias.shape[2] != 1:
+        return [replace(block, bias=bias - level[..., None])]
+    starts = (level[:, :, 1:] != level[:, :, :-1]).flatten(0, 1).any(0).nonzero().flatten() + 1
+    ends = [0, *starts.tolist(), level.shape[2]]
+    blocks = []
+    for start, stop in pairwise(ends):
+        step = _of_rows(block.step, start, stop)
+        if step.pairs:
+            blocks.append(replace(block, step=step, bias=bias - level[:, :, start, None, None]))
+    return blocks
+
+
+def returned(lse: Tensor, level: Tensor | None) -> Tensor:
+    """The LSE itself of one that is relative to a level."""
+    return lse if level is None else lse + torch.where(level == -torch.inf, 0.0, level)
+
+
+def _largest_seen(bias: Tensor, step: Step) -> Tensor:
+    """(b, h, Lq | 1) largest bias among the keys that a row sees, -inf for none."""
+    if step.span is None:
+        return bias.amax(-1)
+    first, stop = (end[:, None] for end in step.span.on(bias.device))
+    largest = bias.new_full((*bias.shape[:2], step.num_queries), -torch.inf)
+    rows = max(1, _SCORES_AT_ONCE // max(1, bias[:, :, :1].numel()))
+    for start in range(0, step.num_queries, rows):
+        end = min(start + rows, step.num_queries)
+        keys = slice(int(step.span.first[start]), int(step.span.stop[end - 1]))
+        if keys.start >= keys.stop:
+            continue
+        part = bias[..., keys] if bias.shape[2] == 1 else bias[:, :, start:end, keys]
+        j = torch.arange(keys.start, keys.stop, device=bias.device)
+        unseen = (j < first[start:end]) | (j >= stop[start:end])
+        largest[:, :, start:end] = part.masked_fill(unseen, -torch.inf).amax(-1)
+    return largest
+
+
+def _in_runs(level: Tensor) -> Tensor:
+    """(b, h, Lq) levels, each that of the first of a run of rows that are near to it."""
+    level = level.clone()
+    start, rows = 0, level.shape[2]
+    while start < rows:
+        first = level[:, :, start, None].clone()
+        away = (level[:, :, start:] - first).abs() > _NEAR
+        far = away.flatten(0, 1).any(0).nonzero()
+        stop = start + int(far[0]) if len(far) else rows
+        level[:, :, start:stop] = first
+        start = stop
+    return level
+
+
+def _of_rows(step: Step, start: int, stop: int) -> Step:
+    """The step of these rows; the others see nothing."""
+    if (start, stop) == (0, step.num_queries):
+        return step
+    if step.span is None:
+        first = torch.zeros(step.num_queries, dtype=torch.int32)
+        last = torch.full_like(first, step.num_keys)
+    else:
+        first, last = step.span.first.clone(), step.span.stop.clone()
+    last[:start] = first[:start] = first[start]
+    first[stop:] = last[stop:] = last[stop - 1]
+    span = Span(first, last)
+    return Step(step.owner, step.num_queries, step.num_keys, span, span.pairs)
