@@ -35,6 +35,7 @@ class Case:
         strided: How q, k, v and the bias lie in memory: "heads" before tokens, or with the "last"
             dim not contiguous.
         magnitude: Factor of q: large ones make one key win.
+        special: What is awkward about the values; see ``_make_special``.
     """
 
     ulysses: int = 1
@@ -67,6 +68,7 @@ class Case:
     return_lse: bool = False
     strided: str | None = None
     magnitude: float = 1.0
+    special: str | None = None
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -142,7 +144,29 @@ def whole(case: Case) -> Tensors:
     if case.alibi is not None:
         shape = (b, h) if case.alibi == "bh" else (h,)
         slopes = torch.rand(shape, generator=random, dtype=state_dtype)
-    return Tensors((q * case.magnitude).to(dtype), k, v, dout, dlse, bias, padding, slopes)
+    t = Tensors((q * case.magnitude).to(dtype), k, v, dout, dlse, bias, padding, slopes)
+    if case.special is not None:
+        _make_special(t, case.special)
+    return t
+
+
+def _make_special(t: Tensors, special: str) -> None:
+    """Values that a merge of blocks must survive."""
+    half = t.k.shape[1] // 2
+    if special == "zero channel":
+        t.v[..., 1] = 0.0
+    elif special == "opposite blocks":
+        t.k[:, half : 2 * half], t.v[:, half : 2 * half] = t.k[:, :half], -t.v[:, :half]
+    elif special == "far apart":  # lse of the second half of the keys is some 20000 less
+        t.k[..., 0], t.q[..., 0] = 0.0, 200.0
+        t.k[:, half:, :, 0] = -200.0
+    elif special == "first half padded":
+        assert t.padding is not None
+        t.padding[:, :half] = True
+    elif special == "offset":  # of all scores, by 1e5
+        t.q[..., 0] = t.k[..., 0] = (1e5 * t.q.shape[-1] ** 0.5) ** 0.5
+    else:
+        raise ValueError(special)
 
 
 def _filled(bias: Tensor, fill: float | str | None, random: torch.Generator) -> Tensor:

@@ -67,7 +67,10 @@ def long_context_attention(
         key_padding_mask: (B, Lk) bool, True = ignore. This rank's keys.
         attn_bias: (B|1, H|1, Lq|1, all keys) added to the scores, keys in global order;
             differentiable. A dim of size 1 is the same on all ranks, and its gradient is this
-            rank's part of the sum.
+            rank's part of the sum. -inf hides a key, and so does the lowest number of its dtype
+            (in fp32 and fp64 also that of bf16), with which masks are filled: a row of nothing
+            else sees nothing. Any other offset that all keys of a row share, of whatever size,
+            leaves its result as it is. On a GPU the host waits for a look at the values.
         dropout_p: Probability to drop a weight. The pattern depends on global positions and
             heads and one number of torch's default CPU generator, that of the mesh's first rank.
         dropout_seed: That number, 0 to 2**64 - 1, the same on all ranks; by default each rank

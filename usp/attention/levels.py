@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from usp.planning.plan import Span, Step
@@ -25,7 +26,8 @@ from usp.planning.problem import Block
 LARGE = 1024.0
 # Rows that share a bias share a level as long as theirs is this near.
 _NEAR = LARGE / 2
-_SCORES_AT_ONCE = 1 << 22
+# Values looked at in one go: what a CPU's cache holds, or what fills a GPU.
+_AT_ONCE_ON_CPU, _AT_ONCE_ON_GPU = 1 << 18, 1 << 26
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -39,7 +41,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 def hidden(bias: Tensor) -> Tensor:
     """The bias with -inf where it hides, differentiable; a new tensor."""
-    return torch.where(bias <= lowest(bias.dtype), -torch.inf, bias)
+    return F.threshold(bias, lowest(bias.dtype), -torch.inf)
 
 
 def prepared(bias: Tensor) -> tuple[Tensor, bool]:
@@ -52,25 +54,38 @@ def prepared(bias: Tensor) -> tuple[Tensor, bool]:
         bias: (b, h, q, Sk), any strides.
     """
     stored = bias[tuple(slice(0, None if stride else 1) for stride in bias.stride())]
-    hides = large = False
+    bound = lowest(bias.dtype)
     if bias.is_cuda and torch.cuda.is_current_stream_capturing():
         hides, large = True, bias.shape[2] != 1
-    elif stored.numel():
-        low, high = torch.stack(stored.aminmax()).tolist()
-        if not -LARGE < low <= high < LARGE:
-            hides, large = _kinds(stored)
+    else:
+        low, high = _ends(stored)
+        if low == -torch.inf:
+            low, high = _ends(stored, -torch.inf)
+        hides = not low > bound
+        if hides:
+            low, high = _ends(stored, bound)
+        large = not -LARGE < low <= high < LARGE
     return (hidden(stored).expand(bias.shape) if hides else bias), large
 
 
-def _kinds(bias: Tensor) -> tuple[bool, bool]:
-    """Whether finite values hide, and whether others are large."""
-    hides = large = False
-    rows = max(1, _SCORES_AT_ONCE // max(1, bias[:, :, :1].numel()))
-    for part in bias.split(rows, 2):
-        seen = part > lowest(bias.dtype)
-        hides = hides or bool((~seen & (part > -torch.inf)).any())
-        large = large or bool((seen & (part.abs() >= LARGE)).any())
-    return hides, large
+def _ends(bias: Tensor, above: float | None = None) -> tuple[float, float]:
+    """The least and the largest of 0 and the values above a bound; NaN where one is NaN."""
+    if not bias.numel():
+        return 0.0, 0.0
+    if above is None:
+        ends = torch.stack(bias.aminmax())
+    else:
+        rows = _rows_at_once(bias)
+        parts = (F.threshold(part, above, 0.0) for part in bias.split(rows, 2))
+        found = torch.stack([torch.stack(part.aminmax()) for part in parts])
+        ends = torch.stack((found[:, 0].amin(), found[:, 1].amax()))
+    low, high = ends.tolist()
+    return low, high
+
+
+def _rows_at_once(bias: Tensor) -> int:
+    values = _AT_ONCE_ON_CPU if bias.device.type == "cpu" else _AT_ONCE_ON_GPU
+    return max(1, values // max(1, bias[:, :, :1].numel()))
 
 
 def new_level(block: Block) -> Tensor:
@@ -92,13 +107,25 @@ def enter(block: Block, level: Tensor, lse: Tensor) -> list[Block]:
         The block relative to the new levels: see ``relative``.
     """
     assert block.bias is not None
-    raised = torch.maximum(level, _largest_seen(block.bias, block.step))
-    raised = torch.where(raised.abs() < LARGE, 0.0, raised)
+    raised = _where_large(torch.maximum(level, _largest_seen(block.bias, block.step)))
     if block.bias.shape[2] == 1:
         raised = _in_runs(raised)
     lse += torch.where(level == -torch.inf, 0.0, level - raised)
     level.copy_(raised)
     return relative(block, level)
+
+
+def of_rows(bias: Tensor, unbiased: bool) -> Tensor:
+    """(b, h, q, 1) levels of whole rows, not differentiable.
+
+    Args:
+        bias: (b, h, q, Sk), -inf wherever a row does not see a key.
+        unbiased: Whether each row sees other keys too, which have no bias.
+    """
+    if not bias.shape[-1]:
+        return bias.new_zeros((*bias.shape[:-1], 1))
+    level = bias.detach().amax(-1, keepdim=True).clamp(min=0.0 if unbiased else -torch.inf)
+    return _or_zero(_where_large(level))
 
 
 def relative(block: Block, level: Tensor) -> list[Block]:
@@ -114,7 +141,7 @@ def relative(block: Block, level: Tensor) -> list[Block]:
     """
     bias = block.bias
     assert bias is not None
-    level = torch.where(level == -torch.inf, 0.0, level)
+    level = _or_zero(level)
     if bias.shape[2] != 1:
         return [replace(block, bias=bias - level[..., None])]
     starts = (level[:, :, 1:] != level[:, :, :-1]).flatten(0, 1).any(0).nonzero().flatten() + 1
@@ -129,16 +156,29 @@ def relative(block: Block, level: Tensor) -> list[Block]:
 
 def returned(lse: Tensor, level: Tensor | None) -> Tensor:
     """The LSE itself of one that is relative to a level."""
-    return lse if level is None else lse + torch.where(level == -torch.inf, 0.0, level)
+    return lse if level is None else lse + _or_zero(level)
+
+
+def _where_large(level: Tensor) -> Tensor:
+    """0 where it is not; so too where a NaN, which a row need not see, leaves it open."""
+    return torch.where(level.abs() >= LARGE, level, 0.0)
+
+
+def _or_zero(level: Tensor) -> Tensor:
+    """0 where a row has seen nothing."""
+    return torch.where(level == -torch.inf, 0.0, level)
 
 
 def _largest_seen(bias: Tensor, step: Step) -> Tensor:
-    """(b, h, Lq | 1) largest bias among the keys that a row sees, -inf for none."""
+    """(b, h, Lq | 1) largest bias among the keys that a row sees, -inf for none.
+
+    In operations that run in vectors: a masked fill takes ten times as long.
+    """
     if step.span is None:
         return bias.amax(-1)
     first, stop = (end[:, None] for end in step.span.on(bias.device))
     largest = bias.new_full((*bias.shape[:2], step.num_queries), -torch.inf)
-    rows = max(1, _SCORES_AT_ONCE // max(1, bias[:, :, :1].numel()))
+    rows = _rows_at_once(bias)
     for start in range(0, step.num_queries, rows):
         end = min(start + rows, step.num_queries)
         keys = slice(int(step.span.first[start]), int(step.span.stop[end - 1]))
@@ -146,8 +186,9 @@ def _largest_seen(bias: Tensor, step: Step) -> Tensor:
             continue
         part = bias[..., keys] if bias.shape[2] == 1 else bias[:, :, start:end, keys]
         j = torch.arange(keys.start, keys.stop, device=bias.device)
-        unseen = (j < first[start:end]) | (j >= stop[start:end])
-        largest[:, :, start:end] = part.masked_fill(unseen, -torch.inf).amax(-1)
+        seen = (j >= first[start:end]) & (j < stop[start:end])
+        bound = torch.where(seen, torch.inf, -torch.inf).to(bias.dtype)
+        largest[:, :, start:end] = torch.minimum(part, bound).amax(-1)
     return largest
 
 

@@ -29,8 +29,7 @@ def attention_partials(block: Block) -> Iterator[tuple[slice, Tensor, Tensor]]:
     k, v = _expanded(block)
     for rows, keys in _chunks(block):
         scores, _ = _scores(block, k, rows, keys)
-        lse = _logsumexp(scores)
-        weights = _weights(scores, lse)
+        weights, lse = _softmax(scores)
         if block.scoring.dropout_p:
             weights = weights * _kept(block, rows, keys)
         yield rows, torch.einsum("bhij,bjhd->bihd", weights, v[:, keys]), lse
@@ -108,11 +107,17 @@ def _scores(block: Block, k: Tensor, rows: slice, keys: slice) -> tuple[Tensor, 
     return scores, capped
 
 
-def _logsumexp(scores: Tensor) -> Tensor:
-    """Over the last dim; -inf, not NaN, where every score is -inf."""
-    top = scores.amax(-1)
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights over the last dim, and lse; 0 and -inf, not NaN, where every score is -inf.
+
+    The weights sum up to 1 also where an lse is too large to have digits for their number.
+    """
+    top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0, top)
-    return top + (scores - top[..., None]).exp().sum(-1).log()
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (top + total.log()).squeeze(-1)
+    return weights / torch.where(total > 0, total, 1), lse
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def dense_attention(
     ).to(q.device)
     if key_padding_mask is not None:
         hidden = hidden | key_padding_mask[:, None, None, :]
-    level = 0.0  # of each row: even fp64 has no digits for scores beside 1e30
+    level = scores.new_zeros(())  # even fp64 has no digits for scores beside 1e30
     if attn_bias is not None:
         hidden = hidden | (attn_bias.double() <= torch.finfo(torch.bfloat16).min)
         level = _largest(attn_bias.double().expand_as(scores).masked_fill(hidden, float("-inf")))

@@ -174,3 +174,25 @@ def test_a_causal_mask_seen_on_one_rank_alone(pool, layout) -> None:
     # the encoder tells that rank is_causal=True and the other False
     shapes = [tuple(out.shape) for out in pool.run(_single_token, layout, ranks=2)]
     assert shapes == [(1, 1, 8), (1, 0, 8)]
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("extra", [False, True])
+def test_weights_of_rows_that_a_finite_mask_fills_are_those_of_the_output(extra, fill) -> None:
+    """As if the fill were -inf, or the offset of the row were not there."""
+    torch.manual_seed(1)
+    module = usp.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=extra, causal=True)
+    x, scores = torch.randn(2, 7, 8), torch.randn(7, 7)
+    filled = torch.zeros(7, 7, dtype=torch.bool)
+    filled[4], filled[:, :2] = True, True  # a row, and the first rows by all that they see
+    results, masks = [], (scores.masked_fill(filled, fill), scores.masked_fill(filled, -torch.inf))
+    if fill == -1e9 and not extra:
+        seen_alone = filled | torch.ones(7, 7, dtype=torch.bool).triu(1)
+        rows = seen_alone.all(1, keepdim=True)
+        masks = masks[0], torch.where(rows, scores.masked_fill(filled, 0.0), masks[1])
+    for mask in masks:
+        mask.requires_grad_()
+        out, weights = module(x, x, x, attn_mask=mask)
+        results.append((out, weights, *torch.autograd.grad((out, weights), mask, (out, weights))))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from usp.attention import levels
 from usp.distributed.agreement import Facts
 from usp.planning.kinds import tensor
 from usp.planning.problem import state_dtype
@@ -175,9 +176,9 @@ class Arguments:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added to scores: -inf where a bool one says True."""
+    """A mask that is added to scores: -inf where a bool one says True, or a float one hides."""
     if mask.dtype != torch.bool:
-        return mask.to(state_dtype(dtype))
+        return levels.hidden(mask).to(state_dtype(dtype))
     return torch.zeros_like(mask, dtype=state_dtype(dtype)).masked_fill_(mask, -torch.inf)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usp.attention import levels
 from usp.ops import philox
 from usp.ops.precision import einsum
 from usp.planning.mask import Mask
@@ -64,8 +65,13 @@ def attention_weights(
     dtype = state_dtype(q.dtype)
     scores = einsum("nlhd,nshd->nhls", q.to(dtype) * softmax_scale, k.to(dtype))
     if bias is not None:
-        scores = scores + bias.to(dtype)
-    if visible is not None:
+        bias = bias.to(dtype)
+        if visible is not None:
+            bias = bias.masked_fill(~visible, -torch.inf)
+        level = levels.of_rows(bias, extra_scores is not None)
+        scores = scores + (bias - level)
+        extra_scores = None if extra_scores is None else extra_scores - level
+    elif visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     if extra_scores is not None:
         scores = torch.cat((scores, extra_scores), -1)
