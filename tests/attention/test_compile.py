@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import multihead_cases as multihead
 import pool as worker
 import pytest
 import torch
+import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
 from cases import Case, local
@@ -41,8 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> None:
+def _forget_what_was_compiled() -> Iterator[None]:
+    """Also on the disk: traces there are found by names of ops, not by what their fakes return."""
     torch._dynamo.reset()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 def tensors(dtype: torch.dtype = torch.float64, length: int = 11) -> dict[str, Tensor]:
