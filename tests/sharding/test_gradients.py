@@ -237,3 +237,32 @@ def complex_gradients() -> list[complex]:
 
 def test_complex_parameters(pool) -> None:
     assert pool.run(complex_gradients, ranks=2) == [[3 + 6j, 9j]] * 2
+
+
+def scaled_step() -> tuple[list[float], float]:
+    """One step in which the second rank overflows, then one in which none does."""
+    mesh = init_mesh(1, 2, device_type="cpu")
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before, weights = layer.weight.detach().clone(), []
+    for overflows in (True, False):
+        x = torch.full((2, 4), float("inf") if overflows and mesh.rank else 1.0)
+        scaler.scale(layer(x).sum()).backward()
+        all_reduce_gradients(layer, mesh)
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        weights.append((layer.weight - before).abs().max().item())
+    return weights, scaler.get_scale()
+
+
+def test_a_grad_scaler_after_the_sum_skips_on_every_rank(pool) -> None:
+    """Whichever rank overflowed; docs/training.md says which order that takes."""
+    first, second = pool.run(scaled_step, ranks=2)
+    assert first == second
+    (skipped, taken), scale = first
+    assert skipped == 0 < taken < 1 and scale == 4.0
