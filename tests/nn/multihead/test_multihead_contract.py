@@ -110,6 +110,30 @@ def test_inputs_that_parameters_cannot_take(inputs, message) -> None:
             module(inputs, inputs, inputs)
 
 
+NESTED = [torch.zeros(2, 4), torch.zeros(3, 4)]
+KINDS = {
+    "list": (lambda: [[0.0] * 4] * 3, "key must be a tensor"),
+    "nested": (lambda: torch.nested.nested_tensor(NESTED), "enable_nested_tensor=False"),
+    "jagged": (lambda: torch.nested.nested_tensor(NESTED, layout=torch.jagged), "key is a Nested"),
+    "sparse": (lambda: Q2.to_sparse(), r"x\.to_dense\(\)"),
+    "dims": (lambda: Q2[0], "query has 2 dims, key has 1"),
+}
+
+
+def _of_another_kind(kind: str) -> None:
+    mesh = workers.mesh(1, 2)
+    module = usp.MultiheadAttention(4, 2, mesh=mesh)
+    for key in (Q2, Q2 if mesh.rank == 0 else KINDS[kind][0]()):
+        module(Q2, key, Q2 if isinstance(key, torch.Tensor) else 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_kind_at_the_second_call_of_one_rank(pool, kind) -> None:
+    for outcome in pool.outcomes(_of_another_kind, kind, ranks=2, timeout=20):
+        with pytest.raises(workers.RemoteError, match=KINDS[kind][1]):
+            raise outcome
+
+
 def _with_a_distributed_parameter() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -42,8 +42,8 @@ class Arguments:
     num_heads: int
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
+    def named_inputs(self) -> tuple[tuple[str, Tensor], ...]:
+        return ("query", self.query), ("key", self.key), ("value", self.value)
 
     @property
     def is_batched(self) -> bool:
@@ -89,15 +89,16 @@ class Arguments:
 
     def check_inputs(self) -> None:
         """Query, key and value alone; see ``check``."""
-        named = zip(("query", "key", "value"), self.inputs, strict=True)
-        for (name, x), size in zip(named, self.sizes, strict=True):
+        for name, x in self.named_inputs:
             if isinstance(x, Tensor) and x.is_nested:
                 raise NotImplementedError(
                     f"{name} is a NestedTensor; pass a padded one with key_padding_mask (an "
-                    "nn.TransformerEncoder makes them unless use_nested_tensor is False, which "
-                    "usp.replace_attention sees to)"
+                    "nn.TransformerEncoder makes them in evaluation: build it with "
+                    "enable_nested_tensor=False, or set use_nested_tensor to False, which "
+                    "usp.replace_attention does)"
                 )
             tensor(name, x)
+        for (name, x), size in zip(self.named_inputs, self.sizes, strict=True):
             if x.dim() not in (2, 3) or x.dim() != self.query.dim():
                 raise self._wrong_dims(name, x)
             if x.shape[-1] != size:

@@ -45,7 +45,7 @@ def _check_parameters(module: nn.MultiheadAttention, arguments: Arguments) -> No
             )
     packed = cast("Tensor | None", module.in_proj_weight)
     dtype = (module.q_proj_weight if packed is None else packed).dtype
-    for name, x in zip(("query", "key", "value"), arguments.inputs, strict=True):
+    for name, x in arguments.named_inputs:
         if not x.is_floating_point():
             raise ArgumentError(f"{name} must be floating point, got dtype {x.dtype}")
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -57,7 +57,7 @@ def _check_parameters(module: nn.MultiheadAttention, arguments: Arguments) -> No
 
 def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
     """Query, key and value with E features each, by one product where they are one tensor."""
-    x = arguments.inputs
+    x = arguments.query, arguments.key, arguments.value
     biases: tuple[Tensor | None, ...] = (None, None, None)
     packed = cast("Tensor | None", module.in_proj_weight)
     weights: tuple[Tensor, ...]
