@@ -107,7 +107,7 @@ class VirtualRing:
         self.ranks, self.tensors = ranks, tensors
         length, mask = tensors[0].shape[1], make_mask(causal=True)
         self.plans = [make_plan(mask, "zigzag", length, length, ranks, r) for r in range(ranks)]
-        self.rows = [plan.queries.positions_on(tensors[0].device) for plan in self.plans]
+        self.rows = [plan.queries.on(tensors[0].device) for plan in self.plans]
         self.shards = [[x.index_select(1, row) for x in tensors] for row in self.rows]
 
     def usp(self, own: Own, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:

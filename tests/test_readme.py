@@ -73,6 +73,6 @@ def test_layouts_picture() -> None:
         (line,) = re.findall(rf"^{name} +([\d |]+)", text, re.MULTILINE)
         held = [0] * 16
         for rank, row in enumerate(rows(layout, 16, 4)):
-            for position in row.positions.tolist():
+            for position in row.tensor.tolist():
                 held[position] = rank
         assert [int(number) for number in re.findall(r"\d", line)] == held, name

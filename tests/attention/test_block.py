@@ -30,9 +30,9 @@ def blocks_of(q: Tensor, k: Tensor, v: Tensor, options: dict, pieces: int) -> li
     heads = Heads(0, q.shape[2], q.shape[2], q.shape[2] // k.shape[2])
     found = []
     for plan in plans:
-        rows = plan.queries.positions
+        rows = plan.queries.tensor
         for step in plan.steps:
-            keys = plan.keys[step.owner].positions
+            keys = plan.keys[step.owner].tensor
             if step.pairs:
                 piece = Block(q[:, rows], k[:, keys], v[:, keys], step, heads, Scoring(0.3))
                 found.append((rows, keys, piece))

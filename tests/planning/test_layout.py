@@ -23,7 +23,7 @@ def tables(draw: st.DrawFn) -> tuple[Layout, int, int]:
 @given(tables())
 def test_every_token_is_held_once_and_rows_are_sorted(table: tuple[Layout, int, int]) -> None:
     layout, seq_len, ring_degree = table
-    held = [row.positions for row in rows(layout, seq_len, ring_degree)]
+    held = [row.tensor for row in rows(layout, seq_len, ring_degree)]
     assert len(held) == ring_degree
     assert sorted(torch.cat(held).tolist()) == list(range(seq_len))
     for row, positions in zip(rows(layout, seq_len, ring_degree), held, strict=True):
@@ -37,7 +37,7 @@ def test_count_below_counts(table: tuple[Layout, int, int], asked: list[int]) ->
     layout, seq_len, ring_degree = table
     asked_for = torch.tensor(sorted(asked), dtype=torch.int64).clamp(0, seq_len)
     for row in rows(layout, seq_len, ring_degree) if asked else ():
-        expected = [int((row.positions < p).sum()) for p in asked_for]
+        expected = [int((row.tensor < p).sum()) for p in asked_for]
         assert row.count_below(asked_for, row.segment_of(asked_for)).tolist() == expected
 
 
@@ -48,13 +48,13 @@ def test_pieces_of_a_row_join_in_order(table: tuple[Layout, int, int], ulysses: 
         parts = [
             local_positions(layout, seq_len, ring_degree, ulysses, (r, u)) for u in range(ulysses)
         ]
-        assert torch.cat(parts).tolist() == row.positions.tolist()
+        assert torch.cat(parts).tolist() == row.tensor.tolist()
         assert [len(part) for part in parts] == list(pieces(len(row), ulysses))
 
 
 def test_known_tables() -> None:
     def table(layout: Layout, seq_len: int, ring_degree: int) -> list[list[int]]:
-        return [row.positions.tolist() for row in rows(layout, seq_len, ring_degree)]
+        return [row.tensor.tolist() for row in rows(layout, seq_len, ring_degree)]
 
     assert table("contiguous", 7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
     assert table("zigzag", 8, 2) == [[0, 1, 6, 7], [2, 3, 4, 5]]

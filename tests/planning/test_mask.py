@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.planning.mask import Mask, ValidLength, make_mask
+from usp.planning.mask import make_mask
 
 lengths = st.integers(0, 23)
 
@@ -29,8 +29,6 @@ def problems(draw: st.DrawFn) -> tuple[int, int, dict]:
     if draw(st.booleans()):
         key_len = query_len
         options["cu_seqlens"] = draw(boundaries(query_len))
-    if draw(st.booleans()):
-        options["seq_len"] = draw(st.integers(0, 25))
     return query_len, key_len, options
 
 
@@ -42,11 +40,10 @@ def sees(q: int, k: int, options: dict) -> bool:
     if (left is not None and k < q - left) or (right is not None and k > q + right):
         return False
     cu_seqlens = options.get("cu_seqlens")
-    if cu_seqlens is not None:
-        document = [sum(p >= bound for bound in cu_seqlens) for p in (q, k)]
-        if document[0] != document[1]:
-            return False
-    return k < options.get("seq_len", k + 1)
+    if cu_seqlens is None:
+        return True
+    of_query, of_key = (sum(p >= bound for bound in cu_seqlens) for p in (q, k))
+    return of_query == of_key
 
 
 @given(problems())
@@ -66,14 +63,16 @@ def test_both_ends_never_decrease_and_stay_inside(problem: tuple[int, int, dict]
     assert (first <= stop).all() and (first >= 0).all() and (stop <= key_len).all()
 
 
-@given(problems(), st.integers(0, 25))
-def test_intersection_is_closed(problem: tuple[int, int, dict], valid: int) -> None:
+@given(problems(), st.integers(0, 25), st.integers(0, 25))
+def test_intersection_is_closed(problem: tuple[int, int, dict], left: int, right: int) -> None:
     query_len, key_len, options = problem
     mask, positions = make_mask(**options), torch.arange(query_len)
-    first, stop = (mask & Mask((ValidLength(valid),))).intervals(positions, key_len)
+    both = mask & make_mask(window_size=(left, right))
+    first, stop = both.intervals(positions, key_len)
     alone = mask.intervals(positions, key_len)
     for q in range(query_len):
-        expected = {k for k in range(int(alone[0][q]), int(alone[1][q])) if k < valid}
+        seen = range(int(alone[0][q]), int(alone[1][q]))
+        expected = {k for k in seen if q - left <= k <= q + right}
         assert set(range(int(first[q]), int(stop[q]))) == expected
 
 

@@ -154,8 +154,8 @@ def _block(inputs: Tensors, held: Sequence[Tensor], step: Step, ring: Ring) -> B
     k, v, *mask = held
     q_pos = k_pos = None
     if inputs.alibi_slopes is not None or ring.scoring.dropout_p:
-        q_pos = ring.plan.queries.positions_on(inputs.q.device).int()
-        k_pos = ring.plan.keys[step.owner].positions_on(inputs.q.device).int()
+        q_pos = ring.plan.queries.on(inputs.q.device).int()
+        k_pos = ring.plan.keys[step.owner].on(inputs.q.device).int()
     return Block(
         inputs.q,
         k,
@@ -176,7 +176,7 @@ def _step_bias(inputs: Tensors, mask: Tensor | None, step: Step, plan: Plan) -> 
     if inputs.attn_bias is not None:
         bias = inputs.attn_bias
         if plan.ring_degree > 1:
-            bias = bias.index_select(3, plan.keys[step.owner].positions_on(bias.device))
+            bias = bias.index_select(3, plan.keys[step.owner].on(bias.device))
         bias = bias.to(dtype)
     if mask is not None:
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -187,6 +187,6 @@ def _step_bias(inputs: Tensors, mask: Tensor | None, step: Step, plan: Plan) -> 
 
 def _add_columns(dbias: Tensor, step_dbias: Tensor, plan: Plan, step: Step) -> None:
     """Add the columns of one owner's keys, summed over the dims the bias is broadcast along."""
-    columns = plan.keys[step.owner].positions_on(dbias.device)
+    columns = plan.keys[step.owner].on(dbias.device)
     step_dbias = step_dbias.sum_to_size((*dbias.shape[:3], step_dbias.shape[3]))
     dbias.index_add_(3, columns, step_dbias)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +47,22 @@ def striped(length: Tensor, ring_degree: int, r: Tensor) -> Runs:
     return [(r, torch.maximum(length, r))]
 
 
-STRIDED = (striped,)
-LAYOUTS: dict[str, Callable[[Tensor, int, Tensor], Runs]] = {
-    "contiguous": contiguous,
-    "zigzag": zigzag,
-    "striped": striped,
+class Rule(NamedTuple):
+    """How a layout deals out a sequence.
+
+    Attributes:
+        runs: Of a length, the ring's degree and a rank, the bounds of that rank's runs.
+        strided: Whether neighbours in a run are a ring's degree apart, and not one.
+    """
+
+    runs: Callable[[Tensor, int, Tensor], Runs]
+    strided: bool = False
+
+
+LAYOUTS = {
+    "contiguous": Rule(contiguous),
+    "zigzag": Rule(zigzag),
+    "striped": Rule(striped, strided=True),
 }
 
 
@@ -72,7 +84,7 @@ Layout = str | DocumentZigzag
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
-class Row:
+class Positions:
     """The positions of one ring rank: in each segment of the sequence a few arithmetic runs.
 
     Attributes:
@@ -99,7 +111,7 @@ class Row:
         return int(self.counts.sum())
 
     @cached_property
-    def positions(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """(n,) int64, sorted."""
         counts = self.counts.flatten()
         before = counts.cumsum(0) - counts
@@ -110,10 +122,10 @@ class Row:
     def _on_device(self) -> dict[torch.device, Tensor]:
         return {}
 
-    def positions_on(self, device: torch.device) -> Tensor:
-        """``positions`` on ``device``, int64, copied there once."""
+    def on(self, device: torch.device) -> Tensor:
+        """``tensor`` on ``device``, int64, copied there once."""
         if device not in self._on_device:
-            self._on_device[device] = self.positions.to(device)
+            self._on_device[device] = self.tensor.to(device)
         return self._on_device[device]
 
     @cached_property
@@ -179,7 +191,7 @@ def check_layout(layout: Layout) -> Layout:
 
 
 @lru_cache(maxsize=32)
-def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
+def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
     """The table of ``layout``: one row for each ring rank.
 
     Raises:
@@ -188,14 +200,14 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
     check_layout(layout)
     if isinstance(layout, DocumentZigzag):
         return _document_rows(layout, seq_len, ring_degree)
-    runs_of = LAYOUTS[layout]
+    rule = LAYOUTS[layout]
     bounds = torch.tensor([0, seq_len], device=_HOST)
-    stride = ring_degree if runs_of in STRIDED else 1
+    stride = ring_degree if rule.strided else 1
     ranks = torch.arange(ring_degree, device=_HOST)[:, None]
-    return tuple(_row(bounds, runs_of(bounds[1:], ring_degree, r), stride) for r in ranks)
+    return tuple(_row(bounds, rule.runs(bounds[1:], ring_degree, r), stride) for r in ranks)
 
 
-def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tuple[Row, ...]:
+def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
     if seq_len != layout.cu_seqlens[-1]:
         raise ValueError(
             f"layout DocumentZigzag holds {layout.cu_seqlens[-1]} tokens (cu_seqlens[-1]), "
@@ -210,10 +222,10 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
     )
 
 
-def _row(bounds: Tensor, runs: Runs, stride: int) -> Row:
+def _row(bounds: Tensor, runs: Runs, stride: int) -> Positions:
     start = torch.stack([run[0] for run in runs], 1) + bounds[:-1, None]
     stop = torch.stack([run[1] for run in runs], 1) + bounds[:-1, None]
-    return Row(bounds, start, stop, stride)
+    return Positions(bounds, start, stop, stride)
 
 
 def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
@@ -280,4 +292,4 @@ def local_positions(
     """Global positions, (n,) int64 sorted, of ``rank = (ring_rank, ulysses_rank)``."""
     ring_rank, ulysses_rank = rank
     row = rows(layout, seq_len, ring_degree)[ring_rank]
-    return row.positions.split(pieces(len(row), ulysses_degree))[ulysses_rank]
+    return row.tensor.split(pieces(len(row), ulysses_degree))[ulysses_rank]

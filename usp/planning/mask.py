@@ -1,6 +1,6 @@
 """Who sees whom: a mask gives each query position one interval of key positions.
 
-Causal, sliding window, packed documents, prefix-LM and valid length are all intervals
+Causal, sliding window, packed documents and prefix-LM are all intervals
 ``[first(p), stop(p))`` whose ends do not decrease in ``p``; so is every combination of them,
 the intersection. What is not an interval is an additive bias and does not live here.
 """
@@ -63,16 +63,6 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class ValidLength:
-    """Only the first ``seq_len`` keys."""
-
-    seq_len: int
-
-    def interval(self, positions: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        return first, stop.clamp_max(self.seq_len)
-
-
-@dataclass(frozen=True)
 class Mask:
     """The intersection of its terms; no term means that everyone sees everyone."""
 
@@ -107,7 +97,6 @@ def make_mask(
     window_size: tuple[int | None, int | None] = (None, None),
     cu_seqlens: Sequence[int] | Tensor | None = None,
     prefix_len: int | None = None,
-    seq_len: int | None = None,
 ) -> Mask:
     """The mask that the public options describe.
 
@@ -116,7 +105,6 @@ def make_mask(
         window_size: (left, right) keys visible beside the query's own position, None is no bound.
         cu_seqlens: Global boundaries of packed documents, ``(0, ..., total)``, host integers.
         prefix_len: First keys that ``causal`` opens to every query; a window still closes them.
-        seq_len: Number of valid keys; the rest is padding.
 
     Raises:
         ValueError: a bound is negative, or boundaries decrease or do not start at 0.
@@ -137,8 +125,6 @@ def make_mask(
         terms.append(window)
     if cu_seqlens is not None:
         terms.append(Documents(check_cu_seqlens(cu_seqlens)))
-    if seq_len is not None:
-        terms.append(ValidLength(seq_len))
     return Mask(tuple(terms))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from usp.planning.layout import Layout, Row, rows
+from usp.planning.layout import Layout, Positions, rows
 from usp.planning.mask import Mask
 
 
@@ -55,8 +55,9 @@ def transposed(first: Tensor, stop: Tensor, num_keys: int) -> tuple[Tensor, Tens
         num_keys: Lk.
     """
     keys = torch.arange(num_keys, dtype=first.dtype, device=first.device)
-    rows = (torch.searchsorted(end, keys, right=True, out_int32=True) for end in (stop, first))
-    return next(rows), next(rows)
+    first_row = torch.searchsorted(stop, keys, right=True, out_int32=True)
+    stop_row = torch.searchsorted(first, keys, right=True, out_int32=True)
+    return first_row, stop_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +111,8 @@ class Plan:
     ring_rank: int
     ring_degree: int
     steps: tuple[Step, ...]
-    queries: Row
-    keys: tuple[Row, ...]
+    queries: Positions
+    keys: tuple[Positions, ...]
 
     @property
     def hops(self) -> int:
@@ -122,15 +123,6 @@ class Plan:
     def pairs(self) -> int:
         """Visible (query, key) pairs of this rank: its work."""
         return sum(step.pairs for step in self.steps)
-
-    def __str__(self) -> str:
-        lines = [f"ring rank {self.ring_rank} of {self.ring_degree}: {self.pairs} visible pairs"]
-        lines += [
-            f"  step {t}: keys of {step.owner}  {step.num_queries} x {step.num_keys}  "
-            f"{step.kind:4}  {step.pairs} pairs"
-            for t, step in enumerate(self.steps)
-        ]
-        return "\n".join(lines)
 
 
 class Reach(NamedTuple):
@@ -156,7 +148,7 @@ def make_plan(
     """
     queries = rows(layout, query_len, ring_degree)
     keys = rows(layout, key_len, ring_degree)
-    first, stop = mask.intervals(queries[ring_rank].positions, key_len)
+    first, stop = mask.intervals(queries[ring_rank].tensor, key_len)
     reach = Reach(first, stop, keys[0].segment_of(first), keys[0].segment_of(stop))
     hops = _hops(mask, queries, keys, key_len)
     owners = [(ring_rank - t) % ring_degree for t in range(hops + 1)]
@@ -164,7 +156,9 @@ def make_plan(
     return Plan(ring_rank, ring_degree, steps, queries[ring_rank], keys)
 
 
-def _hops(mask: Mask, queries: tuple[Row, ...], keys: tuple[Row, ...], key_len: int) -> int:
+def _hops(
+    mask: Mask, queries: tuple[Positions, ...], keys: tuple[Positions, ...], key_len: int
+) -> int:
     """Hops after which no rank of the ring can need another block, the same on every rank.
 
     Judged by the ends of the rows alone, so it may keep a hop that nobody needs, never drop one.
@@ -184,7 +178,7 @@ def _hops(mask: Mask, queries: tuple[Row, ...], keys: tuple[Row, ...], key_len: 
     return 0
 
 
-def _step(owner: int, keys: Row, reach: Reach) -> Step:
+def _step(owner: int, keys: Positions, reach: Reach) -> Step:
     first, stop = reach.first, reach.stop
     num_queries, num_keys = len(first), len(keys)
     if not num_queries or not num_keys:

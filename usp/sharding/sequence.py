@@ -215,7 +215,7 @@ class _Unshard(torch.autograd.Function):
 
 def _order(layout: Layout, seq_len: int, mesh: SequenceMesh) -> Tensor:
     """Global position of each token when the rows are joined one behind the other."""
-    return torch.cat([row.positions for row in rows(layout, seq_len, mesh.ring_degree)])
+    return torch.cat([row.tensor for row in rows(layout, seq_len, mesh.ring_degree)])
 
 
 def _gather(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
