@@ -279,10 +279,13 @@ def _replaced(when: str, norm_first: bool) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("when", ["layer", "attention", "model", "copied", "pickled"])
+WAYS_IN = [("layer", False), ("layer", True), ("model", False), ("model", True)]
+WAYS_IN += [("attention", False), ("copied", False), ("pickled", True)]
+
+
+@pytest.mark.parametrize(("when", "norm_first"), WAYS_IN)
 @pytest.mark.parametrize("way", ["no_grad", "inference", "frozen"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
 def test_the_fused_paths_are_bypassed(monkeypatch, when, way, padded, norm_first) -> None:
     calls = []
     real = usp.MultiheadAttention.forward
