@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from usp.distributed.agreement import check_on_all_ranks
+
 if TYPE_CHECKING:
     from usp.distributed.mesh import SequenceMesh
 
@@ -31,9 +33,9 @@ _SEED_BITS = 63
 def replicated(mesh: SequenceMesh | None = None) -> Iterator[None]:
     """Random numbers in here are equal on all ranks of ``mesh``.
 
-    The seed is that of the mesh's first rank, sent to the others in one broadcast of 8 bytes; so
-    every rank of the mesh must come here. Ranks of different meshes (data parallel ones) differ
-    when their generators do.
+    The seed is that of the mesh's first rank: the ranks meet (48 bytes along each axis), so every
+    rank of the mesh must come here, and where one is elsewhere each raises. Ranks of different
+    meshes (data parallel ones) differ when their generators do.
 
     Args:
         mesh: The sequence ranks that must agree; None is one device.
@@ -44,7 +46,10 @@ def replicated(mesh: SequenceMesh | None = None) -> Iterator[None]:
     """
     seed = _draw_seed()
     if mesh is not None and mesh.size > 1:
-        seed = _of_first_rank(seed, mesh)
+        _, told = check_on_all_ranks(
+            mesh, "usp.rng.replicated", lambda: None, lambda _: {}, lambda: (seed,)
+        )
+        seed = told[0][0]
     with _seeded(seed, mesh):
         yield
 
@@ -70,11 +75,6 @@ def sharded(mesh: SequenceMesh | None = None) -> Iterator[None]:
 
 def _draw_seed() -> int:
     return int(torch.randint(2**_SEED_BITS - 1, (), dtype=torch.int64, device="cpu"))
-
-
-def _of_first_rank(seed: int, mesh: SequenceMesh) -> int:
-    message = torch.tensor([seed], device=mesh.device_type)
-    return int(mesh.broadcast(message))
 
 
 @contextmanager

@@ -70,6 +70,26 @@ def test_batches_of_any_length(pool, lengths: list, shape: tuple, layout: str, k
     assert max(pool.run(batches, lengths, shape, layout, kind, ranks=shape[0] * shape[1])) < 1e-9
 
 
+def multihead_batches(lengths: list[int], layout: str) -> float:
+    mesh = worker.mesh(2, 1)
+    torch.manual_seed(4)
+    ours = usp.MultiheadAttention(6, 2, mesh=mesh, batch_first=True, layout=layout).double()
+    theirs = nn.MultiheadAttention(6, 2, batch_first=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    worst = 0.0
+    for length in lengths:
+        x = tokens(length).flatten(2)
+        mine = usp.shard_sequence(x, mesh, 1, layout)
+        wanted = usp.shard_sequence(theirs(x, x, x)[0], mesh, 1, layout)
+        worst = max(worst, (ours(mine, mine, mine)[0] - wanted).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_batches_of_any_length_for_multihead_attention(pool, layout: str) -> None:
+    assert max(pool.run(multihead_batches, [8, 5, 7, 2], layout, ranks=2)) < 1e-9
+
+
 def cut_as(held: list[int], kind: str) -> Any:
     mesh = worker.mesh(1, len(held))
     x = torch.randn(2, held[mesh.rank], 6, requires_grad=True)
@@ -143,6 +163,9 @@ def two_outputs(mine: str, kind: str, then: str) -> Any:
         usp.all_reduce_gradients([nn.Parameter(torch.ones(2))], mesh)
     elif then == "call":
         function(mesh)(a, a, a)
+    elif then == "replicated":
+        with usp.rng.replicated(mesh):
+            pass
     return "done"
 
 
@@ -154,7 +177,7 @@ def test_losses_on_different_outputs(pool, kind: str) -> None:
         assert "whose backward" in outcome.message and "same outputs" in outcome.message
 
 
-@pytest.mark.parametrize("then", ["gradients", "call"])
+@pytest.mark.parametrize("then", ["gradients", "call", "replicated"])
 def test_a_backward_that_one_rank_alone_runs(pool, then: str) -> None:
     """The other goes on to whatever comes next, and both hear of it there."""
     for outcome in pool.outcomes(two_outputs, "ab b", "module", then, ranks=2, timeout=20):

@@ -29,6 +29,7 @@ PLACES = (
     "MultiheadAttention",
     "unshard_sequence",
     "all_reduce_gradients",
+    "usp.rng.replicated",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -141,12 +141,6 @@ class Axis:
             dist.all_reduce(parts, group=self.group)
         return tensor
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The tensor of the axis' first rank, in place."""
-        if self.size > 1:
-            dist.broadcast(tensor, self._peer(0), group=self.group)
-        return tensor
-
     def gather_objects(self, item: Any) -> list[Any]:
         """Everyone's small picklable object, in rank order."""
         if self.size == 1:

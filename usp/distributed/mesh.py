@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from usp.distributed import comm
 from usp.distributed.comm import Axis
@@ -116,16 +115,6 @@ class SequenceMesh:
             whole = flat.new_empty(axis.size * len(flat))
             flat = axis.all_gather(flat, whole, [len(flat)] * axis.size)()
         return [tuple(row) for row in flat.view(self.size, len(numbers)).tolist()]
-
-    @comm.untraced
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        return self.ring.all_reduce(self.ulysses.all_reduce(tensor))
-
-    @comm.untraced
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The tensor of the first rank, in place."""
-        return self.ulysses.broadcast(self.ring.broadcast(tensor))
 
     def __repr__(self) -> str:
         return f"SequenceMesh(ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree})"

@@ -11,7 +11,7 @@ from usp.attention.arguments import Options, Tensors
 from usp.attention.functional import attend
 from usp.attention.learned import refuse_gradient
 from usp.distributed.agreement import check_validate, compares_now
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.nn.tracing import one_node
 from usp.planning.layout import Layout
 
@@ -59,7 +59,7 @@ class LongContextAttention(nn.Module):
         super().__init__()
         check_validate(validate)
         refuse_gradient("softcap", softcap)
-        self.mesh = mesh
+        self.mesh = check_mesh(mesh)
         self.validate = validate
         self.options = Options(
             causal=causal,

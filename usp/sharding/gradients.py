@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from usp.distributed import comm
 from usp.distributed.agreement import Facts, check_on_all_ranks, digest
 from usp.distributed.comm import Axis
+from usp.distributed.mesh import SequenceMesh, check_mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from usp.distributed.mesh import SequenceMesh
 
 __all__ = ["all_reduce_gradients"]
 
@@ -64,7 +63,7 @@ def all_reduce_gradients(
         ValueError: parameters differ between the ranks of the mesh, or a rank is still in a
             backward; says both.
     """
-    axes = _axes(mesh, data_parallel_group)
+    axes = _axes(check_mesh(mesh), data_parallel_group)
     if not axes:
         return
     parameters = _parameters(module_or_parameters)

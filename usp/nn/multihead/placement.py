@@ -9,7 +9,7 @@ from torch import Tensor
 
 from usp.backends import check_name
 from usp.distributed.agreement import check_validate
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.distributed.transport import check_transport
 from usp.planning.layout import (
     Layout,
@@ -37,6 +37,7 @@ class Placement:
     window_size: tuple[int | None, int | None] = (None, None)
 
     def __post_init__(self) -> None:
+        check_mesh(self.mesh)
         check_layout(self.layout)
         check_name(self.backend)
         check_transport(self.transport)
