@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import usp
 from usp.backends import TABLE
+from usp.nn.multihead import projections
 from usp.ops.merge import merge
 from usp.planning.problem import Traits
 
@@ -99,6 +100,15 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(attended(case, torch.bfloat16, torch.bfloat16), wanted)
 
 
+def test_triton(interpreter) -> None:
+    case = replace(CASE, seq_len=9, head_dim=4, value_dim=4, backend="triton", ring=2)
+    case = with_extras(replace(case, dtype="float32"))
+    low = torch.bfloat16
+    wanted = interpreter.run(of_rounded_inputs, case, low, ranks=2)
+    for got, right in zip(interpreter.run(attended, case, low, low, ranks=2), wanted, strict=True):
+        assert_same(got, right)
+
+
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """As on a machine with a GPU, for tensors on the CPU beside it."""
@@ -155,7 +165,7 @@ def between_projections(module: nn.Module, projected: Tensor, low: torch.dtype |
     leaf = projected.detach().requires_grad_()
     x, mask = torch.zeros(31, 2, 24), torch.linspace(-2, 2, 31 * 31).view(31, 31).sin()
     with (
-        patch.object(module, "_projections", lambda arguments: leaf.chunk(3, -1)),
+        patch.object(projections, "_projections", lambda *_: leaf.chunk(3, -1)),
         patch.object(module, "out_proj", nn.Identity()),
         region(low),
     ):

@@ -42,8 +42,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "padding": True,
         "alibi_slopes": (0.5, 0.25, 0.125, 1.0),
     },
-    "dropout, a bias for every query": {"dropout_p": 0.3, "bias": (2, 1, False)},
-    "gathered": {"transport": "allgather", "causal": True, "layout": "striped"},
+    "dropout, a bias for every query": {"dropout_p": 0.3, "bias": (2, 1, False), "fill": -1e9},
+    "gathered": {
+        "transport": "allgather",
+        "causal": True,
+        "layout": "striped",
+        "bias": (1, 1, True),
+        "fill": -1e9,
+    },
 }
 LENGTH = 11
 
@@ -54,7 +60,7 @@ class Model(torch.nn.Module):
     def __init__(self, mesh: usp.SequenceMesh | None, bias: Any = None, padding: bool = False, **o):
         super().__init__()
         torch.manual_seed(0)
-        slopes = o.pop("alibi_slopes", None)
+        slopes, fill = o.pop("alibi_slopes", None), o.pop("fill", 0.0)
         slopes = None if slopes is None else torch.tensor(slopes, dtype=torch.float64)
         self.mesh, self.layout, self.padding = mesh, o.get("layout", "contiguous"), padding
         self.inner = torch.nn.Linear(12, 12, dtype=torch.float64)
@@ -63,6 +69,8 @@ class Model(torch.nn.Module):
         if bias is not None:
             batch, heads, rows = bias
             whole = torch.randn(batch, heads, LENGTH if rows else 1, LENGTH, dtype=torch.float64)
+            # rows that share an offset, or with one row for all what the first ones see
+            whole[:, :, ::3, : LENGTH if rows else 4] += fill
             own = usp.shard_sequence(whole, mesh, 2, self.layout) if rows else whole
             self.bias = torch.nn.Parameter(own)
 
