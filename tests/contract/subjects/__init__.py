@@ -134,9 +134,15 @@ def mixtures_of(subjects: Sequence[Subject]) -> list[Any]:
 
 
 def mixture_with(subject: Subject, row: Changes) -> str | None:
-    """A call of its own in which all of a row is that is not a size, or None."""
-    features = {name: x for name, x in row.items() if name not in SIZES}
-    for name, changes in subject.mixtures.items():
-        if features.items() <= changes.items():
-            return name
-    return None
+    """A call of its own in which all is that a row promises, or None.
+
+    Of lengths only those of 0 and 1 are part of it, and of a carried state that there is one.
+    """
+
+    def promised(changes: Changes) -> set[tuple[str, Any]]:
+        lengths = {name for name in ("lq", "lk") if changes.get(name, 2) > 1}
+        kept = {name: x for name, x in changes.items() if name not in lengths}
+        return set((kept | {"prior_keys": bool(kept.get("prior_keys"))}).items())
+
+    wanted = promised(row) - {("prior_keys", False)}
+    return next((name for name, x in subject.mixtures.items() if wanted <= promised(x)), None)
