@@ -103,7 +103,9 @@ def ring_backward(
     # nothing to sum: a kernel writes the final gradients
     only = not ring.plan.hops and level is None
     dq_dtype, sum_dtype = (inputs.q.dtype, kv_dtype) if only else (dtype, dtype)
-    dq = (torch.empty if only else torch.zeros)(inputs.q.shape, dtype=dq_dtype, device=device)
+    dq = torch.empty(inputs.q.shape, dtype=dq_dtype, device=device)
+    if not only:
+        dq.zero_()
     dbias = None
     if bias_gradient:
         assert inputs.attn_bias is not None
