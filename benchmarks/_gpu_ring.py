@@ -22,7 +22,8 @@ from torch import Tensor
 
 from usp import long_context_attention
 from usp.attention import block
-from usp.attention.ring import Inputs, Ring, ring_backward, ring_forward
+from usp.attention.arguments import Tensors
+from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.distributed.comm import Axis, Wait
 from usp.ops.pack import pack
 from usp.planning.heads import Heads
@@ -131,7 +132,7 @@ class VirtualRing:
         sums: tuple[Tensor, ...],
     ) -> Sequence[Tensor]:
         q, k, v, dout = self.shards[rank]
-        inputs, heads = Inputs(q, k, v), Heads(0, q.shape[2], q.shape[2], 1)
+        inputs, heads = Tensors(q, k, v), Heads(0, q.shape[2], q.shape[2], 1)
         scoring = Scoring(q.shape[-1] ** -0.5)
 
         def ring() -> Ring:
