@@ -8,14 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from background import Background, Said
 from gpu_builds import Builds
 from hypothesis import HealthCheck, settings
-from places import ROOT, TESTS
+from parts import taken_part
+from places import TESTS
 from pool import Pool
 from triton_interpreter import kernels_unavailable, start_interpreter
 
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Rooms of what executes or compiles GPU code; contract tests mark their own subjects.
-_DEVICE_CODE = (ROOT / "emulators", TESTS / "kernels", TESTS / "gpu")
+_DEVICE_CODE = (TESTS / "kernels", TESTS / "gpu")
 
 
 def in_device_room(path: Path) -> bool:
@@ -99,13 +99,6 @@ def asked_for(item: pytest.Item) -> set[str]:
     params = getattr(getattr(item, "callspec", None), "params", {})
     more = getattr(params.get("subject"), "fixtures", ())
     return {*getattr(item, "fixturenames", ()), *more}
-
-
-def taken_part(items: list[Any], part: str | None) -> list[Any]:
-    if part is None:
-        return items
-    k, n = map(int, part.split("/"))
-    return items[k - 1 :: n]
 
 
 def rehearsed(items: list[pytest.Item]) -> list[pytest.Item]:

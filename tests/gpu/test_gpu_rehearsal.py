@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from background import Said, environment
-from conftest import taken_part
+from parts import taken_part
 
 FILES = [str(Path(__file__).with_name(name)) for name in ("test_gpu.py", "test_gpu_large.py")]
 # the kernels for Hopper alone cannot run here, and there is nothing to tune
