@@ -119,12 +119,15 @@ def added(ops: Any, case: Call) -> list[tuple[Tensor, Tensor]]:
     x = make_inputs(case)
     shared = options(case, x, slice(None), masked=True)
     saved = saved_for_backward(ops, case, x)
-    leaves = [t for t in (x.q, x.k, x.v, x.bias) if t is not None]
-    once, twice = ([torch.zeros(t.shape, dtype=case.acc) for t in leaves] for _ in range(2))
+    leaves = (x.q, x.k, x.v, x.bias)
+    once, twice = (
+        [None if t is None else torch.zeros(t.shape, dtype=case.acc) for t in leaves]
+        for _ in range(2)
+    )
     for sums, times in ((once, 1), (twice, 2)):
         for _ in range(times):
             ops.attention_backward(*saved, *shared, *sums)
-    return list(zip(once, twice, strict=True))
+    return [(a, b) for a, b in zip(once, twice, strict=True) if a is not None and b is not None]
 
 
 def overwritten(
