@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from usp.attention import block
 from usp.distributed.comm import Axis, Wait
 
 Interval = tuple[float, float]
@@ -59,28 +59,6 @@ class Timeline:
         return min(start for start, _ in every), max(stop for _, stop in every)
 
 
-class _Kernels(TorchDispatchMode):
-    """Notes when the compiled ops begin and end."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        if namespace == "usp" and name in LANES:
-            self._timeline.intervals[name].append((start, time.perf_counter()))
-        return result
-
-
 @contextmanager
 def recorded(block_bytes: int) -> Iterator[Timeline]:
     """What usp does inside. A message of ``block_bytes`` is K and V, any other their gradients."""
@@ -102,8 +80,24 @@ def recorded(block_bytes: int) -> Iterator[Timeline]:
 
         return noted_wait
 
-    with mock.patch.object(Axis, "shift", noted), _Kernels(timeline):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(Axis, "shift", noted))
+        for name in ("attention_forward", "attention_backward"):
+            compute = _timed(getattr(block, name), timeline.intervals[name])
+            patches.enter_context(mock.patch.object(block, name, compute))
         yield timeline
+
+
+def _timed(compute: Callable[..., Any], intervals: list[Interval]) -> Callable[..., Any]:
+    """Notes when one block's computation begins and ends."""
+
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = compute(*args)
+        intervals.append((start, time.perf_counter()))
+        return result
+
+    return call
 
 
 def seconds_alone(axis: Axis, messages: list[tuple[int, int]]) -> float:

@@ -14,6 +14,7 @@ from programs import BENCHMARKS, module, program
 from usp.backends import native
 from usp.testing import dense_attention
 
+pytestmark = pytest.mark.device_code
 needs_kernels = pytest.mark.skipif(
     native.unavailable() is not None, reason="the compiled extension was not built"
 )

@@ -27,7 +27,7 @@ from gpu_builds import BUILD_TIMEOUT_S, Builds, Built
 from usp_build import native, toolchains
 from wheels import ROOT
 
-pytestmark = pytest.mark.timeout(BUILD_TIMEOUT_S + 300)
+pytestmark = [pytest.mark.device_code, pytest.mark.timeout(BUILD_TIMEOUT_S + 300)]
 
 SOURCES = [path.stem for path in native.device_sources(ROOT)]
 ARCHITECTURES = {"cuda": ("sm_80", "sm_90"), "hip": ("gfx90a", "gfx942")}
