@@ -29,7 +29,7 @@ def supported() -> list[str]:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """(Python, torch) that `make test` was passed with."""
+    """(Python, torch) to run `make test` with."""
     text = (ROOT / "pyproject.toml").read_text()
     (listed,) = re.findall(r"^tested = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     return re.findall(r'"python (\S+), torch (\S+)"', listed)
