@@ -4,7 +4,7 @@
 # usage: scripts/device_code_tests.sh VENV [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-pytest=(${1:?usage: scripts/device_code_tests.sh VENV [pytest arguments]}/bin/pytest -m device_code)
+pytest=(${1:?usage: scripts/device_code_tests.sh VENV [pytest arguments]}/bin/pytest -m "device_code and not gpu")
 shift
 
 mkdir -p build
