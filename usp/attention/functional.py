@@ -82,8 +82,8 @@ def long_context_attention(
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
         validate: Whether the ranks compare their arguments first, and in the backward whose it is,
             so that a difference raises on every rank instead of hanging or computing something
-            else: a message of 48 bytes along each axis of the mesh, 0.3 to 0.8 ms on 2 processes
-            of a busy machine. True: always. None: on CPUs always; on other devices, where it may
+            else: a message of 48 bytes along each axis of the mesh. True: always. None: on
+            CPUs always; on other devices, where it may
             have to wait for them, only if there is something to ask: neither ``seq_len`` nor the
             layout says the length, or a dropout seed is drawn. False: never; then ranks that
             differ hang or are wrong, a length is local tokens times ranks, and a drawn seed one's
