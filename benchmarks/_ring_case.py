@@ -17,8 +17,8 @@ from torch import Tensor
 
 import usp
 from usp.planning.cost import Bytes, Place, Shape, bytes_sent
-from usp.planning.layout import local_positions
 from usp.planning.mask import Mask, make_mask
+from usp.planning.shares import local_positions
 
 PROCESSES, CORES = 4, 2
 MESHES = {"2 x 2": (2, 2), "1 x 4": (1, 4), "4 x 1": (4, 1)}  # ulysses x ring

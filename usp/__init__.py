@@ -8,12 +8,13 @@ from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import replace_attention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
-from usp.planning.layout import DocumentZigzag
+from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 
 __all__ = [
     "DocumentZigzag",
+    "Held",
     "LongContextAttention",
     "MultiheadAttention",
     "SequenceMesh",
@@ -30,6 +31,6 @@ __all__ = [
 ]
 
 # Where users find them, and what their pickles name, whatever file they live in.
-for _public in (DocumentZigzag, LongContextAttention, MultiheadAttention, SequenceMesh):
+for _public in (DocumentZigzag, Held, LongContextAttention, MultiheadAttention, SequenceMesh):
     _public.__module__ = __name__
 del _public

@@ -9,9 +9,10 @@ import pool as worker
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPES, Case, chunks, local, ring_rows
+from cases import DTYPES, Case, chunks, local, ring_rows, shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_cases import held
 from torch import Tensor
 
 import usp
@@ -27,14 +28,13 @@ def counted(case: Case) -> tuple[int, int, int]:
     leaves = [x.requires_grad_() for x in (t.q, t.k, t.v)]
     if t.bias is not None and case.seed:
         leaves.append(t.bias.requires_grad_())
-    documents = case.layout == "documents"
 
     def attend() -> Any:
         return usp.long_context_attention(
             *leaves[:3],
             mesh,
             **case.masks,
-            layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+            layout=case.placed,
             seq_len=(case.seq_len, case.num_keys),
             key_padding_mask=t.padding,
             attn_bias=t.bias,
@@ -60,7 +60,6 @@ def counted(case: Case) -> tuple[int, int, int]:
 
 def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
     """What usp.planning.cost says, which `usp plan` and the demo print."""
-    documents = case.layout == "documents"
     shape = Shape(
         batch=case.batch,
         query_len=case.seq_len,
@@ -79,7 +78,7 @@ def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
         ulysses_degree=case.ulysses,
         ring_rank=rank // case.ulysses,
         ulysses_rank=rank % case.ulysses,
-        layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+        layout=case.placed,
         mask=make_mask(
             causal=case.causal,
             window_size=case.window,
@@ -164,7 +163,7 @@ def cases(draw: st.DrawFn) -> Case:
     case = Case(
         ulysses=ulysses,
         ring=ring,
-        layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents"])),
+        layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents", "held"])),
         transport=draw(st.sampled_from(["ring", "allgather"])),
         batch=draw(st.integers(1, 2)),
         seq_len=seq_len,
@@ -184,8 +183,10 @@ def cases(draw: st.DrawFn) -> Case:
     if case.layout == "documents" or draw(st.booleans()):
         cuts = sorted(draw(st.lists(st.integers(0, seq_len), max_size=3)))
         case = Case(**{**vars(case), "cu_seqlens": (0, *cuts, seq_len)})
-    rows = ring_rows(case.layout, seq_len, ring, case.cu_seqlens)
-    lengths = [{len(piece) for piece in chunks(len(row), ulysses)} for row in rows]
+    if case.layout == "held":
+        case = replace(case, counts=draw(held(seq_len, case.ranks)))
+    counts = [len(shard) for shard in shards(case, seq_len)]
+    lengths = [set(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
     # a row with one query somewhere and more elsewhere asks first, which no formula counts
     asks = any(1 in row and len(row) > 1 for row in lengths)
     return replace(case, bias=None) if asks else case

@@ -18,18 +18,14 @@ CASES = [
     Case(ulysses=4, ring=1, seq_len=7),
     Case(ring=5, seq_len=3, layout="zigzag"),
     Case(ulysses=2, ring=2, seq_len=23, layout="documents", cu_seqlens=(0, 2, 2, 9, 23)),
+    Case(ulysses=2, ring=2, seq_len=23, layout="held", counts=(0, 17, 1, 5)),
+    Case(ulysses=1, ring=3, seq_len=7, layout="held", counts=(7, 0, 0)),
 ]
 EACH = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
-def layout_of(case: Case) -> usp.DocumentZigzag | str:
-    return usp.DocumentZigzag(case.cu_seqlens) if case.layout == "documents" else case.layout
-
-
 def my_positions(case: Case) -> list[int]:
-    return usp.positions(
-        case.seq_len, worker.mesh(case.ulysses, case.ring), layout_of(case)
-    ).tolist()
+    return usp.positions(case.seq_len, worker.mesh(case.ulysses, case.ring), case.placed).tolist()
 
 
 @EACH
@@ -47,7 +43,7 @@ def whole(case: Case, dim: int) -> Tensor:
 
 def round_trip(case: Case, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cut and join, each with the gradient of a cotangent that differs on every rank."""
-    mesh, layout = worker.mesh(case.ulysses, case.ring), layout_of(case)
+    mesh, layout = worker.mesh(case.ulysses, case.ring), case.placed
     random = torch.Generator().manual_seed(10 + mesh.rank)
     x = whole(case, dim).requires_grad_()
     mine = usp.shard_sequence(x, mesh, dim, layout)

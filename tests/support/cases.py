@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class Case:
 
     Attributes:
         on_mesh: With one rank: whether to pass a mesh of size 1 rather than None.
-        layout: A layout's name, or "documents" for DocumentZigzag of ``cu_seqlens``.
+        layout: A layout's name, "documents" for DocumentZigzag of ``cu_seqlens``, or "held" for
+            Held of ``counts``.
         key_len: Another number of keys than ``seq_len`` (cross-attention), or None.
         padding: Share of the keys that the padding mask ignores; None for no mask.
         bias: Letters of the dims in which the bias is not broadcast, out of "bhq"; None for none.
@@ -55,6 +56,7 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     cu_seqlens: tuple[int, ...] | None = None
+    counts: tuple[int, ...] = ()
     prefix_len: int | None = None
     softmax_scale: float | None = None
     padding: float | None = None
@@ -86,6 +88,16 @@ class Case:
     @property
     def num_keys(self) -> int:
         return self.seq_len if self.key_len is None else self.key_len
+
+    @property
+    def placed(self) -> Any:
+        """The layout as usp takes it."""
+        import usp
+
+        told = {"documents": usp.DocumentZigzag, "held": usp.Held}
+        if self.layout not in told:
+            return self.layout
+        return told[self.layout](self.counts if self.layout == "held" else self.cu_seqlens)
 
     @property
     def dropout_seed(self) -> int:
@@ -213,6 +225,9 @@ def ring_rows(
 
 def shards(case: Case, length: int) -> list[list[int]]:
     """Positions of each rank of the mesh."""
+    if case.layout == "held":
+        ends = pairwise(accumulate(case.counts, initial=0))
+        return [list(range(start, stop)) for start, stop in ends]
     rows = ring_rows(case.layout, length, case.ring, case.cu_seqlens)
     return [[row[i] for i in piece] for row in rows for piece in chunks(len(row), case.ulysses)]
 

@@ -40,7 +40,6 @@ def attend(
     import usp
 
     q, k, v, *rest = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v, t.bias) if x is not None]
-    documents = case.layout == "documents"
     with around_forward:
         result = usp.long_context_attention(
             q,
@@ -48,7 +47,7 @@ def attend(
             v,
             mesh,
             **case.masks,
-            layout=usp.DocumentZigzag(case.cu_seqlens) if documents else case.layout,
+            layout=case.placed,
             seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
             key_padding_mask=t.padding,
             attn_bias=rest[0] if rest else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from cases import Case
 from hypothesis import strategies as st
@@ -38,6 +39,12 @@ def documents(seq_len: int) -> st.SearchStrategy[tuple[int, ...]]:
     """Boundaries of packed documents, some of them without tokens."""
     inner = st.lists(st.integers(0, seq_len), max_size=6)
     return inner.map(lambda cuts: (0, *sorted(cuts), seq_len))
+
+
+def held(seq_len: int, ranks: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Tokens of each rank, some of them without any."""
+    cuts = st.lists(st.integers(0, seq_len), min_size=ranks - 1, max_size=ranks - 1)
+    return cuts.map(lambda cuts: tuple(b - a for a, b in pairwise((0, *sorted(cuts), seq_len))))
 
 
 @st.composite
@@ -95,6 +102,9 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     )
     if case.cu_seqlens is not None and draw(st.booleans()):
         case = replace(case, layout="documents")
+    if self_attention and draw(st.integers(0, 4)) == 0:
+        counts = draw(held(seq_len, case.ranks))
+        case = replace(case, layout="held", counts=counts)
     if case.dtype != "float64" and case.magnitude > 1:
         # scores in the hundreds lose digits of the inputs' own dtype: see test_numerics
         case = replace(case, magnitude=1.0)
@@ -136,4 +146,6 @@ CORNERS = [
     Case(seq_len=0, key_len=5, ring=2, ulysses=2, padding=0.3, transport="allgather"),
     Case(seq_len=5, key_len=0, bias="hq", heads=2, kv_heads=1, ulysses=2),
     Case(seq_len=5, key_len=0, backend="sdpa"),
+    Case(ulysses=2, ring=2, seq_len=11, layout="held", counts=(0, 7, 4, 0), causal=True, heads=2),
+    Case(ulysses=3, seq_len=7, layout="held", counts=(0, 0, 7), bias="hq", heads=4, kv_heads=2),
 ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import usp
-from usp.planning.layout import local_positions
+from usp.planning.shares import local_positions
 
 F64 = torch.float64
 Results = dict[str, Tensor]

@@ -16,9 +16,10 @@ from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
 from usp.planning.kinds import flag, integer, real, tensor
-from usp.planning.layout import Layout, check_layout, named_lengths, pieces, row_lengths
+from usp.planning.layout import Layout, check_layout
 from usp.planning.mask import Mask, make_mask
 from usp.planning.problem import Scoring, Traits, state_dtype
+from usp.planning.shares import named_lengths, row_pieces
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -229,7 +230,7 @@ def _row_pieces(
 ) -> tuple[int, ...]:
     """Local tokens of each rank of this rank's row; this rank must have its share."""
     (ring, ulysses), place = degrees_and_place(mesh)
-    row = pieces(row_lengths(layout, seq_len, ring)[place[0]], ulysses)
+    row = row_pieces(layout, seq_len, ring, ulysses)[place[0]]
     if length != row[place[1]]:
         raise ValueError(
             f"{name} has {length} local tokens, but layout {_layout_name(layout)} gives ring rank "

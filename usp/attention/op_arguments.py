@@ -13,8 +13,9 @@ from torch import Tensor
 from usp.attention.arguments import Options, Tensors, drops, seed_of
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.kinds import flag, integer
-from usp.planning.layout import DocumentZigzag, Layout, named_lengths
+from usp.planning.layout import from_told, told
 from usp.planning.mask import check_cu_seqlens, check_window
+from usp.planning.shares import named_lengths
 
 
 class Arguments(NamedTuple):
@@ -38,7 +39,7 @@ class Arguments(NamedTuple):
     prefix_len: int | None
     softmax_scale: float | None
     layout: str
-    layout_cu_seqlens: Sequence[int] | None
+    layout_numbers: Sequence[int] | None
     query_len: int | None
     key_len: int | None
     dropout_p: float
@@ -55,9 +56,7 @@ class Arguments(NamedTuple):
 
     @property
     def options(self) -> Options:
-        layout: Layout = self.layout
-        if self.layout_cu_seqlens is not None:
-            layout = DocumentZigzag(tuple(self.layout_cu_seqlens))
+        numbers = self.layout_numbers
         lengths = None
         if self.query_len is not None and self.key_len is not None:
             lengths = self.query_len, self.key_len
@@ -67,7 +66,7 @@ class Arguments(NamedTuple):
             cu_seqlens=self.cu_seqlens,
             prefix_len=self.prefix_len,
             softmax_scale=self.softmax_scale,
-            layout=layout,
+            layout=from_told(self.layout, None if numbers is None else tuple(numbers)),
             seq_len=lengths,
             dropout_p=self.dropout_p,
             softcap=self.softcap,
@@ -114,8 +113,8 @@ def arguments(
     validate: bool | None,
 ) -> Arguments:
     """What the op takes of a call of ``long_context_attention``."""
-    layout, window = options.layout, check_window(options.window_size)
-    query_len, key_len = named_lengths(options.seq_len, layout) or (None, None)
+    window, (layout, numbers) = check_window(options.window_size), told(options.layout)
+    query_len, key_len = named_lengths(options.seq_len, options.layout) or (None, None)
     return Arguments(
         *tensors,
         dropout_seed=_seed(options, dropout_seed),
@@ -126,8 +125,8 @@ def arguments(
         cu_seqlens=_host(options.cu_seqlens),
         prefix_len=options.prefix_len,
         softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
-        layout="" if isinstance(layout, DocumentZigzag) else layout,
-        layout_cu_seqlens=list(layout.cu_seqlens) if isinstance(layout, DocumentZigzag) else None,
+        layout=layout,
+        layout_numbers=numbers,
         query_len=query_len,
         key_len=key_len,
         dropout_p=options.dropout_p,

@@ -15,7 +15,7 @@ from usp.attention.arguments import (
 )
 from usp.distributed.agreement import check_on_all_ranks, check_when, meets, new_name
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.planning.layout import DocumentZigzag, summed_length
+from usp.planning.shares import summed_length
 
 
 def agree_on_request(
@@ -43,7 +43,7 @@ def agree_on_request(
 
 
 def _names_lengths(options: Options) -> bool:
-    return options.seq_len is not None or isinstance(options.layout, DocumentZigzag)
+    return options.seq_len is not None or not isinstance(options.layout, str)
 
 
 def _together(

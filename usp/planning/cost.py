@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from usp.planning.heads import kv_heads_shared, split_heads
-from usp.planning.layout import Layout, pieces, row_lengths
+from usp.planning.layout import Layout
 from usp.planning.mask import Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
+from usp.planning.shares import row_pieces
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,11 @@ def _bias_sent(shape: Shape, place: Place, backward: bool) -> int:
 
 def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Queries and keys of each rank of the row."""
-    lengths = (
-        row_lengths(place.layout, length, place.ring_degree)[place.ring_rank]
+    degrees = place.ring_degree, place.ulysses_degree
+    queries, keys = (
+        row_pieces(place.layout, length, *degrees)[place.ring_rank]
         for length in (shape.query_len, shape.key_len)
     )
-    queries, keys = (pieces(length, place.ulysses_degree) for length in lengths)
     return queries, keys
 
 

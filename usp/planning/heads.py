@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from usp.planning.layout import pieces
+from usp.planning.shares import pieces
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Which token is where: a layout is a table of global positions.
 
 Row ``r`` of the table holds the sorted global positions of ring rank ``r``, written down as a few
-arithmetic runs, so that planning a million tokens never searches among a million numbers. A row
-is cut into ``ulysses_degree`` contiguous pieces for the ranks of that row; the head exchange
-joins them back in order. Lengths that do not divide are cut unevenly, never padded.
+arithmetic runs, so that planning a million tokens never searches among a million numbers. How a
+row is cut for the ranks of its mesh row stands in ``shares.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -79,8 +78,60 @@ class DocumentZigzag:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", check_cu_seqlens(self.cu_seqlens))
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.cu_seqlens[-1]
 
-Layout = str | DocumentZigzag
+
+@dataclass(frozen=True)
+class Held:
+    """Tokens as they are: rank 0 of the mesh holds the first ``counts[0]``, rank 1 the next, ...
+
+    For what nobody cut by a rule: a text that one rank holds whole, pruned tokens, caches, and
+    streams that were cut each for itself and joined on every rank, whose order is then that in
+    which they lie: text of rank 0, image of rank 0, text of rank 1, ... ``usp.held`` asks the
+    ranks for the counts.
+
+    Args:
+        counts: Tokens of each rank of the mesh, in the order of ``mesh.rank``; 0 is allowed.
+
+    Raises:
+        TypeError: a count is no integer.
+        ValueError: one is below 0, or there are none.
+    """
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        counts = tuple(integer("a count of Held", count, least=0) for count in self.counts)
+        if not counts:
+            raise ValueError("Held needs the tokens of each rank of the mesh, got no counts")
+        object.__setattr__(self, "counts", counts)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.counts)
+
+
+Layout = str | DocumentZigzag | Held
+
+
+def told(layout: Layout) -> tuple[str, tuple[int, ...] | None]:
+    """A layout as a name and numbers; None for a rule of LAYOUTS."""
+    if isinstance(layout, DocumentZigzag):
+        return "documents", layout.cu_seqlens
+    if isinstance(layout, Held):
+        return "held", layout.counts
+    return layout, None
+
+
+def from_told(name: str, numbers: tuple[int, ...] | None) -> Layout:
+    """The way back."""
+    if numbers is None:
+        return name
+    return DocumentZigzag(numbers) if name == "documents" else Held(numbers)
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
@@ -183,10 +234,13 @@ def check_layout(layout: Layout) -> Layout:
     Raises:
         ValueError: names the layout and those there are.
     """
-    if isinstance(layout, DocumentZigzag) or (isinstance(layout, str) and layout in LAYOUTS):
+    if isinstance(layout, DocumentZigzag | Held):
+        return layout
+    if isinstance(layout, str) and layout in LAYOUTS:
         return layout
     raise ValueError(
-        f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)} or DocumentZigzag(cu_seqlens)"
+        f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}, DocumentZigzag(cu_seqlens) "
+        "or Held(counts)"
     )
 
 
@@ -195,9 +249,11 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Positions, ...
     """The table of ``layout``: one row for each ring rank.
 
     Raises:
-        ValueError: the layout is unknown, or made for another number of tokens.
+        ValueError: the layout is unknown, or made for another number of tokens or ranks.
     """
     check_layout(layout)
+    if isinstance(layout, Held):
+        return _held_rows(layout, seq_len, ring_degree)
     if isinstance(layout, DocumentZigzag):
         return _document_rows(layout, seq_len, ring_degree)
     rule = LAYOUTS[layout]
@@ -222,74 +278,25 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
     )
 
 
+def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
+    if seq_len != layout.seq_len:
+        raise ValueError(
+            f"layout Held holds {layout.seq_len} tokens (the sum of its counts), but the sequence "
+            f"has {seq_len}"
+        )
+    degree, rest = divmod(len(layout.counts), ring_degree)
+    if rest:
+        raise ValueError(
+            f"layout Held counts the tokens of {len(layout.counts)} ranks, which are no "
+            f"{ring_degree} rows of a mesh: give a count for each rank"
+        )
+    counts = torch.tensor(layout.counts, device=_HOST).view(ring_degree, degree).sum(1)
+    stops = counts.cumsum(0)[:, None]
+    bounds = torch.tensor([0, seq_len], device=_HOST)
+    return tuple(_row(bounds, [(stop - n, stop)], 1) for stop, n in zip(stops, counts, strict=True))
+
+
 def _row(bounds: Tensor, runs: Runs, stride: int) -> Positions:
     start = torch.stack([run[0] for run in runs], 1) + bounds[:-1, None]
     stop = torch.stack([run[1] for run in runs], 1) + bounds[:-1, None]
     return Positions(bounds, start, stop, stride)
-
-
-def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
-    """Queries and keys of the whole sequence as far as ``seq_len`` or the layout name them.
-
-    Raises:
-        TypeError: ``seq_len`` is no integer and no pair of integers.
-        ValueError: it has not two entries, or one is below 0.
-    """
-    if seq_len is None:
-        known = layout.cu_seqlens[-1] if isinstance(layout, DocumentZigzag) else None
-        return None if known is None else (known, known)
-    if not isinstance(seq_len, (tuple, list)):
-        whole = integer("seq_len", seq_len, least=0)
-        return whole, whole
-    if len(seq_len) != 2:
-        raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
-    queries, keys = (integer("seq_len", length, least=0) for length in seq_len)
-    return queries, keys
-
-
-def shares(layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int) -> tuple[int, ...]:
-    """Tokens that each rank of a mesh holds of a whole sequence, in the order of the ranks."""
-    lengths = row_lengths(layout, seq_len, ring_degree)
-    return tuple(n for length in lengths for n in pieces(length, ulysses_degree))
-
-
-def summed_length(name: str, held: Sequence[int], layout: Layout, degrees: tuple[int, int]) -> int:
-    """The whole length of which each rank holds some, where all hold their share.
-
-    Args:
-        name: Of what they hold.
-        held: Tokens of each rank of the mesh.
-        degrees: Of the ring and of Ulysses.
-
-    Raises:
-        ValueError: a rank holds another share; the same on every rank that was told ``held``.
-    """
-    whole = sum(held)
-    for rank, (mine, share) in enumerate(zip(held, shares(layout, whole, *degrees), strict=True)):
-        if mine != share:
-            raise ValueError(
-                f"the ranks of the mesh hold {tuple(held)} tokens of {name}, {whole} in all, but "
-                f"layout {layout} gives rank {rank} {share} of them and not {mine}: cut with "
-                "usp.shard_sequence, the whole sequence being the same on all ranks"
-            )
-    return whole
-
-
-def pieces(length: int, degree: int) -> tuple[int, ...]:
-    """Sizes of ``degree`` pieces of ``length`` items; the first ``length % degree`` are longer."""
-    small, longer = divmod(length, degree)
-    return tuple(small + (i < longer) for i in range(degree))
-
-
-def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
-    """Number of tokens of each ring rank's row."""
-    return tuple(len(row) for row in rows(layout, seq_len, ring_degree))
-
-
-def local_positions(
-    layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int, rank: tuple[int, int]
-) -> Tensor:
-    """Global positions, (n,) int64 sorted, of ``rank = (ring_rank, ulysses_rank)``."""
-    ring_rank, ulysses_rank = rank
-    row = rows(layout, seq_len, ring_degree)[ring_rank]
-    return row.tensor.split(pieces(len(row), ulysses_degree))[ulysses_rank]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,21 +16,18 @@ from usp.distributed.agreement import (
     meets,
     new_name,
 )
-from usp.distributed.comm import Axis, out_of_sight, untraced
+from usp.distributed.comm import out_of_sight, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.ops.pack import pack
 from usp.planning.kinds import integer, tensor
-from usp.planning.layout import (
-    Layout,
-    check_layout,
+from usp.planning.layout import Layout, check_layout, rows
+from usp.planning.shares import (
     local_positions,
     named_lengths,
-    pieces,
-    row_lengths,
-    rows,
+    row_pieces,
     shares,
     summed_length,
 )
+from usp.sharding.collectives import gather, reduce_scatter
 
 
 def positions(
@@ -198,52 +194,17 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, layout: Layout, seq_len: int) -> Tensor:
         ctx.mesh, ctx.layout, ctx.seq_len = mesh, layout, seq_len
-        lengths = row_lengths(layout, seq_len, mesh.ring_degree)
-        row = _gather(mesh.ulysses, x, pieces(lengths[mesh.ring_rank], mesh.ulysses_degree))
-        joined = _gather(mesh.ring, row, lengths)
+        joined = gather(mesh, x, row_pieces(layout, seq_len, *degrees_and_place(mesh)[0]))
         return joined.index_select(0, _order(layout, seq_len, mesh).argsort().to(x.device))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mesh, layout, seq_len = ctx.mesh, ctx.layout, ctx.seq_len
-        lengths = row_lengths(layout, seq_len, mesh.ring_degree)
         joined = grad.index_select(0, _order(layout, seq_len, mesh).to(grad.device))
-        row = _reduce_scatter(mesh.ring, joined, lengths)
-        own = pieces(lengths[mesh.ring_rank], mesh.ulysses_degree)
-        return _reduce_scatter(mesh.ulysses, row, own), None, None, None
+        held = row_pieces(layout, seq_len, *degrees_and_place(mesh)[0])
+        return reduce_scatter(mesh, joined, held), None, None, None
 
 
 def _order(layout: Layout, seq_len: int, mesh: SequenceMesh) -> Tensor:
     """Global position of each token when the rows are joined one behind the other."""
     return torch.cat([row.tensor for row in rows(layout, seq_len, mesh.ring_degree)])
-
-
-def _gather(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(n, ...) of every rank, joined in rank order."""
-    if axis.size == 1:
-        return x
-    sizes = _sizes(x, lengths)
-    whole = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
-    axis.all_gather(_message(x), whole, sizes)()
-    return whole.view(x.dtype).view(sum(lengths), *x.shape[1:])
-
-
-def _reduce_scatter(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The adjoint: this rank's part of the sum over ranks, added in rank order."""
-    if axis.size == 1:
-        return x
-    sizes, mine = _sizes(x, lengths), lengths[axis.rank]
-    parts = axis.all_to_all(_message(x), sizes, [sizes[axis.rank]] * axis.size)
-    return parts.view(x.dtype).view(axis.size, mine, *x.shape[1:]).sum(0)
-
-
-def _sizes(x: Tensor, lengths: Sequence[int]) -> list[int]:
-    """Bytes of so many items of x."""
-    width = x.shape[1:].numel() * x.element_size()
-    return [length * width for length in lengths]
-
-
-def _message(x: Tensor) -> Tensor:
-    """The bytes of x: what carries messages knows few dtypes."""
-    x = x.resolve_conj().resolve_neg()
-    return pack([x])

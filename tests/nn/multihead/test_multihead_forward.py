@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mesh_cases import held
 from multihead_cases import (
     Case,
     Place,
@@ -32,13 +33,17 @@ MESHES = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 2), (1, 5), (6, 1)]
 
 @st.composite
 def places(draw: st.DrawFn, case: Case) -> Place:
-    layout = draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents"]))
+    layout = draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents", "held"]))
     if layout == "documents":
         cut = draw(st.integers(0, case.query_len))
         layout = usp.DocumentZigzag((0, cut, case.query_len))
         if case.query_len != case.key_len:
             layout = "zigzag"
     ulysses, ring = draw(st.sampled_from(MESHES))
+    if layout == "held":
+        layout = usp.Held(draw(held(case.query_len, ulysses * ring)))
+        if case.query_len != case.key_len:
+            layout = "contiguous"
     transport = draw(st.sampled_from(["ring", "allgather"]))
     return Place(ulysses, ring, layout, transport, draw(st.booleans()))
 

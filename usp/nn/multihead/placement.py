@@ -9,17 +9,11 @@ from torch import Tensor
 
 from usp.backends import check_name
 from usp.distributed.agreement import check_validate
-from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.distributed.transport import check_transport
-from usp.planning.layout import (
-    Layout,
-    check_layout,
-    named_lengths,
-    pieces,
-    row_lengths,
-    summed_length,
-)
+from usp.planning.layout import Layout, check_layout
 from usp.planning.mask import Mask, make_mask
+from usp.planning.shares import named_lengths, shares, summed_length
 from usp.sharding.sequence import unshard_sequence
 
 
@@ -51,6 +45,11 @@ class Placement:
         self.mask(False)
 
     @property
+    def _degrees(self) -> tuple[int, int]:
+        """Of the ring and of Ulysses."""
+        return degrees_and_place(self.mesh)[0]
+
+    @property
     def size(self) -> int:
         """Ranks that share the sequence."""
         return 1 if self.mesh is None else self.mesh.size
@@ -76,20 +75,15 @@ class Placement:
         Raises:
             ValueError: the layout gives a rank another share; the same on all ranks.
         """
-        mesh = self.mesh
-        degrees = (1, 1) if mesh is None else (mesh.ring_degree, mesh.ulysses_degree)
         queries, keys, *_ = zip(*held, strict=True)
         return (
-            summed_length("query", queries, self.layout, degrees),
-            summed_length("key", keys, self.layout, degrees),
+            summed_length("query", queries, self.layout, self._degrees),
+            summed_length("key", keys, self.layout, self._degrees),
         )
 
     def largest_shard(self, seq_len: int) -> int:
         """Tokens of the rank that holds most."""
-        if self.mesh is None:
-            return seq_len
-        longest = max(row_lengths(self.layout, seq_len, self.mesh.ring_degree))
-        return pieces(longest, self.mesh.ulysses_degree)[0]
+        return max(shares(self.layout, seq_len, *self._degrees))
 
     def is_spread(self, query_len: int) -> bool:
         """False where all queries lie on one rank of several.

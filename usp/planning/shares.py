@@ -1,0 +1,104 @@
+"""How many tokens each rank holds of a whole sequence, and which.
+
+A row of a layout's table is cut into ``ulysses_degree`` contiguous pieces for the ranks of that
+mesh row; the head exchange joins them back in order. Lengths that do not divide are cut unevenly,
+never padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from torch import Tensor
+
+from usp.planning.kinds import integer
+from usp.planning.layout import Held, Layout, rows
+
+
+def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
+    """Queries and keys of the whole sequence as far as ``seq_len`` or the layout name them.
+
+    Raises:
+        TypeError: ``seq_len`` is no integer and no pair of integers.
+        ValueError: it has not two entries, or one is below 0.
+    """
+    if seq_len is None:
+        return None if isinstance(layout, str) else (layout.seq_len, layout.seq_len)
+    if not isinstance(seq_len, (tuple, list)):
+        whole = integer("seq_len", seq_len, least=0)
+        return whole, whole
+    if len(seq_len) != 2:
+        raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
+    queries, keys = (integer("seq_len", length, least=0) for length in seq_len)
+    return queries, keys
+
+
+def shares(layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int) -> tuple[int, ...]:
+    """Tokens that each rank of a mesh holds of a whole sequence, in the order of the ranks."""
+    return tuple(chain(*row_pieces(layout, seq_len, ring_degree, ulysses_degree)))
+
+
+def summed_length(name: str, held: Sequence[int], layout: Layout, degrees: tuple[int, int]) -> int:
+    """The whole length of which each rank holds some, where all hold their share.
+
+    Args:
+        name: Of what they hold.
+        held: Tokens of each rank of the mesh.
+        degrees: Of the ring and of Ulysses.
+
+    Raises:
+        ValueError: a rank holds another share; the same on every rank that was told ``held``.
+    """
+    whole = sum(held)
+    for rank, (mine, share) in enumerate(zip(held, shares(layout, whole, *degrees), strict=True)):
+        if mine != share:
+            raise ValueError(
+                f"the ranks of the mesh hold {tuple(held)} tokens of {name}, {whole} in all, but "
+                f"layout {layout} gives rank {rank} {share} of them and not {mine}: cut with "
+                "usp.shard_sequence, the whole sequence being the same on all ranks"
+            )
+    return whole
+
+
+def pieces(length: int, degree: int) -> tuple[int, ...]:
+    """Sizes of ``degree`` pieces of ``length`` items; the first ``length % degree`` are longer."""
+    small, longer = divmod(length, degree)
+    return tuple(small + (i < longer) for i in range(degree))
+
+
+def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
+    """Number of tokens of each ring rank's row."""
+    return tuple(len(row) for row in rows(layout, seq_len, ring_degree))
+
+
+def row_pieces(
+    layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int
+) -> tuple[tuple[int, ...], ...]:
+    """Tokens of each rank of each mesh row, which hold consecutive pieces of a row of the table.
+
+    Raises:
+        ValueError: the layout was made for other lengths or meshes.
+    """
+    lengths = row_lengths(layout, seq_len, ring_degree)
+    if not isinstance(layout, Held):
+        return tuple(pieces(length, ulysses_degree) for length in lengths)
+    if len(layout.counts) != ring_degree * ulysses_degree:
+        raise ValueError(
+            f"layout Held counts the tokens of {len(layout.counts)} ranks, but the mesh has "
+            f"{ring_degree * ulysses_degree} (ring {ring_degree} x ulysses {ulysses_degree}): give "
+            "a count for each of them"
+        )
+    return tuple(
+        layout.counts[r * ulysses_degree : (r + 1) * ulysses_degree] for r in range(ring_degree)
+    )
+
+
+def local_positions(
+    layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int, rank: tuple[int, int]
+) -> Tensor:
+    """Global positions, (n,) int64 sorted, of ``rank = (ring_rank, ulysses_rank)``."""
+    ring_rank, ulysses_rank = rank
+    row = rows(layout, seq_len, ring_degree)[ring_rank]
+    held = row_pieces(layout, seq_len, ring_degree, ulysses_degree)[ring_rank]
+    return row.tensor.split(held)[ulysses_rank]
