@@ -127,3 +127,18 @@ def test_unknown_layouts_and_other_lengths() -> None:
         usp.positions(7, None, "diagonal")
     with pytest.raises(ValueError, match=r"8.*7|7.*8"):
         usp.positions(7, None, usp.DocumentZigzag((0, 8)))
+
+
+def joined_unasked(lengths: list[int]) -> list[bool]:
+    """A length that nobody named cannot be told from this rank's tokens."""
+    mesh = worker.mesh(1, 2)
+    found = []
+    for length in lengths:
+        x = torch.randn(length, 3, generator=torch.Generator().manual_seed(length))
+        mine = usp.shard_sequence(x, mesh, 0)
+        found.append(torch.equal(usp.unshard_sequence(mine, mesh, 0, validate=False), x))
+    return found
+
+
+def test_a_length_is_never_guessed(pool) -> None:
+    assert pool.run(joined_unasked, [8, 7, 1], ranks=2) == [[True] * 3] * 2

@@ -7,27 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.distributed.agreement import (
-    LENGTH_ADVICE,
-    Advised,
-    Facts,
-    check_on_all_ranks,
-    meet_in_backward,
-    meets,
-    new_name,
-)
+from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import out_of_sight, untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.kinds import integer, tensor
+from usp.planning.kinds import integer
 from usp.planning.layout import Layout, check_layout, rows
-from usp.planning.shares import (
-    local_positions,
-    named_lengths,
-    row_pieces,
-    shares,
-    summed_length,
-)
+from usp.planning.shares import local_positions, row_pieces
 from usp.sharding.collectives import gather, reduce_scatter
+from usp.sharding.whole import agree_on_length, checked_dim
 
 
 def positions(
@@ -76,23 +63,9 @@ def shard_sequence(
     Returns:
         (..., local tokens, ...), contiguous.
     """
-    dim = _checked_dim(x, dim)
+    dim = checked_dim(x, dim)
     index = positions(x.shape[dim], mesh, layout, x.device)
     return x.index_select(dim, index)
-
-
-def _checked_dim(x: Tensor, dim: int) -> int:
-    """``dim`` counted from the front.
-
-    Raises:
-        TypeError, NotImplementedError: ``x`` is no plain tensor, or ``dim`` no integer.
-        ValueError: there is no such dim.
-    """
-    tensor("x", x)
-    dim = integer("dim", dim)
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"there is no dim {dim} in a tensor of shape {tuple(x.shape)}")
-    return dim % x.dim()
 
 
 def unshard_sequence(
@@ -119,14 +92,14 @@ def unshard_sequence(
         validate: Compare what all ranks hold first, so that a disagreement raises on every rank
             instead of hanging: 48 bytes along each axis of the mesh, for which a GPU is waited
             unless the ranks can talk on the host. False where all are known to fit, in a loop
-            that must not wait; then the length is by default local tokens times ranks.
+            that must not wait and passes ``seq_len``, which is asked for otherwise.
 
     Raises:
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
             another rank refuses or holds something else; names both.
     """
     if mesh is None:
-        _checked_dim(x, dim)
+        checked_dim(x, dim)
         return x
     return _unshard(x, mesh, dim, layout, seq_len, validate)
 
@@ -135,59 +108,11 @@ def unshard_sequence(
 def _unshard(
     x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
 ) -> Tensor:
-    (degrees, _) = degrees_and_place(mesh)
-
-    def check() -> int | None:
-        _checked_dim(x, dim)
-        check_layout(layout)
-        whole = None if seq_len is None else integer("seq_len", seq_len, least=0)
-        named = named_lengths(whole, layout)
-        if named is not None:
-            _check_share(x.shape[dim], mesh, dim, layout, named[0])
-        return None if named is None else named[0]
-
-    name = None
-    if meets(mesh, validate, False):
-        whole_len, told = check_on_all_ranks(
-            mesh,
-            "unshard_sequence",
-            check,
-            lambda named: _facts(x, dim, layout, named),
-            lambda: (x.shape[dim], new_name()),
-        )
-        name = told[0][1]
-        if whole_len is None:
-            whole_len = summed_length("x", [held for held, *_ in told], layout, degrees)
-    else:
-        named = check()
-        whole_len = x.shape[dim] * mesh.size if named is None else named
-        _check_share(x.shape[dim], mesh, dim, layout, whole_len)
-    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, whole_len))
+    seq_len, name = agree_on_length("unshard_sequence", x, mesh, dim, layout, seq_len, validate)
+    whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, seq_len))
     if name is not None:
         meet_in_backward(whole, mesh, name)
     return whole.movedim(0, dim)
-
-
-def _check_share(held: int, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int) -> None:
-    """Refuse where this rank holds something else than its share."""
-    mine = shares(layout, seq_len, mesh.ring_degree, mesh.ulysses_degree)[mesh.rank]
-    if held != mine:
-        raise ValueError(
-            f"rank {mesh.rank} holds {held} tokens along dim {dim}, but layout {layout} "
-            f"gives it {mine} of {seq_len}: pass seq_len= of the whole sequence"
-        )
-
-
-def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int | None) -> Facts:
-    dim = dim % x.dim()
-    return {
-        "seq_len": Advised("not given" if seq_len is None else seq_len, LENGTH_ADVICE),
-        "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
-        "dtype": x.dtype,
-        "device type": x.device.type,
-        "layout": layout,
-        "gradient needed": torch.is_grad_enabled() and x.requires_grad,
-    }
 
 
 class _Unshard(torch.autograd.Function):
