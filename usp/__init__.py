@@ -10,6 +10,7 @@ from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
+from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "positions",
     "replace_attention",
     "rng",
+    "roll",
     "shard_sequence",
+    "take",
     "unshard_sequence",
 ]
 

@@ -30,6 +30,12 @@ PLACES = (
     "unshard_sequence",
     "all_reduce_gradients",
     "usp.rng.replicated",
+    "usp.take",
+    "usp.roll",
+    "usp.mean",
+    "usp.var",
+    "usp.var_mean",
+    "usp.held",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
@@ -102,3 +103,31 @@ def local_positions(
     row = rows(layout, seq_len, ring_degree)[ring_rank]
     held = row_pieces(layout, seq_len, ring_degree, ulysses_degree)[ring_rank]
     return row.tensor.split(held)[ulysses_rank]
+
+
+def owners(
+    layout: Layout, seq_len: int, degrees: tuple[int, int], positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rank of the mesh that holds each of a few positions, and their indices there.
+
+    Args:
+        layout, seq_len: The whole sequence.
+        degrees: Of the ring and of Ulysses.
+        positions: (n,) int64 on CPU, ascending, all in the sequence.
+
+    Returns:
+        (n,) int64 each.
+    """
+    ring_degree, ulysses_degree = degrees
+    owner, index = torch.zeros_like(positions), torch.zeros_like(positions)
+    cuts = row_pieces(layout, seq_len, ring_degree, ulysses_degree)
+    table = rows(layout, seq_len, ring_degree) if len(positions) else ()
+    for r, row in enumerate(table):
+        below, up_to = (row.count_below(p, row.segment_of(p)) for p in (positions, positions + 1))
+        here = up_to > below
+        ends = torch.tensor(cuts[r], device=positions.device).cumsum(0)
+        in_row = below[here].long()
+        u = torch.searchsorted(ends, in_row, right=True)
+        owner[here] = r * ulysses_degree + u
+        index[here] = in_row - (ends - torch.tensor(cuts[r], device=positions.device))[u]
+    return owner, index

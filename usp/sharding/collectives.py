@@ -6,6 +6,7 @@ Each is the other's adjoint. Rows may be of any shape and dtype, and ranks hold 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +35,32 @@ def reduce_scatter(mesh: SequenceMesh, x: Tensor, held: Held) -> Tensor:
     """
     row = _reduce_scatter(mesh.ring, x, [sum(lengths) for lengths in held])
     return _reduce_scatter(mesh.ulysses, row, held[mesh.ring_rank])
+
+
+class Gather(torch.autograd.Function):
+    """``gather``, with derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, held: Held) -> Tensor:
+        ctx.mesh, ctx.held = mesh, held
+        return gather(mesh, x, held)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return cast(Tensor, ReduceScatter.apply(grad, ctx.mesh, ctx.held)), None, None
+
+
+class ReduceScatter(torch.autograd.Function):
+    """``reduce_scatter``, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, held: Held) -> Tensor:
+        ctx.mesh, ctx.held = mesh, held
+        return reduce_scatter(mesh, x, held)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return cast(Tensor, Gather.apply(grad, ctx.mesh, ctx.held)), None, None
 
 
 def _gather(axis: Axis, x: Tensor, lengths: Sequence[int]) -> Tensor:
