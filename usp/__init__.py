@@ -12,6 +12,8 @@ from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
 from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
+from usp.sharding.statistics import mean, var, var_mean
+from usp.sharding.whole import held
 
 __all__ = [
     "DocumentZigzag",
@@ -22,8 +24,10 @@ __all__ = [
     "__version__",
     "all_reduce_gradients",
     "backends",
+    "held",
     "init_mesh",
     "long_context_attention",
+    "mean",
     "positions",
     "replace_attention",
     "rng",
@@ -31,6 +35,8 @@ __all__ = [
     "shard_sequence",
     "take",
     "unshard_sequence",
+    "var",
+    "var_mean",
 ]
 
 # Where users find them, and what their pickles name, whatever file they live in.

@@ -18,7 +18,7 @@ from usp.distributed.agreement import (
 )
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.planning.kinds import integer, tensor
-from usp.planning.layout import Layout, check_layout
+from usp.planning.layout import Held, Layout, check_layout
 from usp.planning.shares import named_lengths, shares, summed_length
 
 
@@ -88,6 +88,33 @@ def agree_on_length(
         held = [tokens for tokens, *_ in told]
         length = summed_length("x", held, layout, degrees_and_place(mesh)[0])
     return length, told[0][1]
+
+
+def held(length: int, mesh: SequenceMesh | None) -> Held:
+    """The layout of tokens as they are, which the ranks tell each other: 48 bytes along each axis.
+
+    Ask once where a part of a model begins whose ranks hold what they happen to hold, and pass it
+    as ``layout=`` to all inside. It knows the length of the whole, too.
+
+    Args:
+        length: Tokens that this rank holds.
+        mesh: The ranks that share the sequence, all of which call this; None is one device.
+
+    Raises:
+        TypeError, ValueError: a rank's ``length`` is no integer of at least 0.
+
+    Example:
+        >>> layout = usp.held(x.shape[1], mesh)
+        >>> out = usp.long_context_attention(q, k, v, mesh, layout=layout)
+    """
+
+    def check() -> int:
+        return integer("length", length, least=0)
+
+    if check_mesh(mesh) is None or mesh is None or mesh.size == 1:
+        return Held((check(),))
+    _, told = check_on_all_ranks(mesh, "usp.held", check, lambda _: {}, lambda: (length,))
+    return Held(tuple(count for count, *_ in told))
 
 
 def _check_share(
