@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections import Counter
@@ -121,6 +122,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
+    gc.freeze()  # torch and thousands of tests stay: nothing to walk through again and again
     _background.start({name for item in session.items for name in asked_for(item)})
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
         _pool.prepare()

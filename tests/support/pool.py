@@ -1,9 +1,9 @@
 """A pool of gloo workers that lives as long as the pytest session.
 
-Workers are forked from a template process (multiprocessing's fork server) that has imported torch
-and run nothing with it, so a fork costs milliseconds, inherits no thread, and workers that hung or
-crashed are replaced by fresh ones as cheaply as the first. Each worker has one thread, fresh
-memory filled with NaN, and its stderr in a file of its own.
+Workers are forked from a template process (multiprocessing's fork server) that has imported torch,
+usp and what most tests need, and run nothing with it, so a fork costs milliseconds, inherits no
+thread, and workers that hung or crashed are replaced by fresh ones as cheaply as the first. Each
+worker has one thread, fresh memory filled with NaN, and its stderr in a file of its own.
 
 In a test: ``results = pool.run(function, *args, ranks=4)``; ``function`` lives in a module of
 tests/ and runs on the 4 workers of a world of 4, where ``pool.mesh(2, 2)`` is their mesh.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -39,9 +40,10 @@ from places import TESTS
 WORKERS = 6
 # how long the others may take to return once one rank has failed: they often wait for it in vain
 GRACE_SECONDS = 5.0
-# what every worker would import: use_deterministic_algorithms reads inductor's settings, and test
-# modules import pytest and hypothesis. Not usp: the template process has not the parent's path.
-PRELOADED = ["torch", "torch._inductor.config", "pytest", "hypothesis"]
+# what most workers would import: use_deterministic_algorithms reads inductor's settings, the first
+# optimizer of a process imports Dynamo, and test modules import the rest
+PRELOADED = ["torch", "torch._inductor.config", "torch._dynamo", "pytest", "hypothesis"]
+PRELOADED += ["usp", "judge", "training_case"]
 # an orderly refusal leaves nothing in flight, so the workers can be kept
 REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
 
@@ -95,7 +97,8 @@ class Pool:
     def prepare(self) -> None:
         """Starts the template process, which imports torch while the tests are collected."""
         self._context.set_forkserver_preload(PRELOADED)
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
             forkserver.ensure_running()
 
     def run(
@@ -220,6 +223,8 @@ def _work(
     rank: int, ranks: int, store: str, pipe: Connection, log: str, setup: tuple[str, str] | None
 ) -> None:
     """A worker's life: join the process group, then answer requests until the parent is gone."""
+    # what was imported stays: walking through it is a tenth of a short test's time
+    gc.freeze()
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

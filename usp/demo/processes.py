@@ -32,13 +32,14 @@ class _Process:
 def run(work: Work, settings: Any, count: int, tell: Tell) -> list[Any]:
     """`work(settings, rank, tell)` in `count` fresh processes: their results by rank.
 
-    Fresh means spawned: each has its own torch, threads and peak memory. Progress of rank 0 goes
-    to `tell`.
+    Fresh means forked from a process that has imported torch and run nothing: each has its own
+    threads and peak memory. Progress of rank 0 goes to `tell`.
 
     Raises:
         ProcessFailed: one raised or died; the others have been ended.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
     processes = []
     try:
         for rank in range(count):
