@@ -8,6 +8,7 @@ from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import replace_attention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
+from usp.nn.spread import Spread
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
 from usp.sharding.rows import roll, take
@@ -21,6 +22,7 @@ __all__ = [
     "LongContextAttention",
     "MultiheadAttention",
     "SequenceMesh",
+    "Spread",
     "__version__",
     "all_reduce_gradients",
     "backends",
@@ -40,6 +42,13 @@ __all__ = [
 ]
 
 # Where users find them, and what their pickles name, whatever file they live in.
-for _public in (DocumentZigzag, Held, LongContextAttention, MultiheadAttention, SequenceMesh):
+for _public in (
+    DocumentZigzag,
+    Held,
+    LongContextAttention,
+    MultiheadAttention,
+    SequenceMesh,
+    Spread,
+):
     _public.__module__ = __name__
 del _public

@@ -12,6 +12,7 @@ from usp.attention.functional import attend
 from usp.attention.learned import refuse_gradient
 from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.nn.spread import Spread
 from usp.nn.tracing import one_node
 from usp.planning.layout import Layout
 
@@ -92,6 +93,7 @@ class LongContextAttention(nn.Module):
         alibi_slopes: Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         seq_len: int | tuple[int, int] | None = None,
+        spread: Spread | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of this rank's queries; see ``long_context_attention``.
 
@@ -100,9 +102,14 @@ class LongContextAttention(nn.Module):
             key_padding_mask: (B, Lk) bool, True = ignore.
             attn_bias: (B|1, H|1, Lq|1, all keys).
             alibi_slopes, cu_seqlens, seq_len: In place of those of the constructor.
+            spread: In place of the constructor's mesh, layout, ``seq_len`` and ``cu_seqlens``.
 
         Returns:
             (B, Lq, H, Dv), with ``return_lse`` also (B, H, Lq).
+
+        Raises:
+            ValueError: ``spread`` and one of ``seq_len`` and ``cu_seqlens``, beside what the
+                function refuses.
         """
         options = replace(
             self.options,
@@ -111,10 +118,17 @@ class LongContextAttention(nn.Module):
             seq_len=self.seq_len if seq_len is None else seq_len,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
+        mesh = self.mesh
+        if spread is not None:
+            if seq_len is not None or cu_seqlens is not None:
+                raise ValueError("spread says the length and documents: leave out the others")
+            placed = {"cu_seqlens": None} | spread.options
+            mesh = placed.pop("mesh")
+            options = replace(options, **placed)
         slopes = self.alibi_slopes if alibi_slopes is None else alibi_slopes
         tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
         compare = compares_now(self.validate, self._compared)
-        out = attend(tensors, options, self.mesh, None, compare)
+        out = attend(tensors, options, mesh, None, compare)
         self._compared = True
         return out
 

@@ -75,7 +75,7 @@ def unshard_sequence(
     layout: Layout = "contiguous",
     seq_len: int | None = None,
     *,
-    validate: bool = True,
+    validate: bool | None = True,
 ) -> Tensor:
     """The whole sequence on every rank, in global order.
 
@@ -92,7 +92,8 @@ def unshard_sequence(
         validate: Compare what all ranks hold first, so that a disagreement raises on every rank
             instead of hanging: 48 bytes along each axis of the mesh, for which a GPU is waited
             unless the ranks can talk on the host. False where all are known to fit, in a loop
-            that must not wait and passes ``seq_len``, which is asked for otherwise.
+            that must not wait and passes ``seq_len``, which is asked for otherwise. None: on CPUs
+            always, elsewhere where a length must be asked for.
 
     Raises:
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or (``validate``)
@@ -106,7 +107,12 @@ def unshard_sequence(
 
 @untraced
 def _unshard(
-    x: Tensor, mesh: SequenceMesh, dim: int, layout: Layout, seq_len: int | None, validate: bool
+    x: Tensor,
+    mesh: SequenceMesh,
+    dim: int,
+    layout: Layout,
+    seq_len: int | None,
+    validate: bool | None,
 ) -> Tensor:
     seq_len, name = agree_on_length("unshard_sequence", x, mesh, dim, layout, seq_len, validate)
     whole = cast(Tensor, _Unshard.apply(x.movedim(dim, 0), mesh, layout, seq_len))

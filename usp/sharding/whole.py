@@ -108,13 +108,27 @@ def held(length: int, mesh: SequenceMesh | None) -> Held:
         >>> out = usp.long_context_attention(q, k, v, mesh, layout=layout)
     """
 
-    def check() -> int:
-        return integer("length", length, least=0)
+    return Held(ask_lengths(length, mesh))
+
+
+def ask_lengths(
+    length: int, mesh: SequenceMesh | None, more: Callable[[], Facts] = dict
+) -> tuple[int, ...]:
+    """Tokens that each rank holds, told by all of them.
+
+    Args:
+        length, mesh: See ``held``.
+        more: Checks more, and says what else all ranks must agree on.
+    """
+
+    def check() -> tuple[int, Facts]:
+        return integer("length", length, least=0), more()
 
     if check_mesh(mesh) is None or mesh is None or mesh.size == 1:
-        return Held((check(),))
-    _, told = check_on_all_ranks(mesh, "usp.held", check, lambda _: {}, lambda: (length,))
-    return Held(tuple(count for count, *_ in told))
+        return (check()[0],)
+    place, numbers = "usp.held", lambda: (length,)
+    _, told = check_on_all_ranks(mesh, place, check, lambda found: found[1], numbers)
+    return tuple(count for count, *_ in told)
 
 
 def _check_share(
