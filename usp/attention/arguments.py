@@ -339,7 +339,19 @@ def seed_of(dropout_seed: int | None) -> int | None:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def facts(tensors: Tensors, options: Options, alone: Alone, dropout_seed: int | None) -> Facts:
+def needs_gradients(tensors: Tensors) -> list[bool]:
+    """Of q, k, v and bias."""
+    of = tensors.q, tensors.k, tensors.v, tensors.attn_bias
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in of]
+
+
+def facts(
+    tensors: Tensors,
+    options: Options,
+    alone: Alone,
+    dropout_seed: int | None,
+    gradients: Sequence[bool],
+) -> Facts:
     """What all ranks of a mesh must agree on, by name."""
     q, v, bias = tensors.q, tensors.v, tensors.attn_bias
     told: Facts = {
@@ -360,10 +372,7 @@ def facts(tensors: Tensors, options: Options, alone: Alone, dropout_seed: int | 
         "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
         "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
         "backend": alone.backend.NAME,
-        "gradients needed": [
-            torch.is_grad_enabled() and x is not None and x.requires_grad
-            for x in (q, tensors.k, v, bias)
-        ],
+        "gradients needed": list(gradients),
     }
     if bias is not None and q.shape[1] != 1:
         told["queries of attn_bias"] = "one for all" if bias.shape[2] == 1 else "one each"

@@ -14,7 +14,7 @@ from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
 from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.layout import Layout
 
 
@@ -134,15 +134,20 @@ def attend(
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
     if torch.compiler.is_compiling():
-        if mesh is None or mesh.size == 1:
-            return op.attention(tensors, options, None, dropout_seed, validate)
-    elif _is_watched():
+        mesh = check_mesh(mesh)
+        several = mesh is not None and mesh.size > 1
+        return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
+    if _is_watched(tensors):
         return op.attention(tensors, options, mesh, dropout_seed, validate)
     return _attend(tensors, options, mesh, dropout_seed, validate)
 
 
-def _is_watched() -> bool:
-    """Whether somebody keeps, replaces or repeats the operations that he sees."""
+def _is_watched(tensors: Tensors) -> bool:
+    """Whether somebody keeps, replaces or repeats the operations that he sees, or the tensors have
+    shapes alone."""
+    q = tensors.q
+    if isinstance(q, Tensor) and (q.is_meta or type(q).__name__ == "FakeTensor"):
+        return True
     if torch._C._is_tracing():
         raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

@@ -4,12 +4,17 @@
 activation checkpointing is one, sees an op that takes tensors and returns tensors, to keep its
 results or to call it again; below it are kernels that write in place and collectives that ranks
 must call alike, which nobody may skip. The op plans and runs just what the eager function does.
+
+A graph on a mesh holds the overload ``mesh``, which has an effect: it may be dropped, repeated or
+put in another order nowhere, for the other ranks would wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +38,12 @@ from usp.attention.hybrid import (
     prepare,
     scattered,
 )
-from usp.attention.op_arguments import SCHEMA, Arguments, arguments
+from usp.attention.op_arguments import SCHEMA, TENSORS, Arguments, arguments
 from usp.attention.request import agree_on_request
-from usp.distributed.agreement import meet_in_backward
+from usp.distributed.agreement import meet_before_backward
+from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
+from usp.planning.heads import split_heads
 from usp.planning.problem import state_dtype
 
 _LIBRARY = torch.library.Library("usp", "FRAGMENT")
@@ -51,11 +58,11 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` through the op; arguments and result as there."""
     given = arguments(tensors, options, mesh, dropout_seed, validate)
-    out, lse, kept = torch.ops.usp.attention(*given)
-    if mesh is not None and out.requires_grad:
-        *_, name = kept[0].tolist()
-        if name:
-            meet_in_backward(out, mesh, name)
+    op = torch.ops.usp.attention
+    if mesh is not None and torch.compiler.is_compiling():
+        out, lse, _ = op.mesh(*given)
+    else:
+        out, lse, _ = op.default(*given)
     return (out, lse) if options.return_lse else out
 
 
@@ -69,15 +76,17 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         None if drawn else number,
         number if drawn else None,
         given.validate,
+        given.gradients,
     )
     tensors, call = prepare(given.tensors, request, given.on)
     done = attention_forward(tensors, call)
     lse = done.lse
     if call.ulysses.size == 1:
         lse = levels.returned(done.results.lse, done.results.level)
-    kept = _kept(done, call)
+    kept = _kept(done, call, given)
     if _agrees(given):
-        told = (request.query_len, request.key_len, request.scoring.dropout_seed, name or 0)
+        seed, rows = request.scoring.dropout_seed, call.bias_cut and call.bias_cut.has_rows
+        told = (request.query_len, request.key_len, seed, name or 0, int(bool(rows)))
         kept.insert(0, torch.tensor(told, device="cpu"))
     return done.out, done.out.new_empty(0) if lse is None else lse, kept
 
@@ -87,7 +96,7 @@ def _agrees(given: Arguments) -> bool:
     return given.dropout_seed is not None or given.mesh is not None
 
 
-def _kept(done: Forward, call: Call) -> list[Tensor]:
+def _kept(done: Forward, call: Call, given: Arguments) -> list[Tensor]:
     """What the backward needs beyond its inputs and results, whoever keeps it.
 
     What was exchanged in a row of several ranks; where there is a bias, the LSE relative to its
@@ -103,20 +112,72 @@ def _kept(done: Forward, call: Call) -> list[Tensor]:
     kept = [inputs.q, inputs.k, inputs.v, out, lse, *levelled[1:]]
     if inputs.key_padding_mask is not None:
         kept.append(inputs.key_padding_mask)
-    if inputs.attn_bias is not None and call.bias_cut is not None and call.bias_cut.has_rows:
-        kept.append(inputs.attn_bias)
-    return kept
+    if inputs.attn_bias is not None and _may_have_rows(given):
+        rows = inputs.attn_bias.transpose(1, 2)
+        if call.bias_cut is None or not call.bias_cut.has_rows:
+            rows = rows[:, :0]
+        kept.append(rows)
+    return [_filled_up(x, shape) for x, (shape, _) in zip(kept, _rooms(given), strict=True)]
+
+
+def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what a row of several ranks keeps, without asking anybody.
+
+    How many tokens the row has depends on what the others hold; of the U ranks this, the u-th,
+    holds L of at most U L + u. So much room there is, and the rest of it is empty.
+    """
+    q, k, v, mask, bias, *_ = given
+    mesh = given.on
+    assert mesh is not None
+    degree, rank = mesh.ulysses_degree, mesh.ulysses_rank
+    heads = split_heads(int(q.shape[2]), int(k.shape[2]), degree)[rank]
+    first, stop = heads.kv_range
+    batch, own, own_kv = q.shape[0], heads.count, stop - first
+    queries, keys = (degree * x.shape[1] + rank for x in (q, k))
+    state = state_dtype(q.dtype)
+    rooms: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((batch, queries, own, q.shape[3]), q.dtype),
+        ((batch, keys, own_kv, k.shape[3]), k.dtype),
+        ((batch, keys, own_kv, v.shape[3]), v.dtype),
+        ((batch, queries, own, v.shape[3]), q.dtype),
+        ((batch, own, queries), state),
+    ]
+    if bias is not None:
+        bias_heads = own if bias.shape[1] == heads.total else 1
+        rooms.append(((bias.shape[0] if mask is None else batch, bias_heads, queries), state))
+    if mask is not None:
+        rooms.append(((batch, keys), mask.dtype))
+    if bias is not None and _may_have_rows(given):
+        rooms.append(((bias.shape[0], queries, bias_heads, bias.shape[3]), bias.dtype))
+    return rooms
+
+
+def _may_have_rows(given: Arguments) -> bool:
+    """Whether a bias may differ among queries; a single one cannot tell."""
+    bias = given.attn_bias
+    return bias is not None and (bias.shape[2] != 1 or given.q.shape[1] == 1)
+
+
+def _filled_up(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor of that shape that begins with x."""
+    if tuple(x.shape) == shape:
+        return x.contiguous()
+    room = x.new_zeros(shape)
+    room[tuple(slice(n) for n in x.shape)] = x
+    return room
 
 
 def _recalled(
     given: Arguments, results: Results, kept: Sequence[Tensor]
 ) -> tuple[Tensors, Results, Call]:
     """The inputs and results of this rank's heads, and the very call; nobody is asked again."""
-    tensors, options, seed = given.tensors, given.options, 0
+    tensors, options, seed, rows = given.tensors, given.options, 0, 0
     if _agrees(given):
         told, *kept = kept
-        query_len, key_len, seed, _ = told.tolist()
+        query_len, key_len, seed, name, rows = told.tolist()
         options = replace(options, seq_len=(query_len, key_len))
+        if given.on is not None and name:
+            meet_before_backward(given.on, name)
     request = check(tensors, options, given.on, seed)
     if given.on is None or given.on.ulysses_degree == 1:
         tensors, call = prepare(tensors, request, given.on)
@@ -125,15 +186,19 @@ def _recalled(
             inputs = inputs._replace(attn_bias=levels.prepared(inputs.attn_bias)[0])
             results = Results(results.out, kept[0], _or_none(kept[1]))
         return inputs, results, call
+    queries, keys = sum(request.query_lengths), sum(request.key_lengths)
     q, k, v, out, lse, *rest = kept
-    level = rest.pop(0) if given.attn_bias is not None else None
-    mask = rest.pop(0) if given.key_padding_mask is not None else None
-    tensors, call = prepare(tensors, request, given.on, bias_rows=bool(rest))
-    bias = rest[0] if rest else tensors.attn_bias
-    if not rest and bias is not None and call.bias_cut is not None:
+    q, out, k, v = q[:, :queries], out[:, :queries], k[:, :keys], v[:, :keys]
+    level = rest.pop(0)[:, :, :queries] if given.attn_bias is not None else None
+    mask = rest.pop(0)[:, :keys].contiguous() if given.key_padding_mask is not None else None
+    tensors, call = prepare(tensors, request, given.on, bias_rows=bool(rows))
+    bias = tensors.attn_bias
+    if rows:
+        bias = rest[0][:, :queries].transpose(1, 2)
+    elif bias is not None and call.bias_cut is not None:
         bias = levels.prepared(scatter_bias(call.ulysses, bias, call.bias_cut))[0]
     inputs = Tensors(q, k, v, mask, bias, own_slopes(tensors.alibi_slopes, call))
-    return inputs, Results(out, lse, _or_none(level)), call
+    return inputs, Results(out, lse[:, :, :queries].contiguous(), _or_none(level)), call
 
 
 def _level_shape(q: Tensor, mask: Tensor | None, bias: Tensor) -> tuple[int, ...]:
@@ -158,18 +223,19 @@ def _gradients(
     inputs, results, call = _recalled(Arguments(*args), Results(out, lse, None), kept)
     dq, dk, dv, dbias = attention_backward(dout, dlse, inputs, results, call, bias_gradient)
     # dk and dv are two views of one message, but outputs of an op must not share memory.
-    return dq, dk, dv.clone(), dq.new_empty(0) if dbias is None else dbias
+    return dq, dk, dv.clone(), dq.new_empty(0) if dbias is None else dbias.contiguous()
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     given = Arguments(*args)
-    if given.on is not None and given.on.ulysses_degree > 1:
-        raise NotImplementedError("attention with scattered heads runs on real tensors alone")
     q, v = given.q, given.v
     batch, length, heads = q.shape[:3]
     out = q.new_empty((batch, length, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, length), dtype=state_dtype(q.dtype))
-    kept = [torch.empty(4, dtype=torch.int64, device="cpu")] if _agrees(given) else []
+    kept = [torch.empty(5, dtype=torch.int64, device="cpu")] if _agrees(given) else []
+    if given.on is not None and given.on.ulysses_degree > 1:
+        kept += [q.new_empty(shape, dtype=dtype) for shape, dtype in _rooms(given)]
+        return out, lse if given.return_lse else q.new_empty(0), kept
     if given.attn_bias is not None:
         shape = _level_shape(q, given.key_padding_mask, given.attn_bias)
         kept += [lse.new_empty(lse.shape), lse.new_empty(shape)]
@@ -194,12 +260,12 @@ class _Attention(OnceDifferentiable):
     """Autograd over the two ops."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(ctx: Any, overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         given = Arguments(*args)
-        out, lse, kept = _below_autograd(*args)
-        ctx.save_for_backward(*given.tensors, given.dropout_seed, out, lse, *kept)
-        ctx.settings = args[len(Tensors._fields) + 1 :]
-        ctx.mesh = given.on  # is found by number, as long as somebody holds it
+        out, lse, kept = _below_autograd(overload, *args)
+        ctx.save_for_backward(*given.held, out, lse, *kept)
+        ctx.settings, ctx.overload = args[TENSORS:], overload
+        ctx.mesh = given.on  # is found by name, as long as somebody holds it
         ctx.set_materialize_grads(False)
         if not given.return_lse:
             ctx.mark_non_differentiable(lse)
@@ -207,42 +273,46 @@ class _Attention(OnceDifferentiable):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        count = len(Tensors._fields) + 1
         saved = ctx.saved_tensors
-        args = (*saved[:count], *ctx.settings)
-        out, lse, *kept = saved[count:]
-        bias_gradient = ctx.needs_input_grad[Arguments._fields.index("attn_bias")]
+        args = (*saved[:TENSORS], *ctx.settings)
+        out, lse, *kept = saved[TENSORS:]
+        bias_gradient = ctx.needs_input_grad[1 + Arguments._fields.index("attn_bias")]
         if dout is None:
             dout = torch.zeros_like(out)
         with torch.no_grad():
-            found = torch.ops.usp.attention_gradients(
+            found = getattr(torch.ops.usp.attention_gradients, ctx.overload)(
                 dout, dlse, out, lse, kept, bias_gradient, *args
             )
         dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, out))
         others = (None,) * (len(args) - 5)
-        return dq, dk, dv, None, dbias if bias_gradient else None, *others
+        return None, dq, dk, dv, None, dbias if bias_gradient else None, *others
 
 
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    with torch._C._AutoDispatchBelowAutograd():
-        out, lse, kept = torch.ops.usp.attention(*args)
+def _below_autograd(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    once = nullcontext() if overload == "default" else saved_in_graph()
+    with once, torch._C._AutoDispatchBelowAutograd():
+        out, lse, kept = getattr(torch.ops.usp.attention, overload)(*args)
     return out, lse, kept
 
 
-def _differentiable(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _differentiable(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     tensors = Arguments(*args).tensors
     refuse_transforms(tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse, kept = _Attention.apply(*args)
+        out, lse, kept = _Attention.apply(overload, *args)
         return out, lse, kept
-    return _below_autograd(*args)
+    return _below_autograd(overload, *args)
 
 
-def _vmapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+def _vmapped(overload: str, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """One call for each item: what is dropped, and what ranks exchange, is that of the item."""
+    mapped = [isinstance(dim, int) for dim in in_dims]
     calls = [
-        torch.ops.usp.attention(
-            *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))
+        getattr(torch.ops.usp.attention, overload)(
+            *(
+                x.select(dim, i) if has_dim else x
+                for x, dim, has_dim in zip(args, in_dims, mapped, strict=True)
+            )
         )
         for i in range(info.batch_size)
     ]
@@ -252,21 +322,30 @@ def _vmapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
 
 
 def _register() -> None:
-    results = {
-        f"attention({SCHEMA})": "(Tensor out, Tensor lse, Tensor[] kept)",
-        "attention_gradients(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] kept, "
-        f"bool bias_gradient, {SCHEMA})": "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    ops: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+        "attention": (
+            f"({SCHEMA}) -> (Tensor out, Tensor lse, Tensor[] kept)",
+            _forward,
+            _fake_forward,
+        ),
+        "attention_gradients": (
+            "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] kept, "
+            f"bool bias_gradient, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+            _gradients,
+            _fake_gradients,
+        ),
     }
-    for signature, result in results.items():
-        _LIBRARY.define(f"{signature} -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
-    for name, kernel, fake in (
-        ("attention", _forward, _fake_forward),
-        ("attention_gradients", _gradients, _fake_gradients),
-    ):
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl("attention", _differentiable, "Autograd")
-    torch.library.register_vmap("usp::attention", _vmapped, lib=_LIBRARY)
+    for op, (schema, kernel, fake) in ops.items():
+        for overload in ("default", "mesh"):
+            name = op if overload == "default" else f"{op}.{overload}"
+            _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+            _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
+            if op == "attention":
+                _LIBRARY.impl(name, partial(_differentiable, overload), "Autograd")
+                vmapped = partial(_vmapped, overload)
+                torch.library.register_vmap(f"usp::{name}", vmapped, lib=_LIBRARY)
+        has_effect(getattr(torch.ops.usp, op).mesh)
 
 
 _register()

@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from usp.attention.arguments import Options, Tensors, drops, seed_of
-from usp.distributed.mesh import SequenceMesh
+from usp.attention.arguments import Options, Tensors, drops, needs_gradients, seed_of
+from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import flag, integer
 from usp.planning.layout import from_told, told
-from usp.planning.mask import check_cu_seqlens, check_window
+from usp.planning.mask import check_window, host_boundaries
 from usp.planning.shares import named_lengths
 
 
 class Arguments(NamedTuple):
-    """What the op takes: the six tensors in their order, then what a graph can hold of the rest.
+    """What the op takes: the six tensors in their order, two whose values are read when the graph
+    runs, then what a graph can hold of the rest.
 
     The op's schema is made of this table.
     """
@@ -31,11 +31,11 @@ class Arguments(NamedTuple):
     attn_bias: Tensor | None
     alibi_slopes: Tensor | None
     dropout_seed: Tensor | None
+    cu_seqlens: Tensor | None
     seed_is_drawn: bool
     causal: bool
     window_left: int | None
     window_right: int | None
-    cu_seqlens: Sequence[int] | None
     prefix_len: int | None
     softmax_scale: float | None
     layout: str
@@ -47,12 +47,18 @@ class Arguments(NamedTuple):
     transport: str
     return_lse: bool
     backend: str
-    mesh: int | None
+    mesh: str | None
     validate: bool | None
+    gradients: Sequence[bool]
 
     @property
     def tensors(self) -> Tensors:
         return Tensors(*cast(Any, self[: len(Tensors._fields)]))
+
+    @property
+    def held(self) -> tuple[Tensor | None, ...]:
+        """All that are tensors."""
+        return cast("tuple[Tensor | None, ...]", self[:TENSORS])
 
     @property
     def options(self) -> Options:
@@ -78,7 +84,7 @@ class Arguments(NamedTuple):
     @property
     def on(self) -> SequenceMesh | None:
         """The mesh itself."""
-        return None if self.mesh is None else _MESHES[self.mesh]
+        return None if self.mesh is None else mesh_of(self.mesh)
 
     @property
     def number(self) -> int | None:
@@ -96,13 +102,14 @@ _TYPES = {
     "float": "float",
     "float | None": "float?",
     "str": "str",
+    "str | None": "str?",
+    "Sequence[bool]": "bool[]",
 }
+TENSORS = len(Tensors._fields) + 2
 SCHEMA = ", ".join(
     f"{_TYPES[str(getattr(kind, '__forward_arg__', kind))]} {name}"
     for name, kind in inspect.get_annotations(Arguments).items()
 )
-# A graph holds numbers: a mesh is found by its own, which stands for it as long as it is there.
-_MESHES: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
 
 
 def arguments(
@@ -118,11 +125,11 @@ def arguments(
     return Arguments(
         *tensors,
         dropout_seed=_seed(options, dropout_seed),
+        cu_seqlens=_documents(options.cu_seqlens),
         seed_is_drawn=dropout_seed is None,
         causal=flag("causal", options.causal),
         window_left=window.left,
         window_right=window.right,
-        cu_seqlens=_host(options.cu_seqlens),
         prefix_len=options.prefix_len,
         softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
         layout=layout,
@@ -134,22 +141,20 @@ def arguments(
         transport=options.transport,
         return_lse=flag("return_lse", options.return_lse),
         backend=options.backend,
-        mesh=None if mesh is None else _number(mesh),
+        mesh=None if mesh is None else mesh.name,
         validate=validate,
+        gradients=needs_gradients(tensors),
     )
 
 
-def _host(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:
+def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:
+    """Boundaries that a graph reads when it runs, those of this call."""
     if cu_seqlens is None:
         return None
     if isinstance(cu_seqlens, Tensor):
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "under torch.compile cu_seqlens must be a tuple: a tensor's values are not known "
-                "while the graph is made"
-            )
-        cu_seqlens = check_cu_seqlens(cu_seqlens)
-    return [integer("a boundary of cu_seqlens", bound) for bound in cu_seqlens]
+        return host_boundaries(cu_seqlens).clone()
+    bounds = [int(integer("a boundary of cu_seqlens", bound)) for bound in cu_seqlens]
+    return torch.tensor(bounds, dtype=torch.int64, device="cpu")
 
 
 def _seed(options: Options, dropout_seed: int | None) -> Tensor | None:
@@ -158,8 +163,3 @@ def _seed(options: Options, dropout_seed: int | None) -> Tensor | None:
     if dropout_seed is not None:
         return torch.tensor(seed_of(dropout_seed), device="cpu")
     return torch.randint(2**62, (), device="cpu")
-
-
-def _number(mesh: SequenceMesh) -> int:
-    _MESHES[id(mesh)] = mesh
-    return id(mesh)

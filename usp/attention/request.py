@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from usp.attention.arguments import (
     Alone,
     Options,
@@ -11,6 +13,7 @@ from usp.attention.arguments import (
     check_alone,
     complete,
     facts,
+    needs_gradients,
     seed_of,
 )
 from usp.distributed.agreement import check_on_all_ranks, check_when, meets, new_name
@@ -25,19 +28,22 @@ def agree_on_request(
     dropout_seed: int | None,
     drawn: int | None,
     validate: bool | None,
+    gradients: Sequence[bool] | None = None,
 ) -> tuple[Request, int | None]:
     """The arguments, checked; together with all ranks of the mesh where these meet.
 
     Args:
         tensors, options, mesh, dropout_seed, validate: As in ``long_context_attention``.
         drawn: The seed where this rank drew one.
+        gradients: Which of q, k, v and bias need one, where the tensors cannot tell.
 
     Returns:
         What to compute, and the name of this call where the ranks have met.
     """
     asks = drawn is not None or not _names_lengths(options)
     if mesh is not None and meets(check_mesh(mesh), validate, asks):
-        return _together(tensors, options, mesh, (dropout_seed, drawn), validate)
+        gradients = needs_gradients(tensors) if gradients is None else gradients
+        return _together(tensors, options, mesh, (dropout_seed, drawn), validate, gradients)
     check_when(validate)
     return check(tensors, options, mesh, seed_of(dropout_seed) or drawn or 0), None
 
@@ -52,6 +58,7 @@ def _together(
     mesh: SequenceMesh,
     seeds: tuple[int | None, int | None],
     validate: bool | None,
+    gradients: Sequence[bool],
 ) -> tuple[Request, int]:
     """Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they
     drew is that of the first.
@@ -76,7 +83,9 @@ def _together(
         mesh,
         "long_context_attention",
         check_here,
-        lambda alone: facts(tensors, options, alone, dropout_seed if drawn is None else None),
+        lambda alone: facts(
+            tensors, options, alone, dropout_seed if drawn is None else None, gradients
+        ),
         lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
     )
     queries, keys, theirs, names = zip(*told, strict=True)

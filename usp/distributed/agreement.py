@@ -201,16 +201,24 @@ def new_name() -> int:
 def meet_in_backward(output: Tensor, mesh: SequenceMesh, name: int) -> None:
     """Have the ranks meet before the backward of the call that ``output`` came from.
 
+    Args:
+        output: Of an autograd node of its own.
+        mesh, name: See ``meet_before_backward``.
+    """
+    if output.grad_fn is not None:
+        output.grad_fn.register_prehook(lambda _: meet_before_backward(mesh, name))
+
+
+def meet_before_backward(mesh: SequenceMesh, name: int) -> None:
+    """Compare whose backward this is.
+
     Collectives of a backward find each other by order alone: ranks whose losses depend on
     different outputs would exchange gradients of different calls.
 
     Args:
-        output: Of an autograd node of its own.
         mesh: All its ranks were told ``name``.
         name: Of the call.
     """
-    if output.grad_fn is None:
-        return
     told: Facts = {
         "the call whose backward this is": Advised(
             f"call {name:x}",
@@ -218,8 +226,4 @@ def meet_in_backward(output: Tensor, mesh: SequenceMesh, name: int) -> None:
             "those that it does not use",
         )
     }
-
-    def before_backward(_: object) -> None:
-        _compare(mesh, PLACES[1], told, None, ())
-
-    output.grad_fn.register_prehook(before_backward)
+    _compare(mesh, PLACES[1], told, None, ())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -15,6 +17,10 @@ from usp.planning.kinds import integer
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+_NUMBERS = count()
+# A graph holds text and numbers: a mesh is found by its name, as long as somebody holds it.
+_BY_NAME: WeakValueDictionary[str, SequenceMesh] = WeakValueDictionary()
 
 
 class SequenceMesh:
@@ -28,6 +34,8 @@ class SequenceMesh:
         rank, ring_rank, ulysses_rank: Place of this process;
             ``rank = ring_rank * ulysses_degree + ulysses_rank``.
         device_mesh: The ``DeviceMesh`` below, which may have more axes.
+        name: Of this very mesh in this process, and its shape: what a graph made for one place
+            does is not found again for another.
     """
 
     def __init__(
@@ -45,6 +53,17 @@ class SequenceMesh:
         self.ring_degree, self.ulysses_degree = len(axes["ring"]), len(axes["ulysses"])
         self.ring_rank = axes["ring"].index(rank)
         self.ulysses_rank = axes["ulysses"].index(rank)
+        self._take_name()
+
+    def _take_name(self) -> None:
+        ring = f"{self.ring_rank} of {self.ring_degree}"
+        ulysses = f"{self.ulysses_rank} of {self.ulysses_degree}"
+        self.name = f"mesh {next(_NUMBERS)}: ring {ring}, ulysses {ulysses}"
+        _BY_NAME[self.name] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_name()
 
     @classmethod
     def from_device_mesh(
@@ -132,6 +151,18 @@ def check_mesh(mesh: SequenceMesh | None) -> SequenceMesh | None:
         f"mesh must be a SequenceMesh (usp.init_mesh, usp.SequenceMesh.from_device_mesh) or None, "
         f"got {type(mesh).__name__}"
     )
+
+
+def mesh_of(name: str) -> SequenceMesh:
+    """The mesh of that name.
+
+    Raises:
+        RuntimeError: nobody holds it any more.
+    """
+    found = _BY_NAME.get(name)
+    if found is None:
+        raise RuntimeError(f"{name} is gone: hold the mesh as long as what was compiled for it")
+    return found
 
 
 def degrees_and_place(mesh: SequenceMesh | None) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -158,14 +158,7 @@ def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:
             names the values.
     """
     if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.device.type != "cpu":
-            raise ValueError(
-                f"cu_seqlens must be host integers (a tuple or a CPU tensor), got a tensor on "
-                f"{cu_seqlens.device}: planning must not wait for the device"
-            )
-        if cu_seqlens.dim() != 1:
-            raise ValueError(f"cu_seqlens must have one dim, got shape {tuple(cu_seqlens.shape)}")
-        cu_seqlens = cu_seqlens.tolist()
+        cu_seqlens = host_boundaries(cu_seqlens).tolist()
     elif not isinstance(cu_seqlens, Iterable):
         raise TypeError(f"cu_seqlens must be host integers (0, ..., total), got {cu_seqlens!r}")
     bounds = tuple(integer("a boundary of cu_seqlens", bound) for bound in cu_seqlens)
@@ -178,3 +171,19 @@ def check_cu_seqlens(cu_seqlens: Sequence[int] | Tensor) -> tuple[int, ...]:
         if b < a:
             raise ValueError(f"cu_seqlens must not decrease, but [{i}]={a} and [{i + 1}]={b}")
     return bounds
+
+
+def host_boundaries(cu_seqlens: Tensor) -> Tensor:
+    """``cu_seqlens`` itself, whatever its values are.
+
+    Raises:
+        ValueError: it is no list of numbers on the host.
+    """
+    if cu_seqlens.device.type != "cpu":
+        raise ValueError(
+            f"cu_seqlens must be host integers (a tuple or a CPU tensor), got a tensor on "
+            f"{cu_seqlens.device}: planning must not wait for the device"
+        )
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens must have one dim, got shape {tuple(cu_seqlens.shape)}")
+    return cu_seqlens
