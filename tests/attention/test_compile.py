@@ -1,4 +1,4 @@
-"""torch.compile: one device without a graph break, a mesh with just one; equal to eager."""
+"""torch.compile on one device: one graph, equal to eager."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import multihead_cases as multihead
-import pool as worker
+import compiling
 import pytest
 import torch
-import torch._functorch.config
 import torch._inductor.config
-import torch.distributed as dist
-from cases import Case, local
-from judge import assert_close, join, oracle
 from torch import Tensor
 
 import usp
@@ -44,9 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_compiled() -> Iterator[None]:
-    """Also on the disk: traces there are found by names of ops, not by what their fakes return."""
-    torch._dynamo.reset()
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with compiling.afresh():
         yield
 
 
@@ -124,21 +117,48 @@ def test_a_module_in_low_precision(dtype: torch.dtype, compiler: str) -> None:
 
 
 def test_other_lengths_do_not_compile_for_ever() -> None:
-    graphs = 0
-
-    def counting(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
+    compiler = compiling.Counting()
 
     def model(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return (usp.long_context_attention(given["q"], given["k"], given["v"], causal=True),)
 
-    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     for length in (11, 7, 13, 29):
         given = {name: x for name, x in tensors(length=length).items() if name in "qkv"}
         assert_same(results(compiled, given), results(model, given), 1e-12)
-    assert graphs <= 2, "lengths are symbolic from the second one on"
+    assert compiler.graphs <= 2, "lengths are symbolic from the second one on"
+
+
+def test_new_documents_do_not_compile_again() -> None:
+    """Their boundaries are read when the graph runs, also where their number changes."""
+    compiler = compiling.Counting()
+
+    def model(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return usp.long_context_attention(q * 2, k, v, cu_seqlens=cu_seqlens, causal=True) * 2
+
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    q, k, v = (tensors()[name] for name in "qkv")
+    for bounds in ((0, 3, 11), (0, 11, 11), (0, 1, 6, 11), (0, 2, 4, 6, 11), (0, 5, 7, 11)):
+        found, wanted = (f(q, k, v, torch.tensor(bounds)) for f in (compiled, model))
+        assert torch.equal(found, wanted)
+    assert compiler.graphs <= 2, "the number of documents is symbolic from the second one on"
+    with pytest.raises(ValueError, match="cu_seqlens ends at 7"):
+        compiled(q, k, v, torch.tensor((0, 7)))
+
+
+def test_documents_written_over_before_the_backward() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return usp.long_context_attention(q, k, v, cu_seqlens=cu_seqlens)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    leaves = [tensors()[name] for name in "qkv"]
+    found = []
+    for function in (model, compiled):
+        bounds = torch.tensor((0, 3, 11))
+        out = function(*leaves, bounds)
+        bounds[1] = 5
+        found.append(torch.autograd.grad(out, leaves, torch.cos(out.detach())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_wrong_call_is_refused_while_compiling() -> None:
@@ -146,72 +166,3 @@ def test_a_wrong_call_is_refused_while_compiling() -> None:
     q = torch.randn(1, 4, 3, 2)
     with pytest.raises(Exception, match="multiple"):
         compiled(q, q[:, :, :2], q[:, :, :2])
-
-
-class Counting:
-    """A compiler that runs graphs as they are, and counts those with work in them."""
-
-    def __init__(self) -> None:
-        torch._dynamo.reset()
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        # what dynamo notes of a tensor's attributes makes a graph without work: none is split
-        calls = [n for n in graph.graph.nodes if n.op in ("call_function", "call_method")]
-        self.graphs += any(n.target is not getattr for n in calls)
-        return graph.forward
-
-
-def compiled_on_a_mesh(case: Case) -> tuple[dict[str, Tensor], int]:
-    counting = Counting()
-    mesh = worker.mesh(case.ulysses, case.ring)
-    module = usp.LongContextAttention(mesh, causal=case.causal, seq_len=case.seq_len)
-
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return module(q * 2, k, v) * 2
-
-    t = local(case, dist.get_rank())
-    leaves = [x.clone().requires_grad_() for x in (t.q / 2, t.k, t.v)]
-    out = torch.compile(model, fullgraph=True, backend=counting)(*leaves)
-    dq, dk, dv = torch.autograd.grad(out, leaves, t.dout / 2)
-    return {"out": out.detach() / 2, "dq": dq / 2, "dk": dk, "dv": dv}, counting.graphs
-
-
-def test_a_mesh_breaks_the_graph_once_and_is_right(pool) -> None:
-    case = Case(ulysses=2, ring=2, seq_len=13, heads=3, kv_heads=3, causal=True)
-    parts = pool.run(compiled_on_a_mesh, case, ranks=4, timeout=120)
-    assert_close(case, join(case, [results for results, _ in parts]), oracle(case))
-    assert [graphs for _, graphs in parts] == [2] * 4
-
-
-def compiled_multihead(case: multihead.Case, place: multihead.Place) -> multihead.Results:
-    return multihead.on_worker(case, place, Counting())
-
-
-MULTIHEAD = {
-    "plain": multihead.Case(need_weights=False),
-    # float padding, weights and lengths to be inferred: three more things that are communicated
-    "everything": multihead.Case(
-        inputs="memory", key_len=11, padding="float", mask="float", add_bias_kv=True
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MULTIHEAD)
-def test_multihead_attention_on_a_mesh(pool, name: str) -> None:
-    case, place = MULTIHEAD[name], multihead.Place(2, 1, infer=name == "everything")
-    parts = pool.run(compiled_multihead, case, place, ranks=2, timeout=120)
-    multihead.assert_same(multihead.join(case, place, parts), multihead.by_torch(case))
-
-
-def graphs_of_multihead() -> tuple[int, bool]:
-    mesh, counting = worker.mesh(2, 1), Counting()
-    module = usp.MultiheadAttention(12, 3, mesh=mesh, batch_first=True, validate="never")
-    x = torch.randn(2, 5, 12)
-    wanted = module(x, x, x, need_weights=False)[0]
-    found = torch.compile(module, backend=counting)(x, x, x, need_weights=False)[0]
-    return counting.graphs, torch.equal(found, wanted)
-
-
-def test_multihead_attention_breaks_the_graph_once(pool) -> None:
-    assert pool.run(graphs_of_multihead, ranks=2, timeout=120) == [(2, True)] * 2

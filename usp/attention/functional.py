@@ -12,7 +12,7 @@ from usp.attention.arguments import Options, Tensors, drops
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
-from usp.distributed.agreement import meet_in_backward
+from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.layout import Layout
@@ -128,9 +128,10 @@ def attend(
     options: Options,
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
-    validate: bool | None,
+    validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``long_context_attention`` with its arguments in two parts."""
+    """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first" while
+    a graph is made."""
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
     if torch.compiler.is_compiling():
@@ -159,7 +160,7 @@ def _attend(
     options: Options,
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
-    validate: bool | None,
+    validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     drawn = draw_dropout_seed() if dropout_seed is None and drops(options.dropout_p) else None
     request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)

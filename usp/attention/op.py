@@ -40,7 +40,7 @@ from usp.attention.hybrid import (
 )
 from usp.attention.op_arguments import SCHEMA, TENSORS, Arguments, arguments
 from usp.attention.request import agree_on_request
-from usp.distributed.agreement import meet_before_backward
+from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.heads import split_heads
@@ -54,7 +54,7 @@ def attention(
     options: Options,
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
-    validate: bool | None,
+    validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` through the op; arguments and result as there."""
     given = arguments(tensors, options, mesh, dropout_seed, validate)
@@ -75,7 +75,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         given.on,
         None if drawn else number,
         number if drawn else None,
-        given.validate,
+        given.compares,
         given.gradients,
     )
     tensors, call = prepare(given.tensors, request, given.on)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from usp.attention.arguments import Options, Tensors, drops, needs_gradients, seed_of
+from usp.distributed.agreement import When, check_when
 from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import flag, integer
 from usp.planning.layout import from_told, told
@@ -49,6 +50,7 @@ class Arguments(NamedTuple):
     backend: str
     mesh: str | None
     validate: bool | None
+    is_first: bool
     gradients: Sequence[bool]
 
     @property
@@ -80,6 +82,18 @@ class Arguments(NamedTuple):
             return_lse=self.return_lse,
             backend=self.backend,
         )
+
+    @property
+    def compares(self) -> bool | None:
+        """Whether ranks compare now; calls of one kind are told apart by what all ranks share."""
+        mesh = self.on
+        if not self.is_first or mesh is None:
+            return self.validate
+        given = self._replace(query_len=None, key_len=None, gradients=())
+        kind = repr(given[TENSORS:])
+        first = kind not in mesh.compared
+        mesh.compared.add(kind)
+        return True if first else None
 
     @property
     def on(self) -> SequenceMesh | None:
@@ -117,9 +131,15 @@ def arguments(
     options: Options,
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
-    validate: bool | None,
+    validate: When,
 ) -> Arguments:
-    """What the op takes of a call of ``long_context_attention``."""
+    """What the op takes of a call of ``long_context_attention``.
+
+    Args:
+        tensors, options, mesh, dropout_seed: As there.
+        validate: As there, or "first": at the first of such calls on the mesh.
+    """
+    check_when(None if validate == "first" else validate)
     window, (layout, numbers) = check_window(options.window_size), told(options.layout)
     query_len, key_len = named_lengths(options.seq_len, options.layout) or (None, None)
     return Arguments(
@@ -142,7 +162,8 @@ def arguments(
         return_lse=flag("return_lse", options.return_lse),
         backend=options.backend,
         mesh=None if mesh is None else mesh.name,
-        validate=validate,
+        validate=validate if isinstance(validate, bool) else None,
+        is_first=validate == "first",
         gradients=needs_gradients(tensors),
     )
 

@@ -16,7 +16,7 @@ from usp.attention.arguments import (
     needs_gradients,
     seed_of,
 )
-from usp.distributed.agreement import check_on_all_ranks, check_when, meets, new_name
+from usp.distributed.agreement import When, check_on_all_ranks, check_when, meets, new_name
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.shares import summed_length
 
@@ -27,7 +27,7 @@ def agree_on_request(
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
     drawn: int | None,
-    validate: bool | None,
+    validate: When,
     gradients: Sequence[bool] | None = None,
 ) -> tuple[Request, int | None]:
     """The arguments, checked; together with all ranks of the mesh where these meet.
@@ -57,7 +57,7 @@ def _together(
     options: Options,
     mesh: SequenceMesh,
     seeds: tuple[int | None, int | None],
-    validate: bool | None,
+    validate: When,
     gradients: Sequence[bool],
 ) -> tuple[Request, int]:
     """Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from usp.distributed.comm import untraced
@@ -54,6 +55,8 @@ class Advised:
         return str(self.value)
 
 
+# Always, never, where it must be, or at the "first" call of a graph; see ``meets``.
+When = bool | str | None
 # By name; ranks compare them as text.
 Facts = dict[str, object]
 Numbers = tuple[int, ...]
@@ -69,7 +72,7 @@ def check_validate(validate: str) -> None:
         raise ValueError(f"validate must be one of {', '.join(VALIDATE)}, got {validate!r}")
 
 
-def check_when(validate: bool | None) -> None:
+def check_when(validate: object) -> None:
     """Refuse what ``meets`` does not know.
 
     Raises:
@@ -79,8 +82,9 @@ def check_when(validate: bool | None) -> None:
         flag("validate", validate)
 
 
-def compares_now(validate: str, compared: bool) -> bool | None:
-    """Whether ranks compare at this call of a module: the ``validate`` of ``meets``.
+def compares_now(validate: str, compared: bool) -> When:
+    """Whether ranks compare at this call of a module: the ``validate`` of ``meets``, or "first"
+    where a graph is made, which holds many calls.
 
     Args:
         validate: Of VALIDATE.
@@ -88,15 +92,17 @@ def compares_now(validate: str, compared: bool) -> bool | None:
     """
     if validate == "never":
         return False
+    if validate == "first" and torch.compiler.is_compiling():
+        return validate
     return True if validate == "always" or not compared else None
 
 
-def meets(mesh: SequenceMesh | None, validate: bool | None, asks: bool) -> bool:
+def meets(mesh: SequenceMesh | None, validate: When, asks: bool) -> bool:
     """Whether the ranks of the mesh meet at this call; the same on all of them.
 
     Args:
         mesh: Its ranks; None is one device.
-        validate: True or False: always, never. None: at every call of a mesh of CPUs, and where
+        validate: True or False: always, never. Else: at every call of a mesh of CPUs, and where
             there is something to ask; elsewhere a device would be waited for.
         asks: Whether a rank needs to know something of the others.
     """

@@ -36,6 +36,7 @@ class SequenceMesh:
         device_mesh: The ``DeviceMesh`` below, which may have more axes.
         name: Of this very mesh in this process, and its shape: what a graph made for one place
             does is not found again for another.
+        compared: The kinds of calls in graphs of which the first is over; for us alone.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SequenceMesh:
         ulysses = f"{self.ulysses_rank} of {self.ulysses_degree}"
         self.name = f"mesh {next(_NUMBERS)}: ring {ring}, ulysses {ulysses}"
         _BY_NAME[self.name] = self
+        self.compared: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+import torch
 from torch import Tensor, nn
 
 from usp.attention.arguments import Options, Tensors
@@ -129,7 +130,8 @@ class LongContextAttention(nn.Module):
         tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
         compare = compares_now(self.validate, self._compared)
         out = attend(tensors, options, mesh, None, compare)
-        self._compared = True
+        if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing
+            self._compared = True
         return out
 
     def extra_repr(self) -> str:

@@ -11,7 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from usp.attention.functional import long_context_attention
+from usp.attention import functional
+from usp.attention.arguments import Options, Tensors
+from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
 from usp.nn.multihead.extra_keys import ExtraKeys
 from usp.nn.multihead.placement import Placement
@@ -57,27 +59,21 @@ def with_columns(call: Projected, placement: Placement, validate: bool) -> Proje
 
 
 def attend(
-    call: Projected, placement: Placement, extra: ExtraKeys | None, validate: bool | None
+    call: Projected, placement: Placement, extra: ExtraKeys | None, validate: When
 ) -> Tensor:
     """(N, L, H, D), the attention of this rank's queries to all keys and ``extra``."""
-    result = long_context_attention(
-        call.q,
-        call.k,
-        call.v,
-        placement.mesh,
+    options = Options(
         causal=placement.causal or call.causal,
         window_size=placement.window_size,
         layout=placement.layout,
         seq_len=call.lengths,
-        key_padding_mask=call.padding,
-        attn_bias=call.bias,
         dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
         transport=placement.transport,
         return_lse=extra is not None,
         backend=placement.backend,
-        validate=validate,
     )
+    tensors = Tensors(call.q, call.k, call.v, call.padding, call.bias)
+    result = functional.attend(tensors, options, placement.mesh, call.dropout_seed, validate)
     if extra is None:
         return cast(Tensor, result)
     out, lse = result

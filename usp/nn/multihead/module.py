@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from usp.attention.functional import draw_dropout_seed
-from usp.distributed.agreement import check_on_all_ranks, compares_now, meets
+from usp.distributed.agreement import When, check_on_all_ranks, compares_now, meets
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.multihead import forward as multihead_forward
 from usp.nn.multihead.arguments import Arguments
@@ -218,10 +218,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = multihead_forward.weights(call, self.placement, extra)
                 weights = weights.mean(1) if average_attn_weights else weights
                 weights = weights if arguments.is_batched else weights[0]
-        self._compared = self.placement
+        if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing
+            self._compared = self.placement
         return join_heads(self, out, arguments), weights
 
-    def _agree(self, arguments: Arguments, validate: bool | None) -> Projected:
+    def _agree(self, arguments: Arguments, validate: When) -> Projected:
         """The call, checked together with all ranks where they meet.
 
         Whole lengths that nobody named are the sum of what the ranks hold, and the seed is that
@@ -253,7 +254,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         seed = None if seed is None else told[0][2]
         return self._prepare(arguments, projected, lengths, seed)
 
-    def _content(self, arguments: Arguments, validate: bool | None) -> int:
+    def _content(self, arguments: Arguments, validate: When) -> int:
         """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
         placement = self.placement
         if not validate or placement.named_lengths or not placement.mask(False).terms:

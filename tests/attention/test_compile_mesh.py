@@ -1,0 +1,250 @@
+"""torch.compile on a mesh: one graph, right, and no rank waits for another in vain."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import compiling
+import pool as worker
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, local
+from judge import assert_close, join, oracle
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import usp
+from usp.distributed.comm import Axis
+
+INDUCTOR = ["inductor"] if shutil.which("g++") or shutil.which("clang++") else []
+EVERYTHING = {
+    "causal": True,
+    "padding": 0.2,
+    "bias": "hq",
+    "bias_hides": 0.1,
+    "alibi": "h",
+    "softcap": 4.0,
+    "dropout_p": 0.3,
+    "return_lse": True,
+}
+CASES = {
+    "both axes, everything": Case(ulysses=2, ring=2, seq_len=13, heads=3, kv_heads=3, **EVERYTHING),
+    "shared heads, a rank with none": Case(
+        ulysses=4, batch=2, seq_len=10, heads=3, bias="b", window=(3, None)
+    ),
+    # one query a rank: it cannot tell a row of a bias of its own from one for all
+    "ring, single queries": Case(
+        ulysses=2,
+        ring=2,
+        batch=2,
+        seq_len=5,
+        key_len=11,
+        heads=4,
+        kv_heads=2,
+        bias="q",
+        layout="striped",
+        transport="allgather",
+        bias_fill=-1e9,
+    ),
+}
+
+
+def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
+    """This rank's results and gradients, and the number of graphs."""
+    mesh, t = worker.mesh(case.ulysses, case.ring), local(case, dist.get_rank())
+    compiler = compiling.Counting("aot_eager")
+
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        result = usp.long_context_attention(
+            q * 2,
+            k,
+            v,
+            mesh,
+            **case.masks,
+            layout=case.layout,
+            seq_len=(case.seq_len, case.num_keys) if named else None,
+            key_padding_mask=t.padding,
+            attn_bias=bias,
+            dropout_p=case.dropout_p,
+            dropout_seed=case.dropout_seed,
+            alibi_slopes=t.slopes,
+            transport=case.transport,
+            return_lse=case.return_lse,
+        )
+        return result if isinstance(result, tuple) else (result,)
+
+    leaves = [x.clone().requires_grad_() for x in (t.q / 2, t.k, t.v, t.bias) if x is not None]
+    with compiling.afresh():
+        given = leaves if t.bias is not None else [*leaves, None]
+        outputs = torch.compile(model, fullgraph=True, backend=compiler)(*given)
+        dq, *others = torch.autograd.grad(outputs, leaves, [t.dout, t.dlse][: len(outputs)])
+    names = [*("out", "lse")[: len(outputs)], "dq", "dk", "dv", "dbias"]
+    results = [*(x.detach() for x in outputs), dq / 2, *others]
+    return dict(zip(names, results, strict=False)), compiler.graphs
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph(pool, name: str, named: bool) -> None:
+    case = CASES[name]
+    parts = pool.run(compiled, case, named, ranks=case.ranks, timeout=120)
+    assert_close(case, join(case, [results for results, _ in parts]), oracle(case))
+    assert [graphs for _, graphs in parts] == [1] * case.ranks
+
+
+class Layers(torch.nn.Module):
+    """Attention twice, with dropout, checkpointed on request."""
+
+    def __init__(self, mesh: usp.SequenceMesh, checkpointed: bool) -> None:
+        super().__init__()
+        self.attention = usp.LongContextAttention(mesh, causal=True, dropout_p=0.3)
+        self.checkpointed = checkpointed
+
+    def layer(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        return torch.cos(x) + self.attention(x, torch.tanh(x), x * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = (
+                checkpoint(self.layer, x, use_reentrant=False)
+                if self.checkpointed
+                else self.layer(x)
+            )
+        self.attention(x, x, x)  # nobody needs it, and the other ranks wait for it all the same
+        return x * 2
+
+
+def trained(model: Any, x: Tensor) -> tuple[list[Tensor], Counter[str]]:
+    """Results and gradient; what was sent, by verb."""
+    sent: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        real = getattr(Axis, name)
+
+        def verb(axis: Axis, message: Tensor, *others: Any, **named: Any) -> Any:
+            sent[name] += 1
+            sent[f"{name} bytes"] += message.nbytes
+            return real(axis, message, *others, **named)
+
+        return verb
+
+    torch.manual_seed(dist.get_rank())  # whose seed counts is that of the first rank
+    x = x.clone().requires_grad_()
+    verbs = {name: counting(name) for name in ("shift", "all_gather", "all_to_all")}
+    with mock.patch.multiple(Axis, **verbs):
+        out = model(x)
+        (dx,) = torch.autograd.grad(out, x, torch.cos(out.detach()))
+    return [out.detach(), dx], sent
+
+
+def compiled_layers(backend: str, checkpointed: bool) -> list[str]:
+    """What differs from eager."""
+    import torch._inductor.config
+
+    mesh = worker.mesh(2, 2)
+    random = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(1, 2 + (mesh.rank < 3), 3, 4, dtype=torch.float64, generator=random)
+    model, wrong = Layers(mesh, checkpointed), []
+    wanted, sent = trained(Layers(mesh, False), x)
+    with compiling.afresh(), torch._inductor.config.patch(fallback_random=True):
+        fast = torch.compile(model, fullgraph=True, backend=backend)
+        for number in range(2):
+            found, calls = trained(fast, x)
+            for a, b in zip(found, wanted, strict=True):
+                if not torch.allclose(a, b, rtol=0, atol=1e-12):
+                    wrong.append(f"call {number}: {(a - b).abs().max()}")
+            if calls != sent:
+                wrong.append(f"call {number}: sent {calls}, not {sent}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("backend", "checkpointed"),
+    [("aot_eager", True), *((backend, False) for backend in INDUCTOR)],
+)
+def test_nothing_is_sent_twice_or_left_out(pool, backend: str, checkpointed: bool) -> None:
+    assert pool.run(compiled_layers, backend, checkpointed, ranks=4, timeout=100) == [[]] * 4
+
+
+def ranks_that_go_apart() -> str:
+    """A backward through another output than that of the other ranks."""
+    mesh = worker.mesh(2, 2)
+    x = torch.randn(1, 3, 4, 2, requires_grad=True)
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(usp.long_context_attention(y, y, y, mesh) for y in (x, x * 2))
+
+    with compiling.afresh():
+        outputs = [
+            torch.compile(part, fullgraph=True, backend="aot_eager")(x)
+            for part in (lambda x: model(x)[0], lambda x: model(x)[1])
+        ]
+    try:
+        outputs[mesh.rank % 2].sum().backward()
+    except ValueError as error:
+        return str(error)
+    return "nothing said"
+
+
+def test_a_backward_belongs_to_its_forward(pool) -> None:
+    for said in pool.run(ranks_that_go_apart, ranks=4, timeout=120):
+        assert "every rank's loss must depend on the same outputs" in said
+
+
+def one_rank_is_compiled() -> tuple[bool, str]:
+    """Ranks understand each other, whoever is compiled; and say so where gradients differ."""
+    mesh = worker.mesh(2, 2)
+    x = torch.randn(1, 3, 4, 2, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        return usp.long_context_attention(x, x, x, mesh)
+
+    with compiling.afresh():
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out = (fast if mesh.rank == 1 else model)(x)
+        out.sum().backward()
+        try:
+            fast(x if mesh.rank else x.detach())
+        except ValueError as error:
+            return bool(x.grad.isfinite().all()), str(error)
+    return False, "nothing said"
+
+
+def test_compiled_beside_eager(pool) -> None:
+    for right, said in pool.run(one_rank_is_compiled, ranks=4, timeout=120):
+        assert right
+        assert "ranks of the mesh disagree on gradients needed" in said
+
+
+def meetings_of_calls(validate: str) -> list[int]:
+    """How often the ranks meet at each call, where a device would be waited for."""
+    mesh, counts = worker.mesh(2, 2), []
+    module = usp.LongContextAttention(mesh, seq_len=11, validate=validate)
+    real = type(mesh).gather_numbers
+
+    def counted(mesh: usp.SequenceMesh, *numbers: int) -> Any:
+        counts[-1] += 1
+        return real(mesh, *numbers)
+
+    x = torch.randn(1, 2 + (mesh.rank < 3), 4, 2)
+    with (
+        compiling.afresh(),
+        mock.patch.multiple(type(mesh), device_type="elsewhere", gather_numbers=counted),
+    ):
+        fast = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            counts.append(0)
+            fast(x, x, x)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("validate", "counts"), [("first", [1, 0, 0]), ("always", [1, 1, 1]), ("never", [0, 0, 0])]
+)
+def test_when_ranks_meet(pool, validate: str, counts: list[int]) -> None:
+    assert pool.run(meetings_of_calls, validate, ranks=4, timeout=100) == [counts] * 4
