@@ -36,6 +36,9 @@ CASES = {
     "shared heads, a rank with none": Case(
         ulysses=4, batch=2, seq_len=10, heads=3, bias="b", window=(3, None)
     ),
+    "tokens as they are": Case(
+        ulysses=2, ring=2, seq_len=9, layout="held", counts=(1, 6, 0, 2), heads=2, causal=True
+    ),
     # one query a rank: it cannot tell a row of a bias of its own from one for all
     "ring, single queries": Case(
         ulysses=2,
@@ -56,7 +59,7 @@ CASES = {
 def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
     """This rank's results and gradients, and the number of graphs."""
     mesh, t = worker.mesh(case.ulysses, case.ring), local(case, dist.get_rank())
-    compiler = compiling.Counting("aot_eager")
+    compiler, layout = compiling.Counting("aot_eager"), case.placed
 
     def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         result = usp.long_context_attention(
@@ -65,7 +68,7 @@ def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
             v,
             mesh,
             **case.masks,
-            layout=case.layout,
+            layout=layout,
             seq_len=(case.seq_len, case.num_keys) if named else None,
             key_padding_mask=t.padding,
             attn_bias=bias,

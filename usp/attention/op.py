@@ -44,6 +44,7 @@ from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.heads import split_heads
+from usp.planning.layout import Held
 from usp.planning.problem import state_dtype
 
 _LIBRARY = torch.library.Library("usp", "FRAGMENT")
@@ -123,8 +124,9 @@ def _kept(done: Forward, call: Call, given: Arguments) -> list[Tensor]:
 def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what a row of several ranks keeps, without asking anybody.
 
-    How many tokens the row has depends on what the others hold; of the U ranks this, the u-th,
-    holds L of at most U L + u. So much room there is, and the rest of it is empty.
+    How many tokens the row has depends on what the others hold; where they are dealt out evenly,
+    this one, the u-th of U ranks, holds L of at most U L + u. So much room there is, and the rest
+    of it is empty.
     """
     q, k, v, mask, bias, *_ = given
     mesh = given.on
@@ -134,6 +136,9 @@ def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     first, stop = heads.kv_range
     batch, own, own_kv = q.shape[0], heads.count, stop - first
     queries, keys = (degree * x.shape[1] + rank for x in (q, k))
+    layout = given.options.layout
+    if isinstance(layout, Held):
+        queries = keys = sum(layout.counts[mesh.rank - rank :][:degree])
     state = state_dtype(q.dtype)
     rooms: list[tuple[tuple[int, ...], torch.dtype]] = [
         ((batch, queries, own, q.shape[3]), q.dtype),
