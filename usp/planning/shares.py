@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
-from usp.planning.layout import Held, Layout, rows
+from usp.planning.layout import Held, Layout, check_layout, rows
 
 
 def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
@@ -70,6 +70,8 @@ def pieces(length: int, degree: int) -> tuple[int, ...]:
 
 def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
     """Number of tokens of each ring rank's row."""
+    if ring_degree == 1 and isinstance(check_layout(layout), str):
+        return (seq_len,)  # without a table, in which torch.compile would have to look
     return tuple(len(row) for row in rows(layout, seq_len, ring_degree))
 
 

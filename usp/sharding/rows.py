@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.distributed.agreement import Facts, digest, meet_in_backward
+from usp.distributed.agreement import Facts, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.planning.kinds import integer
@@ -57,9 +57,8 @@ def take(
         ValueError: there is no such row, this rank's share of ``seq_len`` is not what ``x`` holds,
             or another rank refuses or was asked for something else; names both.
     """
-    if mesh is None:
-        return _take(x, None, rows, dim, layout, seq_len, validate)
-    return untraced(_take)(x, mesh, rows, dim, layout, seq_len, validate)
+    run = _take if mesh is None else _take_on_mesh
+    return run(x, mesh, rows, dim, layout, seq_len, validate)
 
 
 def _take(
@@ -75,7 +74,7 @@ def _take(
 
     def more() -> Facts:
         asked.extend(_integers(rows))
-        return {"number of rows": len(asked), "rows (a digest)": digest(str(asked))}
+        return {"rows": asked}
 
     length, name = agree_on_length("usp.take", x, mesh, dim, layout, seq_len, validate, more)
     for row in asked:
@@ -97,6 +96,9 @@ def _take(
     # ``joined`` is in the order of the ranks, and each one's in that of positions
     place = owner.argsort(stable=True).argsort()[place].to(x.device)
     return joined.index_select(0, place).movedim(0, dim)
+
+
+_take_on_mesh = untraced(_take)
 
 
 def _integers(rows: Sequence[int] | Tensor) -> list[int]:
@@ -143,9 +145,8 @@ def roll(
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or another rank
             refuses or was asked for something else; names both.
     """
-    if mesh is None:
-        return _roll(x, None, shift, dim, layout, seq_len, validate)
-    return untraced(_roll)(x, mesh, shift, dim, layout, seq_len, validate)
+    run = _roll if mesh is None else _roll_on_mesh
+    return run(x, mesh, shift, dim, layout, seq_len, validate)
 
 
 def _roll(
@@ -175,6 +176,9 @@ def _roll(
     if name is not None:
         meet_in_backward(rolled, mesh, name)
     return rolled.movedim(0, dim)
+
+
+_roll_on_mesh = untraced(_roll)
 
 
 class _Roll(torch.autograd.Function):

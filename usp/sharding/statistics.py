@@ -136,7 +136,7 @@ def _reduce(
     shape = [1 if i in dims else size for i, size in enumerate(x.shape)]
     parts = _own(x, dims)
     if mesh is not None and mesh.size > 1:
-        parts = untraced(_of_all)(parts, mesh, name)
+        parts = _of_all(parts, mesh, name)
     total = parts.number.sum(0)
     mean = (parts.number * parts.mean).sum(0) / total
     squares = (parts.squares + parts.number * (parts.mean - mean).square()).sum(0)
@@ -205,6 +205,7 @@ def _own(x: Tensor, dims: tuple[int, ...]) -> _Moments:
     return _Moments(counted, mean, variance.double().reshape(1, -1) * count)
 
 
+@untraced
 def _of_all(parts: _Moments, mesh: SequenceMesh, name: int | None) -> _Moments:
     """The parts of all ranks, in one message along each axis."""
     told = torch.cat(parts, 1)
