@@ -64,7 +64,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if in_device_room(item.path):
+    if in_device_room(item.path) or "interpreter" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.device_code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from move_ops import names
 from pool import Pool
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def merged_by(name: str, state: State) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "more_dtype"), DTYPES, ids=str)
-@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("name", names(MERGERS))
 def test_each_is_the_formula(
     name: str, dtype: torch.dtype, more_dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from move_ops import names
 from pool import Pool
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def there_and_back(name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, list[T
     return message, wholes
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", names(PACKERS))
 def test_each_copies_the_same_bytes(name: str, request: pytest.FixtureRequest) -> None:
     tensors = pieces()
     if name == "triton":

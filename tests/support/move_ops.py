@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ SUBJECTS = [
     pytest.param("gpu_64", id="gpu_emulated-waves_of_64", marks=pytest.mark.device_code),
 ]
 _LOADED: dict[str, Path] = {}
+
+
+def names(implementations: Iterable[str]) -> list[Any]:
+    """Of those that ``usp.ops`` chooses from; Triton's are interpreted."""
+    device_code = {"triton": pytest.mark.device_code}
+    return [pytest.param(name, marks=device_code.get(name, ())) for name in implementations]
 
 
 def implementation(name: str, folder: Path) -> Any:
