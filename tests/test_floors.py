@@ -124,6 +124,13 @@ def test_families_never_import_each_other(folder: str) -> None:
         assert not our_imports(path) & files, f"{label(path)} imports its neighbour"
 
 
+def test_no_test_file_imports_another() -> None:
+    """What several need lives in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        taken = [name for name in imports(path) if name.startswith("test_")]
+        assert not taken, f"{path.relative_to(ROOT)} imports {taken}"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_only_comm_talks_to_torch_distributed(path: Path) -> None:
     allowed = DISTRIBUTED.get(label(path), DISTRIBUTED.get(room(path), set()))

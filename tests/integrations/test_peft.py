@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_replace_attention import F64, WIDTH, make_encoder, random
+from integration_models import F64, WIDTH, make_encoder, random
 from torch import nn
 
 import usp

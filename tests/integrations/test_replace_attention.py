@@ -11,27 +11,13 @@ from typing import Any
 import pool as workers
 import pytest
 import torch
+from integration_models import F64, WIDTH, make_encoder, random
 from torch import Tensor, nn
 
 import usp
 
-F64 = torch.float64
 MESHES = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 2)]
-WIDTH, BATCH, SOURCE, TARGET = 12, 2, 23, 11
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def make_encoder(batch_first: bool = True, norm_first: bool = False, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, 4, 16, 0.0, batch_first=batch_first, norm_first=norm_first, dtype=F64
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="enable_nested_tensor is True")
-        return nn.TransformerEncoder(layer, 2, **options)
+BATCH, SOURCE, TARGET = 2, 23, 11
 
 
 class Block(nn.Module):
