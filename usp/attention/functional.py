@@ -15,6 +15,7 @@ from usp.attention.request import agree_on_request
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.planning.kinds import is_fake
 from usp.planning.layout import Layout
 
 
@@ -146,8 +147,7 @@ def attend(
 def _is_watched(tensors: Tensors) -> bool:
     """Whether somebody keeps, replaces or repeats the operations that he sees, or the tensors have
     shapes alone."""
-    q = tensors.q
-    if isinstance(q, Tensor) and (q.is_meta or type(q).__name__ == "FakeTensor"):
+    if is_fake(tensors.q):
         return True
     if torch._C._is_tracing():
         raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")

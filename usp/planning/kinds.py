@@ -108,6 +108,11 @@ def tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def is_fake(value: Any) -> bool:
+    """Whether it is a tensor that has a shape and no values."""
+    return isinstance(value, Tensor) and (value.is_meta or type(value).__name__ == "FakeTensor")
+
+
 # Classes of torch that stand for a plain tensor while it is traced or on its way.
 _STANDING_IN = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "ProxyTensor")
 
