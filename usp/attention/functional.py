@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -139,16 +140,16 @@ def attend(
         mesh = check_mesh(mesh)
         several = mesh is not None and mesh.size > 1
         return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
-    if _is_watched(tensors):
+    if is_fake(tensors.q):
+        with getattr(tensors.q, "fake_mode", nullcontext()):
+            return op.attention(tensors, options, mesh, dropout_seed, validate)
+    if _is_watched():
         return op.attention(tensors, options, mesh, dropout_seed, validate)
     return _attend(tensors, options, mesh, dropout_seed, validate)
 
 
-def _is_watched(tensors: Tensors) -> bool:
-    """Whether somebody keeps, replaces or repeats the operations that he sees, or the tensors have
-    shapes alone."""
-    if is_fake(tensors.q):
-        return True
+def _is_watched() -> bool:
+    """Whether somebody keeps, replaces or repeats the operations that he sees."""
     if torch._C._is_tracing():
         raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
