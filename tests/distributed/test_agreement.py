@@ -57,12 +57,14 @@ def batches(lengths: list[int], shape: tuple[int, int], layout: str, kind: str) 
     mesh = worker.mesh(*shape)
     options = {"causal": True, "layout": layout}
     attention = function(mesh, **options)
-    if kind != "function":
+    if kind == "infer":
+        attention = function(mesh, seq_len="infer", validate=False, **options)
+    elif kind != "function":
         attention = usp.LongContextAttention(mesh, validate=kind, **options)
     return max(max(errors(attention, mesh, n, **options)) for n in lengths)
 
 
-@pytest.mark.parametrize("kind", ["function", "first", "always"])
+@pytest.mark.parametrize("kind", ["function", "infer", "first", "always", "never"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize(("lengths", "shape"), BATCHES, ids=str)
 def test_batches_of_any_length(pool, lengths: list, shape: tuple, layout: str, kind: str) -> None:
@@ -70,10 +72,12 @@ def test_batches_of_any_length(pool, lengths: list, shape: tuple, layout: str, k
     assert max(pool.run(batches, lengths, shape, layout, kind, ranks=shape[0] * shape[1])) < 1e-9
 
 
-def multihead_batches(lengths: list[int], layout: str) -> float:
+def multihead_batches(lengths: list[int], layout: str, validate: str) -> float:
     mesh = worker.mesh(2, 1)
     torch.manual_seed(4)
-    ours = usp.MultiheadAttention(6, 2, mesh=mesh, batch_first=True, layout=layout).double()
+    ours = usp.MultiheadAttention(
+        6, 2, mesh=mesh, batch_first=True, layout=layout, validate=validate
+    ).double()
     theirs = nn.MultiheadAttention(6, 2, batch_first=True).double()
     theirs.load_state_dict(ours.state_dict())
     worst = 0.0
@@ -85,9 +89,10 @@ def multihead_batches(lengths: list[int], layout: str) -> float:
     return worst
 
 
+@pytest.mark.parametrize("validate", ["first", "never"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_batches_of_any_length_for_multihead_attention(pool, layout: str) -> None:
-    assert max(pool.run(multihead_batches, [8, 5, 7, 2], layout, ranks=2)) < 1e-9
+def test_batches_of_any_length_for_multihead_attention(pool, layout: str, validate: str) -> None:
+    assert max(pool.run(multihead_batches, [8, 5, 7, 2], layout, validate, ranks=2)) < 1e-9
 
 
 def cut_as(held: list[int], kind: str) -> Any:

@@ -34,7 +34,7 @@ class Options:
     prefix_len: int | None = None
     softmax_scale: float | Tensor | None = None
     layout: Layout = "contiguous"
-    seq_len: int | tuple[int, int] | None = None
+    seq_len: int | tuple[int, int] | str | None = None
     dropout_p: float = 0.0
     softcap: float | None = None
     transport: str = "ring"
@@ -117,8 +117,7 @@ def check(
         NotImplementedError: no backend takes the problem; gives each one's reasons.
     """
     alone = check_alone(tensors, options)
-    size = 1 if mesh is None else mesh.size
-    lengths = alone.lengths or (tensors.q.shape[1] * size, tensors.k.shape[1] * size)
+    lengths = alone.lengths or (tensors.q.shape[1], tensors.k.shape[1])  # then it is all there is
     return complete(alone, lengths, tensors, options, mesh, dropout_seed)
 
 

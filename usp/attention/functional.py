@@ -32,7 +32,7 @@ def long_context_attention(
     prefix_len: int | None = None,
     softmax_scale: float | Tensor | None = None,
     layout: Layout = "contiguous",
-    seq_len: int | tuple[int, int] | None = None,
+    seq_len: int | tuple[int, int] | str | None = None,
     key_padding_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -64,8 +64,9 @@ def long_context_attention(
             number is multiplied with q, and has a gradient: this rank's part of the sum.
         layout: "contiguous", "zigzag", "striped" or ``DocumentZigzag(cu_seqlens)``: which
             tokens this rank holds, as ``shard_sequence`` cut them.
-        seq_len: Tokens of the whole sequence, or (query, key) lengths; by default the sum of what
-            the ranks hold, which they tell each other at this call.
+        seq_len: Tokens of the whole sequence, or (query, key) lengths; by default ("infer") the
+            sum of what the ranks hold, which they tell each other at this call. ``usp.Spread`` asks
+            once for many calls.
         key_padding_mask: (B, Lk) bool, True = ignore. This rank's keys.
         attn_bias: (B|1, H|1, Lq|1, all keys) added to the scores, keys in global order;
             differentiable. A dim of size 1 is the same on all ranks, and its gradient is this
@@ -87,8 +88,8 @@ def long_context_attention(
             else: a message of 48 bytes along each axis of the mesh. True: always. None: on
             CPUs always; on other devices, where it may
             have to wait for them, only if there is something to ask: neither ``seq_len`` nor the
-            layout says the length, or a dropout seed is drawn. False: never; then ranks that
-            differ hang or are wrong, a length is local tokens times ranks, and a drawn seed one's
+            layout says the length, or a dropout seed is drawn. False: only for a length that
+            nobody says; ranks that differ otherwise hang or are wrong, and a drawn seed is one's
             own.
 
     Returns:

@@ -16,9 +16,9 @@ from usp.attention.arguments import (
     needs_gradients,
     seed_of,
 )
-from usp.distributed.agreement import When, check_on_all_ranks, check_when, meets, new_name
+from usp.distributed.agreement import Facts, When, check_on_all_ranks, check_when, meets, new_name
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.planning.shares import summed_length
+from usp.planning.shares import names_lengths, summed_length
 
 
 def agree_on_request(
@@ -40,16 +40,13 @@ def agree_on_request(
     Returns:
         What to compute, and the name of this call where the ranks have met.
     """
-    asks = drawn is not None or not _names_lengths(options)
-    if mesh is not None and meets(check_mesh(mesh), validate, asks):
-        gradients = needs_gradients(tensors) if gradients is None else gradients
+    named = names_lengths(options.seq_len, options.layout)
+    # no rank can tell the whole length from what it holds itself, whoever vouches for the rest
+    when, asks = validate if named else None, drawn is not None or not named
+    if mesh is not None and meets(check_mesh(mesh), when, asks):
         return _together(tensors, options, mesh, (dropout_seed, drawn), validate, gradients)
     check_when(validate)
     return check(tensors, options, mesh, seed_of(dropout_seed) or drawn or 0), None
-
-
-def _names_lengths(options: Options) -> bool:
-    return options.seq_len is not None or not isinstance(options.layout, str)
 
 
 def _together(
@@ -58,7 +55,7 @@ def _together(
     mesh: SequenceMesh,
     seeds: tuple[int | None, int | None],
     validate: When,
-    gradients: Sequence[bool],
+    gradients: Sequence[bool] | None,
 ) -> tuple[Request, int]:
     """Whole lengths that nobody named are the sum of what the ranks hold, and a seed that they
     drew is that of the first.
@@ -79,13 +76,15 @@ def _together(
             complete_with(alone, alone.lengths, 0)  # that the others hear of it
         return alone
 
+    def said(alone: Alone) -> Facts:
+        needed = needs_gradients(tensors) if gradients is None else gradients
+        return facts(tensors, options, alone, dropout_seed if drawn is None else None, needed)
+
     alone, told = check_on_all_ranks(
         mesh,
         "long_context_attention",
         check_here,
-        lambda alone: facts(
-            tensors, options, alone, dropout_seed if drawn is None else None, gradients
-        ),
+        said,
         lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
     )
     queries, keys, theirs, names = zip(*told, strict=True)

@@ -49,7 +49,7 @@ class LongContextAttention(nn.Module):
         prefix_len: int | None = None,
         softmax_scale: float | Tensor | None = None,
         layout: Layout = "contiguous",
-        seq_len: int | tuple[int, int] | None = None,
+        seq_len: int | tuple[int, int] | str | None = None,
         dropout_p: float = 0.0,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
@@ -93,7 +93,7 @@ class LongContextAttention(nn.Module):
         attn_bias: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
-        seq_len: int | tuple[int, int] | None = None,
+        seq_len: int | tuple[int, int] | str | None = None,
         spread: Spread | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of this rank's queries; see ``long_context_attention``.

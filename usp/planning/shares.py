@@ -16,15 +16,26 @@ from torch import Tensor
 from usp.planning.kinds import integer
 from usp.planning.layout import Held, Layout, check_layout, rows
 
+Lengths = int | Sequence[int] | str | None  # a str is "infer", the same as None
 
-def named_lengths(seq_len: int | Sequence[int] | None, layout: Layout) -> tuple[int, int] | None:
+
+def names_lengths(seq_len: Lengths, layout: Layout) -> bool:
+    """Whether ``seq_len``, right or wrong, or the layout name the length of the whole."""
+    return not _inferred(seq_len) or not isinstance(layout, str)
+
+
+def _inferred(seq_len: Lengths) -> bool:
+    return seq_len is None or (isinstance(seq_len, str) and seq_len == "infer")
+
+
+def named_lengths(seq_len: Lengths, layout: Layout) -> tuple[int, int] | None:
     """Queries and keys of the whole sequence as far as ``seq_len`` or the layout name them.
 
     Raises:
-        TypeError: ``seq_len`` is no integer and no pair of integers.
+        TypeError: ``seq_len`` is no integer, no pair of integers, not "infer" and not None.
         ValueError: it has not two entries, or one is below 0.
     """
-    if seq_len is None:
+    if _inferred(seq_len):
         return None if isinstance(layout, str) else (layout.seq_len, layout.seq_len)
     if not isinstance(seq_len, (tuple, list)):
         whole = integer("seq_len", seq_len, least=0)

@@ -50,7 +50,7 @@ def mean(
     Raises:
         TypeError, ValueError: see ``var_mean``.
     """
-    return _reduce("usp.mean", x, mesh, dim, 0, keepdim, validate)[1]
+    return _reduce("usp.mean", x, mesh, dim, (0, keepdim), validate)[1]
 
 
 def var(
@@ -73,7 +73,7 @@ def var(
     Raises:
         TypeError, ValueError: see ``var_mean``.
     """
-    return _reduce("usp.var", x, mesh, dim, correction, keepdim, validate)[0]
+    return _reduce("usp.var", x, mesh, dim, (correction, keepdim), validate)[0]
 
 
 def var_mean(
@@ -112,7 +112,7 @@ def var_mean(
         ValueError: x is not floating point, there is no such dim, or the ranks differ in anything
             but the number of tokens; names both.
     """
-    return _reduce("usp.var_mean", x, mesh, dim, correction, keepdim, validate)
+    return _reduce("usp.var_mean", x, mesh, dim, (correction, keepdim), validate)
 
 
 class _Moments(NamedTuple):
@@ -128,11 +128,24 @@ def _reduce(
     x: Tensor,
     mesh: SequenceMesh | None,
     dim: int | Sequence[int],
-    correction: float,
-    keepdim: bool,
+    options: tuple[float, bool],
     validate: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    dims, name = _agree(place, x, mesh, dim, (correction, keepdim), validate)
+    """Variance and mean; options: correction and keepdim."""
+    run = _joined if mesh is None else _joined_on_mesh
+    return run(place, x, mesh, dim, options, validate)
+
+
+def _joined(
+    place: str,
+    x: Tensor,
+    mesh: SequenceMesh | None,
+    dim: int | Sequence[int],
+    options: tuple[float, bool],
+    validate: bool | None,
+) -> tuple[Tensor, Tensor]:
+    correction, keepdim = options
+    dims, name = _agree(place, x, mesh, dim, options, validate)
     shape = [1 if i in dims else size for i, size in enumerate(x.shape)]
     parts = _own(x, dims)
     if mesh is not None and mesh.size > 1:
@@ -145,6 +158,9 @@ def _reduce(
         shape = [size for i, size in enumerate(x.shape) if i not in dims]
     variance, mean = (part.view(shape).to(x.dtype) for part in found)
     return variance, mean
+
+
+_joined_on_mesh = untraced(_joined)
 
 
 def _agree(
@@ -205,7 +221,6 @@ def _own(x: Tensor, dims: tuple[int, ...]) -> _Moments:
     return _Moments(counted, mean, variance.double().reshape(1, -1) * count)
 
 
-@untraced
 def _of_all(parts: _Moments, mesh: SequenceMesh, name: int | None) -> _Moments:
     """The parts of all ranks, in one message along each axis."""
     told = torch.cat(parts, 1)

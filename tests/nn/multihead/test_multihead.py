@@ -162,13 +162,13 @@ def test_call_refusals() -> None:
 
 def test_a_true_hint_needs_no_square_memory(monkeypatch) -> None:
     seen = []
-    real = usp.nn.multihead.forward.long_context_attention
+    real = usp.nn.multihead.forward.functional.attend
 
-    def spy(*args, **options):
-        seen.append((options["causal"], options["attn_bias"]))
-        return real(*args, **options)
+    def spy(tensors, options, *args):
+        seen.append((options.causal, tensors.attn_bias))
+        return real(tensors, options, *args)
 
-    monkeypatch.setattr(usp.nn.multihead.forward, "long_context_attention", spy)
+    monkeypatch.setattr(usp.nn.multihead.forward.functional, "attend", spy)
     module = usp.MultiheadAttention(8, 2)
     x = torch.randn(5, 1, 8)
     mask = nn.Transformer.generate_square_subsequent_mask(5)

@@ -32,16 +32,22 @@ def test_as_torch(pool, name: str) -> None:
     multihead.assert_same(multihead.join(case, place, parts), multihead.by_torch(case))
 
 
-def graphs() -> tuple[int, bool]:
+def graphs(validate: str, seq_len: int | None, uneven: bool) -> tuple[int, float]:
     mesh, compiler = worker.mesh(2, 2), compiling.Counting()
-    module = usp.MultiheadAttention(12, 3, mesh=mesh, batch_first=True, validate="never")
-    x = torch.randn(2, 5, 12)
+    module = usp.MultiheadAttention(
+        12, 3, mesh=mesh, batch_first=True, validate=validate, seq_len=seq_len
+    )
+    x = usp.shard_sequence(torch.randn(2, 19 if uneven else 20, 12), mesh, 1)
     wanted = module(x, x, x, need_weights=False)[0]
     with compiling.afresh():
         fast = torch.compile(module, fullgraph=True, backend=compiler)
         found = fast(x, x, x, need_weights=False)[0]
-    return compiler.graphs, torch.equal(found, wanted)
+    return compiler.graphs, (found - wanted).abs().max().item()
 
 
-def test_one_graph(pool) -> None:
-    assert pool.run(graphs, ranks=4, timeout=120) == [(1, True)] * 4
+@pytest.mark.parametrize("validate", ["first", "always", "never"])
+@pytest.mark.parametrize(("seq_len", "uneven"), [(None, False), (None, True), (19, True)])
+def test_one_graph(pool, validate: str, seq_len: int | None, uneven: bool) -> None:
+    """Attention asks for a length and compares in the graph."""
+    expected = [(1, pytest.approx(0.0, abs=1e-6))] * 4
+    assert pool.run(graphs, validate, seq_len, uneven, ranks=4, timeout=120) == expected

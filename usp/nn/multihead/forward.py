@@ -31,7 +31,7 @@ class Projected:
         padding: (N, S) key padding mask, bool or float, or None.
         bias: (N|1, H|1, L, all keys) added to the scores, or None.
         causal: Whether keys after a query are hidden.
-        lengths: Queries and keys of the whole sequence.
+        lengths: Queries and keys of the whole sequence; None where attention alone asks for them.
         dropout_p: Of the weights.
         dropout_seed: Its seed, or None where attention alone needs it and draws it.
     """
@@ -42,9 +42,15 @@ class Projected:
     padding: Tensor | None
     bias: Tensor | None
     causal: bool
-    lengths: tuple[int, int]
+    lengths: tuple[int, int] | None
     dropout_p: float
     dropout_seed: int | None
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The lengths of a call that needs them outside of attention."""
+        assert self.lengths is not None
+        return self.lengths
 
     @property
     def softmax_scale(self) -> float:
@@ -77,7 +83,7 @@ def attend(
     if extra is None:
         return cast(Tensor, result)
     out, lse = result
-    keys = call.lengths[1]
+    keys = call.whole[1]
     keep = _keep(call, placement, range(keys, keys + len(extra.k))) if call.dropout_p else None
     return extra.merge(out, lse, extra.scores(call.q, call.softmax_scale), keep)
 
@@ -88,11 +94,11 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
     Raises:
         NotImplementedError: they do not fit; see :func:`check_weights`.
     """
-    q, keys = call.q, call.lengths[1]
+    q, keys = call.q, call.whole[1]
     mask = placement.mask(call.causal)
     visible = None
     if mask.terms:
-        q_pos = positions(call.lengths[0], placement.mesh, placement.layout)
+        q_pos = positions(call.whole[0], placement.mesh, placement.layout)
         visible = visible_keys(mask, q_pos, keys).to(q.device)
     rows = attention_weights(
         q,
@@ -113,14 +119,14 @@ def check_weights(call: Projected, placement: Placement) -> None:
     Raises:
         NotImplementedError: names their size and the bound.
     """
-    (batch, _, num_heads, _), (queries, keys) = call.q.shape, call.lengths
+    (batch, _, num_heads, _), (queries, keys) = call.q.shape, call.whole
     check_size(batch, num_heads, placement.largest_shard(queries), keys, state_dtype(call.q.dtype))
 
 
 def _padded_bias(call: Projected, placement: Placement, validate: bool) -> Tensor:
     """The bias with the padding of all keys, (N, H|1, L|1, all keys)."""
     assert call.padding is not None
-    columns = placement.gather(additive(call.padding, call.q.dtype), call.lengths[1], validate)
+    columns = placement.gather(additive(call.padding, call.q.dtype), call.whole[1], validate)
     columns = columns[:, None, None]
     return columns if call.bias is None else call.bias + columns
 
@@ -129,7 +135,7 @@ def _keep(call: Projected, placement: Placement, keys: range) -> Tensor:
     """(N, H, L, len(keys)) dropout factors of this rank's queries."""
     batch, _, num_heads, _ = call.q.shape
     assert call.dropout_seed is not None
-    q_pos = positions(call.lengths[0], placement.mesh, placement.layout, call.q.device)
+    q_pos = positions(call.whole[0], placement.mesh, placement.layout, call.q.device)
     k_pos = torch.arange(keys.start, keys.stop, device=call.q.device)
     factors = dropout_factors(call.dropout_p, call.dropout_seed, (batch, num_heads), q_pos, k_pos)
     return factors.to(state_dtype(call.q.dtype))

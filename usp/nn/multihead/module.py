@@ -42,7 +42,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ``DocumentZigzag(cu_seqlens)``.
         seq_len: Tokens of the whole sequence, or (query, key) lengths; None is the sum of what
             the ranks hold, which they tell each other at each call (48 bytes along each axis of
-            the mesh), and so is "infer", which does that even with ``validate="never"``.
+            the mesh, whatever ``validate`` says); "infer" is another word for it.
         transport, backend: See ``long_context_attention``.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "first", "always" or "never"; see ``LongContextAttention``.
@@ -236,11 +236,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             return project(self, arguments)
 
         asks = lengths is None or seed is not None
-        together = meets(mesh, validate, asks) or (placement.infers and placement.size > 1)
-        if mesh is None or not together:
+        if placement.size > 1 and torch.compiler.is_compiling() and self._is_plain(arguments):
+            arguments.check_inputs()  # attention meets in the graph, and there is nothing else
+            return self._prepare(arguments, project(self, arguments), lengths, None)
+        if mesh is None or not meets(mesh, validate if lengths else None, asks):
             arguments.check_inputs()
-            queries, keys = arguments.tokens
-            lengths = lengths or (queries * placement.size, keys * placement.size)
+            lengths = lengths or arguments.tokens  # of one rank, which has them all
             return self._prepare(arguments, project(self, arguments), lengths, seed)
         projected, told = check_on_all_ranks(
             mesh,
@@ -254,6 +255,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         seed = None if seed is None else told[0][2]
         return self._prepare(arguments, projected, lengths, seed)
 
+    def _is_plain(self, arguments: Arguments) -> bool:
+        """Whether a call is attention between projections, which needs no lengths beside it."""
+        padding = arguments.key_padding_mask
+        columns = isinstance(padding, Tensor) and padding.dtype != torch.bool
+        extra = self.add_zero_attn or self.bias_k is not None
+        return not (arguments.need_weights or arguments.trusts_hint or columns or extra)
+
     def _content(self, arguments: Arguments, validate: When) -> int:
         """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
         placement = self.placement
@@ -265,13 +273,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         self,
         arguments: Arguments,
         projected: tuple[Tensor, ...],
-        lengths: tuple[int, int],
+        lengths: tuple[int, int] | None,
         seed: int | None,
     ) -> Projected:
-        """What follows from the lengths of the whole; no collective."""
-        arguments.check(lengths[1])
+        """What follows from the lengths of the whole, where they are known; no collective."""
+        arguments.check(None if lengths is None else lengths[1])
         q, k, v = projected
-        causal = arguments.trusts_hint and self.placement.is_spread(lengths[0])
+        causal = False
+        if lengths is not None:
+            causal = arguments.trusts_hint and self.placement.is_spread(lengths[0])
         call = Projected(
             q,
             k,

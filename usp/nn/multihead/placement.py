@@ -36,7 +36,7 @@ class Placement:
         check_name(self.backend)
         check_transport(self.transport)
         check_validate(self.validate)
-        if isinstance(self.seq_len, str) and not self.infers:
+        if isinstance(self.seq_len, str) and self.seq_len != "infer":
             raise ValueError(
                 f"seq_len must be a number, a pair of numbers, None or 'infer', "
                 f"got {self.seq_len!r}"
@@ -59,15 +59,9 @@ class Placement:
         return make_mask(causal=self.causal or causal, window_size=self.window_size)
 
     @property
-    def infers(self) -> bool:
-        """Whether the whole lengths are to be summed up even where ranks compare nothing."""
-        return self.seq_len == "infer"
-
-    @property
     def named_lengths(self) -> tuple[int, int] | None:
         """Queries and keys of the whole sequence where ``seq_len`` or the layout say them."""
-        named = None if isinstance(self.seq_len, str) else self.seq_len
-        return named_lengths(named, self.layout)
+        return named_lengths(self.seq_len, self.layout)
 
     def summed_lengths(self, held: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         """The same as the sum of the (queries, keys, ...) that each rank holds.
