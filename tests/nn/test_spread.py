@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import compiling
 import pool as worker
 import pytest
 import torch
@@ -285,3 +286,22 @@ def test_text_and_image_cut_each_for_itself(pool, shape: tuple[int, int]) -> Non
         zip(*(r[2:] for r in results), strict=True), wanted[2:], strict=True
     ):
         torch.testing.assert_close(sum(found), ranks * gradient, **EIGHT)  # all have the loss
+
+
+def in_graph(x: Tensor, table: Tensor, mesh: usp.SequenceMesh) -> Tensor:
+    spread = usp.Spread(mesh, "zigzag", x.shape[1], validate=False)
+    x = spread.shard(x) + table[spread.positions()]
+    return spread.unshard(spread.attention(x, x, x, causal=True))
+
+
+def compiled() -> tuple[int, float]:
+    torch.manual_seed(0)
+    given = torch.randn(1, 13, 3, 4), torch.randn(13, 3, 4), worker.mesh(2, 2)
+    compiler = compiling.Counting()
+    with compiling.afresh():
+        found = torch.compile(in_graph, fullgraph=True, backend=compiler)(*given)
+    return compiler.graphs, (found - in_graph(*given)).abs().max().item()
+
+
+def test_a_region_is_one_graph(pool) -> None:
+    assert pool.run(compiled, ranks=4, timeout=120) == [(1, pytest.approx(0.0, abs=1e-6))] * 4

@@ -14,7 +14,7 @@ from usp import rng
 from usp.attention.functional import long_context_attention
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.planning.kinds import integer
-from usp.planning.layout import Layout, check_layout
+from usp.planning.layout import Held, Layout, check_layout
 from usp.planning.mask import check_cu_seqlens
 from usp.planning.shares import shares, summed_length
 from usp.sharding.rows import roll, take
@@ -79,7 +79,8 @@ class Spread:
                 "mesh)"
             )
         object.__setattr__(self, "seq_len", next(iter(said.values())))
-        _ = self.local_seq_len  # refuses a layout for other ranks
+        if isinstance(self.layout, Held):
+            _ = self.local_seq_len  # refuses counts of other ranks
 
     @classmethod
     def infer(

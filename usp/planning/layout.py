@@ -278,12 +278,17 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
     )
 
 
-def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
+def check_held(layout: Held, seq_len: int) -> None:
+    """Refuse counts of another whole."""
     if seq_len != layout.seq_len:
         raise ValueError(
             f"layout Held holds {layout.seq_len} tokens (the sum of its counts), but the sequence "
             f"has {seq_len}"
         )
+
+
+def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
+    check_held(layout, seq_len)
     degree, rest = divmod(len(layout.counts), ring_degree)
     if rest:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
-from usp.planning.layout import Held, Layout, check_layout, rows
+from usp.planning.layout import Held, Layout, check_held, check_layout, rows
 
 Lengths = int | Sequence[int] | str | None  # a str is "infer", the same as None
 
@@ -94,9 +94,10 @@ def row_pieces(
     Raises:
         ValueError: the layout was made for other lengths or meshes.
     """
-    lengths = row_lengths(layout, seq_len, ring_degree)
     if not isinstance(layout, Held):
+        lengths = row_lengths(layout, seq_len, ring_degree)
         return tuple(pieces(length, ulysses_degree) for length in lengths)
+    check_held(layout, seq_len)
     if len(layout.counts) != ring_degree * ulysses_degree:
         raise ValueError(
             f"layout Held counts the tokens of {len(layout.counts)} ranks, but the mesh has "
