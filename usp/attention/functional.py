@@ -130,11 +130,11 @@ def attend(
     tensors: Tensors,
     options: Options,
     mesh: SequenceMesh | None,
-    dropout_seed: int | None,
+    dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first" while
-    a graph is made."""
+    """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first", and
+    the seed a tensor, while a graph is made."""
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
     if torch.compiler.is_compiling():
@@ -146,6 +146,7 @@ def attend(
             return op.attention(tensors, options, mesh, dropout_seed, validate)
     if _is_watched():
         return op.attention(tensors, options, mesh, dropout_seed, validate)
+    assert not isinstance(dropout_seed, Tensor)
     return _attend(tensors, options, mesh, dropout_seed, validate)
 
 
@@ -164,7 +165,9 @@ def _attend(
     dropout_seed: int | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    drawn = draw_dropout_seed() if dropout_seed is None and drops(options.dropout_p) else None
+    drawn = None
+    if dropout_seed is None and drops(options.dropout_p):
+        drawn = int(draw_dropout_seed())
     request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
     out, lse = hybrid_attention(*prepare(tensors, request, mesh))
     if mesh is not None and name is not None:
@@ -179,6 +182,6 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def draw_dropout_seed() -> int:
-    """One number of torch's default CPU generator."""
-    return int(torch.randint(2**62, (), device="cpu"))
+def draw_dropout_seed() -> Tensor:
+    """One number of torch's default CPU generator, () int64."""
+    return torch.randint(2**62, (), device="cpu")

@@ -54,7 +54,7 @@ def attention(
     tensors: Tensors,
     options: Options,
     mesh: SequenceMesh | None,
-    dropout_seed: int | None,
+    dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` through the op; arguments and result as there."""

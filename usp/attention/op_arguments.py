@@ -130,7 +130,7 @@ def arguments(
     tensors: Tensors,
     options: Options,
     mesh: SequenceMesh | None,
-    dropout_seed: int | None,
+    dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Arguments:
     """What the op takes of a call of ``long_context_attention``.
@@ -178,9 +178,11 @@ def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:
     return torch.tensor(bounds, dtype=torch.int64, device="cpu")
 
 
-def _seed(options: Options, dropout_seed: int | None) -> Tensor | None:
+def _seed(options: Options, dropout_seed: int | Tensor | None) -> Tensor | None:
     if not drops(options.dropout_p):
         return None
+    if isinstance(dropout_seed, Tensor):
+        return dropout_seed
     if dropout_seed is not None:
         return torch.tensor(seed_of(dropout_seed), device="cpu")
     return torch.randint(2**62, (), device="cpu")

@@ -13,19 +13,19 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def words(streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int) -> Tensor:
+def words(streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int | Tensor) -> Tensor:
     """One 32-bit word for each (stream, query position, key position).
 
     Args:
         streams: int64, batch * num_heads + head.
         q_pos, k_pos: int64 global positions; all three are broadcast together.
-        seed: 64-bit key.
+        seed: 64-bit key, also as a tensor.
 
     Returns:
         int64 in [0, 2**32): word ``k_pos & 3`` at counter ``(k_pos >> 2, q_pos, streams, 0)``.
     """
     counter = [k_pos >> 2, q_pos, streams, torch.zeros_like(k_pos)]
-    key = [seed & _LOW, (seed >> 32) & _LOW]
+    key: list[int | Tensor] = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(10):
         low0, high0 = _multiply(counter[0], _MULTIPLIERS[0])
         low1, high1 = _multiply(counter[2], _MULTIPLIERS[1])
@@ -40,7 +40,7 @@ def words(streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int) -> Tensor:
 
 
 def dropout_factors(
-    dropout_p: float, streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int
+    dropout_p: float, streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int | Tensor
 ) -> Tensor:
     """What a weight is multiplied with: 0, or 1 / (1 - dropout_p); fp64.
 

@@ -55,6 +55,12 @@ class Arguments:
         return self.is_causal and self.key_padding_mask is None and not self.need_weights
 
     @property
+    def needs_lengths(self) -> bool:
+        """Whether more than attention itself depends on the length of the whole."""
+        padding = self.key_padding_mask
+        return self.need_weights or (padding is not None and padding.dtype != torch.bool)
+
+    @property
     def token_dim(self) -> int:
         """Of the inputs."""
         return 1 if self.is_batched and self.batch_first else 0
@@ -147,9 +153,15 @@ class Arguments:
                 "against the keys of all ranks, this rank's keys for padding)"
             )
 
-    def facts(self) -> Facts:
-        """What all ranks of a mesh must agree on, beyond what attention compares."""
-        told: Facts = {"need_weights": self.need_weights}
+    def facts(self, lengths: tuple[int, int] | None) -> Facts:
+        """What all ranks of a mesh must agree on, beyond what attention compares.
+
+        Args:
+            lengths: Queries and keys of the whole sequence where they were named.
+        """
+        told: Facts = {"need_weights": self.need_weights, "seq_len": "not given"}
+        if lengths is not None:
+            told["seq_len"], told["keys of seq_len"] = lengths
         for name, mask in (
             ("key_padding_mask", self.key_padding_mask),
             ("attn_mask", self.attn_mask),

@@ -31,7 +31,7 @@ class Projected:
         padding: (N, S) key padding mask, bool or float, or None.
         bias: (N|1, H|1, L, all keys) added to the scores, or None.
         causal: Whether keys after a query are hidden.
-        lengths: Queries and keys of the whole sequence; None where attention alone asks for them.
+        lengths: Queries and keys of the whole sequence; None where attention is to ask for them.
         dropout_p: Of the weights.
         dropout_seed: Its seed, or None where attention alone needs it and draws it.
     """
@@ -44,7 +44,7 @@ class Projected:
     causal: bool
     lengths: tuple[int, int] | None
     dropout_p: float
-    dropout_seed: int | None
+    dropout_seed: int | Tensor | None
 
     @property
     def whole(self) -> tuple[int, int]:
@@ -83,8 +83,10 @@ def attend(
     if extra is None:
         return cast(Tensor, result)
     out, lse = result
-    keys = call.whole[1]
-    keep = _keep(call, placement, range(keys, keys + len(extra.k))) if call.dropout_p else None
+    keep = None
+    if call.dropout_p:
+        keys = call.whole[1]
+        keep = _keep(call, placement, range(keys, keys + len(extra.k)))
     return extra.merge(out, lse, extra.scores(call.q, call.softmax_scale), keep)
 
 
@@ -119,6 +121,8 @@ def check_weights(call: Projected, placement: Placement) -> None:
     Raises:
         NotImplementedError: names their size and the bound.
     """
+    if placement.size > 1 and torch.compiler.is_compiling():
+        return  # shares are tables, which no graph can look up
     (batch, _, num_heads, _), (queries, keys) = call.q.shape, call.whole
     check_size(batch, num_heads, placement.largest_shard(queries), keys, state_dtype(call.q.dtype))
 

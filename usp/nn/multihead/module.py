@@ -5,7 +5,7 @@ Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E em
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from usp.nn.multihead import forward as multihead_forward
 from usp.nn.multihead.arguments import Arguments
 from usp.nn.multihead.extra_keys import make_extra_keys
 from usp.nn.multihead.forward import Projected
+from usp.nn.multihead.meeting import PLACE, meet_in_graph
 from usp.nn.multihead.placement import Placement
 from usp.nn.multihead.projections import join_heads, project
 from usp.nn.multihead.uncut import content, refuse_equal
 from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
+from usp.planning.kinds import is_fake
 from usp.planning.layout import Layout
 
 
@@ -206,7 +208,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         validate = compares_now(self.placement.validate, self._compared is self.placement)
         call = self._agree(arguments, validate)
-        call = multihead_forward.with_columns(call, self.placement, bool(validate))
+        call = multihead_forward.with_columns(call, self.placement, validate is True)
         # autocast has had its say in the projections
         with as_given(query.device):
             extra = make_extra_keys(
@@ -228,26 +230,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         Whole lengths that nobody named are the sum of what the ranks hold, and the seed is that
         of the first.
         """
-        placement, seed = self.placement, self._dropout_seed(arguments.need_weights)
+        placement, drawn = self.placement, self._dropout_seed(arguments)
         lengths, mesh = placement.named_lengths, placement.mesh
+        in_graph = torch.compiler.is_compiling() or is_fake(arguments.query)
+        enough = lengths is not None or not (drawn is not None or arguments.needs_lengths)
+        if in_graph and enough and mesh is not None and placement.size > 1:
+            return self._agree_in_graph(arguments, mesh, cast("Tensor | None", drawn), validate)
 
         def check() -> tuple[Tensor, ...]:
             arguments.check(None if lengths is None else lengths[1])
             return project(self, arguments)
 
-        asks = lengths is None or seed is not None
-        if placement.size > 1 and torch.compiler.is_compiling() and self._is_plain(arguments):
-            arguments.check_inputs()  # attention meets in the graph, and there is nothing else
-            return self._prepare(arguments, project(self, arguments), lengths, None)
+        asks = lengths is None or drawn is not None
         if mesh is None or not meets(mesh, validate if lengths else None, asks):
             arguments.check_inputs()
             lengths = lengths or arguments.tokens  # of one rank, which has them all
-            return self._prepare(arguments, project(self, arguments), lengths, seed)
+            return self._prepare(arguments, project(self, arguments), lengths, drawn)
+        seed = None if drawn is None else int(drawn)
         projected, told = check_on_all_ranks(
             mesh,
-            "MultiheadAttention",
+            PLACE,
             check,
-            lambda _: arguments.facts() | {"seq_len": lengths or "not given"},
+            lambda _: arguments.facts(lengths),
             lambda: (*arguments.tokens, seed or 0, self._content(arguments, validate)),
         )
         refuse_equal([numbers[3] for numbers in told], arguments.tokens[1])
@@ -255,12 +259,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         seed = None if seed is None else told[0][2]
         return self._prepare(arguments, projected, lengths, seed)
 
-    def _is_plain(self, arguments: Arguments) -> bool:
-        """Whether a call is attention between projections, which needs no lengths beside it."""
-        padding = arguments.key_padding_mask
-        columns = isinstance(padding, Tensor) and padding.dtype != torch.bool
-        extra = self.add_zero_attn or self.bias_k is not None
-        return not (arguments.need_weights or arguments.trusts_hint or columns or extra)
+    def _agree_in_graph(
+        self, arguments: Arguments, mesh: SequenceMesh, seed: Tensor | None, validate: When
+    ) -> Projected:
+        """The same in a graph; attention itself asks for lengths that nobody named."""
+        placement, lengths = self.placement, self.placement.named_lengths
+        arguments.check(None if lengths is None else lengths[1])
+        if validate is not False or seed is not None:
+            differ = lengths is None and bool(placement.mask(False).terms)
+            seed = meet_in_graph(
+                mesh,
+                arguments.facts(lengths),
+                arguments.tokens,
+                seed,
+                (arguments.key, arguments.token_dim, differ),
+                validate,
+            )
+        return self._prepare(arguments, project(self, arguments), lengths, seed)
 
     def _content(self, arguments: Arguments, validate: When) -> int:
         """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
@@ -274,14 +289,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         arguments: Arguments,
         projected: tuple[Tensor, ...],
         lengths: tuple[int, int] | None,
-        seed: int | None,
+        seed: int | Tensor | None,
     ) -> Projected:
-        """What follows from the lengths of the whole, where they are known; no collective."""
+        """What follows from the lengths of the whole where they are known; no collective."""
         arguments.check(None if lengths is None else lengths[1])
         q, k, v = projected
-        causal = False
-        if lengths is not None:
-            causal = arguments.trusts_hint and self.placement.is_spread(lengths[0])
+        causal = arguments.trusts_hint and self.placement.is_spread(lengths)
         call = Projected(
             q,
             k,
@@ -297,10 +310,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             multihead_forward.check_weights(call, self.placement)
         return call
 
-    def _dropout_seed(self, need_weights: bool) -> int | None:
-        """Drawn here where more than the attention itself drops by it."""
-        shared = need_weights or self.add_zero_attn or self.bias_k is not None
-        return draw_dropout_seed() if shared and self.training and self.dropout else None
+    def _dropout_seed(self, arguments: Arguments) -> int | Tensor | None:
+        """Drawn here where more than the attention itself drops by it; a graph holds a tensor."""
+        shared = arguments.need_weights or self.add_zero_attn or self.bias_k is not None
+        if not (shared and self.training and self.dropout):
+            return None
+        seed = draw_dropout_seed()
+        in_graph = torch.compiler.is_compiling() or is_fake(arguments.query)
+        return seed if in_graph else int(seed)
 
     def extra_repr(self) -> str:
         shown = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "

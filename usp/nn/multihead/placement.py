@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from usp.backends import check_name
@@ -77,15 +78,21 @@ class Placement:
 
     def largest_shard(self, seq_len: int) -> int:
         """Tokens of the rank that holds most."""
+        if self.size == 1:
+            return seq_len
         return max(shares(self.layout, seq_len, *self._degrees))
 
-    def is_spread(self, query_len: int) -> bool:
-        """False where all queries lie on one rank of several.
+    def is_spread(self, lengths: tuple[int, int] | None) -> bool:
+        """False where all queries lie on one rank of several, or that cannot be told.
 
         There ``nn.TransformerEncoder`` takes that rank's mask for the causal one, of its own
         accord and on that rank alone.
         """
-        return self.size == 1 or self.largest_shard(query_len) < query_len
+        if self.size == 1 or lengths is None:
+            return self.size == 1
+        if isinstance(self.layout, str):
+            return lengths[0] > 1
+        return not torch.compiler.is_compiling() and self.largest_shard(lengths[0]) < lengths[0]
 
     def gather(self, x: Tensor, key_len: int, validate: bool) -> Tensor:
         """(N, local keys, ...) of every rank -> (N, all keys, ...), differentiable."""

@@ -93,7 +93,7 @@ def visible_keys(mask: Mask, q_pos: Tensor, key_len: int) -> Tensor:
 
 
 def dropout_factors(
-    dropout_p: float, seed: int, shape: tuple[int, int], q_pos: Tensor, k_pos: Tensor
+    dropout_p: float, seed: int | Tensor, shape: tuple[int, int], q_pos: Tensor, k_pos: Tensor
 ) -> Tensor:
     """What attention multiplies its weights with, 0 or ``1 / (1 - dropout_p)``.
 
