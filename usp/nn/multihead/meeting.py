@@ -74,7 +74,7 @@ def _meet(
 ) -> Tensor:
     on = mesh_of(mesh)
     if is_first:
-        kind = repr((PLACE, names, texts))
+        kind = repr((PLACE, names, texts, differ))
         validate = None if kind in on.compared else True
         on.compared.add(kind)
     drawn = torch.zeros((), dtype=torch.int64) if seed is None else seed.clone()
