@@ -224,6 +224,25 @@ def test_compiled_beside_eager(pool) -> None:
         assert "ranks of the mesh disagree on gradients needed" in said
 
 
+def dtensor_inputs() -> str:
+    from torch.distributed.tensor import DTensor, Shard
+
+    q = torch.randn(1, 3, 4, 2)
+    axis = worker.mesh(2, 2).device_mesh["ring"]
+    x = DTensor.from_local(q, axis, [Shard(1)])
+    with compiling.afresh():
+        try:
+            torch.compile(usp.long_context_attention, backend="aot_eager")(x, x, x)
+        except NotImplementedError as error:
+            return str(error)
+    return "nothing said"
+
+
+def test_tensors_that_are_spread_themselves(pool) -> None:
+    for said in pool.run(dtensor_inputs, ranks=4, timeout=100):
+        assert said == "q is a DTensor: pass this rank's shard of the sequence, x.to_local()"
+
+
 def meetings_of_calls(validate: str) -> list[int]:
     """How often the ranks meet at each call, where a device would be waited for."""
     mesh, counts = worker.mesh(2, 2), []

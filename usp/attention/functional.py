@@ -16,7 +16,7 @@ from usp.attention.request import agree_on_request
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.planning.kinds import is_fake
+from usp.planning.kinds import is_fake, tensor
 from usp.planning.layout import Layout
 
 
@@ -138,6 +138,9 @@ def attend(
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
     if torch.compiler.is_compiling():
+        for name, x in zip(Tensors._fields, tensors, strict=True):
+            if x is not None:
+                tensor(name, x)
         mesh = check_mesh(mesh)
         several = mesh is not None and mesh.size > 1
         return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
