@@ -224,11 +224,14 @@ def bytes_of_meeting(options: dict) -> list[int]:
     """What ranks send to compare, beside what they send anyway."""
     mesh, sent = worker.mesh(2, 2), []
     x = torch.zeros(1, 3, 2, 4, requires_grad=True)
-    for validate in (False, options.pop("validate")):
+    named = {"seq_len": 12}  # what is not named is asked for, whatever is compared
+    for validate, more in ((False, named), (options.pop("validate"), {})):
         with WireBytes() as joined:
-            usp.unshard_sequence(x, mesh, 1, validate=validate is not False)
+            usp.unshard_sequence(x, mesh, 1, validate=validate is not False, **more)
         with WireBytes() as forward:
-            out = usp.long_context_attention(x, x, x, mesh, validate=validate, **options)
+            out = usp.long_context_attention(
+                x, x, x, mesh, validate=validate, **{**options, **more}
+            )
         with WireBytes() as backward:
             out.sum().backward()
         sent.append([joined.sent, forward.sent, backward.sent])
