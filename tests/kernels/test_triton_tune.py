@@ -139,6 +139,16 @@ def test_a_broken_store_is_no_error(a_gpu: None) -> None:
     assert launch(64) == configs.candidates("forward", 64, DEVICE)[0].launch()
 
 
+def test_where_nothing_can_be_kept_it_stays_in_use_here(a_gpu: None) -> None:
+    """Minutes of tuning are not lost to a HOME that cannot be written."""
+    tuned.store().parent.write_text("a file where the folder should be")
+    best = configs.candidates("forward", 64, DEVICE)[1]
+    with pytest.warns(UserWarning, match=r"cannot be written .*TRITON_CACHE_DIR"):
+        tuned.remember("some GPU", {("forward", 64): asdict(best)})
+    configs.forget()
+    assert launch(64) == best.launch()
+
+
 # The candidate with so many warps hangs, crashes, cannot even begin; others end.
 CHILD = """
 import json, sys, time
