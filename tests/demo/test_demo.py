@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 
 import pytest
 import torch
@@ -187,6 +188,9 @@ def _check_report(output, something_sent):
 )
 def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     monkeypatch.setenv("COLUMNS", "100")
+    folder = tmp_path / "percent %20, an ü"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # where its processes meet
     out = tmp_path / "new" / "picture.png"
     code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()

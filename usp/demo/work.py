@@ -95,7 +95,8 @@ def _join(settings: Settings, rank: int) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     torch.distributed.init_process_group(
         "gloo" if device.type == "cpu" else None,
-        init_method=settings.file("rendezvous").as_uri(),
+        # not by its URL: torch takes %20 for a part of the name
+        store=torch.distributed.FileStore(str(settings.file("rendezvous")), settings.processes),
         rank=rank,
         world_size=settings.processes,
         timeout=timedelta(minutes=10),
