@@ -188,11 +188,10 @@ def _check_report(output, something_sent):
 )
 def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     monkeypatch.setenv("COLUMNS", "100")
-    folder = tmp_path / "percent %20, an ü"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # where its processes meet
     out = tmp_path / "new" / "picture.png"
-    code = main([*SMALL, *options, "--out", str(out)])
+    with tempfile.TemporaryDirectory(prefix="percent %20, an ü ") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)  # where its processes meet
+        code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed
     _check_report(printed.out, something_sent=True)
