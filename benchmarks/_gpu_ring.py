@@ -27,9 +27,11 @@ from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.distributed.comm import Axis, Wait
 from usp.ops.pack import pack
 from usp.planning.heads import Heads
-from usp.planning.mask import make_mask
-from usp.planning.plan import Step, make_plan
+from usp.planning.masks.terms import causal
+from usp.planning.plan import make_plan
 from usp.planning.problem import Block, Scoring, State
+from usp.planning.samples import masks_of
+from usp.planning.visit import whole_visit
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +54,10 @@ class RingStep:
 
     def usp(self, own: Own, state: State, which: int = 1) -> None:
         length, heads = self.q.shape[1], self.q.shape[2]
-        step = Step(0, length, length, None, length * length)
+        visit = whole_visit(length, length)
         k, v = self.blocks[which]
         scoring = Scoring(self.q.shape[-1] ** -0.5)
-        piece = Block(self.q, k, v, step, Heads(0, heads, heads, 1), scoring)
+        piece = Block(self.q, k, v, visit, Heads(0, heads, heads, 1), scoring)
         own(block.attention_forward, piece, state, own.backend)
 
     def library(self, library: Library, merge: Merge, state: State) -> None:
@@ -106,8 +108,8 @@ class VirtualRing:
 
     def __init__(self, ranks: int, tensors: Sequence[Tensor]) -> None:
         self.ranks, self.tensors = ranks, tensors
-        length, mask = tensors[0].shape[1], make_mask(causal=True)
-        self.plans = [make_plan(mask, "zigzag", length, length, ranks, r) for r in range(ranks)]
+        lengths, masks = (tensors[0].shape[1],) * 2, masks_of(causal())
+        self.plans = [make_plan(masks, "zigzag", lengths, ranks, r, "ring") for r in range(ranks)]
         self.rows = [plan.queries.on(tensors[0].device) for plan in self.plans]
         self.shards = [[x.index_select(1, row) for x in tensors] for row in self.rows]
 
@@ -137,7 +139,7 @@ class VirtualRing:
 
         def ring() -> Ring:
             axis = VirtualAxis(self.ranks, rank, None, messages, sums)
-            return Ring(axis, self.plans[rank], "ring", heads, scoring, backend)
+            return Ring(axis, self.plans[rank], heads, scoring, backend)
 
         out, lse, _ = ring_forward(inputs, ring())
         if which == "forward":

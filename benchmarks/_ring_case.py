@@ -17,7 +17,8 @@ from torch import Tensor
 
 import usp
 from usp.planning.cost import Bytes, Place, Shape, bytes_sent
-from usp.planning.mask import Mask, make_mask
+from usp.planning.masks.mask import Mask
+from usp.planning.masks.options import make_mask
 from usp.planning.shares import local_positions
 
 PROCESSES, CORES = 4, 2

@@ -46,8 +46,8 @@ from usp.attention import block
 from usp.backends import native
 from usp.ops.merge import merge
 from usp.planning.heads import Heads
-from usp.planning.plan import Step
 from usp.planning.problem import Block, Scoring, State
+from usp.planning.visit import whole_visit
 
 LENGTHS = (512, 2048, 8192, 16384)
 
@@ -86,9 +86,9 @@ def measure_ring_step(dtype: str, head_dim: int, args: argparse.Namespace) -> di
     length, heads = min(max(args.lengths), 8192), 4
     x = torch.randn(4, 1, length, heads, head_dim).to(DTYPES[dtype])
     q, halves = x[0], [(x[1 + i], x[2 + i]) for i in range(2)]
-    step = Step(0, length, length, None, length * length)
+    visit = whole_visit(length, length)
     blocks = [
-        Block(q, k, v, step, Heads(0, heads, heads, 1), Scoring(head_dim**-0.5)) for k, v in halves
+        Block(q, k, v, visit, Heads(0, heads, heads, 1), Scoring(head_dim**-0.5)) for k, v in halves
     ]
 
     def fresh() -> State:

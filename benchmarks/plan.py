@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from math import isqrt
 
+from usp import masks
 from usp.planning.layout import DocumentZigzag, Layout, rows
-from usp.planning.mask import make_mask
 from usp.planning.plan import make_plan
+from usp.planning.reach import needed_rows
+from usp.planning.samples import masks_of
 
 
 def main() -> None:
@@ -20,29 +23,38 @@ def main() -> None:
     parser.add_argument("--ring", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    documents = (*range(0, args.seq_len, 1024), args.seq_len)
-    masks = {
-        "full": {},
-        "causal": {"causal": True},
-        "window": {"causal": True, "window_size": (4096, 0)},
-        "documents": {"causal": True, "cu_seqlens": documents},
+    seq_len, lengths = args.seq_len, (args.seq_len, args.seq_len)
+    documents = (*range(0, seq_len, 1024), seq_len)
+    side = isqrt(seq_len)
+    each = {
+        "full": masks.everything(),
+        "causal": masks.causal(),
+        "window": masks.window(512, 512),
+        "window, 16 registers": masks.window(512, 512)
+        | masks.first_keys(16)
+        | masks.first_queries(16),
+        "documents": masks.causal() & masks.documents(documents),
+        "blocks": masks.blocks(documents),
+        "shared prefix": masks.causal()
+        & masks.shared_prefix((0, *documents[len(documents) // 2 :])),
+        "neighbourhood 13 x 13": masks.neighbourhood((side, side), 13),
+        "the same, shifted": masks.neighbourhood((side, side), 13, edges="shift"),
     }
     layouts: dict[str, Layout] = {name: name for name in ("contiguous", "zigzag", "striped")}
     layouts["document zigzag"] = DocumentZigzag(documents)
-    print(f"{args.seq_len} tokens, ring {args.ring}, median of {args.repeats} first calls")
+    print(f"{seq_len} tokens, ring {args.ring}, median of {args.repeats} first calls")
     for layout_name, layout in layouts.items():
-        for mask_name, options in masks.items():
+        for name, mask in each.items():
             first, later = [], []
             for _ in range(args.repeats):
-                rows.cache_clear()
-                make_plan.cache_clear()
+                for cache in (rows, needed_rows, make_plan):
+                    cache.cache_clear()
                 for times in (first, later):
                     start = time.perf_counter()
-                    mask = make_mask(**options)
-                    make_plan(mask, layout, args.seq_len, args.seq_len, args.ring, args.ring // 2)
+                    make_plan(masks_of(mask), layout, lengths, args.ring, args.ring // 2)
                     times.append(1e3 * time.perf_counter() - 1e3 * start)
             print(
-                f"  {layout_name:16} {mask_name:10} first {statistics.median(first):7.2f} ms   "
+                f"  {layout_name:16} {name:22} first {statistics.median(first):7.2f} ms   "
                 f"again {statistics.median(later):6.3f} ms"
             )
 

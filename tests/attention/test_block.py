@@ -12,9 +12,10 @@ from usp.attention import block
 from usp.backends import TABLE, Backend
 from usp.ops.merge import merge
 from usp.planning.heads import Heads
-from usp.planning.mask import make_mask
+from usp.planning.masks.options import make_mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import Block, Gradients, Scoring, State, Traits
+from usp.planning.samples import masks_of
 from usp.testing import dense_attention
 
 ON_CPU = Traits("cpu", torch.float64, 16, 16, 0.3)
@@ -25,16 +26,18 @@ MASKS = [{}, {"causal": True}, {"causal": True, "window_size": (3, 0)}, {"window
 def blocks_of(q: Tensor, k: Tensor, v: Tensor, options: dict, pieces: int) -> list[Block]:
     """The same attention as ``pieces`` blocks of keys, as a ring of that size would see them."""
     seq_len = q.shape[1]
-    mask = make_mask(**options)
-    plans = [make_plan(mask, "contiguous", seq_len, seq_len, pieces, r) for r in range(pieces)]
+    masks = masks_of(make_mask(**options))
+    lengths = seq_len, seq_len
+    plans = [make_plan(masks, "contiguous", lengths, pieces, r) for r in range(pieces)]
     heads = Heads(0, q.shape[2], q.shape[2], q.shape[2] // k.shape[2])
     found = []
     for plan in plans:
         rows = plan.queries.tensor
         for step in plan.steps:
-            keys = plan.keys[step.owner].tensor
-            if step.pairs:
-                piece = Block(q[:, rows], k[:, keys], v[:, keys], step, heads, Scoring(0.3))
+            (load,) = step.loads
+            keys = plan.keys[step.owner].tensor[load.rows.index]
+            for visit in load.visits:
+                piece = Block(q[:, rows], k[:, keys], v[:, keys], visit, heads, Scoring(0.3))
                 found.append((rows, keys, piece))
     return found
 

@@ -383,14 +383,14 @@ def assert_refused(pool, function: Callable, *args: Any, ranks: int) -> list[str
 
 # one rank of four deviates: what it changes, and both values, which every rank must hear
 DEVIATIONS = {
-    "causal": ({"causal": True}, {}, ["Causal"]),
+    "causal": ({"causal": True}, {}, ["causal()"]),
     "window": ({"window_size": (3, None)}, {"window_size": (4, None)}, ["3", "4"]),
     "documents": ({"cu_seqlens": (0, 9, 24)}, {"cu_seqlens": (0, 8, 24)}, ["9", "8"]),
     "prefix": ({"causal": True, "prefix_len": 3}, {"causal": True}, ["3", "0"]),
     "scale": ({"softmax_scale": 0.25}, {"softmax_scale": 0.5}, ["0.25", "0.5"]),
     "softcap": ({"softcap": 2.5}, {}, ["2.5", "0.0"]),
     "layout": ({"layout": "zigzag"}, {"layout": "striped"}, ["zigzag", "striped"]),
-    "transport": ({"transport": "allgather"}, {}, ["allgather", "ring"]),
+    "transport": ({"transport": "allgather"}, {}, ["allgather", "auto"]),
     "return_lse": ({"return_lse": True}, {}, ["True", "False"]),
     "backend": ({"backend": "reference"}, {"backend": "sdpa", "same_dims": True}, ["reference"]),
     "seq_len": ({"seq_len": (24, 25)}, {"seq_len": (24, 24)}, ["25"]),

@@ -9,15 +9,17 @@ import pool as worker
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPES, Case, chunks, local, ring_rows, shards
+from cases import DTYPES, Case, chunks, local, ring_rows, seen, shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_cases import held
 from torch import Tensor
 
 import usp
+from usp import masks
+from usp.attention.masking import MaskOptions, make_masks
+from usp.masks import Mask
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
-from usp.planning.mask import make_mask
 from usp.testing import WireBytes
 
 
@@ -26,7 +28,7 @@ def counted(case: Case) -> tuple[int, int, int]:
     mesh = worker.mesh(case.ulysses, case.ring)
     t = local(case, dist.get_rank())
     leaves = [x.requires_grad_() for x in (t.q, t.k, t.v)]
-    if t.bias is not None and case.seed:
+    if t.bias is not None and case.seed % 2:
         leaves.append(t.bias.requires_grad_())
 
     def attend() -> Any:
@@ -34,6 +36,7 @@ def counted(case: Case) -> tuple[int, int, int]:
             *leaves[:3],
             mesh,
             **case.masks,
+            **seen(case).given,
             layout=case.placed,
             seq_len=(case.seq_len, case.num_keys),
             key_padding_mask=t.padding,
@@ -58,6 +61,18 @@ def counted(case: Case) -> tuple[int, int, int]:
     return forward.sent, backward.sent, 0 if kept is None else kept.nbytes
 
 
+def masks_of_each(case: Case) -> list[Mask]:
+    """The mask of each sample, as the call makes them."""
+    options = MaskOptions(
+        case.causal, case.window, case.cu_seqlens, case.prefix_len, **seen(case).given
+    )
+    each: list[Mask] = [masks.everything()] * case.batch
+    for samples, mask, _ in make_masks(options, case.batch):
+        for i in range(case.batch)[samples.start : samples.stop]:
+            each[i] = mask
+    return each
+
+
 def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
     """What usp.planning.cost says, which `usp plan` and the demo print."""
     shape = Shape(
@@ -71,7 +86,7 @@ def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
         dtype=DTYPES[case.dtype],
         key_padding_mask=case.padding is not None,
         return_lse=case.return_lse,
-        bias=None if case.bias is None else Bias(case.bias, DTYPES[case.dtype], case.seed > 0),
+        bias=None if case.bias is None else Bias(case.bias, DTYPES[case.dtype], case.seed % 2 > 0),
     )
     place = Place(
         ring_degree=case.ring,
@@ -79,18 +94,13 @@ def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
         ring_rank=rank // case.ulysses,
         ulysses_rank=rank % case.ulysses,
         layout=case.placed,
-        mask=make_mask(
-            causal=case.causal,
-            window_size=case.window,
-            cu_seqlens=case.cu_seqlens,
-            prefix_len=case.prefix_len,
-        ),
+        mask=masks_of_each(case),
         transport=case.transport,
     )
     sent = (bytes_sent(shape, place, backward).total for backward in (False, True))
     held, gradient = bias_held(shape, place)
     wide = 8 if case.dtype == "float64" else 4
-    assert gradient == (held // DTYPES[case.dtype].itemsize * wide if case.seed else 0)
+    assert gradient == (held // DTYPES[case.dtype].itemsize * wide if case.seed % 2 else 0)
     return *sent, held
 
 
@@ -112,13 +122,15 @@ def by_hand(case: Case, rank: int) -> tuple[int, int, int]:
     q_k_v = n[u] * others * (case.head_dim + width) * e
     out = (rows[r] - n[u]) * heads[u] * case.value_dim * e
     block = heads[u] * width * e
-    hops = [rows[(r - hop) % case.ring] for hop in range(case.ring)]
-    forward = q_k_v + out + sum(hops[:-1]) * block
-    # mirrored: dout goes out, dq, dk, dv come back; gradients go one hop more, home
+    # to both sides, half of the other ranks each; gradients from where a block has come on and home
+    sides = [(case.ring // 2, 1), ((case.ring - 1) // 2, -1)]
+    passed = sum(rows[(r - by * i) % case.ring] for hops, by in sides for i in range(hops))
+    came = sum(rows[(r - by * i) % case.ring] for hops, by in sides for i in range(1, hops + 1))
+    forward = q_k_v + out + passed * block
+    # mirrored: dout goes out, dq, dk, dv come back
     exchange = n[u] * others * case.value_dim * e
     exchange += (rows[r] - n[u]) * heads[u] * (case.head_dim + width) * e
-    gradients = sum(hops) * heads[u] * width * wide if case.ring > 1 else 0
-    backward = exchange + sum(hops[:-1]) * block + gradients
+    backward = exchange + passed * block + came * heads[u] * width * wide
     return case.batch * forward, case.batch * backward, 0
 
 
@@ -142,13 +154,13 @@ def test_bytes_counted_by_hand(pool, case: Case) -> None:
 def test_the_textbook_formula_where_everything_divides(pool) -> None:
     """U x R, H = G, bytes of one rank: 4 b N h e / P (U-1)/U + 2 b N h e / U (R-1)/R forward.
 
-    The backward adds fp32 dK, dV, which travel R hops: 8 b N h / U.
+    The backward adds fp32 dK, dV, which travel as many hops: 8 b N h / U (R-1)/R.
     """
     case = Case(ulysses=2, ring=3, seq_len=24, heads=4, kv_heads=4, batch=2, dtype="float32")
     n_h_e = case.batch * case.seq_len * case.heads * case.head_dim * 4
     exchange = 4 * n_h_e // 6 // 2
     blocks = 2 * n_h_e // 2 * 2 // 3
-    gradients = 2 * n_h_e // 2
+    gradients = 2 * n_h_e // 2 * 2 // 3
     expected = exchange + blocks, exchange + blocks + gradients, 0
     assert pool.run(counted, case, ranks=6) == [expected] * 6
 
@@ -164,8 +176,8 @@ def cases(draw: st.DrawFn) -> Case:
         ulysses=ulysses,
         ring=ring,
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents", "held"])),
-        transport=draw(st.sampled_from(["ring", "allgather"])),
-        batch=draw(st.integers(1, 2)),
+        transport=draw(st.sampled_from(["ring", "direct", "allgather", "auto"])),
+        batch=draw(st.integers(1, 3)),
         seq_len=seq_len,
         heads=kv_heads * group_size,
         kv_heads=kv_heads,
@@ -178,7 +190,9 @@ def cases(draw: st.DrawFn) -> Case:
         return_lse=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0.0, 0.2])),
         bias=draw(st.sampled_from([None, "", "h", "q", "hq", "bq", "bhq"])),
-        seed=draw(st.integers(0, 1)),
+        unions=draw(st.sampled_from([None, None, "one", "each"])),
+        key_lengths=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
     )
     if case.layout == "documents" or draw(st.booleans()):
         cuts = sorted(draw(st.lists(st.integers(0, seq_len), max_size=3)))

@@ -33,7 +33,7 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
     "positions": ("dropout_p", 0.1, "q_pos and k_pos are needed"),
     "dropout": ("dropout_p", 1.0, r"dropout_p is 1, expected \[0, 1\)"),
     "softcap": ("softcap", -1.0, "softcap is -1"),
-    "heads": ("num_heads", 3, "head_offset 0 . H 4 exceeds num_heads 3"),
+    "heads": ("num_heads", 3, "H 4 exceeds num_heads 3"),
     "groups": ("group_size", 4, "touch 1 key heads, but k has G = 2"),
     "no group": ("group_size", 0, "group_size is 0"),
     "out dtype": ("out", lambda o: o.bfloat16(), "out is BFloat16, expected Float"),

@@ -1,125 +1,157 @@
-"""Plans: what each row sees, in tiles too, how far blocks travel, and how long planning takes."""
+"""Plans: what each row sees, in tiles too, what is sent, and how long planning takes."""
 
 from __future__ import annotations
 
 import time
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mask_cases import any_mask, table_of
 
+from usp import masks
+from usp.masks import Mask
+from usp.planning import reach
 from usp.planning.layout import DocumentZigzag, Layout, rows
-from usp.planning.mask import Mask, make_mask
-from usp.planning.plan import Plan, Step, make_plan
+from usp.planning.masks.options import make_mask
+from usp.planning.plan import Load, Plan, make_plan
+from usp.planning.reach import needed_rows
+from usp.planning.route import TRANSPORTS, Ring
+from usp.planning.samples import Samples, masks_of
+from usp.planning.visit import Visit
 
 MILLION = 1_048_576
+Problem = tuple[Mask, torch.Tensor, Layout, int]
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Mask, Layout, int, int, int]:
-    ring, query_len, key_len = (draw(st.integers(*b)) for b in ((1, 5), (0, 40), (0, 40)))
-    bound = st.none() | st.integers(0, 12)
-    causal, cu_seqlens, layout = draw(st.booleans()), None, "contiguous"
-    if draw(st.booleans()):
-        key_len = query_len
-        inner = sorted(draw(st.lists(st.integers(0, query_len), max_size=3)))
-        cu_seqlens = (0, *inner, query_len)
-    names: list[Layout] = ["contiguous", "zigzag", "striped"]
-    layout = draw(st.sampled_from([*names, DocumentZigzag(cu_seqlens)] if cu_seqlens else names))
-    mask = make_mask(
-        causal=causal,
-        window_size=(draw(bound), draw(bound)),
-        cu_seqlens=cu_seqlens,
-        prefix_len=draw(st.none() | st.integers(0, 9)) if causal else None,
-    )
-    return mask, layout, query_len, key_len, ring
+def problems(draw: st.DrawFn) -> Problem:
+    """A mask, what it says in a table, a layout and a ring's degree."""
+    random, ring = Random(draw(st.integers(0, 2**32))), draw(st.integers(1, 5))
+    query_len = random.randint(0, 40)
+    key_len = query_len if random.random() < 0.7 else random.randint(0, 40)
+    mask, sees = any_mask(random, query_len, key_len)
+    layouts: list[Layout] = ["contiguous", "zigzag", "striped"]
+    if query_len == key_len:
+        inner = sorted(random.randint(0, query_len) for _ in range(random.randint(0, 3)))
+        layouts.append(DocumentZigzag((0, *inner, query_len)))
+    return mask, table_of(sees, query_len, key_len), random.choice(layouts), ring
 
 
-def visible(mask: Mask, query_len: int, key_len: int) -> torch.Tensor:
-    """(query_len, key_len) bool, the mask on whole sequences."""
-    first, stop = mask.intervals(torch.arange(query_len), key_len)
-    keys = torch.arange(key_len)
-    return (keys >= first[:, None]) & (keys < stop[:, None])
+def seen_in(visit: Visit) -> torch.Tensor:
+    """(queries, keys) bool of one visit."""
+    if visit.span is None:
+        return torch.ones(visit.num_queries, visit.num_keys, dtype=torch.bool)
+    keys = torch.arange(visit.num_keys)
+    return (keys >= visit.span.first[:, None]) & (keys < visit.span.stop[:, None])
 
 
-def seen_by(step: Step) -> torch.Tensor:
-    """(queries, keys) bool of one step."""
-    if not step.pairs:
-        return torch.zeros(step.num_queries, step.num_keys, dtype=torch.bool)
-    if step.span is None:
-        return torch.ones(step.num_queries, step.num_keys, dtype=torch.bool)
-    keys = torch.arange(step.num_keys)
-    return (keys >= step.span.first[:, None]) & (keys < step.span.stop[:, None])
+def plans(problem: Problem, transport: str = "auto") -> list[Plan]:
+    mask, table, layout, ring = problem
+    lengths = table.shape[0], table.shape[1]
+    return [make_plan(masks_of(mask), layout, lengths, ring, r, transport) for r in range(ring)]
 
 
-def plans(problem: tuple[Mask, Layout, int, int, int]) -> list[Plan]:
-    *what, ring = problem
-    return [make_plan(*what, ring, r) for r in range(ring)]
+def visits(problem: Problem, transport: str = "auto") -> list[tuple[Plan, int, Load, Visit]]:
+    return [
+        (plan, step.owner, load, visit)
+        for plan in plans(problem, transport)
+        for step in plan.steps
+        for load in step.loads
+        for visit in load.visits
+    ]
 
 
-@given(problems())
-def test_steps_see_what_the_mask_says(problem: tuple[Mask, Layout, int, int, int]) -> None:
-    mask, layout, query_len, key_len, ring = problem
-    expected = visible(mask, query_len, key_len)
-    keys = [row.tensor for row in rows(layout, key_len, ring)]
-    for r, plan in enumerate(plans(problem)):
-        mine = expected[rows(layout, query_len, ring)[r].tensor]
-        left = mine.clone()
-        for t, step in enumerate(plan.steps):
-            assert step.owner == (r - t) % ring
-            assert torch.equal(seen_by(step), mine[:, keys[step.owner]])
-            assert step.pairs == int(seen_by(step).sum())
-            left[:, keys[step.owner]] = False
-        assert not left.any(), "a block that is needed was not planned"
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@given(problem=problems())
+def test_every_visible_pair_is_visited_once(transport: str, problem: Problem) -> None:
+    _, expected, *_ = problem
+    counted = torch.zeros(expected.shape, dtype=torch.int64)
+    for plan, owner, load, visit in visits(problem, transport):
+        keys = plan.keys[owner].tensor[load.rows.index]
+        assert visit.pairs == int(seen_in(visit).sum()) > 0
+        counted[plan.queries.tensor[:, None], keys] += seen_in(visit)
+    assert torch.equal(counted, expected.long())
 
 
 @given(problems())
-def test_all_ranks_plan_the_same_number_of_hops(
-    problem: tuple[Mask, Layout, int, int, int],
-) -> None:
-    assert len({plan.hops for plan in plans(problem)}) == 1
+def test_spans_are_monotone(problem: Problem) -> None:
+    for *_, visit in visits(problem):
+        if visit.span is not None:
+            first, stop = visit.span.first, visit.span.stop
+            assert first.dtype == stop.dtype == torch.int32
+            assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
 
 
 @given(problems())
-def test_spans_are_monotone(problem: tuple[Mask, Layout, int, int, int]) -> None:
-    for plan in plans(problem):
-        for step in plan.steps:
-            if step.span is not None:
-                first, stop = step.span.first, step.span.stop
-                assert first.dtype == stop.dtype == torch.int32
-                assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
+def test_tiles_cover_each_visible_pair_once(problem: Problem) -> None:
+    for *_, visit in visits(problem):
+        covered = torch.zeros(visit.num_queries, visit.num_keys, dtype=torch.int64)
+        for tile in visit.tiles:
+            i = torch.arange(tile.q1 - tile.q0)[:, None]
+            j = torch.arange(tile.k1 - tile.k0)[None]
+            inside = torch.ones(len(i), j.shape[1], dtype=torch.bool)
+            if tile.lo is not None:
+                inside &= j - i >= tile.lo
+            if tile.hi is not None:
+                inside &= j - i <= tile.hi
+            assert inside.any(1).all(), "a row of a tile sees nothing"
+            covered[tile.q0 : tile.q1, tile.k0 : tile.k1] += inside
+        assert torch.equal(covered, seen_in(visit).long())
+
+
+@given(problem=problems(), few=st.booleans())
+def test_needed_rows_are_those_that_are_seen(problem: Problem, few: bool) -> None:
+    """Just those where every query is looked at, and at least those where some are."""
+    mask, table, layout, ring = problem
+    query_len, key_len = table.shape
+    with pytest.MonkeyPatch.context() as patched:
+        if few:
+            patched.setattr(reach, "_STRETCHES", 3)
+        needed = needed_rows.__wrapped__(mask, layout, query_len, key_len, ring)
+    queries, keys = (rows(layout, length, ring) for length in (query_len, key_len))
+    for rank, row in enumerate(needed):
+        for owner, found in enumerate(row):
+            seen = table[queries[rank].tensor][:, keys[owner].tensor].any(0)
+            got = torch.zeros_like(seen).index_fill_(0, found.index, True)
+            assert torch.equal(got, seen) or (few and not (seen & ~got).any())
 
 
 @given(problems())
-def test_tiles_cover_each_visible_pair_once(problem: tuple[Mask, Layout, int, int, int]) -> None:
-    for plan in plans(problem):
-        for step in plan.steps:
-            covered = torch.zeros(step.num_queries, step.num_keys, dtype=torch.int64)
-            for tile in step.tiles:
-                i = torch.arange(tile.q1 - tile.q0)[:, None]
-                j = torch.arange(tile.k1 - tile.k0)[None]
-                inside = torch.ones(len(i), j.shape[1], dtype=torch.bool)
-                if tile.lo is not None:
-                    inside &= j - i >= tile.lo
-                if tile.hi is not None:
-                    inside &= j - i <= tile.hi
-                assert inside.any(1).all(), "a row of a tile sees nothing"
-                covered[tile.q0 : tile.q1, tile.k0 : tile.k1] += inside
-            assert torch.equal(covered, seen_by(step).long())
+def test_all_ranks_choose_the_same_way(problem: Problem) -> None:
+    routes = [plan.route for plan in plans(problem)]
+    assert len({type(route) for route in routes}) == 1
+    if isinstance(routes[0], Ring):
+        assert len({tuple(len(d.hops) for d in route.directions) for route in routes}) == 1
 
 
 def test_causal_tiles_are_few() -> None:
-    plan = make_plan(make_mask(causal=True), "zigzag", 4096, 4096, 4, 1)
-    assert [len(step.tiles) for step in plan.steps] == [1, 1, 1, 1]
+    plan = make_plan(masks_of(masks.causal()), "zigzag", (4096, 4096), 4, 1)
+    assert [len(v.tiles) for s in plan.steps for v in s.loads[0].visits] == [1, 1, 1, 1]
 
 
-def test_a_window_shortens_the_ring_and_documents_that_fit_need_none() -> None:
-    window = make_mask(causal=True, window_size=(10, 0))
-    assert make_plan(window, "contiguous", 800, 800, 8, 3).hops == 1
-    assert make_plan(window, "zigzag", 800, 800, 8, 3).hops > 1
-    documents = make_mask(cu_seqlens=range(0, 801, 100))
-    assert make_plan(documents, "contiguous", 800, 800, 8, 3).hops == 0
+def test_bytes_of_a_window_are_those_of_its_halo() -> None:
+    """The rows seen of others, and no more: 2,560 MB a layer with whole blocks in one direction."""
+    window = masks_of(masks.window(512, 512))
+    for rank in range(16):
+        plan = make_plan(window, "contiguous", (161_280, 161_280), 16, rank)
+        sent = sum(len(rows) for cargo in plan.route.sent(rank) for rows in cargo)
+        assert sent == (512 if rank in (0, 15) else 1024)
+        assert sum(len(step.loads[0].rows) for step in plan.steps[1:]) == sent
+
+
+def test_documents_that_fit_a_rank_send_nothing() -> None:
+    documents = masks_of(masks.documents(range(0, 801, 100)))
+    assert make_plan(documents, "contiguous", (800, 800), 8, 3).route is None
+
+
+def test_neighbours_with_equal_masks_share_calls() -> None:
+    a, b = masks.causal(), masks.window(3, 3)
+    parts = masks_of([a, a, b, a])
+    assert [part.samples for part in parts] == [Samples(0, 2), Samples(2, 3), Samples(3, 4)]
+    assert masks_of([a, a]) == masks_of(a)
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "documents"])
@@ -127,33 +159,29 @@ def test_zigzag_balances_causal_work(layout: str) -> None:
     bounds = (0, 100, 420, 1000)
     mask = make_mask(causal=True, cu_seqlens=bounds if layout == "documents" else None)
     shape = DocumentZigzag(bounds) if layout == "documents" else layout
-    pairs = [make_plan(mask, shape, 1000, 1000, 4, r).pairs for r in range(4)]
+    pairs = [make_plan(masks_of(mask), shape, (1000, 1000), 4, r).pairs for r in range(4)]
     assert max(pairs) < 1.02 * min(pairs)
-
-
-def test_the_steps_of_a_plan() -> None:
-    plan = make_plan(make_mask(causal=True), "contiguous", 8, 8, 2, 0)
-    assert plan.pairs == 10
-    steps = [(s.owner, s.num_queries, s.num_keys, s.kind, s.pairs) for s in plan.steps]
-    assert steps == [(0, 4, 4, "span", 10), (1, 4, 4, "none", 0)]
 
 
 def test_plans_lie_on_the_host_whatever_the_default_device_is() -> None:
     rows.cache_clear(), make_plan.cache_clear()
     bounds = (0, 17, 64)
     with torch.device("meta"):
-        mask = make_mask(causal=True, cu_seqlens=bounds)
-        plan = make_plan(mask, DocumentZigzag(bounds), 64, 64, 2, 1)
-        striped = make_plan(mask, "striped", 64, 64, 2, 1)
-    for made in (plan, striped):
-        assert made.steps[0].span is not None and made.steps[0].span.first.device.type == "cpu"
-        assert made.queries.tensor.device.type == "cpu"
+        each = masks.causal() & masks.documents(bounds), masks.neighbourhood((4, 8), 3)
+        made = [
+            make_plan(masks_of(mask), layout, (64, 64), 2, 1)
+            for mask, layout in zip(each, (DocumentZigzag(bounds), "striped"), strict=True)
+        ]
+    for plan in made:
+        for visit in (v for s in plan.steps for v in s.loads[0].visits if v.span is not None):
+            assert visit.span.first.device.type == "cpu"
+        assert plan.queries.tensor.device.type == "cpu"
 
 
 def test_a_million_tokens_plan_once() -> None:
     """The second call is a look-up: it returns the very same plan."""
-    mask = make_mask(causal=True)
-    plan = make_plan(mask, "zigzag", MILLION, MILLION, 8, 3)
+    what = "zigzag", (MILLION, MILLION), 8, 3
+    plan = make_plan(masks_of(masks.causal()), *what)
     start = time.perf_counter()
-    assert make_plan(make_mask(causal=True), "zigzag", MILLION, MILLION, 8, 3) is plan
+    assert make_plan(masks_of(masks.causal()), *what) is plan
     assert time.perf_counter() - start < 0.01

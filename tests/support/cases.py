@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
+from random import Random
 from typing import Any
 
 import torch
+from mask_cases import any_mask, table_of
 from torch import Tensor
 
 DTYPES = {
@@ -37,6 +39,10 @@ class Case:
             dim not contiguous.
         magnitude: Factor of q: large ones make one key win.
         special: What is awkward about the values; see ``_make_special``.
+        unions: A drawn mask beside the options: "one" for all samples, one for "each", or a
+            boolean "table" in torch's meaning.
+        key_lengths: Whether each sample has a number of keys of its own.
+        query_offset: Position of the first query among the keys; -1 draws one for each sample.
     """
 
     ulysses: int = 1
@@ -71,6 +77,10 @@ class Case:
     strided: str | None = None
     magnitude: float = 1.0
     special: str | None = None
+    unions: str | None = None
+    key_lengths: bool = False
+    query_offset: int | None = None
+    sinks: bool = False
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -129,6 +139,53 @@ class Tensors:
     bias: Tensor | None
     padding: Tensor | None
     slopes: Tensor | None
+    sinks: Tensor | None = None
+    queries: list[int] | None = None  # their positions; None for all
+
+
+@dataclass
+class Seen:
+    """Who sees whom beyond the plain options.
+
+    Attributes:
+        given: What the function under test is given.
+        table: (B, Sq, Sk) bool, the same for the oracle; None where all is plain.
+        query_offset: (B,) int64.
+    """
+
+    given: dict[str, Any]
+    table: Tensor | None
+    query_offset: Tensor
+
+
+def seen(case: Case) -> Seen:
+    """The drawn masks, lengths and offsets, the same on every process."""
+    random, b, shape = Random(case.seed), case.batch, (case.seq_len, case.num_keys)
+    given: dict[str, Any] = {}
+    table = torch.ones(b, *shape, dtype=torch.bool)
+    offset = torch.zeros(b, dtype=torch.int64)
+    if case.query_offset is not None:
+        values = [case.query_offset] * b
+        if case.query_offset == -1:
+            values = [random.choice([-3, 0, 2, 5]) for _ in range(b)]
+        given["query_offset"] = case.query_offset if case.query_offset != -1 else values
+        offset = torch.tensor(values)
+    if case.unions is not None:
+        choice = [any_mask(random, *shape) for _ in range(2)]
+        which = [random.randrange(2) for _ in range(b)] if case.unions == "each" else [0] * b
+        for i, each in enumerate(which):
+            table[i] = table_of(choice[each][1], *shape, first=int(offset[i]))
+        if case.unions == "table":
+            given["attn_mask"] = table[0].clone()
+        else:
+            masks = [choice[each][0] for each in which]
+            given["mask"] = masks if case.unions == "each" else masks[0]
+    if case.key_lengths:
+        lengths = [random.randint(0, case.num_keys) for _ in range(b)]
+        given["key_lengths"] = lengths
+        table &= torch.arange(case.num_keys) < torch.tensor(lengths)[:, None, None]
+    plain = case.unions is None and not case.key_lengths
+    return Seen(given, None if plain else table, offset)
 
 
 def whole(case: Case) -> Tensors:
@@ -159,6 +216,8 @@ def whole(case: Case) -> Tensors:
     t = Tensors((q * case.magnitude).to(dtype), k, v, dout, dlse, bias, padding, slopes)
     if case.special is not None:
         _make_special(t, case.special)
+    if case.sinks:
+        t.sinks = normal(h)
     return t
 
 
@@ -248,4 +307,6 @@ def local(case: Case, rank: int) -> Tensors:
         bias,
         None if t.padding is None else t.padding[:, keys],
         t.slopes,
+        t.sinks,
+        queries,
     )

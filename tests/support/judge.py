@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from cases import DTYPES, Case, Tensors, local, shards, whole
+from cases import DTYPES, Case, Tensors, local, seen, shards, whole
 from torch import Tensor
 
 from usp.testing import dense_attention, dropout_multiplier
@@ -39,7 +39,13 @@ def attend(
     """The function under test, forward and backward."""
     import usp
 
-    q, k, v, *rest = leaves = [_leaf(case, x) for x in (t.q, t.k, t.v, t.bias) if x is not None]
+    q, k, v = (_leaf(case, x) for x in (t.q, t.k, t.v))
+    bias = None if t.bias is None else _leaf(case, t.bias)
+    sinks = None if t.sinks is None else t.sinks.clone().requires_grad_()
+    given = seen(case).given
+    if "attn_mask" in given:
+        mine = slice(None) if t.queries is None else t.queries
+        given = given | {"attn_mask": given["attn_mask"][mine]}
     with around_forward:
         result = usp.long_context_attention(
             q,
@@ -47,10 +53,12 @@ def attend(
             v,
             mesh,
             **case.masks,
+            **given,
             layout=case.placed,
             seq_len=case.seq_len if case.key_len is None else (case.seq_len, case.key_len),
             key_padding_mask=t.padding,
-            attn_bias=rest[0] if rest else None,
+            attn_bias=bias,
+            sinks=sinks,
             dropout_p=case.dropout_p,
             dropout_seed=case.dropout_seed,
             alibi_slopes=t.slopes,
@@ -60,11 +68,12 @@ def attend(
         )
     out, lse = result if case.return_lse else (result, None)
     outputs, cotangents = ([out, lse], [t.dout, t.dlse]) if case.return_lse else ([out], [t.dout])
+    leaves = {"dq": q, "dk": k, "dv": v, "dbias": bias, "dsinks": sinks}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     with around_backward:
-        gradients = torch.autograd.grad(outputs, leaves, cotangents)
-    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
-    values = [out.detach(), None if lse is None else lse.detach(), *gradients]
-    return {name: x for name, x in zip(names, values, strict=False) if x is not None}
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    results = {"out": out.detach()} | ({} if lse is None else {"lse": lse.detach()})
+    return results | dict(zip(leaves, gradients, strict=True))
 
 
 def _leaf(case: Case, x: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     joined = {}
     for name in results[0]:
         parts = [result[name] for result in results]
-        if name == "dbias" and "q" not in case.bias:
+        if name == "dsinks" or (name == "dbias" and "q" not in case.bias):
             # each rank holds its part of the sum
             joined[name] = torch.stack([part.double() for part in parts]).sum(0)
             continue
@@ -98,29 +107,34 @@ def oracle(case: Case) -> dict[str, Tensor]:
     if t.bias is not None:  # what the lowest number of a dtype means would be lost in fp64
         lowest = torch.finfo(t.bias.dtype).min
         t.bias = t.bias.double().masked_fill(t.bias == lowest, -torch.inf)
-    leaves = [x.double().requires_grad_() for x in (t.q, t.k, t.v, t.bias) if x is not None]
-    keep = None
+    leaves = {"dq": t.q, "dk": t.k, "dv": t.v, "dbias": t.bias, "dsinks": t.sinks}
+    leaves = {name: x.double().requires_grad_() for name, x in leaves.items() if x is not None}
+    who, keep = seen(case), None
+    offset = {"query_offset": who.query_offset}
     if case.dropout_p:
         shape = case.batch, case.heads, case.seq_len, case.num_keys
-        keep = dropout_multiplier(case.dropout_p, case.dropout_seed, *shape)
+        keep = dropout_multiplier(case.dropout_p, case.dropout_seed, *shape, **offset)
     out, lse = dense_attention(
-        *leaves[:3],
+        leaves["dq"],
+        leaves["dk"],
+        leaves["dv"],
         **case.masks,
+        **offset,
+        attn_mask=None if who.table is None else who.table[:, None],
         key_padding_mask=t.padding,
-        attn_bias=leaves[3] if len(leaves) > 3 else None,
+        attn_bias=leaves.get("dbias"),
         alibi_slopes=t.slopes,
+        sinks=leaves.get("dsinks"),
         dropout_keep=keep,
     )
     outputs, cotangents = [out], [t.dout.double()]
     if case.return_lse:
         outputs, cotangents = [out, lse], [t.dout.double(), t.dlse.double()]
-    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-    results = {"out": out.detach()}
-    if case.return_lse:
-        results["lse"] = lse.detach()
-    for name, leaf, gradient in zip(("dq", "dk", "dv", "dbias"), leaves, gradients, strict=False):
-        results[name] = torch.zeros_like(leaf) if gradient is None else gradient
-    return results
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
+    )
+    results = {"out": out.detach()} | ({"lse": lse.detach()} if case.return_lse else {})
+    return results | dict(zip(leaves, gradients, strict=True))
 
 
 def assert_close(case: Case, ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -155,7 +169,8 @@ def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
     delta = largest((t.dout.double() * out).sum(-1))
     scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
     q, k = (largest(x.double()) * scale for x in (t.q, t.k))
-    return {"dq": delta * k, "dk": delta * q, "dbias": delta}
+    rows = t.q.shape[0] * t.q.shape[1]
+    return {"dq": delta * k, "dk": delta * q, "dbias": delta, "dsinks": delta * rows}
 
 
 def judge(case: Case, pool: Any) -> None:

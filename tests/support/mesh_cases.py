@@ -66,8 +66,12 @@ def extras(draw: st.DrawFn, filled: bool) -> dict[str, object]:
         "softmax_scale": st.sampled_from([0.0, -0.5, 0.3]),
         "return_lse": st.just(True),
         "magnitude": st.sampled_from([0.0, 30.0]),
+        "unions": st.sampled_from(["one", "each", "table"]),
+        "key_lengths": st.just(True),
+        "query_offset": st.sampled_from([-1, -1, 1, 40]),
+        "sinks": st.just(True),
     }
-    chosen = draw(st.sets(st.sampled_from(sorted(options)), max_size=4))
+    chosen = draw(st.sets(st.sampled_from(sorted(options)), max_size=5))
     drawn = {name: draw(options[name]) for name in sorted(chosen)}
     if filled:
         drawn |= {"bias": draw(options["bias"]), "bias_fill": draw(st.sampled_from(FILLS))}
@@ -88,9 +92,9 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         ring=ring,
         on_mesh=ulysses * ring > 1 or draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
-        transport=draw(st.sampled_from(["ring", "allgather"])),
+        transport=draw(st.sampled_from(["auto", "ring", "direct", "allgather"])),
         backend=draw(st.sampled_from(BACKENDS)),
-        batch=draw(st.integers(1, 2)),
+        batch=draw(st.integers(1, 4)),
         seq_len=seq_len,
         key_len=None if self_attention else draw(LENGTHS),
         dtype=draw(st.sampled_from(["float64", "float64", "float32", "bfloat16", "float16"])),
@@ -100,6 +104,8 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         **draw(heads()),
         **draw(extras(filled)),
     )
+    if case.query_offset is not None:  # a drawn mask or documents fit whole lengths alone
+        case = replace(case, unions=None, cu_seqlens=None)
     if case.cu_seqlens is not None and draw(st.booleans()):
         case = replace(case, layout="documents")
     if self_attention and draw(st.integers(0, 4)) == 0:
@@ -123,7 +129,9 @@ def for_sdpa(case: Case) -> Case:
     if scale is not None and scale <= 0:
         scale = None
     case = replace(case, **plain, dropout_p=0.0, return_lse=False, softmax_scale=scale)
-    return replace(case, value_dim=case.head_dim)
+    if case.unions == "table":  # on a mesh that is a bias
+        case = replace(case, unions="each")
+    return replace(case, value_dim=case.head_dim, sinks=False)
 
 
 # cases that once failed, and corners that a random draw reaches seldom

@@ -33,7 +33,7 @@ from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
 from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.bias_gradient import bias_gradient
-from usp.planning.plan import transposed
+from usp.planning.visit import transposed
 
 WARP_SIZES = {"cuda": 32, "hip": 64}
 FAMILIES = {

@@ -76,7 +76,7 @@ class Kernels:
         from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
         from usp.kernels.attention_backward import attention_backward
         from usp.kernels.bias_gradient import bias_gradient
-        from usp.planning.plan import transposed
+        from usp.planning.visit import transposed
 
         *shared, dq, dk, dv, dbias = rest
         options, seen_by = KernelOptions(*shared), None

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from usp.attention import masking
+from usp.attention.masking import MaskOptions, make_masks, refuse_attn_mask, refuse_lengths
 from usp.backends import Backend, check_name, select
 from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
@@ -17,29 +19,27 @@ from usp.distributed.transport import check_transport
 from usp.kernels import architecture
 from usp.planning.kinds import flag, integer, real, tensor
 from usp.planning.layout import Layout, check_layout
-from usp.planning.mask import Mask, make_mask
 from usp.planning.problem import Scoring, Traits, state_dtype
+from usp.planning.samples import Masks
 from usp.planning.shares import named_lengths, row_pieces
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MaskOptions):
     """The options of ``long_context_attention``; see there."""
 
-    causal: bool = False
-    window_size: tuple[int | None, int | None] = (None, None)
-    cu_seqlens: Sequence[int] | Tensor | None = None
-    prefix_len: int | None = None
     softmax_scale: float | Tensor | None = None
     layout: Layout = "contiguous"
     seq_len: int | tuple[int, int] | str | None = None
     dropout_p: float = 0.0
     softcap: float | None = None
-    transport: str = "ring"
+    transport: str = "auto"
     return_lse: bool = False
     backend: str = "auto"
+    attn_mask: Tensor | None = None  # what is none: another becomes a mask or a bias before
+    sinks: Tensor | None = None
 
 
 class Tensors(NamedTuple):
@@ -72,13 +72,13 @@ class Request:
     """Options and tensors that fit together.
 
     Attributes:
-        mask, layout, scoring, transport, backend, return_lse: What to compute, and how.
+        masks, layout, scoring, transport, backend, return_lse: What to compute, and how.
         query_len, key_len: Tokens of the whole sequences.
         num_heads, num_kv_heads: Heads of the whole attention.
         query_lengths, key_lengths: Local tokens of each rank of this rank's row.
     """
 
-    mask: Mask
+    masks: Masks
     layout: Layout
     scoring: Scoring
     transport: str
@@ -97,11 +97,11 @@ class Alone:
     """What fits together as far as it can be told without the lengths of whole sequences.
 
     Attributes:
-        mask, scoring, backend: As in ``Request``, but for the seed of dropout.
+        masks, scoring, backend: As in ``Request``, but for the seed of dropout.
         lengths: Queries and keys of the whole sequences where they were named.
     """
 
-    mask: Mask
+    masks: Masks
     scoring: Scoring
     backend: Backend
     lengths: tuple[int, int] | None
@@ -130,15 +130,14 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     lengths = named_lengths(options.seq_len, options.layout)
     _check_qkv(tensors.q, tensors.k, tensors.v)
     _check_extras(tensors)
-    mask = make_mask(
-        causal=options.causal,
-        window_size=options.window_size,
-        cu_seqlens=options.cu_seqlens,
-        prefix_len=options.prefix_len,
-    )
+    if options.attn_mask is not None:
+        refuse_attn_mask(options.attn_mask)
+    if options.sinks is not None:
+        _check_sinks(options.sinks, tensors)
+    masks = make_masks(options, tensors.q.shape[0])
     scoring = _scoring(options, tensors.q.shape[3])
     backend = select(options.backend, _traits(tensors, scoring, options.return_lse))
-    return Alone(mask, scoring, backend, lengths)
+    return Alone(masks, scoring, backend, lengths)
 
 
 def complete(
@@ -155,9 +154,9 @@ def complete(
         lengths: Queries and keys of the whole sequences.
     """
     query_len, key_len = lengths
-    _check_whole(tensors, options, lengths)
+    _check_whole(tensors, alone, lengths)
     return Request(
-        mask=alone.mask,
+        masks=alone.masks,
         layout=options.layout,
         scoring=replace(alone.scoring, dropout_seed=dropout_seed),
         transport=options.transport,
@@ -172,7 +171,7 @@ def complete(
     )
 
 
-def _check_whole(tensors: Tensors, options: Options, lengths: tuple[int, int]) -> None:
+def _check_whole(tensors: Tensors, alone: Alone, lengths: tuple[int, int]) -> None:
     """What must fit the whole sequences."""
     query_len, key_len = lengths
     bias = tensors.attn_bias
@@ -181,13 +180,7 @@ def _check_whole(tensors: Tensors, options: Options, lengths: tuple[int, int]) -
             "attn_bias must be (batch|1, heads|1, local queries|1, all keys), and there are "
             f"{key_len} keys in the whole sequence, got {tuple(bias.shape)}"
         )
-    if options.cu_seqlens is not None:
-        total = int(options.cu_seqlens[-1])
-        if (query_len, key_len) != (total, total):
-            raise ValueError(
-                f"cu_seqlens ends at {total}, but there are {query_len} queries and {key_len} "
-                "keys in the whole sequence"
-            )
+    refuse_lengths(alone.masks, query_len, key_len)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -294,6 +287,22 @@ def _check_extras(tensors: Tensors) -> None:
             )
 
 
+def _check_sinks(sinks: Tensor, tensors: Tensors) -> None:
+    """Refuse sinks that are not one for each head.
+
+    Raises:
+        TypeError: they are no plain tensor. ValueError: of another shape or device.
+    """
+    heads, device = tensors.q.shape[2], tensors.q.device
+    if tensor("sinks", sinks).shape != (heads,) or sinks.device != device:
+        raise ValueError(
+            f"sinks must be (heads,) = ({heads},) on {device}, got {tuple(sinks.shape)} on "
+            f"{sinks.device}"
+        )
+    if not sinks.is_floating_point():
+        raise ValueError(f"sinks are logits and must be floating point, got {sinks.dtype}")
+
+
 def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
     return Traits(
         device_type=tensors.q.device.type,
@@ -361,12 +370,13 @@ def facts(
         "dtype": q.dtype,
         "device type": q.device.type,
         "seq_len": Advised(alone.lengths or "not given", LENGTH_ADVICE),
-        "mask (causal, window_size, cu_seqlens, prefix_len)": alone.mask,
+        masking.NAMES: alone.masks,
         "layout": options.layout,
         "scoring (softmax_scale, softcap, dropout_p)": alone.scoring,
         "dropout_seed": "drawn" if dropout_seed is None else dropout_seed,
         "transport": options.transport,
         "return_lse": options.return_lse,
+        "sinks": options.sinks is not None,
         "key_padding_mask": tensors.key_padding_mask is not None,
         "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
         "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),

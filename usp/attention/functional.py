@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from usp.attention import op
 from usp.attention.arguments import Options, Tensors, drops
+from usp.attention.attn_mask import with_attn_mask
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
+from usp.attention.sinks import with_sinks
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.kinds import is_fake, tensor
 from usp.planning.layout import Layout
+from usp.planning.masks.mask import Mask
 
 
 def long_context_attention(
@@ -28,8 +32,12 @@ def long_context_attention(
     *,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
-    cu_seqlens: Sequence[int] | Tensor | None = None,
+    cu_seqlens: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
     prefix_len: int | None = None,
+    mask: Mask | Sequence[Mask] | None = None,
+    attn_mask: Tensor | None = None,
+    key_lengths: Sequence[int] | Tensor | None = None,
+    query_offset: int | Sequence[int] = 0,
     softmax_scale: float | Tensor | None = None,
     layout: Layout = "contiguous",
     seq_len: int | tuple[int, int] | str | None = None,
@@ -39,7 +47,8 @@ def long_context_attention(
     dropout_seed: int | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
-    transport: str = "ring",
+    sinks: Tensor | None = None,
+    transport: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
     validate: bool | None = None,
@@ -55,11 +64,23 @@ def long_context_attention(
         v: (B, Lk, G, Dv), like k.
         mesh: The ranks that share the sequence; None is one device.
         causal: Hide keys after the query's own global position (top-left also where query and
-            key lengths differ).
+            key lengths differ: see ``query_offset``).
         window_size: (left, right) keys visible on each side of the query's own position, None
             is no bound.
-        cu_seqlens: Global boundaries ``(0, ..., total)`` of packed documents, host integers.
+        cu_seqlens: Global boundaries ``(0, ..., total)`` of packed documents, host integers; or a
+            list of them, one a sample.
         prefix_len: First keys that ``causal`` opens to every query; a window still closes them.
+        mask: Who sees whom beside these options, of ``usp.masks``; or a list of one a sample.
+            Neighbours with equal masks share calls.
+        attn_mask: (Lq, all keys) or (B|1, H|1, Lq|1, all keys) bool, True where this rank's query
+            sees the key (torch's meaning in ``scaled_dot_product_attention``). Where all queries
+            are here, on a CPU, and its rows are a few runs of keys, it is planned as ``mask``;
+            else it is a bias.
+        key_lengths: (B,) host integers: each sample has so many keys, the rest is padding that is
+            neither computed nor sent.
+        query_offset: Position of the first query among the keys, for all or for each sample: one
+            query behind 40 cached keys is at 40. Keys minus queries aligns both ends, as
+            flash-attn does.
         softmax_scale: Factor of ``<q, k>``, dimensionless; D ** -0.5 by default. A tensor of one
             number is multiplied with q, and has a gradient: this rank's part of the sum.
         layout: "contiguous", "zigzag", "striped" or ``DocumentZigzag(cu_seqlens)``: which
@@ -80,7 +101,11 @@ def long_context_attention(
             draws one, and the first tells the others.
         softcap: Scores become ``softcap * tanh(score / softcap)``, before bias and ALiBi.
         alibi_slopes: (H,) or (B, H): minus slope times distance of global positions is added.
-        transport: "ring" passes blocks of keys, "allgather" gathers them in one collective.
+        sinks: (H,) a logit of each head that takes its share of every row's weights and gives
+            nothing. Its gradient is this rank's part of the sum.
+        transport: "ring" passes blocks of keys from rank to rank, "direct" sends rows straight to
+            those who see them, "allgather" gathers all in one collective; "auto" is the ring
+            where it sends no row more than "direct" would, else "direct".
         return_lse: Also return the LSE.
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
         validate: Whether the ranks compare their arguments first, and in the backward whose it is,
@@ -95,7 +120,7 @@ def long_context_attention(
     Returns:
         (B, Lq, H, Dv) in the dtype of q; rows that see nothing are 0. With ``return_lse`` also
         (B, H, Lq) natural log of the sum of exp(score), fp32 (fp64 for fp64), -inf for those
-        rows; both differentiable.
+        rows; both differentiable. With ``sinks`` it contains them.
 
     Raises:
         TypeError: an argument is of another kind: a bool or float for an integer, a nested,
@@ -109,18 +134,23 @@ def long_context_attention(
         arXiv:2405.07719.
     """
     options = Options(
-        causal,
-        window_size,
-        cu_seqlens,
-        prefix_len,
-        softmax_scale,
-        layout,
-        seq_len,
-        dropout_p,
-        softcap,
-        transport,
-        return_lse,
-        backend,
+        causal=causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        prefix_len=prefix_len,
+        mask=mask,
+        key_lengths=key_lengths,
+        query_offset=query_offset,
+        softmax_scale=softmax_scale,
+        layout=layout,
+        seq_len=seq_len,
+        dropout_p=dropout_p,
+        softcap=softcap,
+        transport=transport,
+        return_lse=return_lse,
+        backend=backend,
+        attn_mask=attn_mask,
+        sinks=sinks,
     )
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
     return attend(tensors, options, mesh, dropout_seed, validate)
@@ -137,6 +167,23 @@ def attend(
     the seed a tensor, while a graph is made."""
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
+    if options.attn_mask is not None:
+        tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)
+    if options.sinks is None:
+        return _dispatched(tensors, options, mesh, dropout_seed, validate)
+    told = replace(options, return_lse=True)
+    out, lse = _dispatched(tensors, told, mesh, dropout_seed, validate)
+    out, lse = with_sinks(out, lse, options.sinks)
+    return (out, lse) if options.return_lse else out
+
+
+def _dispatched(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: When,
+) -> Tensor | tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         for name, x in zip(Tensors._fields, tensors, strict=True):
             if x is not None:

@@ -108,7 +108,12 @@ def prepare(
     ulysses, ring = (_ALONE, _ALONE) if mesh is None else (mesh.ulysses, mesh.ring)
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
     plan = make_plan(
-        request.mask, request.layout, request.query_len, request.key_len, ring.size, ring.rank
+        request.masks,
+        request.layout,
+        (request.query_len, request.key_len),
+        ring.size,
+        ring.rank,
+        request.transport,
     )
     bias_cut = None
     if tensors.attn_bias is not None:
@@ -116,9 +121,7 @@ def prepare(
         if bias_rows is None:
             bias_rows = agree_on_bias_rows(ulysses, tensors.attn_bias, lengths)
         bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
-    executor = Ring(
-        ring, plan, request.transport, heads[ulysses.rank], request.scoring, request.backend
-    )
+    executor = Ring(ring, plan, heads[ulysses.rank], request.scoring, request.backend)
     return tensors, Call(ulysses, executor, heads, request, bias_cut)
 
 

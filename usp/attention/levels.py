@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usp.planning.plan import Span, Step
 from usp.planning.problem import Block
+from usp.planning.visit import Span, Visit
 
 # From here on fp32 rounds an LSE by more than 3e-5, and the weights of its row with it.
 LARGE = 1024.0
@@ -88,13 +88,6 @@ def _rows_at_once(bias: Tensor) -> int:
     return max(1, values // max(1, bias[:, :, :1].numel()))
 
 
-def new_level(block: Block) -> Tensor:
-    """(b, h, Lq) of rows that have seen nothing: -inf."""
-    bias = block.bias
-    assert bias is not None
-    return bias.new_full((*bias.shape[:2], block.q.shape[1]), -torch.inf)
-
-
 def enter(block: Block, level: Tensor, lse: Tensor) -> list[Block]:
     """Raise the levels of all rows for a block, before its keys come into their state.
 
@@ -107,7 +100,7 @@ def enter(block: Block, level: Tensor, lse: Tensor) -> list[Block]:
         The block relative to the new levels: see ``relative``.
     """
     assert block.bias is not None
-    raised = _where_large(torch.maximum(level, _largest_seen(block.bias, block.step)))
+    raised = _where_large(torch.maximum(level, _largest_seen(block.bias, block.visit)))
     if block.bias.shape[2] == 1:
         raised = _in_runs(raised)
     lse += torch.where(level == -torch.inf, 0.0, level - raised)
@@ -148,9 +141,9 @@ def relative(block: Block, level: Tensor) -> list[Block]:
     ends = [0, *starts.tolist(), level.shape[2]]
     blocks = []
     for start, stop in pairwise(ends):
-        step = _of_rows(block.step, start, stop)
-        if step.pairs:
-            blocks.append(replace(block, step=step, bias=bias - level[:, :, start, None, None]))
+        visit = _of_rows(block.visit, start, stop)
+        if visit.pairs:
+            blocks.append(replace(block, visit=visit, bias=bias - level[:, :, start, None, None]))
     return blocks
 
 
@@ -169,19 +162,19 @@ def _or_zero(level: Tensor) -> Tensor:
     return torch.where(level == -torch.inf, 0.0, level)
 
 
-def _largest_seen(bias: Tensor, step: Step) -> Tensor:
+def _largest_seen(bias: Tensor, visit: Visit) -> Tensor:
     """(b, h, Lq | 1) largest bias among the keys that a row sees, -inf for none.
 
     In operations that run in vectors: a masked fill takes ten times as long.
     """
-    if step.span is None:
+    if visit.span is None:
         return bias.amax(-1)
-    first, stop = (end[:, None] for end in step.span.on(bias.device))
-    largest = bias.new_full((*bias.shape[:2], step.num_queries), -torch.inf)
+    first, stop = (end[:, None] for end in visit.span.on(bias.device))
+    largest = bias.new_full((*bias.shape[:2], visit.num_queries), -torch.inf)
     rows = _rows_at_once(bias)
-    for start in range(0, step.num_queries, rows):
-        end = min(start + rows, step.num_queries)
-        keys = slice(int(step.span.first[start]), int(step.span.stop[end - 1]))
+    for start in range(0, visit.num_queries, rows):
+        end = min(start + rows, visit.num_queries)
+        keys = slice(int(visit.span.first[start]), int(visit.span.stop[end - 1]))
         if keys.start >= keys.stop:
             continue
         part = bias[..., keys] if bias.shape[2] == 1 else bias[:, :, start:end, keys]
@@ -206,16 +199,16 @@ def _in_runs(level: Tensor) -> Tensor:
     return level
 
 
-def _of_rows(step: Step, start: int, stop: int) -> Step:
-    """The step of these rows; the others see nothing."""
-    if (start, stop) == (0, step.num_queries):
-        return step
-    if step.span is None:
-        first = torch.zeros(step.num_queries, dtype=torch.int32)
-        last = torch.full_like(first, step.num_keys)
+def _of_rows(visit: Visit, start: int, stop: int) -> Visit:
+    """The visit of these rows; the others see nothing."""
+    if (start, stop) == (0, visit.num_queries):
+        return visit
+    if visit.span is None:
+        first = torch.zeros(visit.num_queries, dtype=torch.int32)
+        last = torch.full_like(first, visit.num_keys)
     else:
-        first, last = step.span.first.clone(), step.span.stop.clone()
+        first, last = visit.span.first.clone(), visit.span.stop.clone()
     last[:start] = first[:start] = first[start]
     first[stop:] = last[stop:] = last[stop - 1]
     span = Span(first, last)
-    return Step(step.owner, step.num_queries, step.num_keys, span, span.pairs)
+    return Visit(visit.num_queries, visit.num_keys, span, span.pairs)

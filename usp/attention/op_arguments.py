@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from usp.attention.arguments import Options, Tensors, drops, needs_gradients, seed_of
+from usp.attention.masking import Checked, MaskOptions, is_more_than_a_few_numbers, make_masks
 from usp.distributed.agreement import When, check_when
 from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import flag, integer
 from usp.planning.layout import from_told, told
-from usp.planning.mask import check_window, host_boundaries
+from usp.planning.masks.bounds import host_boundaries
+from usp.planning.masks.options import check_window
+from usp.planning.samples import Masks
 from usp.planning.shares import named_lengths
 
 
@@ -38,6 +43,7 @@ class Arguments(NamedTuple):
     window_left: int | None
     window_right: int | None
     prefix_len: int | None
+    masks: int | None
     softmax_scale: float | None
     layout: str
     layout_numbers: Sequence[int] | None
@@ -73,6 +79,7 @@ class Arguments(NamedTuple):
             window_size=(self.window_left, self.window_right),
             cu_seqlens=self.cu_seqlens,
             prefix_len=self.prefix_len,
+            mask=None if self.masks is None else Checked(_MASKS[self.masks]),
             softmax_scale=self.softmax_scale,
             layout=from_told(self.layout, None if numbers is None else tuple(numbers)),
             seq_len=lengths,
@@ -124,6 +131,10 @@ SCHEMA = ", ".join(
     f"{_TYPES[str(getattr(kind, '__forward_arg__', kind))]} {name}"
     for name, kind in inspect.get_annotations(Arguments).items()
 )
+# A graph holds numbers: masks are found by one that is that of their value.
+_MASKS: OrderedDict[int, Masks] = OrderedDict()
+_MOST_MASKS = 4096
+_NO_MASKS: dict[str, Any] = {field.name: field.default for field in fields(MaskOptions)}
 
 
 def arguments(
@@ -140,6 +151,10 @@ def arguments(
         validate: As there, or "first": at the first of such calls on the mesh.
     """
     check_when(None if validate == "first" else validate)
+    masks = None
+    if is_more_than_a_few_numbers(options):
+        masks = _masks_number(make_masks(options, tensors.q.shape[0]))
+        options = replace(options, **_NO_MASKS)
     window, (layout, numbers) = check_window(options.window_size), told(options.layout)
     query_len, key_len = named_lengths(options.seq_len, options.layout) or (None, None)
     return Arguments(
@@ -151,6 +166,7 @@ def arguments(
         window_left=window.left,
         window_right=window.right,
         prefix_len=options.prefix_len,
+        masks=masks,
         softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
         layout=layout,
         layout_numbers=numbers,
@@ -166,6 +182,17 @@ def arguments(
         is_first=validate == "first",
         gradients=needs_gradients(tensors),
     )
+
+
+def _masks_number(masks: Masks) -> int:
+    number = hash(masks)
+    while number in _MASKS and _MASKS[number] != masks:
+        number += 1
+    _MASKS[number] = masks
+    _MASKS.move_to_end(number)
+    while len(_MASKS) > _MOST_MASKS:
+        _MASKS.popitem(last=False)
+    return number
 
 
 def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from usp.attention import block, levels
 from usp.attention.arguments import Tensors
 from usp.backends import Backend
 from usp.distributed.comm import Axis
-from usp.distributed.parcel import Parcel
-from usp.distributed.transport import Transport, make_transport
+from usp.distributed.transport import Parts, make_transport
 from usp.planning.heads import Heads
-from usp.planning.plan import Plan, Step
+from usp.planning.layout import Positions
+from usp.planning.plan import Load, Plan, Step
 from usp.planning.problem import Block, Gradients, Saved, Scoring, state_dtype
+from usp.planning.rows import Rows
+from usp.planning.samples import Samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,6 @@ class Ring:
     Attributes:
         axis: The ring.
         plan: The steps of this rank.
-        transport: "ring" or "allgather".
         heads: The query heads held here, the same on the whole ring.
         scoring: How scores are made.
         backend: Whose kernels.
@@ -34,10 +36,26 @@ class Ring:
 
     axis: Axis
     plan: Plan
-    transport: str
     heads: Heads
     scoring: Scoring
     backend: Backend
+
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+class Call(NamedTuple):
+    """One visit of a kernel.
+
+    Attributes:
+        part: Which part of the batch it is of, by number.
+        samples: Which samples these are.
+        block: What is computed; its bias is the one that was given.
+    """
+
+    part: int
+    samples: Samples
+    block: Block
 
 
 def ring_forward(
@@ -57,25 +75,32 @@ def ring_forward(
     Source:
         Ring attention: arXiv:2310.01889.
     """
-    q, steps = inputs.q, ring.plan.steps
-    working = [t for t, step in enumerate(steps) if step.pairs and q.numel()]
-    state = block.new_state(q, inputs.v.shape[-1], carried=len(working) > 1 or large_bias)
-    level = None
-    empty = q.new_empty if working else q.new_zeros
-    out = empty((*q.shape[:3], inputs.v.shape[-1]))
-    transport = _transport(inputs.travelling, ring)
-    for t, held in enumerate(transport.blocks(inputs.travelling)):
-        if t not in working:
-            continue
-        parts = [_block(inputs, held, steps[t], ring)]
-        if large_bias:
-            level = levels.new_level(parts[0]) if level is None else level
-            parts = levels.enter(parts[0], level, state.lse)
-        for part in parts:
-            if t == working[-1] and part is parts[-1]:
-                state = replace(state, result=out)
-            block.attention_forward(part, state, ring.backend)
-    return out, state.lse, level
+    q, steps, value_dim = inputs.q, ring.plan.steps, inputs.v.shape[-1]
+    left = [sum(len(step.loads[part].visits) for step in steps) for part in range(_parts(ring))]
+    carried = max(left) > 1 or large_bias
+    samples_of = [load.samples for load in steps[0].loads]
+    states = [block.new_state(each.of(q), value_dim, carried=carried) for each in samples_of]
+    level = _new_level(inputs, ring) if large_bias else None
+    empty = q.new_empty if min(left) else q.new_zeros
+    out = empty((*q.shape[:3], value_dim))
+    travelling = _own(inputs.travelling, ring)
+    for step, held in zip(
+        steps, make_transport(ring.axis, ring.plan.route).blocks(travelling), strict=True
+    ):
+        for part, samples, piece in _calls(inputs, step, held, ring):
+            left[part] -= 1
+            here, pieces = states[part], [piece]
+            if level is not None:
+                pieces = levels.enter(piece, samples.of(level), here.lse)
+            for relative in pieces:
+                if not left[part] and relative is pieces[-1]:
+                    here = replace(here, result=samples.of(out))
+                block.attention_forward(relative, here, ring.backend)
+    return (
+        out,
+        torch.cat([state.lse for state in states]) if len(states) > 1 else states[0].lse,
+        level,
+    )
 
 
 def ring_backward(
@@ -99,86 +124,111 @@ def ring_backward(
     Returns:
         dq in the dtype of q; dbias in that of the state.
     """
-    dtype, device = saved.lse.dtype, inputs.q.device
+    dtype, plan = saved.lse.dtype, ring.plan
     # nothing to sum: a kernel writes the final gradients
-    only = not ring.plan.hops and level is None
-    dq_dtype, sum_dtype = (inputs.q.dtype, kv_dtype) if only else (dtype, dtype)
-    dq = torch.empty(inputs.q.shape, dtype=dq_dtype, device=device)
-    if not only:
-        dq.zero_()
+    only = plan.route is None and level is None and _visited_once(plan.steps[0], inputs.q)
+    dtypes = (inputs.q.dtype, kv_dtype, kv_dtype) if only else (dtype,) * 3
+    make = torch.empty_like if only else torch.zeros_like
+    dq, dk, dv = (
+        make(x, dtype=sums, memory_format=_CONTIGUOUS)
+        for x, sums in zip((inputs.q, inputs.k, inputs.v), dtypes, strict=True)
+    )
     dbias = None
     if bias_gradient:
         assert inputs.attn_bias is not None
-        dbias = torch.zeros(inputs.attn_bias.shape, dtype=dtype, device=device)
-    transport = _transport(inputs.travelling, ring)
-    sums = transport.sums(_parcels([inputs.k, inputs.v], ring, sum_dtype), device)
-    for step, held in zip(ring.plan.steps, transport.blocks(inputs.travelling), strict=True):
-        dk, dv = sums.fresh(step.owner)
-        if not ring.plan.hops and not only:
-            dk.zero_(), dv.zero_()
-        if step.pairs and inputs.q.numel():
-            piece = _block(inputs, held, step, ring)
-            step_dbias = None
-            if dbias is not None:
-                assert piece.bias is not None
-                step_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=device)
-            grads = Gradients(dq, dk, dv, step_dbias, only)
-            for part in [piece] if level is None else levels.relative(piece, level):
-                block.attention_backward(part, saved, grads, ring.backend)
-            if dbias is not None and step_dbias is not None:
-                _add_columns(dbias, step_dbias, ring.plan, step)
-        elif only:
-            for gradient in (dq, dk, dv):
-                gradient.zero_()
-        sums.pass_on()
-    dk, dv = sums.home()
+        dbias = torch.zeros(inputs.attn_bias.shape, dtype=dtype, device=dq.device)
+    transport = make_transport(ring.axis, plan.route)
+    own = _own([dk, dv], ring)
+    sums = transport.sums(own)
+    blocks = transport.blocks(_own(inputs.travelling, ring))
+    saved_of = [_saved_of(saved, load.samples) for load in plan.steps[0].loads]
+    for step, held in zip(plan.steps, blocks, strict=True):
+        is_own = step is plan.steps[0]
+        gradients = own if is_own else sums.fresh()
+        for part, samples, piece in _calls(inputs, step, held, ring):
+            piece_dbias = None
+            if dbias is not None and piece.bias is not None:
+                piece_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=dq.device)
+            dk_here, dv_here = gradients[part]
+            grads = Gradients(samples.of(dq), dk_here, dv_here, piece_dbias, only)
+            pieces = [piece] if level is None else levels.relative(piece, samples.of(level))
+            for relative in pieces:
+                block.attention_backward(relative, saved_of[part], grads, ring.backend)
+            if dbias is not None and piece_dbias is not None:
+                _add_columns(dbias, piece_dbias, step.owner, step.loads[part], plan)
+        if not is_own:
+            sums.pass_on()
+    sums.home(own)
     return Gradients(dq.to(inputs.q.dtype), dk.to(kv_dtype), dv.to(kv_dtype), dbias)
 
 
-def _transport(tensors: Sequence[Tensor], ring: Ring) -> Transport:
-    parcels = _parcels(tensors, ring) if ring.plan.hops else []
-    return make_transport(ring.transport, ring.axis, ring.plan.hops, parcels)
+def _parts(ring: Ring) -> int:
+    return len(ring.plan.steps[0].loads)
 
 
-def _parcels(
-    tensors: Sequence[Tensor], ring: Ring, dtype: torch.dtype | None = None
-) -> list[Parcel]:
-    """The block of each owner: these tensors with that owner's number of keys."""
-    dtypes = tuple(dtype or t.dtype for t in tensors)
-    return [
-        Parcel(tuple((t.shape[0], len(row), *t.shape[2:]) for t in tensors), dtypes)
-        for row in ring.plan.keys
-    ]
+def _visited_once(step: Step, q: Tensor) -> bool:
+    """Whether each part has just one visit, which writes all its gradients."""
+    return bool(q.numel()) and all(len(load.visits) == 1 for load in step.loads)
 
 
-def _block(inputs: Tensors, held: Sequence[Tensor], step: Step, ring: Ring) -> Block:
+def _own(tensors: Sequence[Tensor], ring: Ring) -> Parts:
+    """This rank's tensors, of each part of the batch."""
+    return [[load.samples.of(x) for x in tensors] for load in ring.plan.steps[0].loads]
+
+
+def _saved_of(saved: Saved, samples: Samples) -> Saved:
+    if samples.are_all:
+        return saved
+    return Saved(*(samples.of(x) for x in (saved.dout, saved.out, saved.lse, saved.delta)))
+
+
+def _new_level(inputs: Tensors, ring: Ring) -> Tensor:
+    """(b, h, Lq) of rows that have seen nothing; parts of the batch rise one by one."""
+    bias, (batch, num_rows) = inputs.attn_bias, inputs.q.shape[:2]
+    assert bias is not None
+    mask = inputs.key_padding_mask is not None or _parts(ring) > 1
+    shape = batch if mask else bias.shape[0], bias.shape[1], num_rows
+    return torch.full(shape, -torch.inf, dtype=state_dtype(inputs.q.dtype), device=bias.device)
+
+
+def _calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Call]:
     """The kernel's view of one step."""
-    k, v, *mask = held
-    q_pos = k_pos = None
-    if inputs.alibi_slopes is not None or ring.scoring.dropout_p:
-        q_pos = ring.plan.queries.on(inputs.q.device).int()
-        k_pos = ring.plan.keys[step.owner].on(inputs.q.device).int()
-    return Block(
-        inputs.q,
-        k,
-        v,
-        step,
-        ring.heads,
-        ring.scoring,
-        _step_bias(inputs, mask[0] if mask else None, step, ring.plan),
-        inputs.alibi_slopes,
-        q_pos,
-        k_pos,
-    )
+    if not inputs.q.numel():
+        return
+    for part, (load, (k, v, *mask)) in enumerate(zip(step.loads, held, strict=True)):
+        if not load.visits:
+            continue
+        samples, plan, slopes = load.samples, ring.plan, inputs.alibi_slopes
+        q, heads = samples.of(inputs.q), ring.heads
+        q_pos = k_pos = None
+        if slopes is not None or ring.scoring.dropout_p:
+            q_pos = (plan.queries.on(q.device) + load.query_offset).int()
+            k_pos = _columns(plan.keys[step.owner], load.rows, q.device).int()
+        bias = _bias(inputs, mask[0] if mask else None, step.owner, load, plan)
+        if ring.scoring.dropout_p:
+            heads = _heads_of(heads, samples)
+        slopes = None if slopes is None else samples.of(slopes)
+        for visit in load.visits:
+            piece = Block(q, k, v, visit, heads, ring.scoring, bias, slopes, q_pos, k_pos)
+            yield Call(part, samples, piece)
 
 
-def _step_bias(inputs: Tensors, mask: Tensor | None, step: Step, plan: Plan) -> Tensor | None:
-    """The bias of one owner's keys, in the dtype of the state; hidden keys get -inf."""
+def _heads_of(heads: Heads, samples: Samples) -> Heads:
+    """Heads whose random numbers are those of these samples: a stream for each sample and head."""
+    return replace(heads, offset=heads.offset + samples.start * heads.total)
+
+
+def _bias(
+    inputs: Tensors, mask: Tensor | None, owner: int, load: Load, plan: Plan
+) -> Tensor | None:
+    """The bias of the keys that are here, in the dtype of the state; hidden keys get -inf."""
     dtype, bias = state_dtype(inputs.q.dtype), None
     if inputs.attn_bias is not None:
-        bias = inputs.attn_bias
+        bias = load.samples.of(inputs.attn_bias)
+        if not load.samples.are_all:  # each part has levels of its own
+            bias = bias.expand(load.samples.count(inputs.q.shape[0]), -1, -1, -1)
         if plan.ring_degree > 1:
-            bias = bias.index_select(3, plan.keys[step.owner].on(bias.device))
+            bias = bias.index_select(3, _columns(plan.keys[owner], load.rows, bias.device))
         bias = bias.to(dtype)
     if mask is not None:
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -187,8 +237,14 @@ def _step_bias(inputs: Tensors, mask: Tensor | None, step: Step, plan: Plan) -> 
     return bias
 
 
-def _add_columns(dbias: Tensor, step_dbias: Tensor, plan: Plan, step: Step) -> None:
+def _columns(keys: Positions, rows: Rows, device: torch.device) -> Tensor:
+    """Global positions of the keys that are here."""
+    positions = keys.on(device)
+    return positions if rows.are_all else positions.index_select(0, rows.on(device))
+
+
+def _add_columns(dbias: Tensor, found: Tensor, owner: int, load: Load, plan: Plan) -> None:
     """Add the columns of one owner's keys, summed over the dims the bias is broadcast along."""
-    columns = plan.keys[step.owner].on(dbias.device)
-    step_dbias = step_dbias.sum_to_size((*dbias.shape[:3], step_dbias.shape[3]))
-    dbias.index_add_(3, columns, step_dbias)
+    dbias = load.samples.of(dbias)
+    columns = _columns(plan.keys[owner], load.rows, dbias.device)
+    dbias.index_add_(3, columns, found.sum_to_size((*dbias.shape[:3], found.shape[3])))

@@ -74,7 +74,7 @@ def _expanded(block: Block) -> tuple[Tensor, Tensor]:
 def _chunks(block: Block) -> Iterator[tuple[slice, slice]]:
     """Runs of rows with the keys that they see, small enough to hold all their scores."""
     batch, num_rows, num_heads = block.q.shape[:3]
-    num_keys, span = block.k.shape[1], block.step.span
+    num_keys, span = block.k.shape[1], block.visit.span
     step = max(1, _SCORES_AT_ONCE // max(1, batch * num_heads * num_keys))
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)

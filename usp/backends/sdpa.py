@@ -1,6 +1,6 @@
 """torch's own CPU flash attention, through the aten ops that return an LSE.
 
-It takes full or causal rectangles: a step is cut into tiles, a band that is neither gets the
+It takes full or causal rectangles: a visit is cut into tiles, a band that is neither gets the
 boolean mask of a few rows at a time.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from usp.planning.plan import Tile
 from usp.planning.problem import Block, Gradients, Saved, Traits, state_dtype
+from usp.planning.visit import Tile
 
 NAME = "sdpa"
 CARRIES_STATE = False
@@ -101,8 +101,8 @@ def _is_causal(tile: Tile) -> bool:
 
 
 def _calls(block: Block) -> Iterator[Tile]:
-    """The step's tiles, cut further until each is full, causal or a few masked rows."""
-    for tile in block.step.tiles:
+    """The visit's tiles, cut further until each is full, causal or a few masked rows."""
+    for tile in block.visit.tiles:
         if tile.lo is None and tile.hi is not None and tile.hi > 0:
             # Keys below the diagonal's start are open to every row of the tile.
             yield replace(tile, k1=tile.k0 + tile.hi, hi=None)

@@ -58,7 +58,7 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
 def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
     from usp.kernels import attention_backward as kernel
 
-    seen_by = block.step.seen_by
+    seen_by = block.visit.seen_by
     spans = None if seen_by is None else KernelSpan(*seen_by.on(block.q.device))
     inputs = BackwardInputs(saved.dout, block.q, block.k, block.v, saved.delta, saved.lse)
     options = KernelOptions(*block.options)

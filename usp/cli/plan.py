@@ -11,8 +11,11 @@ import torch
 from usp.cli.console import UserError, table
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
 from usp.planning.layout import DocumentZigzag, Layout
-from usp.planning.mask import Mask, make_mask
-from usp.planning.plan import Plan, make_plan
+from usp.planning.masks.mask import Mask
+from usp.planning.masks.options import make_mask
+from usp.planning.plan import Load, Plan, make_plan
+from usp.planning.route import TRANSPORTS
+from usp.planning.samples import masks_of
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -62,7 +65,7 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--show", action="store_true", help="every step of every ring rank")
     wire = parser.add_argument_group("for the bytes on the wire")
     wire.add_argument("--batch", type=int, default=1, metavar="B", help="default: %(default)s")
-    wire.add_argument("--transport", default="ring", choices=("ring", "allgather"))
+    wire.add_argument("--transport", default="auto", choices=TRANSPORTS)
     wire.add_argument("--heads", type=int, default=32, metavar="H", help="default: %(default)s")
     wire.add_argument("--kv-heads", type=int, metavar="G", help="default: --heads")
     wire.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
@@ -128,7 +131,8 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
     mask, layout = chosen_mask(arguments), chosen_layout(arguments)
     lengths = arguments.seq_len, key_len(arguments)
     return [
-        make_plan(mask, layout, *lengths, arguments.ring, rank) for rank in range(arguments.ring)
+        make_plan(masks_of(mask), layout, lengths, arguments.ring, rank, arguments.transport)
+        for rank in range(arguments.ring)
     ]
 
 
@@ -140,7 +144,7 @@ def balance(plans: list[Plan]) -> str:
     ]
     for plan in plans:
         share = f"{plan.pairs / mean:.3f}" if mean else "-"
-        busy = sum(step.kind != "none" for step in plan.steps)
+        busy = sum(step.pairs > 0 for step in plan.steps)
         rows.append((plan.ring_rank, len(plan.queries), len(plan.steps), busy, plan.pairs, share))
     return table(rows)
 
@@ -149,8 +153,18 @@ def steps(plan: Plan) -> str:
     """One line for each step of one ring rank."""
     rows: list[tuple[object, ...]] = [("step", "owner", "queries", "keys", "sees", "visible pairs")]
     for index, step in enumerate(plan.steps):
-        rows.append((index, step.owner, step.num_queries, step.num_keys, step.kind, step.pairs))
+        (load,) = step.loads
+        rows.append((index, step.owner, len(plan.queries), len(load.rows), sees(load), step.pairs))
     return f"ring rank {plan.ring_rank}\n{table(rows)}"
+
+
+def sees(load: Load) -> str:
+    """What a kernel has to do: nothing, a rectangle, or so many intervals for each query."""
+    if not load.visits:
+        return "none"
+    if load.visits[0].span is None:
+        return "all"
+    return "span" if len(load.visits) == 1 else f"{len(load.visits)} spans"
 
 
 def wire(arguments: argparse.Namespace) -> str:

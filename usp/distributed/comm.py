@@ -104,6 +104,28 @@ class Axis:
         ]
         return _waiter(dist.batch_isend_irecv(posted) if posted else [], out)
 
+    def exchange(
+        self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        """Messages between any ranks of the axis, each with how many places on its peer is.
+
+        All are flat and contiguous and stay untouched until ``wait()``. Both ends of a message
+        know its size; empty ones are skipped. Between two ranks they keep their order.
+        """
+        posted = [
+            dist.P2POp(verb, tensor, self._peer(self.rank + step), self.group)
+            for verb, messages in ((dist.isend, send), (dist.irecv, receive))
+            for step, tensor in messages
+            if tensor.numel()
+        ]
+        works = dist.batch_isend_irecv(posted) if posted else []
+
+        def wait() -> None:
+            while works:  # gloo would wait for a second message at a second wait
+                works.pop().wait()
+
+        return wait
+
     def all_gather(self, message: Tensor, whole: Tensor, sizes: Sequence[int]) -> Wait:
         """Everyone's flat message, of ``sizes[rank]`` elements, into ``whole`` in rank order."""
         outs = whole.split(list(sizes))

@@ -53,7 +53,7 @@ class LongContextAttention(nn.Module):
         dropout_p: float = 0.0,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
-        transport: str = "ring",
+        transport: str = "auto",
         return_lse: bool = False,
         backend: str = "auto",
         validate: str = "first",

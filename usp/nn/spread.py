@@ -15,7 +15,7 @@ from usp.attention.functional import long_context_attention
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.planning.kinds import integer
 from usp.planning.layout import Held, Layout, check_layout
-from usp.planning.mask import check_cu_seqlens
+from usp.planning.masks.bounds import check_cu_seqlens
 from usp.planning.shares import shares, summed_length
 from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence

@@ -6,15 +6,17 @@ The tests count what is really sent and compare; ``usp plan`` and ``usp demo`` p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from usp.planning.heads import kv_heads_shared, split_heads
 from usp.planning.layout import Layout
-from usp.planning.mask import Mask
+from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
+from usp.planning.samples import masks_of
 from usp.planning.shares import row_pieces
 
 
@@ -89,8 +91,8 @@ class Place:
     ring_rank: int
     ulysses_rank: int
     layout: Layout = "contiguous"
-    mask: Mask = field(default_factory=Mask)
-    transport: str = "ring"
+    mask: Mask | Sequence[Mask] = field(default_factory=Everything)
+    transport: str = "auto"
 
 
 def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
@@ -98,8 +100,8 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
 
     For n_q, n_k local tokens of a row of N_q, N_k, H_u query heads and G_j key heads of rank j:
     the exchange sends ``n_q (H - H_u) D`` of q, ``n_k sum_{j != u} G_j (D + Dv)`` of k and v and
-    ``(N_q - n_q) H_u Dv`` of out; a hop of the ring one block, ``N_k G_u (D + Dv)`` of its owner.
-    The backward mirrors the exchange, passes the blocks again, and fp32 gradients behind them.
+    ``(N_q - n_q) H_u Dv`` of out; a message of n rows of keys ``n G_u (D + Dv)``. The backward
+    mirrors the exchange, sends the same rows again, and fp32 gradients of those that came home.
     Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
     gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
     """
@@ -193,25 +195,23 @@ def _exchange_back(shape: Shape, place: Place) -> int:
 
 def _blocks(shape: Shape, place: Place, gradients: bool = False) -> int:
     """Along the ring: the blocks, or the gradients of those blocks."""
+    masks = masks_of(place.mask)
     plan = make_plan(
-        place.mask,
+        masks,
         place.layout,
-        shape.query_len,
-        shape.key_len,
+        (shape.query_len, shape.key_len),
         place.ring_degree,
         place.ring_rank,
+        place.transport,
     )
-    if not plan.hops:
+    if plan.route is None:
         return 0
     _, kv, _ = _counts(shape, place)
     width = kv[place.ulysses_rank] * (shape.head_dim + shape.value_head_dim)
     width *= state_dtype(shape.dtype).itemsize if gradients else shape.dtype.itemsize
     width += 1 if shape.key_padding_mask and not gradients else 0
-    lengths = [len(row) for row in plan.keys]
-    passed = [lengths[(place.ring_rank - hop) % place.ring_degree] for hop in range(plan.hops + 1)]
-    if place.transport == "ring":
-        # Blocks go on hops times; their gradients once more, home from the last rank.
-        return shape.batch * width * (sum(passed) if gradients else sum(passed[:-1]))
-    mine = lengths[place.ring_rank]
-    elsewhere = sum(lengths) - mine
-    return shape.batch * width * (elsewhere if gradients else mine * (place.ring_degree - 1))
+    messages = (plan.route.returned if gradients else plan.route.sent)(place.ring_rank)
+    batches = [samples.count(shape.batch) for samples, *_ in masks]
+    return width * sum(
+        batch * len(rows) for cargo in messages for batch, rows in zip(batches, cargo, strict=True)
+    )

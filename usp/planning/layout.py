@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
-from usp.planning.mask import check_cu_seqlens
+from usp.planning.masks.bounds import check_cu_seqlens
 
 Runs = list[tuple[Tensor, Tensor]]
 # Said everywhere, because a user may have set another default device.
@@ -192,7 +192,7 @@ class Positions:
         """Segment of each position, the same for every row of a table; None if there is one."""
         if len(self.bounds) == 2:
             return None
-        segment = torch.searchsorted(self.bounds, positions, right=True) - 1
+        segment = torch.searchsorted(self.bounds.to(positions.dtype), positions, right=True) - 1
         return segment.clamp_max(len(self.bounds) - 2)
 
     def count_below(self, positions: Tensor, segment: Tensor | None) -> Tensor:

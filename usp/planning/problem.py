@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.heads import Heads
-from usp.planning.plan import Step
+from usp.planning.visit import Visit
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Block:
 
     Attributes:
         q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). Last dim contiguous.
-        step: The visible pairs.
+        visit: The visible pairs.
         bias: (B|1, H|1, Lq|1, Lk) added to the scores, in the dtype of the state, or None.
         alibi_slopes: (B|1, H) in the dtype of the state, or None.
         q_pos, k_pos: (Lq,), (Lk,) int32 global positions where ALiBi or dropout needs them.
@@ -44,7 +44,7 @@ class Block:
     q: Tensor
     k: Tensor
     v: Tensor
-    step: Step
+    visit: Visit
     heads: Heads
     scoring: Scoring
     bias: Tensor | None = None
@@ -55,7 +55,7 @@ class Block:
     @property
     def span(self) -> tuple[Tensor, Tensor] | None:
         """``first, stop`` (Lq,) int32 on the device of q; None where every row sees every key."""
-        return None if self.step.span is None else self.step.span.on(self.q.device)
+        return None if self.visit.span is None else self.visit.span.on(self.q.device)
 
     @property
     def options(self) -> tuple[Any, ...]:

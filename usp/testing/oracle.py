@@ -22,9 +22,10 @@ def visible_keys(
     window_size: tuple[int | None, int | None] = (None, None),
     cu_seqlens: Sequence[int] | Tensor | None = None,
     prefix_len: int | None = None,
+    query_offset: int = 0,
 ) -> Tensor:
     """Who sees whom: (Sq, Sk) bool, True where query i attends to key j. Positions are global."""
-    i = torch.arange(query_len, device=_HOST)[:, None]
+    i = torch.arange(query_len, device=_HOST)[:, None] + query_offset
     j = torch.arange(key_len, device=_HOST)[None, :]
     visible = torch.ones(query_len, key_len, dtype=torch.bool, device=_HOST)
     if causal:
@@ -49,11 +50,14 @@ def dense_attention(
     window_size: tuple[int | None, int | None] = (None, None),
     cu_seqlens: Sequence[int] | Tensor | None = None,
     prefix_len: int | None = None,
+    query_offset: int | Tensor = 0,
+    attn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over whole sequences, in fp64, differentiable, with the full score matrix.
@@ -63,12 +67,15 @@ def dense_attention(
         k: (B, Sk, G, D), H a multiple of G.
         v: (B, Sk, G, Dv).
         causal, window_size, cu_seqlens, prefix_len: see :func:`visible_keys`.
+        query_offset: Position of the first query among the keys, for all or (B,).
+        attn_mask: (B|1, H|1, Sq|1, Sk) bool, True where a query may see a key.
         softmax_scale: Dimensionless, default ``D ** -0.5``.
         key_padding_mask: (B, Sk) bool, True = ignore.
         attn_bias: (B|1, H|1, Sq|1, Sk), added to the scores; the lowest number of bf16 and what
             lies below it hide. Exact for any offset that a row's values share.
         softcap: Scores become ``softcap * tanh(score / softcap)`` before the bias.
         alibi_slopes: (H,) or (B, H); ``slope * |i - j|`` is taken off the scores.
+        sinks: (H,) logits of one more key for each head, of value 0.
         dropout_keep: (B, H, Sq, Sk) multiplier of the probabilities; lse does not see it.
 
     Returns:
@@ -84,20 +91,42 @@ def dense_attention(
         scores = softcap * torch.tanh(scores / softcap)
     sq, sk = scores.shape[2:]
     if alibi_slopes is not None:
+        first = torch.as_tensor(query_offset, device=q.device).view(-1, 1, 1, 1)
         i, j = torch.arange(sq, device=q.device), torch.arange(sk, device=q.device)
-        distance = (i[:, None] - j[None, :]).abs()
+        distance = (first + i[:, None] - j[None, :]).abs()
         scores = scores - alibi_slopes.double().expand(q.shape[0], -1)[..., None, None] * distance
-    hidden = ~visible_keys(
-        sq, sk, causal=causal, window_size=window_size, cu_seqlens=cu_seqlens, prefix_len=prefix_len
-    ).to(q.device)
+    hidden = ~torch.stack(
+        [
+            visible_keys(
+                sq,
+                sk,
+                causal=causal,
+                window_size=window_size,
+                cu_seqlens=cu_seqlens,
+                prefix_len=prefix_len,
+                query_offset=int(first),
+            )
+            for first in torch.as_tensor(query_offset, device=_HOST).flatten()
+        ]
+    )[:, None].to(q.device)
+    if attn_mask is not None:
+        hidden = hidden | ~attn_mask
     if key_padding_mask is not None:
         hidden = hidden | key_padding_mask[:, None, None, :]
     level = scores.new_zeros(())  # even fp64 has no digits for scores beside 1e30
     if attn_bias is not None:
         hidden = hidden | (attn_bias.double() <= torch.finfo(torch.bfloat16).min)
         level = _largest(attn_bias.double().expand_as(scores).masked_fill(hidden, float("-inf")))
+        level = level if sinks is None else level.clamp(min=0.0)  # which have no bias
         scores = scores + (attn_bias.double() - level[..., None])
     scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        sink = sinks.double()[:, None, None].expand(*scores.shape[:3], 1) - level[..., None]
+        scores, hidden = torch.cat((scores, sink), -1), hidden.expand_as(scores)
+        hidden = torch.cat((hidden, torch.zeros_like(sink, dtype=torch.bool)), -1)
+        v = torch.cat((v, torch.zeros_like(v[:, :1])), 1)
+        if dropout_keep is not None:
+            dropout_keep = torch.cat((dropout_keep, torch.ones_like(dropout_keep[..., :1])), -1)
     seen, largest = (~hidden).expand_as(scores).any(-1), _largest(scores)
     weights = torch.exp(scores - largest[..., None])
     total = torch.where(seen, weights.sum(-1), 1.0)
@@ -146,11 +175,18 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tenso
 
 
 def dropout_multiplier(
-    dropout_p: float, seed: int, batch: int, num_heads: int, query_len: int, key_len: int
+    dropout_p: float,
+    seed: int,
+    batch: int,
+    num_heads: int,
+    query_len: int,
+    key_len: int,
+    query_offset: int | Tensor = 0,
 ) -> Tensor:
     """What dropout multiplies each probability with: (B, H, Sq, Sk) fp64, 0 or ``1 / (1 - p)``."""
     sequence_head = torch.arange(batch * num_heads, device=_HOST).view(batch, num_heads, 1, 1)
-    i = torch.arange(query_len, device=_HOST).view(-1, 1)
+    first = torch.as_tensor(query_offset, device=_HOST).view(-1, 1, 1, 1)
+    i = (first + torch.arange(query_len, device=_HOST).view(-1, 1)) & _WORD
     j = torch.arange(key_len, device=_HOST)
     words = philox((j >> 2, i, sequence_head, 0), (seed & _WORD, (seed >> 32) & _WORD))
     word = torch.stack(words, -1).gather(

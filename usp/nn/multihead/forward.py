@@ -17,7 +17,8 @@ from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
 from usp.nn.multihead.extra_keys import ExtraKeys
 from usp.nn.multihead.placement import Placement
-from usp.nn.multihead.weights import attention_weights, check_size, dropout_factors, visible_keys
+from usp.nn.multihead.weights import attention_weights, check_size, dropout_factors
+from usp.planning.masks.mask import Everything, visible_keys
 from usp.planning.problem import state_dtype
 from usp.sharding.sequence import positions
 
@@ -99,7 +100,7 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
     q, keys = call.q, call.whole[1]
     mask = placement.mask(call.causal)
     visible = None
-    if mask.terms:
+    if mask != Everything():
         q_pos = positions(call.whole[0], placement.mesh, placement.layout)
         visible = visible_keys(mask, q_pos, keys).to(q.device)
     rows = attention_weights(

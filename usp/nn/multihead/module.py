@@ -25,6 +25,7 @@ from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
 from usp.planning.kinds import is_fake
 from usp.planning.layout import Layout
+from usp.planning.masks.mask import Everything
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -76,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         mesh: SequenceMesh | None = None,
         layout: Layout = "contiguous",
         seq_len: int | tuple[int, int] | str | None = None,
-        transport: str = "ring",
+        transport: str = "auto",
         backend: str = "auto",
         validate: str = "first",
         causal: bool = False,
@@ -280,7 +281,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _content(self, arguments: Arguments, validate: When) -> int:
         """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
         placement = self.placement
-        if not validate or placement.named_lengths or not placement.mask(False).terms:
+        if not validate or placement.named_lengths or placement.mask(False) == Everything():
             return 0
         return content(arguments.key, arguments.token_dim)
 

@@ -13,7 +13,8 @@ from usp.distributed.agreement import check_validate
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.planning.layout import Layout, check_layout
-from usp.planning.mask import Mask, make_mask
+from usp.planning.masks.mask import Mask
+from usp.planning.masks.options import make_mask
 from usp.planning.shares import named_lengths, shares, summed_length
 from usp.sharding.sequence import unshard_sequence
 
@@ -25,7 +26,7 @@ class Placement:
     mesh: SequenceMesh | None = None
     layout: Layout = "contiguous"
     seq_len: int | tuple[int, int] | str | None = None
-    transport: str = "ring"
+    transport: str = "auto"
     backend: str = "auto"
     validate: str = "first"
     causal: bool = False

@@ -14,7 +14,6 @@ from torch import Tensor
 from usp.attention import levels
 from usp.ops import philox
 from usp.ops.precision import einsum
-from usp.planning.mask import Mask
 from usp.planning.problem import state_dtype
 
 # of the scores alone; softmax, dropout and autograd hold a few tensors of that size
@@ -77,19 +76,6 @@ def attention_weights(
         scores = torch.cat((scores, extra_scores), -1)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-
-
-def visible_keys(mask: Mask, q_pos: Tensor, key_len: int) -> Tensor:
-    """(L, S) bool, True where the query at a global position sees the key.
-
-    Args:
-        mask: Who sees whom.
-        q_pos: (L,) int64 on CPU, ascending.
-        key_len: S.
-    """
-    first, stop = mask.intervals(q_pos, key_len)
-    k_pos = torch.arange(key_len, device=q_pos.device)
-    return (k_pos >= first[:, None]) & (k_pos < stop[:, None])
 
 
 def dropout_factors(

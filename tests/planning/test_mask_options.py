@@ -1,4 +1,4 @@
-"""Masks against the plain reading of each option, position by position."""
+"""The options that are short for masks, against the plain reading of each, position by position."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.planning.mask import make_mask
+from usp.planning.masks.options import make_mask
 
 lengths = st.integers(0, 23)
 
@@ -47,33 +47,12 @@ def sees(q: int, k: int, options: dict) -> bool:
 
 
 @given(problems())
-def test_intervals_are_exactly_what_the_options_say(problem: tuple[int, int, dict]) -> None:
+def test_masks_are_exactly_what_the_options_say(problem: tuple[int, int, dict]) -> None:
     query_len, key_len, options = problem
-    first, stop = make_mask(**options).intervals(torch.arange(query_len), key_len)
-    for q in range(query_len):
-        visible = {k for k in range(key_len) if sees(q, k, options)}
-        assert set(range(int(first[q]), int(stop[q]))) == visible
-
-
-@given(problems())
-def test_both_ends_never_decrease_and_stay_inside(problem: tuple[int, int, dict]) -> None:
-    query_len, key_len, options = problem
-    first, stop = make_mask(**options).intervals(torch.arange(query_len), key_len)
-    assert (first.diff() >= 0).all() and (stop.diff() >= 0).all()
-    assert (first <= stop).all() and (first >= 0).all() and (stop <= key_len).all()
-
-
-@given(problems(), st.integers(0, 25), st.integers(0, 25))
-def test_intersection_is_closed(problem: tuple[int, int, dict], left: int, right: int) -> None:
-    query_len, key_len, options = problem
-    mask, positions = make_mask(**options), torch.arange(query_len)
-    both = mask & make_mask(window_size=(left, right))
-    first, stop = both.intervals(positions, key_len)
-    alone = mask.intervals(positions, key_len)
-    for q in range(query_len):
-        seen = range(int(alone[0][q]), int(alone[1][q]))
-        expected = {k for k in seen if q - left <= k <= q + right}
-        assert set(range(int(first[q]), int(stop[q]))) == expected
+    mask = make_mask(**options)
+    expected = [[sees(q, k, options) for k in range(key_len)] for q in range(query_len)]
+    assert mask.dense(query_len, key_len).tolist() == expected
+    assert len(mask.bands(torch.arange(query_len), key_len).first) <= 1
 
 
 @pytest.mark.parametrize(

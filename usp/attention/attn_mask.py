@@ -1,0 +1,47 @@
+"""Boolean masks in SDPA's meaning: planned where that can be, else added to the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from usp.attention.arguments import Options, Tensors
+from usp.attention.masking import planned
+from usp.planning.masks.mask import Mask
+
+
+def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Tensors, Options]:
+    """``attn_mask`` as a part of ``mask`` or of ``attn_bias``; what is no such mask stays.
+
+    Args:
+        alone: Whether all queries are here; another rank's rows would have to be asked for.
+    """
+    mask, q, k = cast(Tensor, options.attn_mask), tensors.q, tensors.k
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
+        return tensors, options  # refused later, on all ranks
+    mask = mask if mask.dim() == 4 else mask[None, None]
+    found = planned(mask, (q.shape[1], k.shape[1])) if alone else None
+    if found is not None and len(found) in (1, q.shape[0]):
+        return tensors, replace(options, attn_mask=None, mask=_both(options.mask, found))
+    if tensors.attn_bias is None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device)
+    else:
+        bias = tensors.attn_bias
+    bias = torch.where(mask, bias, -torch.inf)
+    return tensors._replace(attn_bias=bias), replace(options, attn_mask=None)
+
+
+def _both(given: Any, found: list[Mask]) -> Any:
+    """The masks of the options and of the tensor: what both open."""
+    if given is None:
+        return found if len(found) > 1 else found[0]
+    if isinstance(given, Mask):
+        each = [given & mask for mask in found]
+        return each if len(each) > 1 else each[0]
+    if not isinstance(given, (list, tuple)) or len(found) not in (1, len(given)):
+        return given  # refused later
+    found = found if len(found) > 1 else found * len(given)
+    return [one & other for one, other in zip(given, found, strict=True)]

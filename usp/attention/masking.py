@@ -1,0 +1,171 @@
+"""The options that say who sees whom, as one mask or one for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usp.planning.kinds import integer, tensor
+from usp.planning.masks.dense import from_dense
+from usp.planning.masks.mask import Everything, Mask, shifted
+from usp.planning.masks.options import make_mask
+from usp.planning.masks.terms import documents, first_keys
+from usp.planning.samples import Masks, masks_of
+
+NAMES = "mask (causal, window_size, cu_seqlens, prefix_len, mask, key_lengths, query_offset)"
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """The mask options of ``long_context_attention``; see there."""
+
+    causal: bool = False
+    window_size: tuple[int | None, int | None] = (None, None)
+    cu_seqlens: Any = None
+    prefix_len: int | None = None
+    mask: Mask | Sequence[Mask] | Checked | None = None
+    key_lengths: Sequence[int] | Tensor | None = None
+    query_offset: int | Sequence[int] = 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Masks that were made of options already."""
+
+    masks: Masks
+
+
+def make_masks(options: MaskOptions, batch: int) -> Masks:
+    """Who sees whom in each sample of a batch.
+
+    Raises:
+        TypeError, ValueError: an option is of another kind, or for another number of samples.
+    """
+    if isinstance(options.mask, Checked):
+        return options.mask.masks
+    base = make_mask(
+        causal=options.causal, window_size=options.window_size, prefix_len=options.prefix_len
+    )
+    given = _each("mask", options.mask, batch, _is_list)
+    for mask in given:
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(
+                f"mask must be a mask of usp.masks, or a list of one for each sample, got {mask!r}:"
+                " a boolean tensor is an attn_mask"
+            )
+    packed = _each("cu_seqlens", options.cu_seqlens, batch, _is_nested)
+    lengths = _each("key_lengths", _on_host("key_lengths", options.key_lengths), batch, _is_list)
+    offsets = _each("query_offset", _on_host("query_offset", options.query_offset), batch, _is_list)
+    if options.key_lengths is not None and len(lengths) != batch:
+        raise TypeError(f"key_lengths must be one length for each of {batch} samples")
+    if not batch:
+        return masks_of(base)
+    options_of = [given, packed, lengths, offsets]
+    count = max(map(len, options_of))
+    each = list(zip(*(x * count if len(x) == 1 else x for x in options_of), strict=True))
+    found = [_one(base, *sample) for sample in each]
+    whole = [integer("query_offset", offset) for *_, offset in each]
+    return masks_of(found, whole) if count > 1 else masks_of(found[0], whole[0])
+
+
+def is_more_than_a_few_numbers(options: MaskOptions) -> bool:
+    """Whether the options hold masks, or differ among samples."""
+    given = options.mask is not None or options.key_lengths is not None
+    return given or options.query_offset != 0 or _is_nested(options.cu_seqlens)
+
+
+def _one(base: Mask, mask: Any, cu_seqlens: Any, key_length: Any, query_offset: Any) -> Mask:
+    """The mask of one sample."""
+    whole = base & (mask or Everything())
+    if cu_seqlens is not None:
+        whole = whole & documents(cu_seqlens)
+    whole = shifted(whole, integer("query_offset", query_offset))
+    if key_length is None:
+        return whole
+    return whole & first_keys(integer("a length of key_lengths", key_length, least=0))
+
+
+def _each(name: str, given: Any, batch: int, is_list: Any) -> list[Any]:
+    """What was given for each sample, or once for all."""
+    if not is_list(given):
+        return [given]
+    if len(given) != batch:
+        raise ValueError(
+            f"{name} has {len(given)} entries, one a sample, but q has {batch} samples"
+        )
+    return list(given)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, (list, tuple))
+
+
+def _is_nested(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and any(
+        isinstance(each, (list, tuple, range, Tensor)) and not _is_number(each) for each in given
+    )
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.dim() == 0
+
+
+def _on_host(name: str, given: Any) -> Any:
+    """Numbers in a tensor as a list."""
+    if not isinstance(given, Tensor):
+        return given
+    if given.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be host integers (a tuple or a CPU tensor), got a tensor on "
+            f"{given.device}: planning must not wait for the device"
+        )
+    return given.tolist()
+
+
+def refuse_lengths(masks: Masks, query_len: int, key_len: int) -> None:
+    """Refuse masks that do not fit the whole sequences."""
+    for _, mask, _ in masks:
+        mask.refuse_lengths(query_len, key_len)
+
+
+def refuse_attn_mask(attn_mask: object) -> None:
+    """Raise for what is no boolean mask of two or four dims.
+
+    Raises:
+        TypeError, ValueError: says what it is and what to do.
+    """
+    found = tensor("attn_mask", attn_mask)
+    if found.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask must be bool, True where a query sees a key, got {found.dtype}: what is "
+            "added to the scores is an attn_bias"
+        )
+    if found.dim() == 3:
+        raise ValueError(
+            f"attn_mask of three dims {tuple(found.shape)} could be of samples or of heads: give "
+            "it four, (batch|1, heads|1, queries|1, keys)"
+        )
+    if found.dim() not in (2, 4):
+        raise ValueError(
+            f"attn_mask must be (queries, keys) or (batch|1, heads|1, queries|1, keys), got "
+            f"{tuple(found.shape)}"
+        )
+
+
+def planned(attn_mask: Tensor, shape: tuple[int, int]) -> list[Mask] | None:
+    """A boolean mask as one mask, or one for each sample, where its rows are a few runs of keys.
+
+    Args:
+        attn_mask: (B|1, H|1, Lq|1, Sk) bool.
+        shape: Queries and keys.
+    """
+    if attn_mask.shape[1] != 1 or attn_mask.shape[2:] != shape or attn_mask.device.type != "cpu":
+        return None
+    try:
+        return [from_dense(sample[0]) for sample in attn_mask]
+    except ValueError:  # too many bands
+        return None

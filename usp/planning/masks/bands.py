@@ -1,0 +1,122 @@
+"""Bands: for each query position a few intervals of keys, and what can be done with them.
+
+A band gives each query one interval ``[first, stop)``, both ends non-decreasing along the queries.
+Sets of bands here are disjoint and ascending: ``stop[i] <= first[i + 1]`` for each query, so that
+every key counts once. They are closed under union, intersection and complement: the i-th largest
+of monotone functions is monotone, and so are the larger and the smaller of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bands(NamedTuple):
+    """Disjoint bands in ascending order.
+
+    Attributes:
+        first, stop: (bands, n) int32 or int64 on CPU, ``0 <= first <= stop``, non-decreasing
+            along n; equal where a query sees nothing of a band.
+    """
+
+    first: Tensor
+    stop: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Number of visible (query, key) pairs."""
+        return int((self.stop - self.first).sum())
+
+
+def everything(positions: Tensor, key_len: int) -> Bands:
+    """One band of all keys."""
+    return clipped(torch.zeros_like(positions), torch.full_like(positions, key_len), key_len)
+
+
+def nothing(positions: Tensor) -> Bands:
+    """No band."""
+    empty = positions.new_empty((0, len(positions)))
+    return Bands(empty, empty)
+
+
+def clipped(first: Tensor, stop: Tensor, key_len: int) -> Bands:
+    """The band or the disjoint bands between ends that may lie outside the keys, or cross.
+
+    Args:
+        first, stop: (n,) or (bands, n) int64, non-decreasing along n.
+        key_len: Number of keys.
+    """
+    first, stop = torch.atleast_2d(first), torch.atleast_2d(stop)
+    first = first.clamp(0, key_len)
+    # The larger of two non-decreasing ends is non-decreasing: an empty band stays monotone.
+    return Bands(first, torch.maximum(first, stop.clamp(0, key_len)))
+
+
+def without_empty(bands: Bands, trim: bool = True) -> Bands:
+    """Those that some query sees something of; not ``trim``: all of them, see ``Mask.bands``."""
+    if not trim:
+        return bands
+    used = (bands.stop > bands.first).any(1)
+    return bands if used.all() else Bands(bands.first[used], bands.stop[used])
+
+
+def union(parts: Sequence[Bands], trim: bool = True) -> Bands:
+    """What is in any of them.
+
+    How many intervals hold a key is told by their ends alone, in whatever order: so the i-th first
+    and the i-th stop make as good intervals, and each is cut off where the one before it ends.
+    """
+    first, stop = (torch.cat([bands[end] for bands in parts]) for end in (0, 1))
+    return disjoint(*without_empty(Bands(first, stop), trim), trim)
+
+
+def disjoint(first: Tensor, stop: Tensor, trim: bool = True) -> Bands:
+    """Bands that may overlap, (bands, n) each, as disjoint ones."""
+    if len(first) > 1 and (stop[:-1] > first[1:]).any():
+        first, stop = _sorted(first), _sorted(stop)
+        first = torch.cat((first[:1], torch.maximum(first[1:], stop[:-1])))
+    return joined(without_empty(Bands(first, stop))) if trim else Bands(first, stop)
+
+
+def joined(bands: Bands) -> Bands:
+    """Neighbours that leave no key between them, for any query, as one."""
+    if len(bands.first) < 2:
+        return bands
+    apart = (bands.stop[:-1] < bands.first[1:]).any(1)
+    if apart.all():
+        return bands
+    ends = apart.new_ones(1)
+    return Bands(bands.first[torch.cat((ends, apart))], bands.stop[torch.cat((apart, ends))])
+
+
+def _sorted(ends: Tensor) -> Tensor:
+    """Along the bands; for a few of them comparing rows is many times faster than a sort."""
+    if len(ends) > 8:
+        return ends.sort(0).values
+    rows = list(ends)
+    for last in range(len(rows) - 1, 0, -1):
+        for i in range(last):
+            rows[i], rows[i + 1] = (
+                torch.minimum(rows[i], rows[i + 1]),
+                torch.maximum(rows[i], rows[i + 1]),
+            )
+    return torch.stack(rows)
+
+
+def intersection(one: Bands, other: Bands, trim: bool = True) -> Bands:
+    """What is in both."""
+    first = torch.maximum(one.first[:, None], other.first[None]).flatten(0, 1)
+    stop = torch.minimum(one.stop[:, None], other.stop[None]).flatten(0, 1)
+    return disjoint(*without_empty(Bands(first, torch.maximum(first, stop)), trim), trim)
+
+
+def complement(bands: Bands, key_len: int, trim: bool = True) -> Bands:
+    """What is in none of them: before, between and behind them."""
+    zeros = bands.first.new_zeros((1, bands.first.shape[1]))
+    first = torch.cat((zeros, bands.stop))
+    stop = torch.cat((bands.first, zeros + key_len))
+    return without_empty(Bands(first, stop), trim)

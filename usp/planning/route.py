@@ -1,0 +1,250 @@
+"""How keys come to the ranks that see them, and how their gradients come home: pure data.
+
+``ring`` passes blocks on from neighbour to neighbour, in the direction, or both, that needs fewer
+hops; a hop carries the rows that somebody further on still needs. ``direct`` sends rows from their
+owner to whoever needs them, ``allgather`` all rows to all, both in one exchange.
+
+Cargo of several parts of the batch, each with rows of its own, travels as one message: a tuple of
+``Rows``, one for each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from operator import lt
+
+from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
+
+TRANSPORTS = ("auto", "ring", "direct", "allgather")
+Cargo = tuple[Rows, ...]
+# Of each part of the batch, of each rank, by owner: the owner's rows that the rank sees.
+Needs = Sequence[Sequence[Sequence[Rows]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """Rows of keys that come to this rank.
+
+    Attributes:
+        owner: Whose they are.
+        cargo: Which of the owner's rows.
+    """
+
+    owner: int
+    cargo: Cargo
+
+
+@dataclass(frozen=True, eq=False)
+class Hop:
+    """One message passed on, and one that comes.
+
+    Attributes:
+        owner: Whose keys this rank passes on.
+        passed: Which of them, by their places in what it holds of that owner.
+        arrival: What comes meanwhile.
+    """
+
+    owner: int
+    passed: Cargo
+    arrival: Arrival
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """Blocks that move by one rank at each hop, and gradients behind them.
+
+    Attributes:
+        by: 1 or -1, to the next rank or to the one before.
+        hops: Of this rank.
+        reach: Of each owner, how many hops its keys are needed; their gradients turn home there.
+        first: Of each owner, its rows that are needed by anybody in this direction: gradients are
+            summed for these.
+    """
+
+    by: int
+    hops: tuple[Hop, ...]
+    reach: tuple[int, ...]
+    first: tuple[Cargo, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """Blocks passed on from rank to rank."""
+
+    directions: tuple[Direction, ...]
+
+    @property
+    def arrivals(self) -> tuple[Arrival, ...]:
+        """In the order in which they come, from both sides in turn."""
+        each = (direction.hops for direction in self.directions)
+        return tuple(hop.arrival for hops in zip_longest(*each) for hop in hops if hop is not None)
+
+    def sent(self, rank: int) -> list[Cargo]:
+        """Rows of keys in each message that leaves a rank; this is its route."""
+        return [hop.passed for direction in self.directions for hop in direction.hops]
+
+    def returned(self, rank: int) -> list[Cargo]:
+        """Rows of gradients in each message that leaves it in the backward."""
+        return [
+            direction.first[hop.arrival.owner]
+            for direction in self.directions
+            for distance, hop in enumerate(direction.hops, 1)
+            if distance <= direction.reach[hop.arrival.owner]
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Rows sent straight to those who need them.
+
+    Attributes:
+        sent_to: For each rank, which of this rank's own rows.
+        arrivals: From each owner in turn.
+        gathers: Whether all ranks get all rows.
+    """
+
+    sent_to: tuple[Cargo, ...]
+    arrivals: tuple[Arrival, ...]
+    gathers: bool
+
+    def sent(self, rank: int) -> list[Cargo]:
+        """As of a ring."""
+        return [cargo for other, cargo in enumerate(self.sent_to) if other != rank]
+
+    def returned(self, rank: int) -> list[Cargo]:
+        """As of a ring."""
+        return [arrival.cargo for arrival in self.arrivals]
+
+
+Route = Ring | Exchange
+
+
+def make_route(transport: str, needs: Needs, lengths: Sequence[int], rank: int) -> Route | None:
+    """How keys come to a rank and leave it; None where nobody needs those of another rank.
+
+    Args:
+        transport: Of TRANSPORTS; "auto" is the ring where it sends no row more than direct messages
+            do: its buffers are smaller, and more of it is in flight while blocks compute.
+        needs: What each rank sees of each owner.
+        lengths: Rows of keys of each owner.
+        rank: Whose route.
+    """
+    ranks = range(len(lengths))
+    pairs = [(other, owner) for other in ranks for owner in ranks if other != owner]
+    direct = sum(len(part[other][owner]) for part in needs for other, owner in pairs)
+    if not direct:
+        return None
+    if transport == "allgather":
+        whole = tuple(_whole(needs, length) for length in lengths)
+        return Exchange((whole[rank],) * len(lengths), _around(rank, whole), gathers=True)
+    if transport != "direct":
+        rows, way = _best(_ways(needs), direct)
+        if transport == "ring" or rows == direct:
+            made = (_direction(by, hops, lengths, rank) for by, hops in way.items() if hops)
+            return Ring(tuple(made))
+    sent = tuple(_cargo(needs, other, rank) for other in ranks)
+    come = tuple(_cargo(needs, rank, owner) for owner in ranks)
+    return Exchange(sent, _around(rank, come), gathers=False)
+
+
+# Of each direction, of each hop, by owner: its rows that a rank so far away or further needs.
+Way = dict[int, list[list[Cargo]]]
+
+
+def _best(ways: Iterator[Way], direct: int) -> tuple[int, Way]:
+    """The first that sends no more rows than direct messages do, or that which sends least."""
+    best: tuple[int, Way] | None = None
+    for way in ways:
+        rows = sum(len(r) for hops in way.values() for hop in hops for c in hop for r in c)
+        if best is None or rows < best[0]:
+            best = rows, way
+        if rows == direct:
+            break
+    assert best is not None
+    return best
+
+
+def _ways(needs: Needs) -> Iterator[Way]:
+    """Ways round for rows to those who need them, those of few hops first.
+
+    To each side so far: as evenly as blocks are needed at all, or nearly all to one side; or never
+    across the ends of the ring. In a causal zigzag the ranks behind an owner need half of its
+    block, those before it all, and a rank must not pass on more than those behind it need.
+    """
+    degree = len(needs[0])
+    needed = {
+        (rank - owner) % degree
+        for part in needs
+        for rank, row in enumerate(part)
+        for owner, rows in enumerate(row)
+        if rank != owner and len(rows)
+    }
+    ends = zip([0, *sorted(needed)], [*sorted(needed), degree], strict=True)
+    sides = [(forwards, degree - after) for forwards, after in ends]
+    even = min(sides, key=lambda way: (sum(way), max(way), -way[0]))
+    for forwards in dict.fromkeys((even[0], 1, degree - 2, degree - 1, 0)):
+        yield _way(needs, partial(_is_near, degree, forwards))
+    yield _way(needs, lt)
+
+
+def _is_near(degree: int, far: int, owner: int, rank: int) -> bool:
+    """Whether a rank lies at most so many places behind an owner."""
+    return (rank - owner) % degree <= far
+
+
+def _way(needs: Needs, goes_forwards: Callable[[int, int], bool]) -> Way:
+    degree = len(needs[0])
+    way: Way = {}
+    for by in (1, -1):
+        each: list[list[Cargo]] = []
+        for owner in range(degree):
+            nothing = tuple(no_rows(rows.total) for rows in _cargo(needs, owner, owner))
+            carried: list[Cargo] = [nothing]
+            for hop in range(degree - 1, 0, -1):
+                rank = (owner + by * hop) % degree
+                here = nothing
+                if goes_forwards(owner, rank) == (by == 1):
+                    here = _cargo(needs, rank, owner)
+                both = zip(here, carried[-1], strict=True)
+                carried.append(tuple(union_of_rows(near, far) for near, far in both))
+            each.append(carried[:0:-1])
+        hops = zip(*each, strict=True)
+        way[by] = [list(hop) for hop in hops if any(len(rows) for cargo in hop for rows in cargo)]
+    return way
+
+
+def _cargo(needs: Needs, rank: int, owner: int) -> Cargo:
+    return tuple(part[rank][owner] for part in needs)
+
+
+def _whole(needs: Needs, length: int) -> Cargo:
+    return tuple(all_rows(length) for _ in needs)
+
+
+def _around(rank: int, cargo: Sequence[Cargo]) -> tuple[Arrival, ...]:
+    """What comes from the other ranks, from the one before backwards."""
+    owners = [(rank - step) % len(cargo) for step in range(1, len(cargo))]
+    return tuple(Arrival(owner, cargo[owner]) for owner in owners)
+
+
+def _direction(by: int, hops: list[list[Cargo]], lengths: Sequence[int], rank: int) -> Direction:
+    made = []
+    for index, carried in enumerate(hops):
+        passing, coming = (
+            (rank - by * index) % len(lengths),
+            (rank - by * (index + 1)) % len(lengths),
+        )
+        held = (
+            hops[index - 1][passing]
+            if index
+            else tuple(all_rows(r.total) for r in carried[passing])
+        )
+        pairs = zip(carried[passing], held, strict=True)
+        passed = tuple(rows.within(those) for rows, those in pairs)
+        made.append(Hop(passing, passed, Arrival(coming, carried[coming])))
+    owners = range(len(lengths))
+    reach = tuple(sum(any(map(len, hop[owner])) for hop in hops) for owner in owners)
+    return Direction(by, tuple(made), reach, tuple(hops[0]))

@@ -1,0 +1,136 @@
+"""Some of the rows of a block of keys: those that somebody else needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
+class Rows:
+    """Runs of the rows that a rank holds.
+
+    Attributes:
+        total: Rows that are held.
+        start, stop: (runs,) int64 on CPU, ascending, none empty, with rows left out between them.
+    """
+
+    total: int
+    start: Tensor
+    stop: Tensor
+
+    def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def _length(self) -> int:
+        return int((self.stop - self.start).sum())
+
+    @cached_property
+    def are_all(self) -> bool:
+        """Whether none is left out."""
+        return len(self) == self.total
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(n,) int64 on CPU, ascending: the rows themselves."""
+        counts = self.stop - self.start
+        before = counts.cumsum(0) - counts
+        base = (self.start - before).repeat_interleave(counts)
+        return base + torch.arange(len(self), device=base.device)
+
+    @cached_property
+    def _on_device(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """``index`` on ``device``, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = self.index.to(device)
+        return self._on_device[device]
+
+    def of(self, x: Tensor) -> Tensor:
+        """(B, total, ...) -> (B, n, ...): a view where these rows lie side by side."""
+        if self.are_all:
+            return x
+        if len(self.start) == 1:
+            return x[:, int(self.start[0]) : int(self.stop[0])]
+        return x.index_select(1, self.on(x.device))
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """Add (B, n, ...) to those rows of (B, total, ...), in place."""
+        if len(self.start) == 1:
+            total[:, int(self.start[0]) : int(self.stop[0])] += part
+        elif len(self):
+            total.index_add_(1, self.on(total.device), part)
+
+    def count_below(self, places: Tensor) -> Tensor:
+        """How many of these rows lie below each of ``places``, int32.
+
+        Args:
+            places: (n,) int32, 0 to ``total``.
+        """
+        if self.are_all:
+            return places
+        if len(self.start) == 1:
+            return (places - int(self.start[0])).clamp_(0, len(self))
+        counts = self.stop - self.start
+        run = torch.searchsorted(self.start.int(), places, right=True) - 1
+        before = torch.where(run >= 0, (counts.cumsum(0) - counts)[run.clamp_min(0)], 0)
+        inside = torch.minimum(places - self.start[run.clamp_min(0)], counts[run.clamp_min(0)])
+        return (before + torch.where(run >= 0, inside, 0)).int()
+
+    def within(self, others: Rows) -> Rows:
+        """These rows by their places among ``others``, which hold them all."""
+        ends = (others.count_below(end.int()).long() for end in (self.start, self.stop))
+        return Rows(len(others), *_joined(*ends))
+
+
+def all_rows(total: int) -> Rows:
+    """Every row."""
+    return rows_between(total, torch.tensor([0], device="cpu"), torch.tensor([total], device="cpu"))
+
+
+def rows_between(total: int, start: Tensor, stop: Tensor) -> Rows:
+    """The rows in any of some runs, which may be empty or overlap.
+
+    Args:
+        total: Rows that are held.
+        start, stop: (runs,) int64.
+    """
+    held = stop > start
+    return Rows(total, *merged(start[held], stop[held]))
+
+
+def no_rows(total: int) -> Rows:
+    """None of so many."""
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+    return Rows(total, nothing, nothing)
+
+
+def union_of_rows(one: Rows, other: Rows) -> Rows:
+    """The rows in either, of the same block."""
+    if one.are_all or not len(other):
+        return one
+    if other.are_all or not len(one):
+        return other
+    ends = ((one.start, other.start), (one.stop, other.stop))
+    start, stop = (torch.cat(each) for each in ends)
+    return rows_between(one.total, start, stop)
+
+
+def merged(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs that may overlap as ascending ones with something between them."""
+    start, order = start.sort()
+    stop = stop[order].cummax(0).values if len(stop) else stop
+    return _joined(start, stop)
+
+
+def _joined(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    if len(start) < 2:
+        return start, stop
+    apart, ends = start[1:] > stop[:-1], start.new_ones(1, dtype=torch.bool)
+    return start[torch.cat((ends, apart))], stop[torch.cat((apart, ends))]
