@@ -104,9 +104,9 @@ def dense_attention(
                 window_size=window_size,
                 cu_seqlens=cu_seqlens,
                 prefix_len=prefix_len,
-                query_offset=int(first),
+                query_offset=first,
             )
-            for first in torch.as_tensor(query_offset, device=_HOST).flatten()
+            for first in torch.as_tensor(query_offset, device=_HOST).flatten().tolist() or [0]
         ]
     )[:, None].to(q.device)
     if attn_mask is not None:
