@@ -181,7 +181,7 @@ def _dispatched(
     tensors: Tensors,
     options: Options,
     mesh: SequenceMesh | None,
-    dropout_seed: int | None,
+    dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():

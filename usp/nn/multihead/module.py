@@ -267,7 +267,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         placement, lengths = self.placement, self.placement.named_lengths
         arguments.check(None if lengths is None else lengths[1])
         if validate is not False or seed is not None:
-            differ = lengths is None and bool(placement.mask(False).terms)
+            differ = lengths is None and bool(placement.mask(False) != Everything())
             seed = meet_in_graph(
                 mesh,
                 arguments.facts(lengths),
