@@ -39,6 +39,9 @@ CASES = {
     "tokens as they are": Case(
         ulysses=2, ring=2, seq_len=9, layout="held", counts=(1, 6, 0, 2), heads=2, causal=True
     ),
+    "keys as they are": Case(
+        ulysses=2, ring=2, seq_len=9, key_layout="held", key_counts=(0, 0, 8, 1), causal=True
+    ),
     # one query a rank: it cannot tell a row of a bias of its own from one for all
     "ring, single queries": Case(
         ulysses=2,

@@ -199,6 +199,8 @@ def cases(draw: st.DrawFn) -> Case:
         case = Case(**{**vars(case), "cu_seqlens": (0, *cuts, seq_len)})
     if case.layout == "held":
         case = replace(case, counts=draw(held(seq_len, case.ranks)))
+    if draw(st.integers(0, 3)) == 0:
+        case = replace(case, key_layout="held", key_counts=draw(held(case.num_keys, case.ranks)))
     counts = [len(shard) for shard in shards(case, seq_len)]
     lengths = [set(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
     # a row with one query somewhere and more elsewhere asks first, which no formula counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -14,7 +15,7 @@ from mask_cases import any_mask, table_of
 from usp import masks
 from usp.masks import Mask
 from usp.planning import reach
-from usp.planning.layout import DocumentZigzag, Layout, rows
+from usp.planning.layout import DocumentZigzag, Held, Layout, Layouts, both, rows
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Load, Plan, make_plan
 from usp.planning.reach import needed_rows
@@ -23,7 +24,7 @@ from usp.planning.samples import Samples, masks_of
 from usp.planning.visit import Visit
 
 MILLION = 1_048_576
-Problem = tuple[Mask, torch.Tensor, Layout, int]
+Problem = tuple[Mask, torch.Tensor, Layouts, int]
 
 
 @st.composite
@@ -37,7 +38,12 @@ def problems(draw: st.DrawFn) -> Problem:
     if query_len == key_len:
         inner = sorted(random.randint(0, query_len) for _ in range(random.randint(0, 3)))
         layouts.append(DocumentZigzag((0, *inner, query_len)))
-    return mask, table_of(sees, query_len, key_len), random.choice(layouts), ring
+    layout = random.choice(layouts)
+    if random.random() < 0.3:
+        cuts = sorted(random.randint(0, key_len) for _ in range(ring - 1))
+        held = Held(tuple(b - a for a, b in pairwise((0, *cuts, key_len))))
+        return mask, table_of(sees, query_len, key_len), (layout, held), ring
+    return mask, table_of(sees, query_len, key_len), layout, ring
 
 
 def seen_in(visit: Visit) -> torch.Tensor:
@@ -110,8 +116,8 @@ def test_needed_rows_are_those_that_are_seen(problem: Problem, few: bool) -> Non
     with pytest.MonkeyPatch.context() as patched:
         if few:
             patched.setattr(reach, "_STRETCHES", 3)
-        needed = needed_rows.__wrapped__(mask, layout, query_len, key_len, ring)
-    queries, keys = (rows(layout, length, ring) for length in (query_len, key_len))
+        needed = needed_rows.__wrapped__(mask, both(layout), (query_len, key_len), ring)
+    queries, keys = (rows(*one, ring) for one in zip(both(layout), table.shape, strict=True))
     for rank, row in enumerate(needed):
         for owner, found in enumerate(row):
             seen = table[queries[rank].tensor][:, keys[owner].tensor].any(0)

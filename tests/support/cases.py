@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from random import Random
 from typing import Any
@@ -27,6 +27,7 @@ class Case:
         on_mesh: With one rank: whether to pass a mesh of size 1 rather than None.
         layout: A layout's name, "documents" for DocumentZigzag of ``cu_seqlens``, or "held" for
             Held of ``counts``.
+        key_layout: Another one of the keys, or None; Held of ``key_counts``.
         key_len: Another number of keys than ``seq_len`` (cross-attention), or None.
         padding: Share of the keys that the padding mask ignores; None for no mask.
         bias: Letters of the dims in which the bias is not broadcast, out of "bhq"; None for none.
@@ -63,6 +64,8 @@ class Case:
     window: tuple[int | None, int | None] = (None, None)
     cu_seqlens: tuple[int, ...] | None = None
     counts: tuple[int, ...] = ()
+    key_layout: str | None = None
+    key_counts: tuple[int, ...] = ()
     prefix_len: int | None = None
     softmax_scale: float | None = None
     padding: float | None = None
@@ -102,12 +105,10 @@ class Case:
     @property
     def placed(self) -> Any:
         """The layout as usp takes it."""
-        import usp
-
-        told = {"documents": usp.DocumentZigzag, "held": usp.Held}
-        if self.layout not in told:
-            return self.layout
-        return told[self.layout](self.counts if self.layout == "held" else self.cu_seqlens)
+        of_queries = _placed(self.layout, self.counts, self.cu_seqlens)
+        if self.key_layout is None:
+            return of_queries
+        return of_queries, _placed(self.key_layout, self.key_counts, self.cu_seqlens)
 
     @property
     def dropout_seed(self) -> int:
@@ -125,6 +126,14 @@ class Case:
             "softmax_scale": self.softmax_scale,
             "softcap": self.softcap,
         }
+
+
+def _placed(layout: str, counts: tuple[int, ...], cu_seqlens: tuple[int, ...] | None) -> Any:
+    import usp
+
+    if layout == "held":
+        return usp.Held(counts)
+    return usp.DocumentZigzag(cu_seqlens) if layout == "documents" else layout
 
 
 @dataclass
@@ -291,10 +300,17 @@ def shards(case: Case, length: int) -> list[list[int]]:
     return [[row[i] for i in piece] for row in rows for piece in chunks(len(row), case.ulysses)]
 
 
+def key_shards(case: Case) -> list[list[int]]:
+    """The same of the keys."""
+    if case.key_layout is not None:
+        case = replace(case, layout=case.key_layout, counts=case.key_counts)
+    return shards(case, case.num_keys)
+
+
 def local(case: Case, rank: int) -> Tensors:
     """What one rank holds of the problem."""
     t = whole(case)
-    queries, keys = shards(case, case.seq_len)[rank], shards(case, case.num_keys)[rank]
+    queries, keys = shards(case, case.seq_len)[rank], key_shards(case)[rank]
     bias = t.bias
     if bias is not None and "q" in case.bias:
         bias = bias[:, :, queries]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from cases import DTYPES, Case, Tensors, local, seen, shards, whole
+from cases import DTYPES, Case, Tensors, key_shards, local, seen, shards, whole
 from torch import Tensor
 
 from usp.testing import dense_attention, dropout_multiplier
@@ -85,7 +85,7 @@ def _leaf(case: Case, x: Tensor) -> Tensor:
 
 def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The whole results, put together from those of all ranks by position."""
-    queries, keys = shards(case, case.seq_len), shards(case, case.num_keys)
+    queries, keys = shards(case, case.seq_len), key_shards(case)
     dims = {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1, "dbias": 2}
     joined = {}
     for name in results[0]:

@@ -111,6 +111,10 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     if self_attention and draw(st.integers(0, 4)) == 0:
         counts = draw(held(seq_len, case.ranks))
         case = replace(case, layout="held", counts=counts)
+    if draw(st.integers(0, 4)) == 0:
+        key_layout = draw(st.sampled_from(["contiguous", "zigzag", "striped", "held", "held"]))
+        counts = draw(held(case.num_keys, case.ranks)) if key_layout == "held" else ()
+        case = replace(case, key_layout=key_layout, key_counts=counts)
     if case.dtype != "float64" and case.magnitude > 1:
         # scores in the hundreds lose digits of the inputs' own dtype: see test_numerics
         case = replace(case, magnitude=1.0)
@@ -155,5 +159,7 @@ CORNERS = [
     Case(seq_len=5, key_len=0, bias="hq", heads=2, kv_heads=1, ulysses=2),
     Case(seq_len=5, key_len=0, backend="sdpa"),
     Case(ulysses=2, ring=2, seq_len=11, layout="held", counts=(0, 7, 4, 0), causal=True, heads=2),
+    Case(ring=3, seq_len=7, key_len=5, layout="zigzag", key_layout="held", key_counts=(0, 5, 0)),
+    Case(ulysses=2, ring=2, seq_len=9, causal=True, key_layout="striped", padding=0.3, heads=2),
     Case(ulysses=3, seq_len=7, layout="held", counts=(0, 0, 7), bias="hq", heads=4, kv_heads=2),
 ]

@@ -18,7 +18,7 @@ from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
 from usp.planning.kinds import flag, integer, real, tensor
-from usp.planning.layout import Layout, check_layout
+from usp.planning.layout import Layout, Layouts, both
 from usp.planning.problem import Scoring, Traits, state_dtype
 from usp.planning.samples import Masks
 from usp.planning.shares import named_lengths, row_pieces
@@ -31,7 +31,7 @@ class Options(MaskOptions):
     """The options of ``long_context_attention``; see there."""
 
     softmax_scale: float | Tensor | None = None
-    layout: Layout = "contiguous"
+    layout: Layouts = "contiguous"
     seq_len: int | tuple[int, int] | str | None = None
     dropout_p: float = 0.0
     softcap: float | None = None
@@ -72,14 +72,14 @@ class Request:
     """Options and tensors that fit together.
 
     Attributes:
-        masks, layout, scoring, transport, backend, return_lse: What to compute, and how.
+        masks, layouts, scoring, transport, backend, return_lse: What to compute, and how.
         query_len, key_len: Tokens of the whole sequences.
         num_heads, num_kv_heads: Heads of the whole attention.
         query_lengths, key_lengths: Local tokens of each rank of this rank's row.
     """
 
     masks: Masks
-    layout: Layout
+    layouts: tuple[Layout, Layout]
     scoring: Scoring
     transport: str
     backend: Backend
@@ -123,7 +123,7 @@ def check(
 
 def check_alone(tensors: Tensors, options: Options) -> Alone:
     """The first half of ``check``: all but the lengths of whole sequences."""
-    check_layout(options.layout)
+    both(options.layout)
     check_name(options.backend)
     check_transport(options.transport)
     flag("return_lse", options.return_lse)
@@ -153,11 +153,11 @@ def complete(
     Args:
         lengths: Queries and keys of the whole sequences.
     """
-    query_len, key_len = lengths
+    (query_len, key_len), layouts = lengths, both(options.layout)
     _check_whole(tensors, alone, lengths)
     return Request(
         masks=alone.masks,
-        layout=options.layout,
+        layouts=layouts,
         scoring=replace(alone.scoring, dropout_seed=dropout_seed),
         transport=options.transport,
         backend=alone.backend,
@@ -166,8 +166,8 @@ def complete(
         key_len=key_len,
         num_heads=tensors.q.shape[2],
         num_kv_heads=tensors.k.shape[2],
-        query_lengths=_row_pieces("q", tensors.q.shape[1], query_len, options.layout, mesh),
-        key_lengths=_row_pieces("k", tensors.k.shape[1], key_len, options.layout, mesh),
+        query_lengths=_row_pieces("q", tensors.q.shape[1], query_len, layouts[0], mesh),
+        key_lengths=_row_pieces("k", tensors.k.shape[1], key_len, layouts[1], mesh),
     )
 
 
@@ -362,6 +362,7 @@ def facts(
 ) -> Facts:
     """What all ranks of a mesh must agree on, by name."""
     q, v, bias = tensors.q, tensors.v, tensors.attn_bias
+    layouts = both(options.layout)
     told: Facts = {
         "batch size": q.shape[0],
         "number of query heads": q.shape[2],
@@ -371,7 +372,7 @@ def facts(
         "device type": q.device.type,
         "seq_len": Advised(alone.lengths or "not given", LENGTH_ADVICE),
         masking.NAMES: alone.masks,
-        "layout": options.layout,
+        "layout": layouts[0] if layouts[0] == layouts[1] else layouts,
         "scoring (softmax_scale, softcap, dropout_p)": alone.scoring,
         "dropout_seed": "drawn" if dropout_seed is None else dropout_seed,
         "transport": options.transport,

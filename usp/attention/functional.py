@@ -20,7 +20,7 @@ from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.kinds import is_fake, tensor
-from usp.planning.layout import Layout
+from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
 
 
@@ -39,7 +39,7 @@ def long_context_attention(
     key_lengths: Sequence[int] | Tensor | None = None,
     query_offset: int | Sequence[int] = 0,
     softmax_scale: float | Tensor | None = None,
-    layout: Layout = "contiguous",
+    layout: Layouts = "contiguous",
     seq_len: int | tuple[int, int] | str | None = None,
     key_padding_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
@@ -83,8 +83,9 @@ def long_context_attention(
             flash-attn does.
         softmax_scale: Factor of ``<q, k>``, dimensionless; D ** -0.5 by default. A tensor of one
             number is multiplied with q, and has a gradient: this rank's part of the sum.
-        layout: "contiguous", "zigzag", "striped" or ``DocumentZigzag(cu_seqlens)``: which
-            tokens this rank holds, as ``shard_sequence`` cut them.
+        layout: "contiguous", "zigzag", "striped", ``DocumentZigzag(cu_seqlens)`` or
+            ``Held(counts)``: which tokens this rank holds, as ``shard_sequence`` cut them. Or two
+            of them, ``(of queries, of keys)``.
         seq_len: Tokens of the whole sequence, or (query, key) lengths; by default ("infer") the
             sum of what the ranks hold, which they tell each other at this call. ``usp.Spread`` asks
             once for many calls.

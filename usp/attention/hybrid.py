@@ -109,7 +109,7 @@ def prepare(
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
     plan = make_plan(
         request.masks,
-        request.layout,
+        request.layouts,
         (request.query_len, request.key_len),
         ring.size,
         ring.rank,

@@ -44,7 +44,7 @@ from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.heads import split_heads
-from usp.planning.layout import Held
+from usp.planning.layout import Held, both
 from usp.planning.problem import state_dtype
 
 _LIBRARY = torch.library.Library("usp", "FRAGMENT")
@@ -136,9 +136,11 @@ def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     first, stop = heads.kv_range
     batch, own, own_kv = q.shape[0], heads.count, stop - first
     queries, keys = (degree * x.shape[1] + rank for x in (q, k))
-    layout = given.options.layout
-    if isinstance(layout, Held):
-        queries = keys = sum(layout.counts[mesh.rank - rank :][:degree])
+    of_queries, of_keys = both(given.options.layout)
+    if isinstance(of_queries, Held):
+        queries = sum(of_queries.counts[mesh.rank - rank :][:degree])
+    if isinstance(of_keys, Held):
+        keys = sum(of_keys.counts[mesh.rank - rank :][:degree])
     state = state_dtype(q.dtype)
     rooms: list[tuple[tuple[int, ...], torch.dtype]] = [
         ((batch, queries, own, q.shape[3]), q.dtype),

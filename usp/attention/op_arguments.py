@@ -16,7 +16,7 @@ from usp.attention.masking import Checked, MaskOptions, is_more_than_a_few_numbe
 from usp.distributed.agreement import When, check_when
 from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import flag, integer
-from usp.planning.layout import from_told, told
+from usp.planning.layout import both, from_told, told
 from usp.planning.masks.bounds import host_boundaries
 from usp.planning.masks.options import check_window
 from usp.planning.samples import Masks
@@ -47,6 +47,8 @@ class Arguments(NamedTuple):
     softmax_scale: float | None
     layout: str
     layout_numbers: Sequence[int] | None
+    key_layout: str
+    key_layout_numbers: Sequence[int] | None
     query_len: int | None
     key_len: int | None
     dropout_p: float
@@ -70,7 +72,13 @@ class Arguments(NamedTuple):
 
     @property
     def options(self) -> Options:
-        numbers = self.layout_numbers
+        layouts = (
+            from_told(name, None if numbers is None else tuple(numbers))
+            for name, numbers in (
+                (self.layout, self.layout_numbers),
+                (self.key_layout, self.key_layout_numbers),
+            )
+        )
         lengths = None
         if self.query_len is not None and self.key_len is not None:
             lengths = self.query_len, self.key_len
@@ -81,7 +89,7 @@ class Arguments(NamedTuple):
             prefix_len=self.prefix_len,
             mask=None if self.masks is None else Checked(_MASKS[self.masks]),
             softmax_scale=self.softmax_scale,
-            layout=from_told(self.layout, None if numbers is None else tuple(numbers)),
+            layout=(next(layouts), next(layouts)),
             seq_len=lengths,
             dropout_p=self.dropout_p,
             softcap=self.softcap,
@@ -155,7 +163,8 @@ def arguments(
     if is_more_than_a_few_numbers(options):
         masks = _masks_number(make_masks(options, tensors.q.shape[0]))
         options = replace(options, **_NO_MASKS)
-    window, (layout, numbers) = check_window(options.window_size), told(options.layout)
+    window, layouts = check_window(options.window_size), both(options.layout)
+    (layout, numbers), (key_layout, key_numbers) = map(told, layouts)
     query_len, key_len = named_lengths(options.seq_len, options.layout) or (None, None)
     return Arguments(
         *tensors,
@@ -170,6 +179,8 @@ def arguments(
         softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
         layout=layout,
         layout_numbers=numbers,
+        key_layout=key_layout,
+        key_layout_numbers=key_numbers,
         query_len=query_len,
         key_len=key_len,
         dropout_p=options.dropout_p,

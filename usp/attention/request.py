@@ -18,6 +18,7 @@ from usp.attention.arguments import (
 )
 from usp.distributed.agreement import Facts, When, check_on_all_ranks, check_when, meets, new_name
 from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.planning.layout import both
 from usp.planning.shares import names_lengths, summed_length
 
 
@@ -90,10 +91,10 @@ def _together(
     queries, keys, theirs, names = zip(*told, strict=True)
     lengths = alone.lengths
     if lengths is None:
-        degrees = mesh.ring_degree, mesh.ulysses_degree
+        degrees, layouts = (mesh.ring_degree, mesh.ulysses_degree), both(options.layout)
         lengths = (
-            summed_length("q", queries, options.layout, degrees),
-            summed_length("k", keys, options.layout, degrees),
+            summed_length("q", queries, layouts[0], degrees),
+            summed_length("k", keys, layouts[1], degrees),
         )
     seed = theirs[0] if drawn is not None else seed_of(dropout_seed) or 0
     return complete_with(alone, lengths, seed), names[0]

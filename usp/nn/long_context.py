@@ -15,7 +15,7 @@ from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.nn.spread import Spread
 from usp.nn.tracing import one_node
-from usp.planning.layout import Layout
+from usp.planning.layout import Layouts
 
 
 class LongContextAttention(nn.Module):
@@ -48,7 +48,7 @@ class LongContextAttention(nn.Module):
         cu_seqlens: Sequence[int] | Tensor | None = None,
         prefix_len: int | None = None,
         softmax_scale: float | Tensor | None = None,
-        layout: Layout = "contiguous",
+        layout: Layouts = "contiguous",
         seq_len: int | tuple[int, int] | str | None = None,
         dropout_p: float = 0.0,
         softcap: float | None = None,

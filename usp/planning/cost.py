@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from usp.planning.heads import kv_heads_shared, split_heads
-from usp.planning.layout import Layout
+from usp.planning.layout import Layouts, both
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
@@ -90,7 +90,7 @@ class Place:
     ulysses_degree: int
     ring_rank: int
     ulysses_rank: int
-    layout: Layout = "contiguous"
+    layout: Layouts = "contiguous"
     mask: Mask | Sequence[Mask] = field(default_factory=Everything)
     transport: str = "auto"
 
@@ -154,8 +154,8 @@ def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Queries and keys of each rank of the row."""
     degrees = place.ring_degree, place.ulysses_degree
     queries, keys = (
-        row_pieces(place.layout, length, *degrees)[place.ring_rank]
-        for length in (shape.query_len, shape.key_len)
+        row_pieces(layout, length, *degrees)[place.ring_rank]
+        for layout, length in zip(both(place.layout), (shape.query_len, shape.key_len), strict=True)
     )
     return queries, keys
 

@@ -116,6 +116,20 @@ class Held:
 
 
 Layout = str | DocumentZigzag | Held
+# One for queries and keys, or one for each.
+Layouts = Layout | tuple[Layout, Layout]
+
+
+def both(layout: Layouts) -> tuple[Layout, Layout]:
+    """The layouts of queries and of keys.
+
+    Raises:
+        ValueError: one is unknown, or they are no pair.
+    """
+    pair = layout if isinstance(layout, tuple) else (layout, layout)
+    if len(pair) != 2:
+        raise ValueError(f"layout must be one, or a pair (of queries, of keys), got {layout!r}")
+    return check_layout(pair[0]), check_layout(pair[1])
 
 
 def told(layout: Layout) -> tuple[str, tuple[int, ...] | None]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from usp.planning.layout import Layout, Positions, rows
+from usp.planning.layout import Layouts, Positions, both, rows
 from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.reach import needed_rows
@@ -85,7 +85,7 @@ class Plan:
 @lru_cache(maxsize=64)
 def make_plan(
     masks: Masks,
-    layout: Layout,
+    layout: Layouts,
     lengths: tuple[int, int],
     ring_degree: int,
     ring_rank: int,
@@ -95,17 +95,17 @@ def make_plan(
 
     Args:
         masks: Who sees whom, by global positions.
-        layout: Which token is where, the same for queries and keys.
+        layout: Which token is where, or which query and which key.
         lengths: Queries and keys of the whole sequences.
         ring_degree, ring_rank: Size of the ring and the place in it.
         transport: How keys come: "ring", "direct", "allgather", or "auto" for what sends least.
     """
-    query_len, key_len = lengths
-    queries = rows(layout, query_len, ring_degree)[ring_rank]
-    keys = rows(layout, key_len, ring_degree)
+    (query_len, key_len), layouts = lengths, both(layout)
+    queries = rows(layouts[0], query_len, ring_degree)[ring_rank]
+    keys = rows(layouts[1], key_len, ring_degree)
     route = None
     if ring_degree > 1:
-        needs = [needed_rows(mask, layout, query_len, key_len, ring_degree) for _, mask, _ in masks]
+        needs = [needed_rows(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         route = make_route(transport, needs, [len(row) for row in keys], ring_rank)
     parts = [(part, _reach(part.mask, queries, keys, key_len)) for part in masks]
     own = Arrival(ring_rank, tuple(all_rows(len(keys[ring_rank])) for _ in masks))

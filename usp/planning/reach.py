@@ -23,18 +23,19 @@ _STRETCHES = 1024
 
 @lru_cache(maxsize=32)
 def needed_rows(
-    mask: Mask, layout: Layout, query_len: int, key_len: int, ring_degree: int
+    mask: Mask, layouts: tuple[Layout, Layout], lengths: tuple[int, int], ring_degree: int
 ) -> tuple[tuple[Rows, ...], ...]:
     """Of each rank, by each owner, the rows of that owner's keys which the rank's queries see.
 
     Args:
         mask: Who sees whom.
-        layout: Which token is where, the same for queries and keys.
-        query_len, key_len: Tokens of the whole sequences.
+        layouts: Which query is where, and which key.
+        lengths: Queries and keys of the whole sequences.
         ring_degree: Ranks of the ring.
     """
-    keys = rows(layout, key_len, ring_degree)
-    seen = [_seen(mask, row, key_len) for row in rows(layout, query_len, ring_degree)]
+    query_len, key_len = lengths
+    keys = rows(layouts[1], key_len, ring_degree)
+    seen = [_seen(mask, row, key_len) for row in rows(layouts[0], query_len, ring_degree)]
     first, stop = (torch.cat([runs[end] for runs in seen]) for end in (0, 1))
     counts = [len(runs[0]) for runs in seen]
     table: list[list[Rows]] = [[] for _ in seen]

@@ -14,29 +14,33 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
-from usp.planning.layout import Held, Layout, check_held, check_layout, rows
+from usp.planning.layout import Held, Layout, Layouts, both, check_held, check_layout, rows
 
 Lengths = int | Sequence[int] | str | None  # a str is "infer", the same as None
 
 
-def names_lengths(seq_len: Lengths, layout: Layout) -> bool:
-    """Whether ``seq_len``, right or wrong, or the layout name the length of the whole."""
-    return not _inferred(seq_len) or not isinstance(layout, str)
+def names_lengths(seq_len: Lengths, layout: Layouts) -> bool:
+    """Whether ``seq_len``, right or wrong, or the layouts name the lengths of the whole."""
+    pair = layout if isinstance(layout, tuple) else (layout,)
+    return not _inferred(seq_len) or not any(isinstance(one, str) for one in pair)
 
 
 def _inferred(seq_len: Lengths) -> bool:
     return seq_len is None or (isinstance(seq_len, str) and seq_len == "infer")
 
 
-def named_lengths(seq_len: Lengths, layout: Layout) -> tuple[int, int] | None:
-    """Queries and keys of the whole sequence as far as ``seq_len`` or the layout name them.
+def named_lengths(seq_len: Lengths, layout: Layouts) -> tuple[int, int] | None:
+    """Queries and keys of the whole sequence as far as ``seq_len`` or the layouts name them.
 
     Raises:
         TypeError: ``seq_len`` is no integer, no pair of integers, not "infer" and not None.
         ValueError: it has not two entries, or one is below 0.
     """
     if _inferred(seq_len):
-        return None if isinstance(layout, str) else (layout.seq_len, layout.seq_len)
+        of_queries, of_keys = both(layout)
+        if isinstance(of_queries, str) or isinstance(of_keys, str):
+            return None
+        return of_queries.seq_len, of_keys.seq_len
     if not isinstance(seq_len, (tuple, list)):
         whole = integer("seq_len", seq_len, least=0)
         return whole, whole

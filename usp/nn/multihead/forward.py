@@ -101,7 +101,7 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
     mask = placement.mask(call.causal)
     visible = None
     if mask != Everything():
-        q_pos = positions(call.whole[0], placement.mesh, placement.layout)
+        q_pos = positions(call.whole[0], placement.mesh, placement.layouts[0])
         visible = visible_keys(mask, q_pos, keys).to(q.device)
     rows = attention_weights(
         q,
@@ -140,7 +140,7 @@ def _keep(call: Projected, placement: Placement, keys: range) -> Tensor:
     """(N, H, L, len(keys)) dropout factors of this rank's queries."""
     batch, _, num_heads, _ = call.q.shape
     assert call.dropout_seed is not None
-    q_pos = positions(call.whole[0], placement.mesh, placement.layout, call.q.device)
+    q_pos = positions(call.whole[0], placement.mesh, placement.layouts[0], call.q.device)
     k_pos = torch.arange(keys.start, keys.stop, device=call.q.device)
     factors = dropout_factors(call.dropout_p, call.dropout_seed, (batch, num_heads), q_pos, k_pos)
     return factors.to(state_dtype(call.q.dtype))

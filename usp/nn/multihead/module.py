@@ -24,7 +24,7 @@ from usp.nn.multihead.uncut import content, refuse_equal
 from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
 from usp.planning.kinds import is_fake
-from usp.planning.layout import Layout
+from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Everything
 
 
@@ -41,8 +41,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             depends on global positions and one number of torch's default CPU generator: see
             ``long_context_attention``.
         mesh: The ranks that share the sequence; None is one device.
-        layout: Which tokens this rank holds: "contiguous", "zigzag", "striped" or
-            ``DocumentZigzag(cu_seqlens)``.
+        layout: Which tokens this rank holds, or (of queries, of keys): see
+            ``long_context_attention``.
         seq_len: Tokens of the whole sequence, or (query, key) lengths; None is the sum of what
             the ranks hold, which they tell each other at each call (48 bytes along each axis of
             the mesh, whatever ``validate`` says); "infer" is another word for it.
@@ -75,7 +75,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
         *,
         mesh: SequenceMesh | None = None,
-        layout: Layout = "contiguous",
+        layout: Layouts = "contiguous",
         seq_len: int | tuple[int, int] | str | None = None,
         transport: str = "auto",
         backend: str = "auto",

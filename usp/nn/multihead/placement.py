@@ -12,7 +12,7 @@ from usp.backends import check_name
 from usp.distributed.agreement import check_validate
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.distributed.transport import check_transport
-from usp.planning.layout import Layout, check_layout
+from usp.planning.layout import Layout, Layouts, both
 from usp.planning.masks.mask import Mask
 from usp.planning.masks.options import make_mask
 from usp.planning.shares import named_lengths, shares, summed_length
@@ -24,7 +24,7 @@ class Placement:
     """The options that ``MultiheadAttention`` has beyond torch's; see there."""
 
     mesh: SequenceMesh | None = None
-    layout: Layout = "contiguous"
+    layout: Layouts = "contiguous"
     seq_len: int | tuple[int, int] | str | None = None
     transport: str = "auto"
     backend: str = "auto"
@@ -34,7 +34,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
-        check_layout(self.layout)
+        both(self.layout)
         check_name(self.backend)
         check_transport(self.transport)
         check_validate(self.validate)
@@ -50,6 +50,11 @@ class Placement:
     def _degrees(self) -> tuple[int, int]:
         """Of the ring and of Ulysses."""
         return degrees_and_place(self.mesh)[0]
+
+    @property
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Of queries and of keys."""
+        return both(self.layout)
 
     @property
     def size(self) -> int:
@@ -73,15 +78,15 @@ class Placement:
         """
         queries, keys, *_ = zip(*held, strict=True)
         return (
-            summed_length("query", queries, self.layout, self._degrees),
-            summed_length("key", keys, self.layout, self._degrees),
+            summed_length("query", queries, self.layouts[0], self._degrees),
+            summed_length("key", keys, self.layouts[1], self._degrees),
         )
 
     def largest_shard(self, seq_len: int) -> int:
-        """Tokens of the rank that holds most."""
+        """Queries of the rank that holds most."""
         if self.size == 1:
             return seq_len
-        return max(shares(self.layout, seq_len, *self._degrees))
+        return max(shares(self.layouts[0], seq_len, *self._degrees))
 
     def is_spread(self, lengths: tuple[int, int] | None) -> bool:
         """False where all queries lie on one rank of several, or that cannot be told.
@@ -91,10 +96,10 @@ class Placement:
         """
         if self.size == 1 or lengths is None:
             return self.size == 1
-        if isinstance(self.layout, str):
+        if isinstance(self.layouts[0], str):
             return lengths[0] > 1
         return not torch.compiler.is_compiling() and self.largest_shard(lengths[0]) < lengths[0]
 
     def gather(self, x: Tensor, key_len: int, validate: bool) -> Tensor:
         """(N, local keys, ...) of every rank -> (N, all keys, ...), differentiable."""
-        return unshard_sequence(x, self.mesh, 1, self.layout, key_len, validate=validate)
+        return unshard_sequence(x, self.mesh, 1, self.layouts[1], key_len, validate=validate)
