@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from functools import partial
 
 import pytest
 import torch
@@ -189,9 +190,10 @@ def _check_report(output, something_sent):
 def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     monkeypatch.setenv("COLUMNS", "100")
     out = tmp_path / "new" / "picture.png"
-    with tempfile.TemporaryDirectory(prefix="percent %20, an ü ") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)  # where its processes meet
-        code = main([*SMALL, *options, "--out", str(out)])
+    # where its processes meet
+    folder = partial(tempfile.TemporaryDirectory, dir=tmp_path)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda prefix: folder(prefix="a %20 ü "))
+    code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed
     _check_report(printed.out, something_sent=True)
