@@ -13,6 +13,8 @@ import torch._inductor.config
 from torch import Tensor
 
 import usp
+from usp.attention.arguments import Options, Tensors
+from usp.attention.op_arguments import arguments
 
 COMPILERS = ["aot_eager"]
 if shutil.which("g++") or shutil.which("clang++"):
@@ -159,6 +161,18 @@ def test_documents_written_over_before_the_backward() -> None:
         bounds[1] = 5
         found.append(torch.autograd.grad(out, leaves, torch.cos(out.detach())))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_the_op_is_what_its_schema_says(name: str) -> None:
+    given = tensors(length=5)
+    held = Tensors(**given)
+    call = arguments(held, Options(**options_of(name)), None, None, None)
+    torch.library.opcheck(torch.ops.usp.attention.default, tuple(call))
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {option: x for option, x in OPTIONS[name].items() if option != "dropout_seed"}
 
 
 def test_a_wrong_call_is_refused_while_compiling() -> None:

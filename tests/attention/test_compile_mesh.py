@@ -227,6 +227,25 @@ def test_compiled_beside_eager(pool) -> None:
         assert "ranks of the mesh disagree on gradients needed" in said
 
 
+def other_lengths() -> tuple[float, int]:
+    """The largest difference to eager, and the number of graphs, of other lengths."""
+    mesh, compiler = worker.mesh(2, 2), compiling.Counting("aot_eager")
+    module, wrong = usp.LongContextAttention(mesh, causal=True), 0.0
+    with compiling.afresh():
+        fast = torch.compile(module, fullgraph=True, backend=compiler)
+        for length in (11, 15, 10, 14):
+            whole = torch.randn(2, length, 3, 2, generator=torch.Generator().manual_seed(length))
+            x = usp.shard_sequence(whole, mesh, 1)
+            wrong = max(wrong, (fast(x, x * 2, x) - module(x, x * 2, x)).abs().max().item())
+    return wrong, compiler.graphs
+
+
+def test_other_lengths_do_not_compile_for_ever(pool) -> None:
+    for wrong, graphs in pool.run(other_lengths, ranks=4, timeout=100):
+        assert wrong == 0.0
+        assert graphs <= 2, "what this rank holds is symbolic from the second one on"
+
+
 def dtensor_inputs() -> str:
     from torch.distributed.tensor import DTensor, Shard
 
