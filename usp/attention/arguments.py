@@ -38,6 +38,7 @@ class Options(MaskOptions):
     transport: str = "auto"
     return_lse: bool = False
     backend: str = "auto"
+    heads: tuple[int, int] | None = None
     attn_mask: Tensor | None = None  # what is none: another becomes a mask or a bias before
     sinks: Tensor | None = None
 
@@ -74,7 +75,8 @@ class Request:
     Attributes:
         masks, layouts, scoring, transport, backend, return_lse: What to compute, and how.
         query_len, key_len: Tokens of the whole sequences.
-        num_heads, num_kv_heads: Heads of the whole attention.
+        num_heads, num_kv_heads: Heads of this call.
+        first_head, all_heads: Where they stand among those of the whole attention.
         query_lengths, key_lengths: Local tokens of each rank of this rank's row.
     """
 
@@ -88,6 +90,8 @@ class Request:
     key_len: int
     num_heads: int
     num_kv_heads: int
+    first_head: int
+    all_heads: int
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
 
@@ -99,12 +103,14 @@ class Alone:
     Attributes:
         masks, scoring, backend: As in ``Request``, but for the seed of dropout.
         lengths: Queries and keys of the whole sequences where they were named.
+        heads: First query head of this call, and number of heads of the whole attention.
     """
 
     masks: Masks
     scoring: Scoring
     backend: Backend
     lengths: tuple[int, int] | None
+    heads: tuple[int, int]
 
 
 def check(
@@ -137,7 +143,7 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     masks = make_masks(options, tensors.q.shape[0])
     scoring = _scoring(options, tensors.q.shape[3])
     backend = select(options.backend, _traits(tensors, scoring, options.return_lse))
-    return Alone(masks, scoring, backend, lengths)
+    return Alone(masks, scoring, backend, lengths, _check_heads(options.heads, tensors))
 
 
 def complete(
@@ -166,6 +172,8 @@ def complete(
         key_len=key_len,
         num_heads=tensors.q.shape[2],
         num_kv_heads=tensors.k.shape[2],
+        first_head=alone.heads[0],
+        all_heads=alone.heads[1],
         query_lengths=_row_pieces("q", tensors.q.shape[1], query_len, layouts[0], mesh),
         key_lengths=_row_pieces("k", tensors.k.shape[1], key_len, layouts[1], mesh),
     )
@@ -215,6 +223,27 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"the heads of q must be a multiple of those of k and v: q has {q.shape[2]}, "
             f"k has {k.shape[2]}"
         )
+
+
+def _check_heads(heads: tuple[int, int] | None, tensors: Tensors) -> tuple[int, int]:
+    """First query head and number of all heads, of which this call has some."""
+    here, kv_here = tensors.q.shape[2], tensors.k.shape[2]
+    if heads is None:
+        return 0, here
+    if not isinstance(heads, (tuple, list)) or len(heads) != 2:
+        raise ValueError(f"heads must be a pair (first, total), got {heads!r}")
+    first, total = (integer("heads", number, least=0) for number in heads)
+    if first + here > total:
+        raise ValueError(
+            f"heads=({first}, {total}): {here} heads from {first} on are more than {total} in all"
+        )
+    group = here // kv_here
+    if first % group or total % group:
+        raise ValueError(
+            f"heads=({first}, {total}): {group} query heads share a key head here, so that both "
+            f"must be multiples of {group}: cut query heads where a key head's group begins"
+        )
+    return first, total
 
 
 def _row_pieces(
@@ -367,6 +396,7 @@ def facts(
         "batch size": q.shape[0],
         "number of query heads": q.shape[2],
         "number of key heads": v.shape[2],
+        "heads (first, total)": alone.heads,
         "head_dim": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
         "device type": q.device.type,

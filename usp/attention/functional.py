@@ -51,6 +51,7 @@ def long_context_attention(
     transport: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
+    heads: tuple[int, int] | None = None,
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over a sequence that is spread over the ranks of a mesh.
@@ -109,6 +110,9 @@ def long_context_attention(
             where it sends no row more than "direct" would, else "direct".
         return_lse: Also return the LSE.
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
+        heads: (first, total): which of how many query heads these are, where others are
+            computed elsewhere, as by the ranks of tensor parallelism. What dropout drops is then
+            that of the whole attention. Slopes and biases are those of the heads here.
         validate: Whether the ranks compare their arguments first, and in the backward whose it is,
             so that a difference raises on every rank instead of hanging or computing something
             else: a message of 48 bytes along each axis of the mesh. True: always. None: on
@@ -150,6 +154,7 @@ def long_context_attention(
         transport=transport,
         return_lse=return_lse,
         backend=backend,
+        heads=heads,
         attn_mask=attn_mask,
         sinks=sinks,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -66,7 +66,7 @@ class Call:
     Attributes:
         ulysses: The row's axis.
         ring: The executor's part.
-        heads: Query heads of each rank of the row.
+        heads: Query heads of each rank of the row, of those of this call.
         request: The arguments.
         bias_cut: How the bias changes hands, if there is one.
     """
@@ -121,7 +121,9 @@ def prepare(
         if bias_rows is None:
             bias_rows = agree_on_bias_rows(ulysses, tensors.attn_bias, lengths)
         bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
-    executor = Ring(ring, plan, heads[ulysses.rank], request.scoring, request.backend)
+    mine = heads[ulysses.rank]
+    held = replace(mine, offset=mine.offset + request.first_head, total=request.all_heads)
+    executor = Ring(ring, plan, held, request.scoring, request.backend)
     return tensors, Call(ulysses, executor, heads, request, bias_cut)
 
 
@@ -166,7 +168,7 @@ def scattered(tensors: Tensors, call: Call) -> Tensors:
 
 def own_slopes(slopes: Tensor | None, call: Call) -> Tensor | None:
     """(B|1, own heads) of (B|1, H)."""
-    mine = call.ring.heads
+    mine = call.heads[call.ulysses.rank]
     return None if slopes is None else slopes[:, mine.offset : mine.offset + mine.count]
 
 

@@ -56,6 +56,7 @@ class Arguments(NamedTuple):
     transport: str
     return_lse: bool
     backend: str
+    heads: Sequence[int] | None
     mesh: str | None
     validate: bool | None
     is_first: bool
@@ -96,6 +97,7 @@ class Arguments(NamedTuple):
             transport=self.transport,
             return_lse=self.return_lse,
             backend=self.backend,
+            heads=None if self.heads is None else cast("tuple[int, int]", tuple(self.heads)),
         )
 
     @property
@@ -188,6 +190,7 @@ def arguments(
         transport=options.transport,
         return_lse=flag("return_lse", options.return_lse),
         backend=options.backend,
+        heads=options.heads,
         mesh=None if mesh is None else mesh.name,
         validate=validate if isinstance(validate, bool) else None,
         is_first=validate == "first",

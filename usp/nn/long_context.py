@@ -26,8 +26,8 @@ class LongContextAttention(nn.Module):
     Args:
         mesh: The ranks that share the sequence; None is one device.
         causal, window_size, prefix_len, layout, seq_len, dropout_p, softcap,
-        transport, return_lse, backend: See ``long_context_attention``. ``dropout_p`` is active
-            in training only.
+        transport, return_lse, backend, heads: See ``long_context_attention``. ``dropout_p`` is
+            active in training only.
         softmax_scale: A ``nn.Parameter`` is one of the module's, to be learned.
         cu_seqlens, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every
@@ -56,6 +56,7 @@ class LongContextAttention(nn.Module):
         transport: str = "auto",
         return_lse: bool = False,
         backend: str = "auto",
+        heads: tuple[int, int] | None = None,
         validate: str = "first",
     ):
         super().__init__()
@@ -72,6 +73,7 @@ class LongContextAttention(nn.Module):
             transport=transport,
             return_lse=return_lse,
             backend=backend,
+            heads=heads,
         )
         # what forward may be given instead, what training changes, and what may be a parameter
         self.seq_len = seq_len

@@ -17,7 +17,8 @@ from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
 from usp.nn.multihead.extra_keys import ExtraKeys
 from usp.nn.multihead.placement import Placement
-from usp.nn.multihead.weights import attention_weights, check_size, dropout_factors
+from usp.nn.multihead.weights import attention_weights, check_size
+from usp.ops import philox
 from usp.planning.masks.mask import Everything, visible_keys
 from usp.planning.problem import state_dtype
 from usp.sharding.sequence import positions
@@ -78,6 +79,7 @@ def attend(
         transport=placement.transport,
         return_lse=extra is not None,
         backend=placement.backend,
+        heads=placement.heads,
     )
     tensors = Tensors(call.q, call.k, call.v, call.padding, call.bias)
     result = functional.attend(tensors, options, placement.mesh, call.dropout_seed, validate)
@@ -139,8 +141,13 @@ def _padded_bias(call: Projected, placement: Placement, validate: bool) -> Tenso
 def _keep(call: Projected, placement: Placement, keys: range) -> Tensor:
     """(N, H, L, len(keys)) dropout factors of this rank's queries."""
     batch, _, num_heads, _ = call.q.shape
+    first, total = placement.heads or (0, num_heads)
     assert call.dropout_seed is not None
     q_pos = positions(call.whole[0], placement.mesh, placement.layouts[0], call.q.device)
     k_pos = torch.arange(keys.start, keys.stop, device=call.q.device)
-    factors = dropout_factors(call.dropout_p, call.dropout_seed, (batch, num_heads), q_pos, k_pos)
+    streams = total * torch.arange(batch, device=q_pos.device)[:, None] + first
+    streams = (streams + torch.arange(num_heads, device=q_pos.device))[:, :, None, None]
+    factors = philox.dropout_factors(
+        call.dropout_p, streams, q_pos[:, None], k_pos, call.dropout_seed
+    )
     return factors.to(state_dtype(call.q.dtype))

@@ -46,7 +46,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         seq_len: Tokens of the whole sequence, or (query, key) lengths; None is the sum of what
             the ranks hold, which they tell each other at each call (48 bytes along each axis of
             the mesh, whatever ``validate`` says); "infer" is another word for it.
-        transport, backend: See ``long_context_attention``.
+        transport, backend, heads: See ``long_context_attention``.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "first", "always" or "never"; see ``LongContextAttention``.
         causal, window_size: Masks by global positions that take no memory; see
@@ -82,6 +82,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         validate: str = "first",
         causal: bool = False,
         window_size: tuple[int | None, int | None] = (None, None),
+        heads: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -97,7 +98,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             dtype,
         )
         self._place(
-            Placement(mesh, layout, seq_len, transport, backend, validate, causal, window_size)
+            Placement(
+                mesh, layout, seq_len, transport, backend, validate, causal, window_size, heads
+            )
         )
 
     @classmethod

@@ -31,6 +31,7 @@ class Placement:
     validate: str = "first"
     causal: bool = False
     window_size: tuple[int | None, int | None] = (None, None)
+    heads: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)

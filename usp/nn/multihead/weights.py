@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from usp.attention import levels
-from usp.ops import philox
 from usp.ops.precision import einsum
 from usp.planning.problem import state_dtype
 
@@ -76,21 +75,3 @@ def attention_weights(
         scores = torch.cat((scores, extra_scores), -1)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-
-
-def dropout_factors(
-    dropout_p: float, seed: int | Tensor, shape: tuple[int, int], q_pos: Tensor, k_pos: Tensor
-) -> Tensor:
-    """What attention multiplies its weights with, 0 or ``1 / (1 - dropout_p)``.
-
-    Args:
-        dropout_p, seed: As the attention was given.
-        shape: (N, H).
-        q_pos, k_pos: (L,), (S,) int64 global positions, on the device of the result.
-
-    Returns:
-        (N, H, L, S) fp64.
-    """
-    batch, num_heads = shape
-    streams = torch.arange(batch * num_heads, device=q_pos.device).view(batch, num_heads, 1, 1)
-    return philox.dropout_factors(dropout_p, streams, q_pos[:, None], k_pos, seed)
