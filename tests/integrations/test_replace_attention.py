@@ -187,16 +187,43 @@ def _with_lengths(seq_len: Any) -> dict[str, Tensor]:
     return results(transformer(spread, None), spread.mesh.size)
 
 
-@pytest.mark.parametrize("seq_len", [(SOURCE, TARGET), None])
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_transformer_has_lengths_of_source_and_target(pool, seq_len) -> None:
-    parts = pool.run(_with_lengths, seq_len, ranks=4)
+def assert_as_whole(parts: list[dict[str, Tensor]]) -> None:
     expected = results(transformer(Whole(), None))
     for part in parts:
         torch.testing.assert_close(part["output"], expected["output"], rtol=1e-9, atol=1e-9)
     for name in expected.keys() - {"output"}:
         total = sum(part[name] for part in parts)
         torch.testing.assert_close(total, expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seq_len", [(SOURCE, TARGET), None])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_transformer_has_lengths_of_source_and_target(pool, seq_len) -> None:
+    assert_as_whole(pool.run(_with_lengths, seq_len, ranks=4))
+
+
+class TwoLayouts(Spread):
+    """Source and target lie differently."""
+
+    def _as_held(self, seq_len: int) -> Spread:
+        return Spread(self.mesh, self.layout[0 if seq_len == SOURCE else 1])
+
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        return self._as_held(x.shape[dim]).cut(x, dim)
+
+    def join(self, x: Tensor, dim: int, seq_len: int) -> Tensor:
+        return self._as_held(seq_len).join(x, dim, seq_len)
+
+
+def _with_layouts() -> dict[str, Tensor]:
+    layouts: Any = usp.Held((SOURCE - 2, 0, 2, 0)), "zigzag"
+    spread = TwoLayouts(workers.mesh(2, 2), layouts, None)
+    return results(transformer(spread, None), spread.mesh.size)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_transformer_has_layouts_of_source_and_target(pool) -> None:
+    assert_as_whole(pool.run(_with_layouts, ranks=4))
 
 
 def test_each_layer_is_told_the_lengths_it_has() -> None:

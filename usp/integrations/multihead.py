@@ -33,9 +33,9 @@ def replace_attention(
             patterns of them (``"*.self_attn"``), or classes, each for a module and all it holds;
             or a function of (name, module); or several of these. The rest stays as it is.
         options: The keyword arguments of ``usp.MultiheadAttention`` behind ``mesh``. In the
-            layers of ``nn.Transformer`` a pair ``seq_len`` is the lengths of source and target,
-            and each attention in them gets its own of the two; elsewhere it is a query's and a
-            key's as always.
+            layers of ``nn.Transformer`` a pair as ``seq_len`` or ``layout`` is that of source and
+            target, and each attention in them gets its own of the two; elsewhere it is a query's
+            and a key's as always.
 
     Returns:
         ``model``.
@@ -57,10 +57,12 @@ def replace_attention(
             raise NotImplementedError(f"cannot replace {name or 'the model'}: {refusal}") from None
     if placement.size > 1:
         _refuse_other_attention(model, only)
-    own = _lengths_of_layers(model, placement.seq_len)
+    lengths = _of_layers(model, placement.seq_len)
+    layouts = _of_layers(model, placement.layout)
     for module in found.values():
-        seq_len = own.get(module, placement.seq_len)
-        MultiheadAttention.adopt(module, replace(placement, seq_len=seq_len))
+        seq_len = lengths.get(module, placement.seq_len)
+        layout = layouts.get(module, placement.layout)
+        MultiheadAttention.adopt(module, replace(placement, seq_len=seq_len, layout=layout))
     _refuse_nested_tensors(model)
     return model
 
@@ -104,19 +106,19 @@ def _refuse_other_attention(model: nn.Module, only: Only | None) -> None:
         )
 
 
-def _lengths_of_layers(model: nn.Module, seq_len: Any) -> dict[nn.Module, Any]:
-    """Whole lengths of the attention in torch's own layers, from those of source and target."""
-    if not isinstance(seq_len, tuple | list):
+def _of_layers(model: nn.Module, pair: Any) -> dict[nn.Module, Any]:
+    """What is of source and of target, as the attention in torch's own layers takes it."""
+    if not isinstance(pair, tuple | list):
         return {}
-    source, target = seq_len
-    lengths: dict[nn.Module, Any] = {}
+    source, target = pair
+    own: dict[nn.Module, Any] = {}
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            lengths[layer.self_attn] = source
+            own[layer.self_attn] = source
         elif isinstance(layer, nn.TransformerDecoderLayer):
-            lengths[layer.self_attn] = target
-            lengths[layer.multihead_attn] = (target, source)
-    return lengths
+            own[layer.self_attn] = target
+            own[layer.multihead_attn] = (target, source)
+    return own
 
 
 def _refuse_nested_tensors(model: nn.Module) -> None:
