@@ -57,6 +57,8 @@ ROWS: dict[str, Changes] = {
     "alibi": {"alibi": "1H", "batch": 2},
     "alibi_of_each_batch": {"alibi": "BH", "span": "causal", "batch": 2},
     "dropout": {"dropout_p": 0.3},
+    # a union of bands: the same keys come more than once
+    "bands": {"span": "bands", "prior_keys": 13},
     # what a first call has left
     "carried_state": {"prior_keys": 200, "span": "random"},
     # sizes

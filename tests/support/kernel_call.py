@@ -100,6 +100,11 @@ def make_span(case: Call, generator: torch.Generator) -> tuple[Tensor | None, Te
     elif case.span == "gaps":  # two far runs of rows, as zigzag with a window makes them
         late = (i >= case.lq // 2).long()
         first, stop = i // 8 + late * (lk * 2 // 3), i // 8 + 3 + late * (lk * 2 // 3)
+    elif case.span == "bands":  # sinks, a window and what lies far ahead: a call each
+        window = (i - 11).clamp(0, lk), (i + 6).clamp(0, lk)
+        far = torch.maximum(i + 40, window[1]), i + 43
+        first = torch.stack((torch.zeros_like(i), window[0], far[0]))
+        stop = torch.stack((window[0].clamp(max=5), window[1], far[1]))
     else:
         ends = torch.randint(0, lk + 1, (2, case.lq), generator=generator).sort(dim=1).values
         first, stop = torch.minimum(ends[0], ends[1]), torch.maximum(ends[0], ends[1])
@@ -168,7 +173,8 @@ def dense(case: Call, x: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
         scores = scores - x.alibi_slopes.double()[:, :, None, None] * distance
     if x.first is not None and x.stop is not None:
         j = torch.arange(k.shape[1]) - case.prior_keys
-        visible = (j >= x.first[:, None]) & (j < x.stop[:, None]) | (j < 0)
+        first, stop = (torch.atleast_2d(end)[..., None] for end in (x.first, x.stop))
+        visible = ((j >= first) & (j < stop)).any(0) | (j < 0)
         scores = scores.masked_fill(~visible, -torch.inf)
     top = scores.detach().amax(-1) if k.shape[1] else scores.new_full(scores.shape[:3], -torch.inf)
     seen = top > -torch.inf
@@ -201,12 +207,24 @@ def expected(case: Call, x: Inputs) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), **found}
 
 
-def options(case: Call, x: Inputs, keys: slice, *, masked: bool) -> list[Any]:
+def bands(x: Inputs, masked: bool) -> list[int | None]:
+    """The calls for a run of keys: one, or one for each band by its number."""
+    if not masked or x.first is None or x.first.dim() == 1:
+        return [None]
+    return list(range(len(x.first)))
+
+
+def options(
+    case: Call, x: Inputs, keys: slice, *, masked: bool, band: int | None = None
+) -> list[Any]:
     """The arguments that both ops share, for a run of keys."""
+    first, stop = x.first, x.stop
+    if band is not None and first is not None and stop is not None:
+        first, stop = first[band], stop[band]
     positional = case.alibi is not None or case.dropout_p > 0
     return [
-        x.first if masked else None,
-        x.stop if masked else None,
+        first if masked else None,
+        stop if masked else None,
         None if x.bias is None else x.bias[..., keys],
         x.alibi_slopes,
         x.q_pos if positional else None,
@@ -240,8 +258,9 @@ def computed(case: Call, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
     """
     out, lse = new_state(case)
     for keys, masked in blocks(case):
-        shared = options(case, x, keys, masked=masked)
-        ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, out, lse)
+        for band in bands(x, masked):
+            shared = options(case, x, keys, masked=masked, band=band)
+            ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, out, lse)
     delta = (x.dout.to(case.acc) * out).sum(-1).transpose(1, 2) - x.dlse
     results = {"out": out, "lse": lse, "dq": torch.zeros(x.q.shape, dtype=case.acc)}
     parts: dict[str, list[Tensor]] = {"dk": [], "dv": [], "dbias": []}
@@ -249,10 +268,11 @@ def computed(case: Call, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
         k, v = x.k[:, keys], x.v[:, keys]
         dk, dv = (torch.zeros(t.shape, dtype=case.acc) for t in (k, v))
         dbias = None if x.bias is None else torch.zeros(x.bias[..., keys].shape, dtype=case.acc)
-        shared = options(case, x, keys, masked=masked)
-        ops.attention_backward(
-            x.dout, x.q, k, v, delta.contiguous(), lse, *shared, results["dq"], dk, dv, dbias
-        )
+        for band in bands(x, masked):
+            shared = options(case, x, keys, masked=masked, band=band)
+            ops.attention_backward(
+                x.dout, x.q, k, v, delta.contiguous(), lse, *shared, results["dq"], dk, dv, dbias
+            )
         for name, part in (("dk", dk), ("dv", dv), ("dbias", dbias)):
             if part is not None:
                 parts[name].append(part)
