@@ -8,10 +8,10 @@ block added to fp32 sums that travel with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -25,11 +25,15 @@ from usp.attention import block
 from usp.attention.arguments import Tensors
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.distributed.comm import Axis, Wait
+from usp.distributed.parcel import Parcel
 from usp.ops.pack import pack
 from usp.planning.heads import Heads
 from usp.planning.masks.terms import causal
 from usp.planning.plan import make_plan
 from usp.planning.problem import Block, Scoring, State
+from usp.planning.route import Arrival, Direction
+from usp.planning.route import Ring as Route
+from usp.planning.rows import Rows
 from usp.planning.samples import masks_of
 from usp.planning.visit import whole_visit
 
@@ -76,26 +80,32 @@ class VirtualAxis(Axis):
     """A ring seen from one rank whose neighbours' messages are all there already.
 
     Attributes:
-        blocks: Every owner's packed keys and values.
-        sums: Every owner's packed gradients so far, fp32; what a rank sends on is added there.
+        arriving: Of each direction, packed keys and values of each hop.
+        chains: In the order of the steps, whose gradients are sent on, and of which rows.
+        sums: Every owner's gradients so far, fp32; what a rank sends on is added there.
     """
 
-    blocks: tuple[Tensor, ...] = ()
-    sums: tuple[Tensor, ...] = ()
-    hops: Iterator[int] = field(default_factory=count)
-    sent: Iterator[int] = field(default_factory=count)
+    arriving: Mapping[int, Iterator[Tensor]] = field(default_factory=dict)
+    chains: Iterator[tuple[int, Rows]] = field(default_factory=lambda: iter(()))
+    sums: Sequence[Sequence[Tensor]] = ()
 
     def shift(self, message: Tensor, out: Tensor, by: int = 1) -> Wait:
-        if message.numel() == self.blocks[0].numel():
-            source = (self.rank - next(self.hops) - 1) % self.size
-            return lambda: self.blocks[source]
-        step = next(self.sent)
-        held = self.sums[(self.rank - step) % self.size]
-        if held.data_ptr() != message.data_ptr():
-            held.view(torch.float32).add_(message.view(torch.float32))
-        # the last message jumps home, and what comes home to this rank is its own
-        following = self.sums[self.rank if by < 0 else (self.rank - step - 1) % self.size]
-        return lambda: following
+        arrived = next(self.arriving[by])
+        return lambda: arrived
+
+    def exchange(
+        self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        owner, rows = next(self.chains)
+        for _, message in send:
+            totals = self.sums[owner]
+            shapes = tuple((x.shape[0], len(rows), *x.shape[2:]) for x in totals)
+            parcel = Parcel(shapes, tuple(x.dtype for x in totals))
+            for total, part in zip(totals, parcel.read(message), strict=True):
+                rows.add_to(total, part)
+        for _, buffer in receive:  # the others have added their part to the sums
+            buffer.zero_()
+        return lambda: None
 
 
 class VirtualRing:
@@ -115,13 +125,14 @@ class VirtualRing:
 
     def usp(self, own: Own, which: str, ranks: Sequence[int]) -> Callable[[], Parts]:
         """A call of usp's executor for some ranks in turn; dk and dv are right if it is all."""
-        messages = tuple(pack(shard[1:3]) for shard in self.shards)
-        sums = tuple(x.new_zeros(2 * x.numel()) for x in messages)
+        messages = {rank: self._messages(rank) for rank in ranks}
+        sums = [[torch.zeros_like(x, dtype=torch.float32) for x in s[1:3]] for s in self.shards]
 
         def run() -> Parts:
-            for total in sums:
+            for total in chain(*sums):
                 total.zero_()
-            return own(joined, (self._rank(r, own.backend, which, messages, sums) for r in ranks))
+            each = (self._rank(r, own.backend, which, messages[r], sums) for r in ranks)
+            return own(joined, each)
 
         return run
 
@@ -130,15 +141,16 @@ class VirtualRing:
         rank: int,
         backend: Any,
         which: str,
-        messages: tuple[Tensor, ...],
-        sums: tuple[Tensor, ...],
+        messages: Mapping[int, list[Tensor]],
+        sums: Sequence[Sequence[Tensor]],
     ) -> Sequence[Tensor]:
         q, k, v, dout = self.shards[rank]
         inputs, heads = Tensors(q, k, v), Heads(0, q.shape[2], q.shape[2], 1)
         scoring = Scoring(q.shape[-1] ** -0.5)
 
         def ring() -> Ring:
-            axis = VirtualAxis(self.ranks, rank, None, messages, sums)
+            arriving = {by: iter(each) for by, each in messages.items()}
+            axis = VirtualAxis(self.ranks, rank, None, arriving, iter(self._chains(rank)), sums)
             return Ring(axis, self.plans[rank], heads, scoring, backend)
 
         out, lse, _ = ring_forward(inputs, ring())
@@ -147,7 +159,32 @@ class VirtualRing:
         saved = block.saved_for_backward(dout, None, out, lse, backend)
         grads = ring_backward(inputs, saved, ring(), False, kv_dtype=lse.dtype)
         # dk and dv change until every rank has added to them
-        return out, grads.dq, grads.dk, grads.dv
+        for total, grad in zip(sums[rank], (grads.dk, grads.dv), strict=True):
+            total += grad
+        return out, grads.dq, *sums[rank]
+
+    def _directions(self, rank: int) -> tuple[Direction, ...]:
+        route = self.plans[rank].route
+        return route.directions if isinstance(route, Route) else ()
+
+    def _messages(self, rank: int) -> dict[int, list[Tensor]]:
+        """What comes to a rank from each side, hop by hop."""
+
+        def message(arrival: Arrival) -> Tensor:
+            (rows,) = arrival.cargo
+            return pack([rows.of(x) for x in self.shards[arrival.owner][1:3]])
+
+        return {
+            direction.by: [message(hop.arrival) for hop in direction.hops]
+            for direction in self._directions(rank)
+        }
+
+    def _chains(self, rank: int) -> list[tuple[int, Rows]]:
+        each = (
+            [(hop.arrival.owner, direction.first[hop.arrival.owner][0]) for hop in direction.hops]
+            for direction in self._directions(rank)
+        )
+        return [found for turn in zip_longest(*each) for found in turn if found is not None]
 
     def library(
         self, library: Library, merge: Merge, which: str, ranks: Sequence[int]

@@ -46,6 +46,7 @@ MIXTURES: dict[str, Changes] = {
     # what is carried, seen and strided
     "carried_state": {"prior_keys": 41, "span": "random", "batch": 2, "dtype": BF16},
     "gaps": {"span": "gaps", "lk": 131, "layout": "heads_first"},
+    "bands": {"span": "bands", "lk": 83, "heads": (1, 0, 1)},
     "rows_that_see_nothing": {"span": "strictly_causal", "dtype": BF16, "layout": "expanded"},
     "numbers_not_vectors": {**dims(61, 37), "span": "documents"},
     # options

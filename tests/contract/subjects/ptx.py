@@ -38,6 +38,7 @@ PLAIN: dict[str, Changes] = {
     "bf16_40": {"dtype": BF16, "span": "random", "layout": "expanded", "batch": 2, **dims(40, 64)},
     "fp16_32": {"span": "strictly_causal", **dims(32)},
     "bf16_32": {"dtype": BF16, "lq": 1, "lk": 1, **dims(8)},
+    "fp16_32_bands": {"span": "bands", "lq": 37, "lk": 83, "heads": (1, 0, 1), **dims(32)},
     "fp16_96": {"heads": (1, 0, 1), **dims(96, 72)},
     "bf16_96": {"dtype": BF16, "heads": (1, 6, 7), "span": "causal", **dims(96)},
     "fp16_192": {"lq": 17, "lk": 41, "heads": (1, 0, 1), **dims(192)},
