@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .toolchains import Toolchain
+from .toolchains import Toolchain, command_of
 from .torch_install import TorchInstall
 
 # Ops compiled for this version of torch's stable ABI load in it and in everything newer.
@@ -47,7 +47,7 @@ def find_compiler() -> list[str]:
     named = os.environ.get("CXX")
     candidates = [named] if named else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
     for candidate in filter(None, candidates):
-        command = shlex.split(candidate)
+        command = command_of(candidate)
         if shutil.which(command[0]):
             return command
     raise BuildFailed(f"no C++ compiler found (looked for {', '.join(filter(None, candidates))})")

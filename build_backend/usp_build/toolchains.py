@@ -198,10 +198,15 @@ def _find_hip(environ: Mapping[str, str]) -> Toolchain:
     )
 
 
+def command_of(named: str) -> list[str]:
+    """Of a variable: a program, which may lie in a folder with spaces, or a command of words."""
+    return [named] if shutil.which(named) else shlex.split(named)
+
+
 def _hip_compilers(rocm: Path, environ: Mapping[str, str]) -> list[tuple[str, ...]]:
     named = environ.get("HIPCXX")
     if named:  # a clang, as CMake wants it too: hipcc takes nvcc where it finds one
-        return [tuple(shlex.split(named))]
+        return [tuple(command_of(named))]
     folders = [rocm / "llvm" / "bin", rocm / "lib" / "llvm" / "bin"]
     found = [folder / "clang++" for folder in folders]
     names = ["amdclang++", *(f"clang++-{number}" for number in range(29, 14, -1)), "clang++"]

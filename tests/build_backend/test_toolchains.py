@@ -130,6 +130,13 @@ def test_the_clang_of_rocm_comes_before_the_path(tmp_path: Path) -> None:
     assert named.command == (str(rocm),)
 
 
+def test_a_compiler_is_a_program_or_words(tmp_path: Path) -> None:
+    there = program(tmp_path / "a folder" / "c++", "#!/bin/sh\n")
+    assert toolchains.command_of(str(there)) == [str(there)]
+    assert toolchains.command_of("ccache c++ -m64") == ["ccache", "c++", "-m64"]
+    assert toolchains.command_of(f"ccache '{there}'") == ["ccache", str(there)]
+
+
 def test_an_older_clang_compiles_for_what_it_knows_unless_told(tmp_path: Path) -> None:
     old = clang(tmp_path / "clang++", known="gfx90a")
     environ = {"HIPCXX": str(old), "ROCM_PATH": str(tmp_path)}
