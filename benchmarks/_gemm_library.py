@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,21 @@ def load_peer(optimize: str) -> ctypes.CDLL:
     state = hashlib.sha256(" ".join([compiler, *flags]).encode())
     for file in (*sources, *headers):
         state.update(file.read_bytes())
-    library = ROOT / "build" / "gemm_peer" / f"{state.hexdigest()[:16]}.so"
+    library = _folder() / f"{state.hexdigest()[:16]}.so"
     if not library.is_file():
         build(compiler, flags, sources, library)
     peer = ctypes.CDLL(str(library))
     declare(peer)
     return peer
+
+
+def _folder() -> Path:
+    """Among the sources, or where they cannot be written a temporary one."""
+    if os.access(ROOT, os.W_OK):
+        return ROOT / "build" / "gemm_peer"
+    folder = tempfile.mkdtemp(prefix="usp-gemm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def build(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
@@ -52,7 +63,7 @@ def build(compiler: str, flags: list[str], sources: list[Path], library: Path) -
         if done.returncode:
             sys.exit(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr}")
 
-    print(f"building {library.relative_to(ROOT)} ...", file=sys.stderr)
+    print(f"building {library} ...", file=sys.stderr)
     objects = [str(library.with_suffix(f".{source.stem}.o")) for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         steps = zip(sources, objects, strict=True)
