@@ -13,6 +13,7 @@ import torch._inductor.config
 from torch import Tensor
 
 import usp
+from usp import masks
 from usp.attention.arguments import Options, Tensors
 from usp.attention.op_arguments import arguments
 
@@ -180,3 +181,41 @@ def test_a_wrong_call_is_refused_while_compiling() -> None:
     q = torch.randn(1, 4, 3, 2)
     with pytest.raises(Exception, match="multiple"):
         compiled(q, q[:, :, :2], q[:, :, :2])
+
+
+@pytest.mark.parametrize("name", ["mask", "one a sample", "key_lengths", "query_offset"])
+def test_masks_end_a_graph(name: str) -> None:
+    """They are values that no graph holds; what is computed is right, also with another mask."""
+    first, second = masks.window(2, 2) & masks.causal(), masks.window(5, 0) | masks.first_keys(2)
+    calls: list[dict[str, Any]] = {
+        "mask": [{"mask": first}, {"mask": second}],
+        "one a sample": [{"mask": [first, second]}, {"mask": [second, first]}],
+        "key_lengths": [{"key_lengths": (5, 11)}, {"key_lengths": torch.tensor((7, 3))}],
+        "query_offset": [{"causal": True, "query_offset": offset} for offset in (3, 1)],
+    }[name]
+    compiler = compiling.Counting("aot_eager")
+
+    def model(given: dict[str, Any]) -> tuple[Tensor, ...]:
+        q, k, v = given["q"] * 2, given["k"], given["v"]
+        return (usp.long_context_attention(q, k, v, **given["options"]) * 2,)
+
+    compiled = torch.compile(model, backend=compiler)
+    for options in calls:
+        given = {name: x for name, x in tensors().items() if name in "qkv"}
+        found, wanted = (
+            results(lambda x, f=function, o=options: f(x | {"options": o}), given)
+            for function in (compiled, model)
+        )
+        assert_same(found, wanted, 1e-12)
+    assert compiler.graphs >= 2
+
+
+def test_a_boolean_mask_is_a_bias_in_a_graph() -> None:
+    seen = torch.ones(11, 11, dtype=torch.bool).tril()
+
+    def model(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (usp.long_context_attention(given["q"], given["k"], given["v"], attn_mask=seen) * 2,)
+
+    given = {name: x for name, x in tensors().items() if name in "qkv"}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, given), results(model, given), 1e-12)

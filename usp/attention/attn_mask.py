@@ -10,6 +10,7 @@ from torch import Tensor
 
 from usp.attention.arguments import Options, Tensors
 from usp.attention.masking import planned
+from usp.planning.kinds import is_fake
 from usp.planning.masks.mask import Mask
 
 
@@ -23,7 +24,10 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
         return tensors, options  # refused later, on all ranks
     mask = mask if mask.dim() == 4 else mask[None, None]
-    found = planned(mask, (q.shape[1], k.shape[1])) if alone else None
+    # a graph and a fake tensor have no values to look at
+    found = None
+    if alone and not (torch.compiler.is_compiling() or is_fake(mask)):
+        found = planned(mask, (q.shape[1], k.shape[1]))
     if found is not None and len(found) in (1, q.shape[0]):
         return tensors, replace(options, attn_mask=None, mask=_both(options.mask, found))
     if tensors.attn_bias is None:

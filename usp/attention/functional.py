@@ -14,6 +14,7 @@ from usp.attention.arguments import Options, Tensors, drops
 from usp.attention.attn_mask import with_attn_mask
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.learned import with_learned_scale
+from usp.attention.masking import is_more_than_a_few_numbers
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import with_sinks
 from usp.distributed.agreement import When, meet_in_backward
@@ -195,6 +196,10 @@ def _dispatched(
             if x is not None:
                 tensor(name, x)
         mesh = check_mesh(mesh)
+        if is_more_than_a_few_numbers(options):  # masks are values of their own: no graph has them
+            assert not isinstance(dropout_seed, Tensor)
+            when = validate if isinstance(validate, bool) else None
+            return _attend(tensors, options, mesh, dropout_seed, when)
         several = mesh is not None and mesh.size > 1
         return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
     if is_fake(tensors.q):
