@@ -77,7 +77,7 @@ def _meet(
         kind = repr((PLACE, names, texts, differ))
         validate = None if kind in on.compared else True
         on.compared.add(kind)
-    drawn = torch.zeros((), dtype=torch.int64) if seed is None else seed.clone()
+    drawn = torch.zeros((), dtype=torch.int64, device="cpu") if seed is None else seed.clone()
     if not meets(on, validate, seed is not None):
         return drawn
     facts: Facts = dict(zip(names, texts, strict=True)) | dict(zip(sized, sizes, strict=True))
