@@ -1,4 +1,4 @@
-"""The function as a module, without parameters but a learned scale."""
+"""The function as a module, without parameters but a learned scale and sinks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.nn.spread import Spread
 from usp.nn.tracing import one_node
 from usp.planning.layout import Layouts
+from usp.planning.masks.mask import Mask
 
 
 class LongContextAttention(nn.Module):
@@ -28,8 +29,8 @@ class LongContextAttention(nn.Module):
         causal, window_size, prefix_len, layout, seq_len, dropout_p, softcap,
         transport, return_lse, backend, heads: See ``long_context_attention``. ``dropout_p`` is
             active in training only.
-        softmax_scale: A ``nn.Parameter`` is one of the module's, to be learned.
-        cu_seqlens, alibi_slopes: Defaults of the arguments of ``forward``.
+        softmax_scale, sinks: A ``nn.Parameter`` is one of the module's, to be learned.
+        cu_seqlens, mask, query_offset, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "always", "never", or at the "first" call and then wherever
             ``long_context_attention`` does by itself: always on CPUs, and elsewhere where it
@@ -45,14 +46,17 @@ class LongContextAttention(nn.Module):
         *,
         causal: bool = False,
         window_size: tuple[int | None, int | None] = (None, None),
-        cu_seqlens: Sequence[int] | Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
         prefix_len: int | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
+        query_offset: int | Sequence[int] = 0,
         softmax_scale: float | Tensor | None = None,
         layout: Layouts = "contiguous",
         seq_len: int | tuple[int, int] | str | None = None,
         dropout_p: float = 0.0,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
         transport: str = "auto",
         return_lse: bool = False,
         backend: str = "auto",
@@ -78,10 +82,17 @@ class LongContextAttention(nn.Module):
         # what forward may be given instead, what training changes, and what may be a parameter
         self.seq_len = seq_len
         self.cu_seqlens = cu_seqlens
+        self.mask = mask
+        self.query_offset = query_offset
         self.dropout_p = dropout_p
         self.softmax_scale = softmax_scale
         self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
+        self.sinks: Tensor | None
+        if isinstance(sinks, nn.Parameter):
+            self.register_parameter("sinks", sinks)
+        else:
+            self.register_buffer("sinks", sinks, persistent=False)
         self._compared = False
 
     @one_node
@@ -94,7 +105,11 @@ class LongContextAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
-        cu_seqlens: Sequence[int] | Tensor | None = None,
+        cu_seqlens: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
+        mask: Mask | Sequence[Mask] | None = None,
+        attn_mask: Tensor | None = None,
+        key_lengths: Sequence[int] | Tensor | None = None,
+        query_offset: int | Sequence[int] | None = None,
         seq_len: int | tuple[int, int] | str | None = None,
         spread: Spread | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,7 +119,10 @@ class LongContextAttention(nn.Module):
             q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv). This rank's shards.
             key_padding_mask: (B, Lk) bool, True = ignore.
             attn_bias: (B|1, H|1, Lq|1, all keys).
-            alibi_slopes, cu_seqlens, seq_len: In place of those of the constructor.
+            attn_mask: (Lq, all keys) or (B|1, H|1, Lq|1, all keys) bool, True where a query sees.
+            key_lengths: (B,) host integers, keys of each sample.
+            alibi_slopes, cu_seqlens, mask, query_offset, seq_len: In place of those of the
+                constructor.
             spread: In place of the constructor's mesh, layout, ``seq_len`` and ``cu_seqlens``.
 
         Returns:
@@ -117,7 +135,12 @@ class LongContextAttention(nn.Module):
         options = replace(
             self.options,
             softmax_scale=self.softmax_scale,
+            sinks=self.sinks,
             cu_seqlens=self.cu_seqlens if cu_seqlens is None else cu_seqlens,
+            mask=self.mask if mask is None else mask,
+            attn_mask=attn_mask,
+            key_lengths=key_lengths,
+            query_offset=self.query_offset if query_offset is None else query_offset,
             seq_len=self.seq_len if seq_len is None else seq_len,
             dropout_p=self.dropout_p if self.training else 0.0,
         )

@@ -73,6 +73,7 @@ def attend(
     options = Options(
         causal=placement.causal or call.causal,
         window_size=placement.window_size,
+        mask=placement.mask,
         layout=placement.layout,
         seq_len=call.lengths,
         dropout_p=call.dropout_p,
@@ -100,7 +101,7 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
         NotImplementedError: they do not fit; see :func:`check_weights`.
     """
     q, keys = call.q, call.whole[1]
-    mask = placement.mask(call.causal)
+    mask = placement.whole_mask(call.causal)
     visible = None
     if mask != Everything():
         q_pos = positions(call.whole[0], placement.mesh, placement.layouts[0])

@@ -25,7 +25,7 @@ from usp.nn.tracing import one_node
 from usp.ops.precision import as_given
 from usp.planning.kinds import is_fake
 from usp.planning.layout import Layouts
-from usp.planning.masks.mask import Everything
+from usp.planning.masks.mask import Everything, Mask
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -49,8 +49,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         transport, backend, heads: See ``long_context_attention``.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "first", "always" or "never"; see ``LongContextAttention``.
-        causal, window_size: Masks by global positions that take no memory; see
-            ``long_context_attention``. ``attn_mask`` may hide more.
+        causal, window_size, mask: Masks by global positions that take no memory; see
+            ``long_context_attention``. What all of them open, one ``mask`` of ``usp.masks`` for
+            all samples; ``attn_mask`` may hide more.
 
     Attributes:
         placement: The options from ``mesh`` on; assign another to move the module.
@@ -83,6 +84,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal: bool = False,
         window_size: tuple[int | None, int | None] = (None, None),
         heads: tuple[int, int] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -99,7 +101,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         self._place(
             Placement(
-                mesh, layout, seq_len, transport, backend, validate, causal, window_size, heads
+                mesh,
+                layout,
+                seq_len,
+                transport,
+                backend,
+                validate,
+                causal,
+                window_size,
+                heads,
+                mask,
             )
         )
 
@@ -194,7 +205,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: arguments do not fit each other or the parameters; names both values. An
                 ``AssertionError`` too, as in torch, where one rank can tell. Or all ranks hold the
-                same tokens, though ``causal`` or ``window_size`` go by positions.
+                same tokens, though ``causal``, ``window_size`` or ``mask`` go by positions.
             RuntimeError: ``is_causal`` without ``attn_mask``.
             NotImplementedError: weights beyond 2 GiB on a rank, a NestedTensor, or a ``DTensor``.
         """
@@ -270,7 +281,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         placement, lengths = self.placement, self.placement.named_lengths
         arguments.check(None if lengths is None else lengths[1])
         if validate is not False or seed is not None:
-            differ = lengths is None and bool(placement.mask(False) != Everything())
+            differ = lengths is None and bool(placement.whole_mask(False) != Everything())
             seed = meet_in_graph(
                 mesh,
                 arguments.facts(lengths),
@@ -284,7 +295,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _content(self, arguments: Arguments, validate: When) -> int:
         """Of the keys, where a sequence that nobody cut would pass for many; else 0."""
         placement = self.placement
-        if not validate or placement.named_lengths or placement.mask(False) == Everything():
+        if not validate or placement.named_lengths or placement.whole_mask(False) == Everything():
             return 0
         return content(arguments.key, arguments.token_dim)
 

@@ -32,6 +32,7 @@ class Placement:
     causal: bool = False
     window_size: tuple[int | None, int | None] = (None, None)
     heads: tuple[int, int] | None = None
+    mask: Mask | None = None
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
@@ -45,7 +46,12 @@ class Placement:
                 f"got {self.seq_len!r}"
             )
         _ = self.named_lengths  # refuses what is no length
-        self.mask(False)
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise TypeError(
+                f"mask must be a mask of usp.masks, the same for all samples, got {self.mask!r}: "
+                "a tensor is an attn_mask of the call"
+            )
+        self.whole_mask(False)
 
     @property
     def _degrees(self) -> tuple[int, int]:
@@ -62,9 +68,10 @@ class Placement:
         """Ranks that share the sequence."""
         return 1 if self.mesh is None else self.mesh.size
 
-    def mask(self, causal: bool) -> Mask:
-        """The interval mask of a call that is ``causal`` on top of the options."""
-        return make_mask(causal=self.causal or causal, window_size=self.window_size)
+    def whole_mask(self, causal: bool) -> Mask:
+        """The mask of a call that is ``causal`` on top of the options."""
+        options = make_mask(causal=self.causal or causal, window_size=self.window_size)
+        return options if self.mask is None else options & self.mask
 
     @property
     def named_lengths(self) -> tuple[int, int] | None:
