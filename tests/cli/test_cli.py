@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,14 @@ import torch
 from places import ROOT
 
 import usp
-from usp import cli
+from usp import cli, masks
 from usp._version import __version__
 from usp.cli import bench
+from usp.cli.expression import parse_mask
+from usp.cli.picture import colours, draw, in_colours
+from usp.planning import layout as layouts
+from usp.planning.plan import make_plan
+from usp.planning.samples import masks_of
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -117,6 +123,96 @@ def test_plan_counts_a_bias(capsys: pytest.CaptureFixture[str]) -> None:
     assert numbers(out.splitlines()[-1]) == [0, rows * 2, 0]
 
 
+def picture(out: str) -> list[str]:
+    """The lines of queries in what ``usp plan --show`` draws."""
+    drawn = out.partition("which keys are seen")[2].partition(" hidden, 0 seen")[0]
+    return [line.split()[-1] for line in drawn.splitlines()[2:-1]]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("transport", ["ring", "direct"])
+def test_plan_draws_what_each_rank_sees_and_by_which_step(
+    layout: str, transport: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sign a pair: seen where the mask says so, by the step in whose owner's row the key is."""
+    mask = masks.causal() & (masks.window(7, 0) | masks.first_keys(3)) | masks.first_queries(1)
+    argv = f"plan --seq-len 29 --ring 3 --layout {layout} --transport {transport} --show --mask"
+    code, out, err = run(capsys, *argv.split(), repr(mask))
+    assert (code, err) == (0, "")
+    rows = [row.tensor.tolist() for row in layouts.rows(layout, 29, 3)]
+    owner = {position: rank for rank, row in enumerate(rows) for position in row}
+    tables = re.split(r"^ring rank \d+$", out, flags=re.MULTILINE)[1:]
+    steps = [
+        {
+            int(o): int(s)
+            for s, o in re.findall(r"^ +(\d+) +(\d) ", t.split("\n\n")[0], re.MULTILINE)
+        }
+        for t in tables
+    ]
+    expected = [
+        "".join(
+            str(steps[rank][owner[key]]) if seen else "."
+            for key, seen in enumerate(mask.dense(29, 29)[query].tolist())
+        )
+        for rank, row in enumerate(rows)
+        for query in row
+    ]
+    assert picture(out) == expected
+
+
+def test_a_picture_of_many_tokens_counts_every_pair_of_the_plan_once() -> None:
+    mask = masks.neighbourhood((31, 37), (5, 3), edges="shift") | masks.first_keys(2)
+    lengths = (31 * 37, 31 * 37)
+    plans = [make_plan(masks_of(mask), "zigzag", lengths, 3, rank) for rank in range(3)]
+    drawn = draw(plans, 64, 64)
+    assert [pairs.sum((1, 2)).tolist() for pairs in drawn.pairs] == [
+        [step.pairs for step in plan.steps] for plan in plans
+    ]
+    edge = [-(-column * lengths[0] // 64) for column in range(65)]
+    by_column = mask.dense(*lengths).sum(0).split([b - a for a, b in pairwise(edge)])
+    found = sum(pairs.sum((0, 1)) for pairs in drawn.pairs)
+    assert found.tolist() == [int(part.sum()) for part in by_column]
+    assert int(torch.cat(drawn.queries).sum()) == int(drawn.keys.sum()) == lengths[0]
+
+
+def test_plan_writes_the_picture_as_a_png(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["plan", "--seq-len", "40", "--ring", "2", "--causal", "--png", str(tmp_path / "a.png")]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "--png needs matplotlib" in err
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert run(capsys, *argv)[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_colours_of_a_picture_are_those_of_its_steps() -> None:
+    pytest.importorskip("matplotlib")
+    plans = [make_plan(masks_of(masks.causal()), "contiguous", (4, 4), 2, r) for r in range(2)]
+    image = in_colours(draw(plans, 4, 4), 2)
+    own, first = colours(2)
+    white = (1.0, 1.0, 1.0)
+    seen = [[own, white, white, white], [own, own, white, white]]
+    seen += [[first, first, own, white], [first, first, own, own]]
+    assert torch.allclose(torch.tensor(image), torch.tensor(seen, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal() & (masks.window(512, None) | masks.first_keys(4)),
+        ~(masks.documents((0, 3, 3, 9)) & ~masks.window(None, 2)) | masks.blocks((0, 4, 9)),
+        masks.shifted(masks.causal() & masks.first_keys(2), -3) | masks.causal(-2),
+        masks.neighbourhood((3, 4, 5), (1, 2, 3), causal=(True, False, False), edges="shift"),
+    ],
+    ids=str,
+)
+def test_masks_are_read_as_they_are_printed(mask: masks.Mask) -> None:
+    assert parse_mask(repr(mask)) == mask
+
+
 def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "plan", "--seq-len", "0", "--ring", "2")[0] == 0
 
@@ -133,6 +229,17 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("plan --seq-len 8 --layout document-zigzag", "--cu-seqlens"),
         ("plan --seq-len 8 --prefix-len 3", "causal"),
         ("plan --seq-len 8 --heads 7 --kv-heads 2", "--heads 7 is not a multiple of --kv-heads 2"),
+        ("plan --seq-len 8 --mask caus()", "unknown mask 'caus': write calls of .*causal"),
+        ("plan --seq-len 8 --mask causal", "'causal' is no mask"),
+        ("plan --seq-len 8 --mask window(open('x'))", "unknown mask 'open'"),
+        ("plan --seq-len 8 --mask window(1+1)", "'1 . 1' is no mask"),
+        ("plan --seq-len 8 --mask masks.causal()", "unknown mask 'masks.causal'"),
+        ("plan --seq-len 8 --mask causal(", "is no mask .*never closed"),
+        ("plan --seq-len 8 --mask window(-1)", "got left=-1"),
+        ("plan --seq-len 8 --mask window(left=1,up=2)", "unexpected keyword argument 'up'"),
+        ("plan --seq-len 8 --mask window(**{})", "are literals"),
+        ("plan --seq-len 8 --mask documents((0,5))", "ends at 5, but there are 8"),
+        ("plan --seq-len 0 --png x.png", "no queries or no keys"),
         ("bench no-such-program", "no benchmark"),
     ],
 )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from itertools import product
+from itertools import product, zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from usp.cli.console import UserError, table
+from usp.cli.expression import parse_mask
+from usp.cli.picture import draw, in_signs, save
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
 from usp.planning.layout import DocumentZigzag, Layout
-from usp.planning.masks.mask import Mask
+from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Load, Plan, make_plan
-from usp.planning.route import TRANSPORTS
+from usp.planning.route import TRANSPORTS, Ring, Route
 from usp.planning.samples import masks_of
+
+COLUMNS, LINES = 64, 64  # of a picture in a terminal
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -62,7 +67,18 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("--cu-seqlens", type=integers, metavar="0,...,N", help="document bounds")
     parser.add_argument("--prefix-len", type=int, metavar="N", help="keys that causal leaves open")
-    parser.add_argument("--show", action="store_true", help="every step of every ring rank")
+    parser.add_argument(
+        "--mask",
+        metavar="EXPR",
+        help="as masks print themselves: 'causal() & (window(512, 512) | first_keys(4))'",
+    )
+    parser.add_argument(
+        "--query-offset", type=int, default=0, metavar="N", help="keys before the first query"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="every step of every ring rank, and what it sees"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the picture of --show as a PNG")
     wire = parser.add_argument_group("for the bytes on the wire")
     wire.add_argument("--batch", type=int, default=1, metavar="B", help="default: %(default)s")
     wire.add_argument("--transport", default="auto", choices=TRANSPORTS)
@@ -118,12 +134,17 @@ def key_len(arguments: argparse.Namespace) -> int:
 
 def chosen_mask(arguments: argparse.Namespace) -> Mask:
     """The mask that the arguments describe."""
-    return make_mask(
+    mask = make_mask(
         causal=arguments.causal,
         window_size=tuple(arguments.window),
         cu_seqlens=arguments.cu_seqlens,
         prefix_len=arguments.prefix_len,
     )
+    if arguments.mask is not None:
+        mask = mask & parse_mask(arguments.mask)
+    mask = shifted(mask, arguments.query_offset)
+    mask.refuse_lengths(arguments.seq_len, key_len(arguments))
+    return mask
 
 
 def make_plans(arguments: argparse.Namespace) -> list[Plan]:
@@ -151,11 +172,24 @@ def balance(plans: list[Plan]) -> str:
 
 def steps(plan: Plan) -> str:
     """One line for each step of one ring rank."""
-    rows: list[tuple[object, ...]] = [("step", "owner", "queries", "keys", "sees", "visible pairs")]
-    for index, step in enumerate(plan.steps):
+    rows: list[tuple[object, ...]] = [
+        ("step", "owner", "comes by", "queries", "keys", "sees", "visible pairs")
+    ]
+    ways = ["", *(ways_of(plan.route) if plan.route is not None else ())]
+    for index, (step, way) in enumerate(zip(plan.steps, ways, strict=True)):
         (load,) = step.loads
-        rows.append((index, step.owner, len(plan.queries), len(load.rows), sees(load), step.pairs))
+        seen = sees(load)
+        rows.append((index, step.owner, way, len(plan.queries), len(load.rows), seen, step.pairs))
     return f"ring rank {plan.ring_rank}\n{table(rows)}"
+
+
+def ways_of(route: Route) -> list[str]:
+    """How each block that comes has come, in the order of ``route.arrivals``."""
+    if not isinstance(route, Ring):
+        return ["allgather" if route.gathers else "direct"] * len(route.arrivals)
+    each = ([(way.by, hop) for hop in range(1, len(way.hops) + 1)] for way in route.directions)
+    ways = (way for hops in zip_longest(*each) for way in hops if way is not None)
+    return [f"hop {hop} from the rank {'before' if by == 1 else 'behind'}" for by, hop in ways]
 
 
 def sees(load: Load) -> str:
@@ -227,14 +261,36 @@ def report(arguments: argparse.Namespace) -> str:
     ]
     if arguments.show:
         parts += [steps(plan) for plan in plans]
+        picture = draw(plans, COLUMNS, LINES)
+        if picture is not None:
+            parts.append(in_signs(picture))
     parts.append(wire(arguments))
     return "\n\n".join(parts)
+
+
+def save_picture(arguments: argparse.Namespace) -> None:
+    """Write the picture of ``--png``.
+
+    Raises:
+        UserError: it cannot be drawn or written; says why.
+    """
+    picture = draw(make_plans(arguments), 4 * COLUMNS, 4 * LINES)
+    if picture is None:
+        raise UserError("--png: there are no queries or no keys to draw")
+    title = f"{chosen_mask(arguments)}, {arguments.layout}, {arguments.transport} transport"
+    try:
+        save(picture, arguments.png, title)
+    except OSError as error:
+        raise UserError(f"--png: {error}") from error
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or refuse as the planner does."""
     try:
-        print(report(arguments))
+        said = report(arguments)
+        if arguments.png is not None:
+            save_picture(arguments)
+        print(said)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     return 0
