@@ -111,8 +111,8 @@ def _sign(number: int) -> str:
     return _SIGNS[number] if number < len(_SIGNS) else "+"
 
 
-def colours(count: int) -> list[tuple[float, float, float]]:
-    """One for each step."""
+def colours(count: int) -> list[tuple[float, ...]]:
+    """Red, green and blue of each step."""
     from matplotlib import colormaps
 
     named = colormaps["tab10"] if count <= 10 else colormaps["turbo"].resampled(count)
