@@ -111,12 +111,12 @@ def _sign(number: int) -> str:
     return _SIGNS[number] if number < len(_SIGNS) else "+"
 
 
-def colours(count: int) -> list[tuple[float, ...]]:
+def colours(count: int) -> list[tuple[float, float, float]]:
     """Red, green and blue of each step."""
     from matplotlib import colormaps
 
     named = colormaps["tab10"] if count <= 10 else colormaps["turbo"].resampled(count)
-    return [tuple(named(step)[:3]) for step in range(count)]
+    return [(r, g, b) for r, g, b, _ in map(named, range(count))]
 
 
 def in_colours(picture: Picture, steps: int) -> Any:
