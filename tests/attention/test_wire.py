@@ -176,7 +176,7 @@ def cases(draw: st.DrawFn) -> Case:
         ulysses=ulysses,
         ring=ring,
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents", "held"])),
-        transport=draw(st.sampled_from(["ring", "direct", "allgather", "auto"])),
+        transport=draw(st.sampled_from(["ring", "direct", "allgather", "queries", "auto"])),
         batch=draw(st.integers(1, 3)),
         seq_len=seq_len,
         heads=kv_heads * group_size,
@@ -205,6 +205,7 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = [set(counts[r * ulysses : (r + 1) * ulysses]) for r in range(ring)]
     # a row with one query somewhere and more elsewhere asks first, which no formula counts
     asks = any(1 in row and len(row) > 1 for row in lengths)
+    asks = asks or case.transport == "queries"  # which moves none
     return replace(case, bias=None) if asks else case
 
 
@@ -298,3 +299,12 @@ def test_a_bias_sends_only_rows_that_others_need(
     pool, shape: tuple[int, ...], expected: list[int]
 ) -> None:
     assert pool.run(bias_bytes, shape, [4, 3, 3], ranks=3) == expected
+
+
+def test_few_queries_over_many_keys_move_and_not_the_keys(pool) -> None:
+    """64 latents: their queries and what was found for them, whatever the number of keys is."""
+    case = Case(ring=4, seq_len=8, key_len=4096, heads=2, kv_heads=2, head_dim=16, value_dim=16)
+    case = replace(case, transport="auto", dtype="float32")
+    sent = [forward for forward, _, _ in pool.run(counted, case, ranks=4)]
+    # to three ranks 2 queries of 2 x 16 numbers, and back to them out and lse
+    assert sent == [3 * 2 * 2 * (16 + 16 + 1) * 4] * 4

@@ -92,7 +92,7 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         ring=ring,
         on_mesh=ulysses * ring > 1 or draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
-        transport=draw(st.sampled_from(["auto", "ring", "direct", "allgather"])),
+        transport=draw(st.sampled_from(["auto", "ring", "direct", "allgather", "queries"])),
         backend=draw(st.sampled_from(BACKENDS)),
         batch=draw(st.integers(1, 4)),
         seq_len=seq_len,
@@ -121,6 +121,8 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     if case.dtype == "float64":
         # its gradient could be no better than its own dtype
         case = replace(case, bias_dtype=None)
+    if case.transport == "queries" and (case.bias is not None or case.unions == "table"):
+        case = replace(case, transport="auto")  # on a mesh a table is a bias, which does not move
     if case.backend == "sdpa":
         return replace(case, backend="auto") if filled else for_sdpa(case)
     return case

@@ -136,6 +136,10 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     lengths = named_lengths(options.seq_len, options.layout)
     _check_qkv(tensors.q, tensors.k, tensors.v)
     _check_extras(tensors)
+    if options.transport == "queries" and tensors.attn_bias is not None:
+        raise NotImplementedError(
+            "transport='queries' moves no attn_bias with its queries: leave transport='auto'"
+        )
     if options.attn_mask is not None:
         refuse_attn_mask(options.attn_mask)
     if options.sinks is not None:

@@ -14,11 +14,13 @@ from usp.attention import block, levels
 from usp.attention.arguments import Request, Tensors, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
 from usp.attention.derivatives import OnceDifferentiable, without_second_derivative
+from usp.attention.gathered import Gathered, gathered_backward, gathered_forward
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
 from usp.ops.precision import as_given
+from usp.planning.gathered import make_query_plan, queries_are_less, widths
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.plan import make_plan
 
@@ -72,7 +74,7 @@ class Call:
     """
 
     ulysses: Axis
-    ring: Ring
+    ring: Ring | Gathered
     heads: tuple[Heads, ...]
     request: Request
     bias_cut: BiasCut | None
@@ -107,14 +109,6 @@ def prepare(
     tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
     ulysses, ring = (_ALONE, _ALONE) if mesh is None else (mesh.ulysses, mesh.ring)
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
-    plan = make_plan(
-        request.masks,
-        request.layouts,
-        (request.query_len, request.key_len),
-        ring.size,
-        ring.rank,
-        request.transport,
-    )
     bias_cut = None
     if tensors.attn_bias is not None:
         lengths = request.query_lengths
@@ -123,8 +117,23 @@ def prepare(
         bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
     mine = heads[ulysses.rank]
     held = replace(mine, offset=mine.offset + request.first_head, total=request.all_heads)
-    executor = Ring(ring, plan, held, request.scoring, request.backend)
+    executor = _executor(ring, held, tensors, request)
     return tensors, Call(ulysses, executor, heads, request, bias_cut)
+
+
+def _executor(ring: Axis, heads: Heads, tensors: Tensors, request: Request) -> Ring | Gathered:
+    """Whether keys move or queries, and how."""
+    what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
+    moves = request.transport == "queries"
+    if request.transport == "auto" and ring.size > 1 and tensors.attn_bias is None:
+        kv = heads.kv_range[1] - heads.kv_range[0]
+        dims = tensors.q.shape[3], tensors.v.shape[3]
+        each = widths(heads.count, kv, dims, tensors.q.dtype)
+        moves = queries_are_less(*what, each, tensors.q.shape[0])
+    shared = heads, request.scoring, request.backend
+    if moves and ring.size > 1:
+        return Gathered(ring, make_query_plan(*what, ring.rank), *shared)
+    return Ring(ring, make_plan(*what, ring.rank, request.transport), *shared)
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
@@ -142,7 +151,10 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
         bias, large_bias = levels.prepared(inputs.attn_bias)
         inputs = inputs._replace(attn_bias=bias)
     with as_given(tensors.q.device):
-        held = Results(*ring_forward(inputs, call.ring, large_bias))
+        if isinstance(call.ring, Gathered):
+            held = Results(*gathered_forward(inputs, call.ring), None)
+        else:
+            held = Results(*ring_forward(inputs, call.ring, large_bias))
     if not call.request.return_lse:
         (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
         return Forward(out, None, inputs, held)
@@ -196,7 +208,10 @@ def attention_backward(
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
-        grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype, results.level)
+        if isinstance(call.ring, Gathered):
+            grads = gathered_backward(inputs, saved, call.ring, kv_dtype)
+        else:
+            grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype, results.level)
     moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
     dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias

@@ -141,7 +141,7 @@ def ring_backward(
     own = _own([dk, dv], ring)
     sums = transport.sums(own)
     blocks = transport.blocks(_own(inputs.travelling, ring))
-    saved_of = [_saved_of(saved, load.samples) for load in plan.steps[0].loads]
+    saved_by_part = [saved_of(saved, load.samples) for load in plan.steps[0].loads]
     for step, held in zip(plan.steps, blocks, strict=True):
         is_own = step is plan.steps[0]
         gradients = own if is_own else sums.fresh()
@@ -153,7 +153,7 @@ def ring_backward(
             grads = Gradients(samples.of(dq), dk_here, dv_here, piece_dbias, only)
             pieces = [piece] if level is None else levels.relative(piece, samples.of(level))
             for relative in pieces:
-                block.attention_backward(relative, saved_of[part], grads, ring.backend)
+                block.attention_backward(relative, saved_by_part[part], grads, ring.backend)
             if dbias is not None and piece_dbias is not None:
                 _add_columns(dbias, piece_dbias, step.owner, step.loads[part], plan)
         if not is_own:
@@ -176,7 +176,7 @@ def _own(tensors: Sequence[Tensor], ring: Ring) -> Parts:
     return [[load.samples.of(x) for x in tensors] for load in ring.plan.steps[0].loads]
 
 
-def _saved_of(saved: Saved, samples: Samples) -> Saved:
+def saved_of(saved: Saved, samples: Samples) -> Saved:
     if samples.are_all:
         return saved
     return Saved(*(samples.of(x) for x in (saved.dout, saved.out, saved.lse, saved.delta)))
@@ -206,14 +206,14 @@ def _calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Cal
             k_pos = _columns(plan.keys[step.owner], load.rows, q.device).int()
         bias = _bias(inputs, mask[0] if mask else None, step.owner, load, plan)
         if ring.scoring.dropout_p:
-            heads = _heads_of(heads, samples)
+            heads = samples_heads(heads, samples)
         slopes = None if slopes is None else samples.of(slopes)
         for visit in load.visits:
             piece = Block(q, k, v, visit, heads, ring.scoring, bias, slopes, q_pos, k_pos)
             yield Call(part, samples, piece)
 
 
-def _heads_of(heads: Heads, samples: Samples) -> Heads:
+def samples_heads(heads: Heads, samples: Samples) -> Heads:
     """Heads whose random numbers are those of these samples: a stream for each sample and head."""
     return replace(heads, offset=heads.offset + samples.start * heads.total)
 

@@ -24,7 +24,8 @@ def words(streams: Tensor, q_pos: Tensor, k_pos: Tensor, seed: int | Tensor) -> 
     Returns:
         int64 in [0, 2**32): word ``k_pos & 3`` at counter ``(k_pos >> 2, q_pos, streams, 0)``.
     """
-    counter = [k_pos >> 2, q_pos, streams, torch.zeros_like(k_pos)]
+    # a query may stand before the first key: its position wraps as in kernels
+    counter = [k_pos >> 2, q_pos & _LOW, streams, torch.zeros_like(k_pos)]
     key: list[int | Tensor] = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(10):
         low0, high0 = _multiply(counter[0], _MULTIPLIERS[0])

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from usp.planning.gathered import QueryPlan, make_query_plan, queries_are_less, widths
 from usp.planning.heads import kv_heads_shared, split_heads
 from usp.planning.layout import Layouts, both
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
+from usp.planning.route import Cargo
 from usp.planning.samples import masks_of
 from usp.planning.shares import row_pieces
 
@@ -106,8 +108,8 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
     """
     exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
-    gradients = _blocks(shape, place, gradients=True) if backward else 0
-    return Bytes(exchange, _blocks(shape, place), gradients, _bias_sent(shape, place, backward))
+    blocks, gradients = _moved(shape, place, backward)
+    return Bytes(exchange, blocks, gradients, _bias_sent(shape, place, backward))
 
 
 def bias_held(shape: Shape, place: Place) -> tuple[int, int]:
@@ -193,25 +195,42 @@ def _exchange_back(shape: Shape, place: Place) -> int:
     return shape.batch * (dout + (dlse if shape.return_lse else 0) + dq + dk_dv)
 
 
-def _blocks(shape: Shape, place: Place, gradients: bool = False) -> int:
-    """Along the ring: the blocks, or the gradients of those blocks."""
-    masks = masks_of(place.mask)
-    plan = make_plan(
-        masks,
-        place.layout,
-        (shape.query_len, shape.key_len),
-        place.ring_degree,
-        place.ring_rank,
-        place.transport,
-    )
+def _moved(shape: Shape, place: Place, backward: bool) -> tuple[int, int]:
+    """Along the ring: keys and values or queries, and in a backward their gradients."""
+    own, kv, _ = _counts(shape, place)
+    heads, dims = kv[place.ulysses_rank], (shape.head_dim, shape.value_head_dim)
+    layouts, lengths = both(place.layout), (shape.query_len, shape.key_len)
+    what = masks_of(place.mask), layouts, lengths, place.ring_degree
+    moves = place.transport == "queries"
+    if place.transport == "auto" and shape.bias is None:
+        each = widths(own, heads, dims, shape.dtype)
+        moves = queries_are_less(*what, each, shape.batch)
+    if moves and place.ring_degree > 1:
+        return _queries(shape, make_query_plan(*what, place.ring_rank), own, backward)
+    plan = make_plan(*what, place.ring_rank, place.transport)
     if plan.route is None:
-        return 0
-    _, kv, _ = _counts(shape, place)
-    width = kv[place.ulysses_rank] * (shape.head_dim + shape.value_head_dim)
-    width *= state_dtype(shape.dtype).itemsize if gradients else shape.dtype.itemsize
-    width += 1 if shape.key_padding_mask and not gradients else 0
-    messages = (plan.route.returned if gradients else plan.route.sent)(place.ring_rank)
-    batches = [samples.count(shape.batch) for samples, *_ in masks]
-    return width * sum(
-        batch * len(rows) for cargo in messages for batch, rows in zip(batches, cargo, strict=True)
-    )
+        return 0, 0
+    batches = [part.samples.count(shape.batch) for part in what[0]]
+
+    def rows(messages: list[Cargo]) -> int:
+        return sum(
+            batch * len(some)
+            for cargo in messages
+            for batch, some in zip(batches, cargo, strict=True)
+        )
+
+    width, mask = heads * sum(dims), 1 if shape.key_padding_mask else 0
+    blocks = rows(plan.route.sent(place.ring_rank)) * (width * shape.dtype.itemsize + mask)
+    back = rows(plan.route.returned(place.ring_rank)) * width * state_dtype(shape.dtype).itemsize
+    return blocks, back if backward else 0
+
+
+def _queries(shape: Shape, plan: QueryPlan, heads: int, backward: bool) -> tuple[int, int]:
+    """Queries there and what was found back, or all that a backward needs and gradients back."""
+    (dim, value_dim), size = (shape.head_dim, shape.value_head_dim), shape.dtype.itemsize
+    wide = state_dtype(shape.dtype).itemsize
+    there = shape.batch * heads * len(plan.owners) * len(plan.queries[plan.ring_rank])
+    back = shape.batch * heads * sum(len(plan.queries[rank]) for rank in plan.readers)
+    if backward:
+        return there * (size * (dim + 2 * value_dim) + 2 * wide), back * wide * dim
+    return there * size * dim + back * wide * (value_dim + 1), 0

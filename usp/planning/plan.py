@@ -130,6 +130,20 @@ def _reach(mask: Mask, queries: Positions, keys: tuple[Positions, ...], key_len:
     return Reach(bands, segments)
 
 
+def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) -> tuple[Load, ...]:
+    """What a row of queries sees of a whole row of keys, for each part of the batch."""
+    here = all_rows(len(keys))
+    return tuple(
+        Load(
+            part.samples,
+            part.query_offset,
+            here,
+            _visits(keys, here, _reach(part.mask, queries, (keys,), key_len)),
+        )
+        for part in masks
+    )
+
+
 def _step(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) -> Step:
     both = zip(parts, arrival.cargo, strict=True)
     loads = (

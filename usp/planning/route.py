@@ -18,7 +18,7 @@ from operator import lt
 
 from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
 
-TRANSPORTS = ("auto", "ring", "direct", "allgather")
+TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries")
 Cargo = tuple[Rows, ...]
 # Of each part of the batch, of each rank, by owner: the owner's rows that the rank sees.
 Needs = Sequence[Sequence[Sequence[Rows]]]
