@@ -46,7 +46,7 @@ def test_the_version_stands_in_one_place() -> None:
         holders += [
             str(path.relative_to(ROOT))
             for path in paths
-            if path.suffix in suffixes and VERSION in path.read_text()
+            if path.suffix in suffixes and VERSION in path.read_text("utf-8")
         ]
     assert holders == ["usp/_version.py"]
 

@@ -192,7 +192,7 @@ def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     out = tmp_path / "new" / "picture.png"
     # where its processes meet
     folder = partial(tempfile.TemporaryDirectory, dir=tmp_path)
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda prefix: folder(prefix="a %20 ü "))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda prefix: folder(prefix="a %20 b "))
     code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed
