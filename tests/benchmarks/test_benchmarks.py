@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -194,3 +195,18 @@ def test_zero_gradients_are_judged_by_what_is_left_of_them() -> None:
     one, nothing = torch.full((4,), 1e-7), torch.full((4,), 1e-17, dtype=torch.float64)
     assert case.relative_error(one, nothing) == pytest.approx(1e-7)
     assert case.relative_error(2 * one, 1e-7 * torch.ones(4).double()) == pytest.approx(1.0)
+
+
+@needs_kernels
+def test_cpu_masks() -> None:
+    benchmark = module("cpu_masks")
+    args = argparse.Namespace(heads=1, head_dim=16, rounds=3, seconds=0.1, flex=False)
+    for name in ("window, 4 registers", "neighbourhood 13 x 13, shifted"):
+        mask = benchmark.all_masks(256)[name]
+        found = benchmark.measure(name, mask, 256, args)
+        assert found["bands"] == (3 if "window" in name else 25)
+        assert found["share_of_pairs"] == mask.dense(256, 256).double().mean()
+        assert set(found["ratios"]) == {"sdpa"} and len(found["seconds"]["usp"]) == 3
+    wrong = torch.zeros(1, 256, 1, 16)
+    with pytest.raises(SystemExit, match="not timed"):
+        benchmark.check("wrong", wrong, *[torch.randn(1, 256, 1, 16)] * 3, mask.dense(256, 256))

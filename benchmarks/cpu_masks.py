@@ -1,0 +1,161 @@
+"""What a mask costs on the CPU: against its share of all pairs, SDPA's dense mask, FlexAttention.
+
+usp bench cpu_masks --json result.json
+python benchmarks/cpu_masks.py --lengths 1024 --rounds 3          (quick)
+
+Candidates run in turn in one process: usp with everything seen, usp with the mask, SDPA with the
+boolean matrix and FlexAttention (torch.compile, a block mask of the same function). "of its share"
+is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1 where a
+mask costs just what it opens. Nothing is timed whose rows differ from fp64 by more than 1e-5 of
+the largest. FlexAttention on CPUs has a forward alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _exact_rows import sampled_positions
+from _measure import interleave, introduce, write_report
+from torch import Tensor
+
+from usp import long_context_attention, masks
+from usp.masks import Mask
+
+TOLERANCE = 1e-5
+Run = Callable[[], object]
+
+
+def all_masks(length: int) -> dict[str, Mask]:
+    """By name, for so many tokens; up to four bands, and neighbourhoods of more."""
+    bounds = tuple(length * i // 8 for i in range(9))
+    side = math.isqrt(length)
+    width = min(256, length // 8)
+    window, grid = masks.window(width - 1, width), (side, length // side)
+    return {
+        "causal": masks.causal(),
+        "window": window,
+        "window, 4 sinks": window | masks.first_keys(4),
+        "window, 4 registers": window | masks.first_keys(4) | masks.first_queries(4),
+        "documents": masks.documents(bounds),
+        "shared prefix, causal": masks.shared_prefix(bounds) & masks.causal(),
+        "all but a window": ~window,
+        "neighbourhood 13 x 13": masks.neighbourhood(grid, 13),
+        "neighbourhood 13 x 13, shifted": masks.neighbourhood(grid, 13, edges="shift"),
+    }
+
+
+def flex_attention_of(dense: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Run:
+    """A compiled FlexAttention of a boolean mask; heads before tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    length = len(dense)
+    block_mask = create_block_mask(
+        lambda b, h, i, j: dense[i, j], None, None, length, length, device="cpu"
+    )
+    compiled = torch.compile(flex_attention)
+    return lambda: compiled(q, k, v, block_mask=block_mask)
+
+
+def measure(name: str, mask: Mask, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    shape = (1, length, args.heads, args.head_dim)
+    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    dense = mask.dense(length, length)
+    share = float(dense.double().mean())
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def usp(given: Mask) -> Tensor:
+        out = long_context_attention(q, k, v, mask=given)
+        assert isinstance(out, Tensor)
+        return out
+
+    def both(given: Mask) -> object:
+        out = long_context_attention(*leaves, mask=given)
+        assert isinstance(out, Tensor)
+        return torch.autograd.grad(out, leaves, dout)
+
+    check(name, usp(mask), q, k, v, dense)
+    candidates: dict[str, Run] = {
+        "usp": lambda: usp(mask),
+        "everything": lambda: usp(masks.everything()),
+        "both": lambda: both(mask),
+        "everything, both": lambda: both(masks.everything()),
+        "sdpa": lambda: F.scaled_dot_product_attention(*heads_first, attn_mask=dense),
+    }
+    reasons = {}
+    if args.flex:
+        try:
+            flex = flex_attention_of(dense, *heads_first)
+            check("FlexAttention", flex().transpose(1, 2), q, k, v, dense)  # type: ignore[attr-defined]
+            candidates["flex"] = flex
+        except Exception as error:  # a peer that does not run here is no result
+            reasons["flex"] = f"{type(error).__name__}: {error}"[:200]
+    times = interleave(candidates, args.rounds, args.seconds)
+    peers = [peer for peer in ("sdpa", "flex") if peer in candidates]
+    return {
+        "mask": name,
+        "length": length,
+        "bands": len(mask.bands(torch.arange(length), length).first),
+        "share_of_pairs": share,
+        "of_its_share": times.ratio("usp", "everything") / share,
+        "of_its_share_both": times.ratio("both", "everything, both") / share,
+        "ratios": {peer: times.ratio(peer, "usp") for peer in peers},
+        "not_measured": reasons,
+        "seconds": times.seconds,
+    }
+
+
+def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> None:
+    """End the program where sampled rows differ from fp64."""
+    at = sampled_positions(q.shape[1], 64)
+    scores = torch.einsum("bihd,bjhd->bhij", q[:, at].double(), k.double()) * q.shape[3] ** -0.5
+    weights = scores.masked_fill(~dense[at], -torch.inf).softmax(-1).nan_to_num()
+    exact = torch.einsum("bhij,bjhd->bihd", weights, v.double())
+    error = float((out[:, at] - exact).abs().max() / exact.abs().max())
+    if not error <= TOLERANCE:
+        sys.exit(f"{name}: error {error:.1e}, allowed {TOLERANCE:.0e}: not timed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--lengths", nargs="+", type=int, default=[8192])
+    add("--heads", type=int, default=2)
+    add("--head-dim", type=int, default=64)
+    add("--masks", nargs="+", help="by name; default: all")
+    add("--rounds", type=int, default=9)
+    add("--seconds", type=float, default=20.0, help="after which a mask gets no further round")
+    add("--no-flex", dest="flex", action="store_false", help="without FlexAttention")
+    add("--json", type=Path, help="write every time taken there")
+    args = parser.parse_args()
+    about = introduce()
+    print("
+mask", " " * 27, "length bands  share  of its share: forward, both   over:")
+    results = []
+    for length in args.lengths:
+        for name, mask in all_masks(length).items():
+            if args.masks is not None and name not in args.masks:
+                continue
+            found = measure(name, mask, length, args)
+            over = "  ".join(f"{peer} {ratio:.2f}" for peer, ratio in found["ratios"].items())
+            print(
+                f"{name:31} {length:6} {found['bands']:5} {100 * found['share_of_pairs']:5.1f} % "
+                f"{found['of_its_share']:14.2f} {found['of_its_share_both']:8.2f}      {over}",
+                flush=True,
+            )
+            results.append(found)
+    write_report(args.json, about, masks=results)
+
+
+if __name__ == "__main__":
+    main()
