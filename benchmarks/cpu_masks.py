@@ -139,8 +139,7 @@ def main() -> None:
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
     about = introduce()
-    print("
-mask", " " * 27, "length bands  share  of its share: forward, both   over:")
+    print("\nmask", " " * 27, "length bands  share  of its share: forward, both   over:")
     results = []
     for length in args.lengths:
         for name, mask in all_masks(length).items():
