@@ -42,7 +42,7 @@ WORKERS = 6
 GRACE_SECONDS = 5.0
 # what most workers would import: use_deterministic_algorithms reads inductor's settings, the first
 # optimizer of a process imports Dynamo, and test modules import the rest
-PRELOADED = ["torch", "torch._inductor.config", "torch._dynamo", "pytest", "hypothesis"]
+PRELOADED = ["template", "torch", "torch._inductor.config", "torch._dynamo", "pytest", "hypothesis"]
 PRELOADED += ["usp", "judge", "training_case"]
 # an orderly refusal leaves nothing in flight, so the workers can be kept
 REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
@@ -97,7 +97,7 @@ class Pool:
     def prepare(self) -> None:
         """Starts the template process, which imports torch while the tests are collected."""
         self._context.set_forkserver_preload(PRELOADED)
-        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        path = os.pathsep.join(folder for folder in sys.path if folder)
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
             forkserver.ensure_running()
 

@@ -24,6 +24,17 @@ def identity(value: object) -> tuple[int, object]:
     return dist.get_rank(), value
 
 
+def package() -> str:
+    import usp
+
+    return usp.__file__
+
+
+def test_workers_run_what_the_tests_run(pool) -> None:
+    """And not the sources in the folder where pytest was started."""
+    assert pool.run(package, ranks=1) == [package()]
+
+
 def raises(rank: int) -> None:
     if dist.get_rank() == rank:
         raise ArithmeticError(f"on purpose on {rank}")

@@ -57,7 +57,7 @@ def gathered_forward(inputs: Tensors, call: Gathered) -> tuple[Tensor, Tensor]:
         found[rank] = [out, lse]
     out, lse = found.pop(plan.ring_rank)
     parcel = Parcel.of([out, lse])
-    came = _sent(call.axis, found, dict.fromkeys(plan.owners, parcel))
+    came = _sent(call.axis, found, dict.fromkeys(plan.owners, parcel), q.device)
     for owner in sorted(came):  # in rank order: the same bits every time
         merge_into(out, lse, *came[owner])
     return out.to(q.dtype), lse
@@ -81,7 +81,7 @@ def gathered_backward(
             block.attention_backward(piece, saved_of(there, samples), grads, call.backend)
         found[rank] = [dq]
     (total,) = found.pop(plan.ring_rank)
-    came = _sent(call.axis, found, dict.fromkeys(plan.owners, Parcel.of([total])))
+    came = _sent(call.axis, found, dict.fromkeys(plan.owners, Parcel.of([total])), q.device)
     for owner in sorted(came):
         total += came[owner][0]
     return Gradients(total.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype))
@@ -132,7 +132,7 @@ def _sent_to_readers(
         length = len(call.plan.queries[rank])
         shapes = tuple(_with_queries(x, length) for x in like)
         parcels[rank] = Parcel(shapes, tuple(x.dtype for x in like))
-    return _sent(call.axis, messages, parcels)
+    return _sent(call.axis, messages, parcels, like[0].device)
 
 
 def _with_queries(x: Tensor, length: int) -> tuple[int, ...]:
@@ -143,10 +143,12 @@ def _with_queries(x: Tensor, length: int) -> tuple[int, ...]:
 
 
 def _sent(
-    axis: Axis, messages: Mapping[int, Sequence[Tensor]], parcels: Mapping[int, Parcel]
+    axis: Axis,
+    messages: Mapping[int, Sequence[Tensor]],
+    parcels: Mapping[int, Parcel],
+    device: torch.device,
 ) -> dict[int, list[Tensor]]:
     """Some tensors to some ranks, and others from others."""
-    device = next(iter(messages.values()))[0].device if messages else None
     send = [(rank - axis.rank, pack(list(tensors))) for rank, tensors in messages.items()]
     came = {
         rank: torch.empty(parcel.nbytes, dtype=torch.uint8, device=device)
