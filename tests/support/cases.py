@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from mask_cases import any_mask, table_of
+from mask_cases import Sees, any_mask, table_of
 from torch import Tensor
 
 DTYPES = {
@@ -158,43 +158,53 @@ class Seen:
 
     Attributes:
         given: What the function under test is given.
-        table: (B, Sq, Sk) bool, the same for the oracle; None where all is plain.
         query_offset: (B,) int64.
+        sees: Of each sample, whether a query sees a key; None where all is plain.
+        key_lengths: (B,) int64, or None.
     """
 
     given: dict[str, Any]
-    table: Tensor | None
     query_offset: Tensor
+    sees: list[Sees] | None
+    key_lengths: Tensor | None
+
+    def table(self, query_len: int, key_len: int) -> Tensor | None:
+        """(B, Sq, Sk) bool, pair by pair, for the oracle; None where all is plain."""
+        if self.sees is None and self.key_lengths is None:
+            return None
+        table = torch.ones(len(self.query_offset), query_len, key_len, dtype=torch.bool)
+        if self.sees is not None:
+            of = {sees: table_of(sees, query_len, key_len) for sees in set(self.sees)}
+            table &= torch.stack([of[sees] for sees in self.sees]) if self.sees else table
+        if self.key_lengths is not None:
+            table &= torch.arange(key_len) < self.key_lengths[:, None, None]
+        return table
 
 
 def seen(case: Case) -> Seen:
     """The drawn masks, lengths and offsets, the same on every process."""
     random, b, shape = Random(case.seed), case.batch, (case.seq_len, case.num_keys)
     given: dict[str, Any] = {}
-    table = torch.ones(b, *shape, dtype=torch.bool)
-    offset = torch.zeros(b, dtype=torch.int64)
+    offset, all_see, key_lengths = torch.zeros(b, dtype=torch.int64), None, None
     if case.query_offset is not None:
         values = [case.query_offset] * b
         if case.query_offset == -1:
             values = [random.choice([-3, 0, 2, 5]) for _ in range(b)]
         given["query_offset"] = case.query_offset if case.query_offset != -1 else values
-        offset = torch.tensor(values)
+        offset = torch.tensor(values, dtype=torch.int64)
     if case.unions is not None:
+        assert case.query_offset is None, "drawn masks fit whole lengths alone"
         choice = [any_mask(random, *shape) for _ in range(2)]
         which = [random.randrange(2) for _ in range(b)] if case.unions == "each" else [0] * b
-        for i, each in enumerate(which):
-            table[i] = table_of(choice[each][1], *shape, first=int(offset[i]))
+        masks, all_see = [choice[each][0] for each in which], [choice[each][1] for each in which]
         if case.unions == "table":
-            given["attn_mask"] = table[0].clone()
+            given["attn_mask"] = choice[0][0].dense(*shape)
         else:
-            masks = [choice[each][0] for each in which]
-            given["mask"] = masks if case.unions == "each" else masks[0]
+            given["mask"] = masks if case.unions == "each" else choice[0][0]
     if case.key_lengths:
-        lengths = [random.randint(0, case.num_keys) for _ in range(b)]
-        given["key_lengths"] = lengths
-        table &= torch.arange(case.num_keys) < torch.tensor(lengths)[:, None, None]
-    plain = case.unions is None and not case.key_lengths
-    return Seen(given, None if plain else table, offset)
+        given["key_lengths"] = [random.randint(0, case.num_keys) for _ in range(b)]
+        key_lengths = torch.tensor(given["key_lengths"], dtype=torch.int64)
+    return Seen(given, offset, all_see, key_lengths)
 
 
 def whole(case: Case) -> Tensors:

@@ -110,6 +110,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
     leaves = {"dq": t.q, "dk": t.k, "dv": t.v, "dbias": t.bias, "dsinks": t.sinks}
     leaves = {name: x.double().requires_grad_() for name, x in leaves.items() if x is not None}
     who, keep = seen(case), None
+    table = who.table(case.seq_len, case.num_keys)
     offset = {"query_offset": who.query_offset}
     if case.dropout_p:
         shape = case.batch, case.heads, case.seq_len, case.num_keys
@@ -120,7 +121,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
         leaves["dv"],
         **case.masks,
         **offset,
-        attn_mask=None if who.table is None else who.table[:, None],
+        attn_mask=None if table is None else table[:, None],
         key_padding_mask=t.padding,
         attn_bias=leaves.get("dbias"),
         alibi_slopes=t.slopes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from math import prod
 from random import Random
 
@@ -136,10 +135,12 @@ def axis_neighbours(
 
 
 def _dense(random: Random, query_len: int, key_len: int) -> tuple[Mask, Sees]:
-    table = table_of(*_window(random, query_len, key_len)[1:], query_len, key_len)
-    rows = [random.random() < 0.1 for _ in range(query_len)]
-    dense = table & ~torch.tensor(rows, dtype=torch.bool)[:, None]
-    return masks.from_dense(dense), lambda i, j: bool(dense[i, j])
+    left, right = (random.randint(0, 8) for _ in range(2))
+    i, j = torch.arange(query_len)[:, None], torch.arange(key_len)
+    blind = torch.tensor([random.random() < 0.1 for _ in range(query_len)], dtype=torch.bool)
+    dense = (j >= i - left) & (j <= i + right) & ~blind[:, None]
+    table = dense.tolist()
+    return masks.from_dense(dense), lambda i, j: table[i][j]
 
 
 LEAVES = [
@@ -156,9 +157,7 @@ LEAVES = [
 ]
 
 
-def table_of(sees: Sees, query_len: int, key_len: int, first: int = 0) -> Tensor:
-    """(query_len, key_len) bool, of queries whose positions begin at ``first``."""
-    table = torch.zeros(query_len, key_len, dtype=torch.bool)
-    for i, j in product(range(query_len), range(key_len)):
-        table[i, j] = sees(first + i, j)
-    return table
+def table_of(sees: Sees, query_len: int, key_len: int) -> Tensor:
+    """(query_len, key_len) bool."""
+    rows = [[sees(i, j) for j in range(key_len)] for i in range(query_len)]
+    return torch.tensor(rows, dtype=torch.bool).reshape(query_len, key_len)
