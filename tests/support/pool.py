@@ -11,6 +11,7 @@ tests/ and runs on the 4 workers of a world of 4, where ``pool.mesh(2, 2)`` is t
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -72,6 +73,11 @@ class _Worker:
             file.seek(start)
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
+    def signal(self, number: int) -> None:
+        """A worker that has died hears nothing."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
     def end(self) -> None:
         self.process.kill()
         self.process.join()
@@ -91,6 +97,7 @@ class Pool:
         self._setup = None if setup is None else _reference(setup)
         self.starts = 0
         self._worlds: dict[int, list[_Worker]] = {}
+        self._awake = 0  # ranks of the world that was used last
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._context = multiprocessing.get_context("forkserver")
 
@@ -141,6 +148,11 @@ class Pool:
     def _world(self, ranks: int) -> list[_Worker]:
         if not 1 <= ranks <= self.size:
             raise ValueError(f"ranks must be 1 to {self.size}, got {ranks}")
+        if ranks != self._awake:
+            # gloo's threads wake a hundred times a second: worlds that wait cost a tenth of a core
+            self._signal(self._awake, signal.SIGSTOP)
+            self._signal(ranks, signal.SIGCONT)
+            self._awake = ranks
         if ranks not in self._worlds:
             self.prepare()
             self.starts += 1
@@ -150,6 +162,10 @@ class Pool:
                     self._end(ranks)
                     raise outcome
         return self._worlds[ranks]
+
+    def _signal(self, ranks: int, number: int) -> None:
+        for worker in self._worlds.get(ranks, ()):
+            worker.signal(number)
 
     def _start_worker(self, rank: int, ranks: int) -> _Worker:
         store = os.path.join(self._folder.name, f"store-{self.starts}")
@@ -231,6 +247,8 @@ def _work(
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # one that sleeps does not see that the parent is gone
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
