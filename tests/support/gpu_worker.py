@@ -48,7 +48,7 @@ def run_on_device(case: Case, device: str) -> dict[str, Tensor]:
     mesh = pool.mesh(case.ulysses, case.ring) if case.on_mesh else None
     t = local(case, dist.get_rank())
     moved: dict[str, Any] = {
-        field.name: None if (x := getattr(t, field.name)) is None else x.to(device)
+        field.name: x.to(device) if isinstance(x := getattr(t, field.name), Tensor) else x
         for field in fields(Tensors)
     }
     return {name: x.cpu() for name, x in attend(case, Tensors(**moved), mesh).items()}
