@@ -140,7 +140,8 @@ def _wait(f: Frame, running: int) -> None:
 
 @instruction("wgmma.mma_async")
 def multiply(code: Code, i: Instruction) -> Step:
-    """D = A B, or D += A B where scale-d is true; A from registers or shared memory."""
+    """D = A B, or D += A B where scale-d is true; A from registers or shared memory. Summed in fp64
+    here and rounded to fp32 once."""
     form = re.fullmatch(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", i.opcode
     )
@@ -186,7 +187,8 @@ def _start(
 
     def run() -> None:
         before = own.sums[slots] if adds else np.float32(0)
-        own.sums[slots] = (left() @ right() + before).astype(np.float32)
+        # fp32 sums would depend on how many rows are here: a BLAS adds up by shape and CPU
+        own.sums[slots] = (left().astype(np.float64) @ right() + before).astype(np.float32)
 
     if late:
         own.open.append((slots, run))
