@@ -22,7 +22,7 @@ from torch import Tensor
 
 from usp import long_context_attention
 from usp.attention import block
-from usp.attention.arguments import Tensors
+from usp.attention.given import Tensors
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.distributed.comm import Axis, Wait
 from usp.distributed.parcel import Parcel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import usp
 from usp import masks
-from usp.attention.arguments import Options, Tensors
+from usp.attention.given import Options, Tensors
 from usp.attention.op_arguments import arguments
 
 COMPILERS = ["aot_eager"]

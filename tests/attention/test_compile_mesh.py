@@ -42,6 +42,12 @@ CASES = {
     "keys as they are": Case(
         ulysses=2, ring=2, seq_len=9, key_layout="held", key_counts=(0, 0, 8, 1), causal=True
     ),
+    "queries on every rank": Case(
+        ulysses=2, ring=2, seq_len=3, key_len=13, heads=3, replicated="queries", return_lse=True
+    ),
+    "keys on every rank": Case(
+        ulysses=2, ring=2, seq_len=13, key_len=5, layout="zigzag", replicated="keys", bias="hq"
+    ),
     # one query a rank: it cannot tell a row of a bias of its own from one for all
     "ring, single queries": Case(
         ulysses=2,
@@ -80,6 +86,7 @@ def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
             alibi_slopes=t.slopes,
             transport=case.transport,
             return_lse=case.return_lse,
+            **({} if case.replicated is None else {case.replicated: "replicated"}),
         )
         return result if isinstance(result, tuple) else (result,)
 

@@ -20,6 +20,7 @@ from usp import masks
 from usp.attention.masking import MaskOptions, make_masks
 from usp.masks import Mask
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
+from usp.planning.layout import Replicated
 from usp.testing import WireBytes
 
 
@@ -48,6 +49,7 @@ def counted(case: Case) -> tuple[int, int, int]:
             return_lse=case.return_lse,
             backend="reference",
             validate=False,
+            **placement(case),
         )
 
     with WireBytes() as forward:
@@ -59,6 +61,10 @@ def counted(case: Case) -> tuple[int, int, int]:
     unheard = attend()
     kept = (unheard[0] if case.return_lse else unheard).grad_fn.saved_tensors[4]
     return forward.sent, backward.sent, 0 if kept is None else kept.nbytes
+
+
+def placement(case: Case) -> dict[str, str]:
+    return {} if case.replicated is None else {case.replicated: "replicated"}
 
 
 def masks_of_each(case: Case) -> list[Mask]:
@@ -88,12 +94,17 @@ def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
         return_lse=case.return_lse,
         bias=None if case.bias is None else Bias(case.bias, DTYPES[case.dtype], case.seed % 2 > 0),
     )
+    layouts = case.placed if isinstance(case.placed, tuple) else (case.placed,) * 2
+    if case.replicated == "queries":
+        layouts = Replicated(case.seq_len), layouts[1]
+    elif case.replicated == "keys":
+        layouts = layouts[0], Replicated(case.num_keys)
     place = Place(
         ring_degree=case.ring,
         ulysses_degree=case.ulysses,
         ring_rank=rank // case.ulysses,
         ulysses_rank=rank % case.ulysses,
-        layout=case.placed,
+        layout=layouts,
         mask=masks_of_each(case),
         transport=case.transport,
     )
@@ -206,7 +217,8 @@ def cases(draw: st.DrawFn) -> Case:
     # a row with one query somewhere and more elsewhere asks first, which no formula counts
     asks = any(1 in row and len(row) > 1 for row in lengths)
     asks = asks or case.transport == "queries"  # which moves none
-    return replace(case, bias=None) if asks else case
+    case = replace(case, replicated=draw(st.sampled_from([None] * 6 + ["queries", "keys"])))
+    return replace(case, bias=None) if asks or case.replicated == "queries" else case
 
 
 @settings(max_examples=settings.default.max_examples)
@@ -299,6 +311,16 @@ def test_a_bias_sends_only_rows_that_others_need(
     pool, shape: tuple[int, ...], expected: list[int]
 ) -> None:
     assert pool.run(bias_bytes, shape, [4, 3, 3], ranks=3) == expected
+
+
+def test_queries_on_every_rank_cost_one_all_reduce(pool) -> None:
+    """64 latents over any number of keys: 16 are merged here, out in bf16 and the LSE handed out;
+    backward, their gradients are added up likewise, and nothing else leaves a rank."""
+    case = Case(ring=4, seq_len=64, key_len=512, heads=2, kv_heads=2, head_dim=16, value_dim=16)
+    case = replace(case, replicated="queries", dtype="bfloat16")
+    sent = {(forward, backward) for forward, backward, _ in pool.run(counted, case, ranks=4)}
+    forward = 48 * 2 * (16 * 4 + 4) + 16 * 3 * 2 * (16 * 2 + 4)
+    assert sent == {(forward, 48 * 2 * 16 * 2 + 16 * 3 * 2 * 16 * 2)}
 
 
 def test_few_queries_over_many_keys_move_and_not_the_keys(pool) -> None:

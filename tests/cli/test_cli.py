@@ -105,6 +105,24 @@ def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[s
         assert numbers(out.splitlines()[-1]) == [0, *expected, sum(expected)], mesh
 
 
+def test_plan_says_what_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Few queries move or lie on every rank, or keys do; work and bytes are of just that."""
+    argv = "plan --seq-len 6 --key-len 90 --ring 3 --heads 2 --head-dim 8 --dtype float32 --show"
+    for more, how, sent in (
+        # to two ranks 2 queries of 2 x 8 numbers, and back to them out and lse
+        ("", "queries move", 2 * 2 * 2 * (8 + 8 + 1) * 4),
+        # 4 of 6 to the ranks that merge them, 2 merged here to two ranks
+        ("--layout replicated", "queries are on every rank", (4 + 2 * 2) * 2 * (8 + 1) * 4),
+        ("--layout zigzag --key-layout replicated", "keys are on every rank", 0),
+        ("--transport direct --key-layout held:0,80,10", "keys move", 80 * 2 * 2 * 16 * 4),
+    ):
+        code, out, _ = run(capsys, *argv.split(), *more.split())
+        assert code == 0 and how in out.splitlines()[0]
+        lines = [numbers(line) for line in out.splitlines() if re.match(r" +\d+ ", line)]
+        assert sum(line[4] for line in lines[:3]) == 6 * 90, more
+        assert max(line[2] for line in lines[-3:]) == sent, more
+
+
 def test_plan_counts_a_bias(capsys: pytest.CaptureFixture[str]) -> None:
     """By hand: rows of the other rank's heads go there; half of the heads are held."""
     argv = "plan --seq-len 1000 --heads 8 --head-dim 16 --ulysses 2 --bias"
@@ -240,6 +258,9 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("plan --seq-len 8 --mask window(**{})", "are literals"),
         ("plan --seq-len 8 --mask documents((0,5))", "ends at 5, but there are 8"),
         ("plan --seq-len 0 --png x.png", "no queries or no keys"),
+        ("plan --seq-len 8 --layout replicated --png x.png", "--png draws keys that come"),
+        ("plan --seq-len 8 --layout replicated --key-layout replicated", "both replicated"),
+        ("plan --seq-len 8 --layout held:3,4", "holds 7 tokens.*has 8"),
         ("bench no-such-program", "no benchmark"),
     ],
 )

@@ -44,6 +44,7 @@ class Case:
             boolean "table" in torch's meaning.
         key_lengths: Whether each sample has a number of keys of its own.
         query_offset: Position of the first query among the keys; -1 draws one for each sample.
+        replicated: "queries" or "keys" that every rank holds whole; None for neither.
     """
 
     ulysses: int = 1
@@ -84,6 +85,7 @@ class Case:
     key_lengths: bool = False
     query_offset: int | None = None
     sinks: bool = False
+    replicated: str | None = None
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -302,7 +304,9 @@ def ring_rows(
 
 
 def shards(case: Case, length: int) -> list[list[int]]:
-    """Positions of each rank of the mesh."""
+    """Positions of the queries of each rank of the mesh."""
+    if case.replicated == "queries":
+        return [list(range(length))] * case.ranks
     if case.layout == "held":
         ends = pairwise(accumulate(case.counts, initial=0))
         return [list(range(start, stop)) for start, stop in ends]
@@ -312,6 +316,9 @@ def shards(case: Case, length: int) -> list[list[int]]:
 
 def key_shards(case: Case) -> list[list[int]]:
     """The same of the keys."""
+    if case.replicated == "keys":
+        return [list(range(case.num_keys))] * case.ranks
+    case = replace(case, replicated=None)
     if case.key_layout is not None:
         case = replace(case, layout=case.key_layout, counts=case.key_counts)
     return shards(case, case.num_keys)
@@ -324,6 +331,9 @@ def local(case: Case, rank: int) -> Tensors:
     bias = t.bias
     if bias is not None and "q" in case.bias:
         bias = bias[:, :, queries]
+    if case.replicated == "queries":  # each copy of the results gets its part of their gradient
+        others = torch.arange(case.seq_len) % case.ranks != rank
+        t.dout[:, others], t.dlse[:, :, others] = 0.0, 0.0
     return Tensors(
         t.q[:, queries],
         t.k[:, keys],

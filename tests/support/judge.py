@@ -65,6 +65,7 @@ def attend(
             transport=case.transport,
             return_lse=case.return_lse,
             backend=case.backend,
+            **({} if case.replicated is None else {case.replicated: "replicated"}),
         )
     out, lse = result if case.return_lse else (result, None)
     outputs, cotangents = ([out, lse], [t.dout, t.dlse]) if case.return_lse else ([out], [t.dout])
@@ -86,11 +87,17 @@ def _leaf(case: Case, x: Tensor) -> Tensor:
 def join(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The whole results, put together from those of all ranks by position."""
     queries, keys = shards(case, case.seq_len), key_shards(case)
+    copies = {"queries": ("out", "lse"), "keys": (), None: ()}[case.replicated]
+    summed = {"queries": ("dq",), "keys": ("dk", "dv"), None: ()}[case.replicated]
     dims = {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1, "dbias": 2}
     joined = {}
     for name in results[0]:
         parts = [result[name] for result in results]
-        if name == "dsinks" or (name == "dbias" and "q" not in case.bias):
+        if name in copies:
+            assert all(torch.equal(part, parts[0]) for part in parts), f"copies of {name} differ"
+            joined[name] = parts[0]
+            continue
+        if name == "dsinks" or name in summed or (name == "dbias" and "q" not in case.bias):
             # each rank holds its part of the sum
             joined[name] = torch.stack([part.double() for part in parts]).sum(0)
             continue

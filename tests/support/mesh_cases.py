@@ -115,12 +115,17 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         key_layout = draw(st.sampled_from(["contiguous", "zigzag", "striped", "held", "held"]))
         counts = draw(held(case.num_keys, case.ranks)) if key_layout == "held" else ()
         case = replace(case, key_layout=key_layout, key_counts=counts)
+    if draw(st.integers(0, 5)) == 0:
+        case = replace(case, replicated=draw(st.sampled_from(["queries", "keys"])))
     if case.dtype != "float64" and case.magnitude > 1:
         # scores in the hundreds lose digits of the inputs' own dtype: see test_numerics
         case = replace(case, magnitude=1.0)
     if case.dtype == "float64":
         # its gradient could be no better than its own dtype
         case = replace(case, bias_dtype=None)
+    if case.replicated == "queries":  # which takes no bias
+        case = replace(case, bias=None, bias_dtype=None, bias_hides=0.0)
+        filled = False
     if case.transport == "queries" and (case.bias is not None or case.unions == "table"):
         case = replace(case, transport="auto")  # on a mesh a table is a bias, which does not move
     if case.backend == "sdpa":
@@ -164,4 +169,6 @@ CORNERS = [
     Case(ring=3, seq_len=7, key_len=5, layout="zigzag", key_layout="held", key_counts=(0, 5, 0)),
     Case(ulysses=2, ring=2, seq_len=9, causal=True, key_layout="striped", padding=0.3, heads=2),
     Case(ulysses=3, seq_len=7, layout="held", counts=(0, 0, 7), bias="hq", heads=4, kv_heads=2),
+    Case(ulysses=2, ring=3, seq_len=3, key_len=31, replicated="queries", return_lse=True),
+    Case(ulysses=3, ring=2, seq_len=29, key_len=7, replicated="keys", bias="hq", layout="zigzag"),
 ]

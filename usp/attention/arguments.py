@@ -5,67 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usp.attention import masking
-from usp.attention.masking import MaskOptions, make_masks, refuse_attn_mask, refuse_lengths
+from usp.attention.given import Options, Tensors
+from usp.attention.masking import make_masks, refuse_attn_mask, refuse_lengths
+from usp.attention.placement import refuse_placement
+from usp.attention.shapes import check_extras, check_heads, check_qkv, check_sinks
 from usp.backends import Backend, check_name, select
 from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
-from usp.planning.kinds import flag, integer, real, tensor
-from usp.planning.layout import Layout, Layouts, both
+from usp.planning.kinds import flag, integer, real
+from usp.planning.layout import Layout, both, replicated
 from usp.planning.problem import Scoring, Traits, state_dtype
 from usp.planning.samples import Masks
 from usp.planning.shares import named_lengths, row_pieces
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Options(MaskOptions):
-    """The options of ``long_context_attention``; see there."""
-
-    softmax_scale: float | Tensor | None = None
-    layout: Layouts = "contiguous"
-    seq_len: int | tuple[int, int] | str | None = None
-    dropout_p: float = 0.0
-    softcap: float | None = None
-    transport: str = "auto"
-    return_lse: bool = False
-    backend: str = "auto"
-    heads: tuple[int, int] | None = None
-    attn_mask: Tensor | None = None  # what is none: another becomes a mask or a bias before
-    sinks: Tensor | None = None
-
-
-class Tensors(NamedTuple):
-    """The tensors of ``long_context_attention``, before the head exchange and after it; this is
-    their order everywhere.
-
-    Attributes:
-        q: (B, Lq, H, D). k: (B, Lk, G, D). v: (B, Lk, G, Dv).
-        key_padding_mask: (B, Lk) bool, True = ignore; travels with its keys.
-        attn_bias: (B|1, H|1, Lq|1, Sk), columns in global order.
-        alibi_slopes: (H,) or (B|1, H).
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    key_padding_mask: Tensor | None = None
-    attn_bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-
-    @property
-    def travelling(self) -> list[Tensor]:
-        """What is passed along the ring."""
-        mask = self.key_padding_mask
-        return [self.k, self.v] if mask is None else [self.k, self.v, mask]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +35,8 @@ class Request:
         query_len, key_len: Tokens of the whole sequences.
         num_heads, num_kv_heads: Heads of this call.
         first_head, all_heads: Where they stand among those of the whole attention.
-        query_lengths, key_lengths: Local tokens of each rank of this rank's row.
+        query_lengths, key_lengths: Local tokens of each rank of this rank's row; where a side is
+            on every rank, just its own.
     """
 
     masks: Masks
@@ -134,8 +93,9 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_transport(options.transport)
     flag("return_lse", options.return_lse)
     lengths = named_lengths(options.seq_len, options.layout)
-    _check_qkv(tensors.q, tensors.k, tensors.v)
-    _check_extras(tensors)
+    check_qkv(tensors.q, tensors.k, tensors.v)
+    check_extras(tensors)
+    refuse_placement(tensors, options)
     if options.transport == "queries" and tensors.attn_bias is not None:
         raise NotImplementedError(
             "transport='queries' moves no attn_bias with its queries: leave transport='auto'"
@@ -143,11 +103,11 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     if options.attn_mask is not None:
         refuse_attn_mask(options.attn_mask)
     if options.sinks is not None:
-        _check_sinks(options.sinks, tensors)
+        check_sinks(options.sinks, tensors)
     masks = make_masks(options, tensors.q.shape[0])
     scoring = _scoring(options, tensors.q.shape[3])
     backend = select(options.backend, _traits(tensors, scoring, options.return_lse))
-    return Alone(masks, scoring, backend, lengths, _check_heads(options.heads, tensors))
+    return Alone(masks, scoring, backend, lengths, check_heads(options.heads, tensors))
 
 
 def complete(
@@ -165,6 +125,10 @@ def complete(
     """
     (query_len, key_len), layouts = lengths, both(options.layout)
     _check_whole(tensors, alone, lengths)
+    query_lengths = _row_pieces("q", tensors.q.shape[1], query_len, layouts[0], mesh)
+    key_lengths = _row_pieces("k", tensors.k.shape[1], key_len, layouts[1], mesh)
+    if replicated(layouts):  # heads change no hands
+        query_lengths, key_lengths = (tensors.q.shape[1],), (tensors.k.shape[1],)
     return Request(
         masks=alone.masks,
         layouts=layouts,
@@ -178,8 +142,8 @@ def complete(
         num_kv_heads=tensors.k.shape[2],
         first_head=alone.heads[0],
         all_heads=alone.heads[1],
-        query_lengths=_row_pieces("q", tensors.q.shape[1], query_len, layouts[0], mesh),
-        key_lengths=_row_pieces("k", tensors.k.shape[1], key_len, layouts[1], mesh),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
     )
 
 
@@ -193,61 +157,6 @@ def _check_whole(tensors: Tensors, alone: Alone, lengths: tuple[int, int]) -> No
             f"{key_len} keys in the whole sequence, got {tuple(bias.shape)}"
         )
     refuse_lengths(alone.masks, query_len, key_len)
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, "
-                f"{name} is {x.dtype} on {x.device}"
-            )
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"batch sizes differ: q has {q.shape[0]}, {name} has {x.shape[0]}")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ValueError(
-            f"k and v must have the same tokens and heads: k has {k.shape[1]} tokens and "
-            f"{k.shape[2]} heads, v has {v.shape[1]} and {v.shape[2]}"
-        )
-    if q.shape[3] != k.shape[3] or not q.shape[3] or not v.shape[3]:
-        raise ValueError(
-            f"head_dim of q and k must be equal and none may be 0: q has {q.shape[3]}, "
-            f"k has {k.shape[3]}, v has {v.shape[3]}"
-        )
-    if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"the heads of q must be a multiple of those of k and v: q has {q.shape[2]}, "
-            f"k has {k.shape[2]}"
-        )
-
-
-def _check_heads(heads: tuple[int, int] | None, tensors: Tensors) -> tuple[int, int]:
-    """First query head and number of all heads, of which this call has some."""
-    here, kv_here = tensors.q.shape[2], tensors.k.shape[2]
-    if heads is None:
-        return 0, here
-    if not isinstance(heads, (tuple, list)) or len(heads) != 2:
-        raise ValueError(f"heads must be a pair (first, total), got {heads!r}")
-    first, total = (integer("heads", number, least=0) for number in heads)
-    if first + here > total:
-        raise ValueError(
-            f"heads=({first}, {total}): {here} heads from {first} on are more than {total} in all"
-        )
-    group = here // kv_here
-    if first % group or total % group:
-        raise ValueError(
-            f"heads=({first}, {total}): {group} query heads share a key head here, so that both "
-            f"must be multiples of {group}: cut query heads where a key head's group begins"
-        )
-    return first, total
 
 
 def _row_pieces(
@@ -280,60 +189,6 @@ def _scoring(options: Options, head_dim: int) -> Scoring:
     scale = options.softmax_scale
     scale = head_dim**-0.5 if scale is None else real("softmax_scale", scale)
     return Scoring(scale, softcap, dropout_p)
-
-
-def _check_extras(tensors: Tensors) -> None:
-    q, k = tensors.q, tensors.k
-    batch, queries, heads = q.shape[:3]
-    mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
-    for name, x in (("key_padding_mask", mask), ("attn_bias", bias), ("alibi_slopes", slopes)):
-        if x is not None and tensor(name, x).device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
-        raise ValueError(
-            f"key_padding_mask must be bool (batch, local keys) = {tuple(k.shape[:2])}, True to "
-            f"ignore, got {mask.dtype} {tuple(mask.shape)}"
-        )
-    if bias is not None:
-        if bias.dtype not in DTYPES:
-            raise ValueError(
-                f"attn_bias is added to the scores and must be floating point, got {bias.dtype}: "
-                "use -inf where a boolean mask hides"
-            )
-        wanted = ((1, batch), (1, heads), (1, queries))
-        if bias.dim() != 4 or any(
-            n not in sizes for n, sizes in zip(bias.shape, wanted, strict=False)
-        ):
-            raise ValueError(
-                "attn_bias must be (batch|1, heads|1, local queries|1, all keys) = "
-                f"({batch}|1, {heads}|1, {queries}|1, all keys), got {tuple(bias.shape)}"
-            )
-    if slopes is not None:
-        if tuple(slopes.shape) not in ((heads,), (1, heads), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = "
-                f"({batch}, {heads}), got {tuple(slopes.shape)}"
-            )
-        if slopes.requires_grad:
-            raise NotImplementedError(
-                "alibi_slopes have no gradient here: detach them, or learn an attn_bias"
-            )
-
-
-def _check_sinks(sinks: Tensor, tensors: Tensors) -> None:
-    """Refuse sinks that are not one for each head.
-
-    Raises:
-        TypeError: they are no plain tensor. ValueError: of another shape or device.
-    """
-    heads, device = tensors.q.shape[2], tensors.q.device
-    if tensor("sinks", sinks).shape != (heads,) or sinks.device != device:
-        raise ValueError(
-            f"sinks must be (heads,) = ({heads},) on {device}, got {tuple(sinks.shape)} on "
-            f"{sinks.device}"
-        )
-    if not sinks.is_floating_point():
-        raise ValueError(f"sinks are logits and must be floating point, got {sinks.dtype}")
 
 
 def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.attention.arguments import Options, Tensors
+from usp.attention.given import Options, Tensors
 from usp.attention.masking import planned
 from usp.planning.kinds import is_fake
+from usp.planning.layout import Replicated
 from usp.planning.masks.mask import Mask
 
 
@@ -18,16 +19,18 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
     """``attn_mask`` as a part of ``mask`` or of ``attn_bias``; what is no such mask stays.
 
     Args:
-        alone: Whether all queries are here; another rank's rows would have to be asked for.
+        alone: Whether there is one rank. Where queries are not all here, other ranks' rows would
+            have to be asked for.
     """
     mask, q, k = cast(Tensor, options.attn_mask), tensors.q, tensors.k
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
         return tensors, options  # refused later, on all ranks
     mask = mask if mask.dim() == 4 else mask[None, None]
     # a graph and a fake tensor have no values to look at
-    found = None
-    if alone and not (torch.compiler.is_compiling() or is_fake(mask)):
-        found = planned(mask, (q.shape[1], k.shape[1]))
+    found, layout = None, options.layout
+    everywhere = isinstance(layout, tuple) and isinstance(layout[0], Replicated)
+    if (alone or everywhere) and not (torch.compiler.is_compiling() or is_fake(mask)):
+        found = planned(mask, (q.shape[1], mask.shape[3] if everywhere else k.shape[1]))
     if found is not None and len(found) in (1, q.shape[0]):
         return tensors, replace(options, attn_mask=None, mask=_both(options.mask, found))
     if tensors.attn_bias is None:

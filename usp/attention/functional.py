@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from usp.attention import op
-from usp.attention.arguments import Options, Tensors, drops
+from usp.attention.arguments import drops
 from usp.attention.attn_mask import with_attn_mask
+from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.learned import with_learned_scale
 from usp.attention.masking import is_more_than_a_few_numbers
+from usp.attention.placement import with_placement
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import with_sinks
 from usp.distributed.agreement import When, meet_in_backward
@@ -53,6 +55,8 @@ def long_context_attention(
     return_lse: bool = False,
     backend: str = "auto",
     heads: tuple[int, int] | None = None,
+    queries: str = "sharded",
+    keys: str = "sharded",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over a sequence that is spread over the ranks of a mesh.
@@ -116,6 +120,14 @@ def long_context_attention(
         heads: (first, total): which of how many query heads these are, where others are
             computed elsewhere, as by the ranks of tensor parallelism. What dropout drops is then
             that of the whole attention. Slopes and biases are those of the heads here.
+        queries: "sharded", or "replicated": every rank holds the same, all queries. Each computes
+            them against its own keys, results are merged on all ranks, and no key moves. The
+            gradient of q is this rank's part of the sum, and those of out and LSE are added up:
+            a loss that all ranks compute alike is divided by ``mesh.size``. Not with
+            ``attn_bias``. ``layout`` and ``seq_len`` are then of the keys.
+        keys: "sharded", or "replicated": every rank holds all keys and values (a text beside an
+            image that is cut), and nothing is sent. Their gradients, and that of ``attn_bias``,
+            are this rank's part of the sum. ``layout`` and ``seq_len`` are then of the queries.
         validate: Whether the ranks compare their arguments first, and in the backward whose it is,
             so that a difference raises on every rank instead of hanging or computing something
             else: a message of 48 bytes along each axis of the mesh. True: always. None: on
@@ -158,6 +170,8 @@ def long_context_attention(
         return_lse=return_lse,
         backend=backend,
         heads=heads,
+        queries=queries,
+        keys=keys,
         attn_mask=attn_mask,
         sinks=sinks,
     )
@@ -176,6 +190,7 @@ def attend(
     the seed a tensor, while a graph is made."""
     q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
     tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
+    options = with_placement(tensors, options)
     if options.attn_mask is not None:
         tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)
     if options.sinks is None:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from usp.attention import block
-from usp.attention.arguments import Tensors
+from usp.attention.given import Tensors
 from usp.attention.ring import samples_heads, saved_of
 from usp.backends import Backend
 from usp.distributed.comm import Axis
-from usp.distributed.parcel import Parcel
+from usp.distributed.parcel import Parcel, sent
 from usp.ops.merge import merge_into
-from usp.ops.pack import pack
 from usp.planning.gathered import QueryPlan
 from usp.planning.heads import Heads
 from usp.planning.plan import Load
@@ -57,7 +56,7 @@ def gathered_forward(inputs: Tensors, call: Gathered) -> tuple[Tensor, Tensor]:
         found[rank] = [out, lse]
     out, lse = found.pop(plan.ring_rank)
     parcel = Parcel.of([out, lse])
-    came = _sent(call.axis, found, dict.fromkeys(plan.owners, parcel), q.device)
+    came = sent(call.axis, found, dict.fromkeys(plan.owners, parcel), q.device)
     for owner in sorted(came):  # in rank order: the same bits every time
         merge_into(out, lse, *came[owner])
     return out.to(q.dtype), lse
@@ -81,7 +80,7 @@ def gathered_backward(
             block.attention_backward(piece, saved_of(there, samples), grads, call.backend)
         found[rank] = [dq]
     (total,) = found.pop(plan.ring_rank)
-    came = _sent(call.axis, found, dict.fromkeys(plan.owners, Parcel.of([total])), q.device)
+    came = sent(call.axis, found, dict.fromkeys(plan.owners, Parcel.of([total])), q.device)
     for owner in sorted(came):
         total += came[owner][0]
     return Gradients(total.to(q.dtype), dk.to(kv_dtype), dv.to(kv_dtype))
@@ -132,7 +131,7 @@ def _sent_to_readers(
         length = len(call.plan.queries[rank])
         shapes = tuple(_with_queries(x, length) for x in like)
         parcels[rank] = Parcel(shapes, tuple(x.dtype for x in like))
-    return _sent(call.axis, messages, parcels, like[0].device)
+    return sent(call.axis, messages, parcels, like[0].device)
 
 
 def _with_queries(x: Tensor, length: int) -> tuple[int, ...]:
@@ -140,19 +139,3 @@ def _with_queries(x: Tensor, length: int) -> tuple[int, ...]:
     if x.dim() == 4:
         return (x.shape[0], length, *x.shape[2:])
     return (*x.shape[:2], length)
-
-
-def _sent(
-    axis: Axis,
-    messages: Mapping[int, Sequence[Tensor]],
-    parcels: Mapping[int, Parcel],
-    device: torch.device,
-) -> dict[int, list[Tensor]]:
-    """Some tensors to some ranks, and others from others."""
-    send = [(rank - axis.rank, pack(list(tensors))) for rank, tensors in messages.items()]
-    came = {
-        rank: torch.empty(parcel.nbytes, dtype=torch.uint8, device=device)
-        for rank, parcel in parcels.items()
-    }
-    axis.exchange(send, [(rank - axis.rank, message) for rank, message in came.items()])()
-    return {rank: parcels[rank].read(message) for rank, message in came.items()}

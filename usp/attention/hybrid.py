@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from usp.attention import block, levels
-from usp.attention.arguments import Request, Tensors, slopes_of
+from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
 from usp.attention.derivatives import OnceDifferentiable, without_second_derivative
 from usp.attention.gathered import Gathered, gathered_backward, gathered_forward
+from usp.attention.given import Tensors
+from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.ops.precision import as_given
 from usp.planning.gathered import make_query_plan, queries_are_less, widths
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
-from usp.planning.plan import make_plan
+from usp.planning.layout import Replicated, replicated
+from usp.planning.plan import make_local_plan, make_plan
 
 _ALONE = Axis(1, 0, None)
+Executor = Ring | Gathered | Replicas
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
@@ -74,7 +78,7 @@ class Call:
     """
 
     ulysses: Axis
-    ring: Ring | Gathered
+    ring: Executor
     heads: tuple[Heads, ...]
     request: Request
     bias_cut: BiasCut | None
@@ -107,7 +111,8 @@ def prepare(
             out, which may ask the row.
     """
     tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
-    ulysses, ring = (_ALONE, _ALONE) if mesh is None else (mesh.ulysses, mesh.ring)
+    alone = mesh is None or replicated(request.layouts)
+    ulysses = _ALONE if mesh is None or alone else mesh.ulysses
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
     bias_cut = None
     if tensors.attn_bias is not None:
@@ -117,12 +122,29 @@ def prepare(
         bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
     mine = heads[ulysses.rank]
     held = replace(mine, offset=mine.offset + request.first_head, total=request.all_heads)
-    executor = _executor(ring, held, tensors, request)
+    make = _local_executor if replicated(request.layouts) else _executor
+    executor = make(mesh, held, tensors, request)
     return tensors, Call(ulysses, executor, heads, request, bias_cut)
 
 
-def _executor(ring: Axis, heads: Heads, tensors: Tensors, request: Request) -> Ring | Gathered:
+def _local_executor(
+    mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
+) -> Executor:
+    """Where one side is on every rank, nothing moves but results for queries that are."""
+    lengths = request.query_len, request.key_len
+    plan = make_local_plan(request.masks, request.layouts, lengths, *degrees_and_place(mesh))
+    local = Ring(_ALONE, plan, heads, request.scoring, request.backend)
+    axes = () if mesh is None else tuple(x for x in (mesh.ulysses, mesh.ring) if x.size > 1)
+    if axes and isinstance(request.layouts[0], Replicated):
+        return Replicas(local, axes)
+    return local
+
+
+def _executor(
+    mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
+) -> Executor:
     """Whether keys move or queries, and how."""
+    ring = _ALONE if mesh is None else mesh.ring
     what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
     moves = request.transport == "queries"
     if request.transport == "auto" and ring.size > 1 and tensors.attn_bias is None:
@@ -153,6 +175,8 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
     with as_given(tensors.q.device):
         if isinstance(call.ring, Gathered):
             held = Results(*gathered_forward(inputs, call.ring), None)
+        elif isinstance(call.ring, Replicas):
+            held = Results(*replicas_forward(inputs, call.ring), None)
         else:
             held = Results(*ring_forward(inputs, call.ring, large_bias))
     if not call.request.return_lse:
@@ -202,16 +226,20 @@ def attention_backward(
         moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
     dout, *rest = _exchanged(scatter_heads, moving, call)
     dlse = rest[0][..., 0].transpose(1, 2) if rest else None
+    ring, dtype = call.ring, inputs.q.dtype
+    with as_given(dout.device):
+        if isinstance(ring, Replicas):
+            dout, *rest = summed([dout] if dlse is None else [dout, dlse], ring)
+            dlse, ring = rest[0] if rest else None, ring.local
     dout = _last_dim_contiguous(dout)
-    dtype = inputs.q.dtype
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
-        saved = block.saved_for_backward(dout, dlse, results.out, results.lse, call.ring.backend)
-        if isinstance(call.ring, Gathered):
-            grads = gathered_backward(inputs, saved, call.ring, kv_dtype)
+        saved = block.saved_for_backward(dout, dlse, results.out, results.lse, ring.backend)
+        if isinstance(ring, Gathered):
+            grads = gathered_backward(inputs, saved, ring, kv_dtype)
         else:
-            grads = ring_backward(inputs, saved, call.ring, bias_gradient, kv_dtype, results.level)
+            grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)
     moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
     dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias

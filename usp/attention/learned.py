@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from usp.attention.arguments import Options, Tensors
+from usp.attention.given import Options, Tensors
 from usp.planning.problem import state_dtype
 
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from usp.attention import levels
-from usp.attention.arguments import Options, Tensors, check
+from usp.attention.arguments import check
 from usp.attention.bias import scatter_bias
 from usp.attention.derivatives import (
     OnceDifferentiable,
     refuse_transforms,
     without_second_derivative,
 )
+from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import (
     Call,
     Forward,
@@ -186,7 +187,7 @@ def _recalled(
         if given.on is not None and name:
             meet_before_backward(given.on, name)
     request = check(tensors, options, given.on, seed)
-    if given.on is None or given.on.ulysses_degree == 1:
+    if not given.heads_change_hands:
         tensors, call = prepare(tensors, request, given.on)
         inputs = scattered(tensors, call)
         if inputs.attn_bias is not None:
@@ -240,7 +241,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     out = q.new_empty((batch, length, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, length), dtype=state_dtype(q.dtype))
     kept = [torch.empty(5, dtype=torch.int64, device="cpu")] if _agrees(given) else []
-    if given.on is not None and given.on.ulysses_degree > 1:
+    if given.heads_change_hands:
         kept += [q.new_empty(shape, dtype=dtype) for shape, dtype in _rooms(given)]
         return out, lse if given.return_lse else q.new_empty(0), kept
     if given.attn_bias is not None:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from usp.attention.arguments import Options, Tensors, drops, needs_gradients, seed_of
+from usp.attention.arguments import drops, needs_gradients, seed_of
+from usp.attention.given import Options, Tensors
 from usp.attention.masking import Checked, MaskOptions, is_more_than_a_few_numbers, make_masks
 from usp.distributed.agreement import When, check_when
 from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import flag, integer
-from usp.planning.layout import both, from_told, told
+from usp.planning.layout import Layout, both, from_told, replicated, told
 from usp.planning.masks.bounds import host_boundaries
 from usp.planning.masks.options import check_window
 from usp.planning.samples import Masks
@@ -72,14 +73,16 @@ class Arguments(NamedTuple):
         return cast("tuple[Tensor | None, ...]", self[:TENSORS])
 
     @property
-    def options(self) -> Options:
-        layouts = (
-            from_told(name, None if numbers is None else tuple(numbers))
-            for name, numbers in (
-                (self.layout, self.layout_numbers),
-                (self.key_layout, self.key_layout_numbers),
-            )
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Of queries and of keys."""
+        of = (self.layout, self.layout_numbers), (self.key_layout, self.key_layout_numbers)
+        queries, keys = (
+            from_told(name, None if numbers is None else tuple(numbers)) for name, numbers in of
         )
+        return queries, keys
+
+    @property
+    def options(self) -> Options:
         lengths = None
         if self.query_len is not None and self.key_len is not None:
             lengths = self.query_len, self.key_len
@@ -90,7 +93,7 @@ class Arguments(NamedTuple):
             prefix_len=self.prefix_len,
             mask=None if self.masks is None else Checked(_MASKS[self.masks]),
             softmax_scale=self.softmax_scale,
-            layout=(next(layouts), next(layouts)),
+            layout=self.layouts,
             seq_len=lengths,
             dropout_p=self.dropout_p,
             softcap=self.softcap,
@@ -116,6 +119,12 @@ class Arguments(NamedTuple):
     def on(self) -> SequenceMesh | None:
         """The mesh itself."""
         return None if self.mesh is None else mesh_of(self.mesh)
+
+    @property
+    def heads_change_hands(self) -> bool:
+        """Whether the ranks of a row exchange heads."""
+        mesh = self.on
+        return mesh is not None and mesh.ulysses_degree > 1 and not replicated(self.layouts)
 
     @property
     def number(self) -> int | None:

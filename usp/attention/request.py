@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from usp.attention.arguments import (
     Alone,
-    Options,
     Request,
-    Tensors,
     check,
     check_alone,
     complete,
@@ -16,6 +14,7 @@ from usp.attention.arguments import (
     needs_gradients,
     seed_of,
 )
+from usp.attention.given import Options, Tensors
 from usp.distributed.agreement import Facts, When, check_on_all_ranks, check_when, meets, new_name
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.layout import both

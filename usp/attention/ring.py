@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import block, levels
-from usp.attention.arguments import Tensors
+from usp.attention.given import Tensors
 from usp.backends import Backend
 from usp.distributed.comm import Axis
 from usp.distributed.transport import Parts, make_transport
@@ -87,7 +87,7 @@ def ring_forward(
     for step, held in zip(
         steps, make_transport(ring.axis, ring.plan.route).blocks(travelling), strict=True
     ):
-        for part, samples, piece in _calls(inputs, step, held, ring):
+        for part, samples, piece in calls(inputs, step, held, ring):
             left[part] -= 1
             here, pieces = states[part], [piece]
             if level is not None:
@@ -145,7 +145,7 @@ def ring_backward(
     for step, held in zip(plan.steps, blocks, strict=True):
         is_own = step is plan.steps[0]
         gradients = own if is_own else sums.fresh()
-        for part, samples, piece in _calls(inputs, step, held, ring):
+        for part, samples, piece in calls(inputs, step, held, ring):
             piece_dbias = None
             if dbias is not None and piece.bias is not None:
                 piece_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=dq.device)
@@ -191,7 +191,7 @@ def _new_level(inputs: Tensors, ring: Ring) -> Tensor:
     return torch.full(shape, -torch.inf, dtype=state_dtype(inputs.q.dtype), device=bias.device)
 
 
-def _calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Call]:
+def calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Call]:
     """The kernel's view of one step."""
     if not inputs.q.numel():
         return

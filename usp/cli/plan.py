@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,16 @@ import torch
 
 from usp.cli.console import UserError, table
 from usp.cli.expression import parse_mask
+from usp.cli.layouts import FORMS, integers, parse_layout
 from usp.cli.picture import draw, in_signs, save
-from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent
-from usp.planning.layout import DocumentZigzag, Layout
+from usp.cli.work import Work, balance, of_keys_that_come, of_queries_that_come
+from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
+from usp.planning.gathered import make_query_plan
+from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
-from usp.planning.plan import Load, Plan, make_plan
-from usp.planning.route import TRANSPORTS, Ring, Route
+from usp.planning.plan import Plan, make_local_plan, make_plan
+from usp.planning.route import TRANSPORTS
 from usp.planning.samples import masks_of
 
 COLUMNS, LINES = 64, 64  # of a picture in a terminal
@@ -29,11 +32,6 @@ if TYPE_CHECKING:
 def bound(text: str) -> int | None:
     """A side of a window: a number of keys, or "none"."""
     return None if text.lower() == "none" else int(text)
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """Comma-separated integers."""
-    return tuple(int(part) for part in text.split(","))
 
 
 def dims(text: str) -> str:
@@ -54,8 +52,9 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout",
         default="contiguous",
-        help="contiguous, zigzag, striped or document-zigzag (which needs --cu-seqlens)",
+        help=f"{FORMS}; document-zigzag needs --cu-seqlens",
     )
+    parser.add_argument("--key-layout", metavar="LAYOUT", help="of keys that lie differently")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument(
         "--window",
@@ -102,13 +101,19 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_layout(arguments: argparse.Namespace) -> Layout:
-    """The layout that the arguments name."""
-    if arguments.layout != "document-zigzag":
-        return str(arguments.layout)
-    if arguments.cu_seqlens is None:
-        raise ValueError("--layout document-zigzag cuts documents: give them as --cu-seqlens 0,...")
-    return DocumentZigzag(arguments.cu_seqlens)
+def chosen_layouts(arguments: argparse.Namespace) -> tuple[Layout, Layout]:
+    """The layouts of queries and of keys that the arguments name."""
+    names = arguments.layout, arguments.key_layout or arguments.layout
+    if arguments.key_layout is None and arguments.layout == "replicated":
+        names = "replicated", "contiguous"
+    lengths = arguments.seq_len, key_len(arguments)
+    queries, keys = (
+        parse_layout(name, length, arguments.cu_seqlens)
+        for name, length in zip(names, lengths, strict=True)
+    )
+    if isinstance(queries, Replicated) and isinstance(keys, Replicated):
+        raise ValueError("queries and keys are both replicated: nothing is shared")
+    return queries, keys
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -147,89 +152,84 @@ def chosen_mask(arguments: argparse.Namespace) -> Mask:
     return mask
 
 
-def make_plans(arguments: argparse.Namespace) -> list[Plan]:
-    """The plan of every ring rank."""
-    mask, layout = chosen_mask(arguments), chosen_layout(arguments)
-    lengths = arguments.seq_len, key_len(arguments)
+def places(arguments: argparse.Namespace) -> list[Place]:
+    """Of every rank of the mesh."""
+    mask, layouts = chosen_mask(arguments), chosen_layouts(arguments)
+    degrees = arguments.ring, arguments.ulysses
     return [
-        make_plan(masks_of(mask), layout, lengths, arguments.ring, rank, arguments.transport)
+        Place(*degrees, *ranks, layouts, mask, arguments.transport)
+        for ranks in product(range(arguments.ring), range(arguments.ulysses))
+    ]
+
+
+def make_plans(arguments: argparse.Namespace) -> list[Plan]:
+    """The plan of every ring rank where keys come, or of every rank where one side is there."""
+    masks, layouts = masks_of(chosen_mask(arguments)), chosen_layouts(arguments)
+    lengths, degrees = (arguments.seq_len, key_len(arguments)), (arguments.ring, arguments.ulysses)
+    if replicated(layouts):
+        return [
+            make_local_plan(masks, layouts, lengths, degrees, (p.ring_rank, p.ulysses_rank))
+            for p in places(arguments)
+        ]
+    return [
+        make_plan(masks, layouts, lengths, arguments.ring, rank, arguments.transport)
         for rank in range(arguments.ring)
     ]
 
 
-def balance(plans: list[Plan]) -> str:
-    """One line for each ring rank: its tokens, its work, and its work against the mean."""
-    mean = sum(plan.pairs for plan in plans) / len(plans)
-    rows: list[tuple[object, ...]] = [
-        ("ring rank", "tokens", "steps", "to compute", "visible pairs", "of the mean")
-    ]
-    for plan in plans:
-        share = f"{plan.pairs / mean:.3f}" if mean else "-"
-        busy = sum(step.pairs > 0 for step in plan.steps)
-        rows.append((plan.ring_rank, len(plan.queries), len(plan.steps), busy, plan.pairs, share))
-    return table(rows)
+def keys_come(arguments: argparse.Namespace) -> bool:
+    """Whether each rank sees all keys of its own queries, which a picture can show."""
+    is_here = isinstance(chosen_layouts(arguments)[0], Replicated)
+    return not is_here and not queries_move(chosen_shape(arguments), places(arguments)[0])
 
 
-def steps(plan: Plan) -> str:
-    """One line for each step of one ring rank."""
-    rows: list[tuple[object, ...]] = [
-        ("step", "owner", "comes by", "queries", "keys", "sees", "visible pairs")
-    ]
-    ways = ["", *(ways_of(plan.route) if plan.route is not None else ())]
-    for index, (step, way) in enumerate(zip(plan.steps, ways, strict=True)):
-        (load,) = step.loads
-        seen = sees(load)
-        rows.append((index, step.owner, way, len(plan.queries), len(load.rows), seen, step.pairs))
-    return f"ring rank {plan.ring_rank}\n{table(rows)}"
+def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
+    """What every rank does, and how it comes to it."""
+    place, shape = places(arguments)[0], chosen_shape(arguments)
+    layouts = chosen_layouts(arguments)
+    if queries_move(shape, place):
+        what = masks_of(chosen_mask(arguments)), layouts, (shape.query_len, shape.key_len)
+        plans = (make_query_plan(*what, arguments.ring, rank) for rank in range(arguments.ring))
+        return [of_queries_that_come(plan) for plan in plans], "queries move to the keys they see"
+    works = [of_keys_that_come(plan) for plan in make_plans(arguments)]
+    if not replicated(layouts):
+        return works, "keys move to the queries that see them"
+    if isinstance(layouts[0], Replicated):
+        return works, "queries are on every rank, results are merged"
+    return works, "keys are on every rank, nothing moves"
 
 
-def ways_of(route: Route) -> list[str]:
-    """How each block that comes has come, in the order of ``route.arrivals``."""
-    if not isinstance(route, Ring):
-        return ["allgather" if route.gathers else "direct"] * len(route.arrivals)
-    each = ([(way.by, hop) for hop in range(1, len(way.hops) + 1)] for way in route.directions)
-    ways = (way for hops in zip_longest(*each) for way in hops if way is not None)
-    return [f"hop {hop} from the rank {'before' if by == 1 else 'behind'}" for by, hop in ways]
-
-
-def sees(load: Load) -> str:
-    """What a kernel has to do: nothing, a rectangle, or so many intervals for each query."""
-    if not load.visits:
-        return "none"
-    if load.visits[0].span is None:
-        return "all"
-    return "span" if len(load.visits) == 1 else f"{len(load.visits)} spans"
+def chosen_shape(arguments: argparse.Namespace) -> Shape:
+    """The attention that the arguments describe."""
+    heads, dim = arguments.heads, arguments.head_dim
+    kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
+    dtype, bias = getattr(torch, arguments.dtype), None
+    if arguments.bias is not None:
+        bias = Bias(arguments.bias, dtype, arguments.bias_gradient)
+    lengths = arguments.seq_len, key_len(arguments)
+    return Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype, bias=bias)
 
 
 def wire(arguments: argparse.Namespace) -> str:
     """The bytes that leave each rank in one layer, by formula; the busiest rank, or all."""
-    heads, dim = arguments.heads, arguments.head_dim
-    kv_heads = heads if arguments.kv_heads is None else arguments.kv_heads
-    dtype = getattr(torch, arguments.dtype)
-    lengths = arguments.seq_len, key_len(arguments)
-    bias = None
-    if arguments.bias is not None:
-        bias = Bias(arguments.bias, dtype, arguments.bias_gradient)
-    shape = Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype, bias=bias)
-    mask, layout = chosen_mask(arguments), chosen_layout(arguments)
+    shape = chosen_shape(arguments)
     sent: list[tuple[int, ...]] = []
     held: list[tuple[int, ...]] = []
-    for ranks in product(range(arguments.ring), range(arguments.ulysses)):
-        degrees = arguments.ring, arguments.ulysses
-        place = Place(*degrees, *ranks, layout, mask, arguments.transport)
+    for place in places(arguments):
         there, back = bytes_sent(shape, place), bytes_sent(shape, place, backward=True)
         parts = [there.exchange, there.blocks, back.exchange, back.blocks, back.gradients]
-        if bias is not None:
+        if shape.bias is not None:
             parts += [there.bias, back.bias]
         held.append((len(sent), *bias_held(shape, place)))
         sent.append((len(sent), *parts, there.total + back.total))
     which = "every rank" if arguments.show else "the busiest rank"
     said = (
-        f"bytes sent in one layer, {which}: batch {arguments.batch}, {heads} heads, {kv_heads} "
-        f"key/value heads of {dim}, {arguments.dtype}, {arguments.transport} transport\n"
+        f"bytes sent in one layer, {which}: batch {arguments.batch}, {shape.num_heads} heads, "
+        f"{shape.num_kv_heads} key/value heads of {shape.head_dim}, {arguments.dtype}, "
+        f"{arguments.transport} transport\n"
         f"{_sent_table(sent, arguments)}"
     )
-    if bias is None:
+    if shape.bias is None:
         return said
     shown = held if arguments.show else [max(held, key=lambda line: line[1:])]
     rows = [("rank", "bias", "gradient"), *shown]
@@ -253,15 +253,17 @@ def report(arguments: argparse.Namespace) -> str:
         ValueError: arguments that no plan can be made for; names the values.
     """
     check(arguments)
-    plans = make_plans(arguments)
+    works, how = make_works(arguments)
+    keys = f", keys {arguments.key_layout}" if arguments.key_layout else ""
+    ranks = "rank" if replicated(chosen_layouts(arguments)) else "ring rank"
     parts = [
         f"{arguments.seq_len} tokens, ring {arguments.ring} x ulysses {arguments.ulysses} = "
-        f"{arguments.ring * arguments.ulysses} ranks, layout {arguments.layout}",
-        balance(plans),
+        f"{arguments.ring * arguments.ulysses} ranks, layout {arguments.layout}{keys}: {how}",
+        balance(works, ranks),
     ]
     if arguments.show:
-        parts += [steps(plan) for plan in plans]
-        picture = draw(plans, COLUMNS, LINES)
+        parts += [f"{ranks} {rank}\n{table(work.steps)}" for rank, work in enumerate(works)]
+        picture = draw(make_plans(arguments), COLUMNS, LINES) if keys_come(arguments) else None
         if picture is not None:
             parts.append(in_signs(picture))
     parts.append(wire(arguments))
@@ -274,6 +276,11 @@ def save_picture(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: it cannot be drawn or written; says why.
     """
+    if not keys_come(arguments):
+        raise UserError(
+            "--png draws keys that come to queries, and here queries move or are on every rank: "
+            "try --transport direct"
+        )
     picture = draw(make_plans(arguments), 4 * COLUMNS, 4 * LINES)
     if picture is None:
         raise UserError("--png: there are no queries or no keys to draw")

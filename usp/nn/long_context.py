@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from usp.attention.arguments import Options, Tensors
 from usp.attention.functional import attend
+from usp.attention.given import Options, Tensors
 from usp.attention.learned import refuse_gradient
 from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh, check_mesh
@@ -27,8 +27,8 @@ class LongContextAttention(nn.Module):
     Args:
         mesh: The ranks that share the sequence; None is one device.
         causal, window_size, prefix_len, layout, seq_len, dropout_p, softcap,
-        transport, return_lse, backend, heads: See ``long_context_attention``. ``dropout_p`` is
-            active in training only.
+        transport, return_lse, backend, heads, queries, keys: See ``long_context_attention``.
+            ``dropout_p`` is active in training only.
         softmax_scale, sinks: A ``nn.Parameter`` is one of the module's, to be learned.
         cu_seqlens, mask, query_offset, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every
@@ -61,6 +61,8 @@ class LongContextAttention(nn.Module):
         return_lse: bool = False,
         backend: str = "auto",
         heads: tuple[int, int] | None = None,
+        queries: str = "sharded",
+        keys: str = "sharded",
         validate: str = "first",
     ):
         super().__init__()
@@ -78,6 +80,8 @@ class LongContextAttention(nn.Module):
             return_lse=return_lse,
             backend=backend,
             heads=heads,
+            queries=queries,
+            keys=keys,
         )
         # what forward may be given instead, what training changes, and what may be a parameter
         self.seq_len = seq_len

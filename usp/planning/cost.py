@@ -13,13 +13,13 @@ import torch
 
 from usp.planning.gathered import QueryPlan, make_query_plan, queries_are_less, widths
 from usp.planning.heads import kv_heads_shared, split_heads
-from usp.planning.layout import Layouts, both
+from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
 from usp.planning.route import Cargo
-from usp.planning.samples import masks_of
-from usp.planning.shares import row_pieces
+from usp.planning.samples import Masks, masks_of
+from usp.planning.shares import pieces, row_pieces
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,14 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     mirrors the exchange, sends the same rows again, and fp32 gradients of those that came home.
     Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
     gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
+
+    Where keys are on every rank nothing is sent. Where queries are, n of N are combined here along
+    each axis of P ranks: ``(N - n) H (Dv + 1)`` fp32 there, ``n (P - 1) H (Dv e + 4)`` back.
     """
+    layouts = both(place.layout)
+    if replicated(layouts):
+        of_queries = isinstance(layouts[0], Replicated)
+        return Bytes(0, _all_reduced(shape, place, backward) if of_queries else 0)
     exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
     blocks, gradients = _moved(shape, place, backward)
     return Bytes(exchange, blocks, gradients, _bias_sent(shape, place, backward))
@@ -152,21 +159,43 @@ def _bias_sent(shape: Shape, place: Place, backward: bool) -> int:
     return (shape.batch if "b" in bias.dims else 1) * values * shape.key_len * size
 
 
+def _all_reduced(shape: Shape, place: Place, backward: bool) -> int:
+    """Results of queries that are on every rank, or their gradients: along each axis other ranks'
+    pieces go to them, and the own one, combined, to all."""
+    total, dtype = 0, shape.dtype.itemsize
+    wide = state_dtype(shape.dtype).itemsize
+    lse = wide if shape.return_lse or not backward else 0
+    axes = [(place.ulysses_degree, place.ulysses_rank), (place.ring_degree, place.ring_rank)]
+    axes = [axis for axis in axes if axis[0] > 1]
+    for i, (degree, rank) in enumerate(axes):
+        mine = pieces(shape.query_len, degree)[rank]
+        # what is combined is not rounded before the last axis is done
+        there = shape.value_head_dim * (dtype if backward and i == 0 else wide) + lse
+        back = shape.value_head_dim * (dtype if i == len(axes) - 1 else wide) + lse
+        total += (shape.query_len - mine) * there + mine * (degree - 1) * back
+    return shape.batch * shape.num_heads * total
+
+
 def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Queries and keys of each rank of the row."""
+    """Queries and keys of each rank of the row; just the own where heads change no hands."""
     degrees = place.ring_degree, place.ulysses_degree
     queries, keys = (
         row_pieces(layout, length, *degrees)[place.ring_rank]
         for layout, length in zip(both(place.layout), (shape.query_len, shape.key_len), strict=True)
     )
+    if replicated(both(place.layout)):
+        return queries[place.ulysses_rank :][:1], keys[place.ulysses_rank :][:1]
     return queries, keys
 
 
 def _counts(shape: Shape, place: Place) -> tuple[int, list[int], bool]:
     """Own query heads, key heads of each rank of the row, whether some are shared."""
-    heads = split_heads(shape.num_heads, shape.num_kv_heads, place.ulysses_degree)
+    u, degree = place.ulysses_rank, place.ulysses_degree
+    if replicated(both(place.layout)):
+        u, degree = 0, 1
+    heads = split_heads(shape.num_heads, shape.num_kv_heads, degree)
     kv = [stop - first for first, stop in (h.kv_range for h in heads)]
-    return heads[place.ulysses_rank].count, kv, kv_heads_shared(heads)
+    return heads[u].count, kv, kv_heads_shared(heads)
 
 
 def _exchange(shape: Shape, place: Place) -> int:
@@ -199,13 +228,8 @@ def _moved(shape: Shape, place: Place, backward: bool) -> tuple[int, int]:
     """Along the ring: keys and values or queries, and in a backward their gradients."""
     own, kv, _ = _counts(shape, place)
     heads, dims = kv[place.ulysses_rank], (shape.head_dim, shape.value_head_dim)
-    layouts, lengths = both(place.layout), (shape.query_len, shape.key_len)
-    what = masks_of(place.mask), layouts, lengths, place.ring_degree
-    moves = place.transport == "queries"
-    if place.transport == "auto" and shape.bias is None:
-        each = widths(own, heads, dims, shape.dtype)
-        moves = queries_are_less(*what, each, shape.batch)
-    if moves and place.ring_degree > 1:
+    what = _what(shape, place)
+    if queries_move(shape, place):
         return _queries(shape, make_query_plan(*what, place.ring_rank), own, backward)
     plan = make_plan(*what, place.ring_rank, place.transport)
     if plan.route is None:
@@ -223,6 +247,23 @@ def _moved(shape: Shape, place: Place, backward: bool) -> tuple[int, int]:
     blocks = rows(plan.route.sent(place.ring_rank)) * (width * shape.dtype.itemsize + mask)
     back = rows(plan.route.returned(place.ring_rank)) * width * state_dtype(shape.dtype).itemsize
     return blocks, back if backward else 0
+
+
+def _what(shape: Shape, place: Place) -> tuple[Masks, tuple[Layout, Layout], tuple[int, int], int]:
+    lengths = shape.query_len, shape.key_len
+    return masks_of(place.mask), both(place.layout), lengths, place.ring_degree
+
+
+def queries_move(shape: Shape, place: Place) -> bool:
+    """Whether queries move along the ring and not keys."""
+    if place.ring_degree == 1 or replicated(both(place.layout)):
+        return False
+    if place.transport != "auto" or shape.bias is not None:
+        return place.transport == "queries"
+    own, kv, _ = _counts(shape, place)
+    dims = shape.head_dim, shape.value_head_dim
+    each = widths(own, kv[place.ulysses_rank], dims, shape.dtype)
+    return queries_are_less(*_what(shape, place), each, shape.batch)
 
 
 def _queries(shape: Shape, plan: QueryPlan, heads: int, backward: bool) -> tuple[int, int]:

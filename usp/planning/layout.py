@@ -115,7 +115,18 @@ class Held:
         return sum(self.counts)
 
 
-Layout = str | DocumentZigzag | Held
+@dataclass(frozen=True)
+class Replicated:
+    """All tokens on every rank: no layout to cut by, but where one side of an attention may lie.
+
+    Attributes:
+        seq_len: Tokens of the whole sequence.
+    """
+
+    seq_len: int
+
+
+Layout = str | DocumentZigzag | Held | Replicated
 # One for queries and keys, or one for each.
 Layouts = Layout | tuple[Layout, Layout]
 
@@ -132,12 +143,19 @@ def both(layout: Layouts) -> tuple[Layout, Layout]:
     return check_layout(pair[0]), check_layout(pair[1])
 
 
+def replicated(layouts: tuple[Layout, Layout]) -> bool:
+    """Whether one of the two sides is on every rank."""
+    return any(isinstance(layout, Replicated) for layout in layouts)
+
+
 def told(layout: Layout) -> tuple[str, tuple[int, ...] | None]:
     """A layout as a name and numbers; None for a rule of LAYOUTS."""
     if isinstance(layout, DocumentZigzag):
         return "documents", layout.cu_seqlens
     if isinstance(layout, Held):
         return "held", layout.counts
+    if isinstance(layout, Replicated):
+        return "replicated", (layout.seq_len,)
     return layout, None
 
 
@@ -145,6 +163,8 @@ def from_told(name: str, numbers: tuple[int, ...] | None) -> Layout:
     """The way back."""
     if numbers is None:
         return name
+    if name == "replicated":
+        return Replicated(*numbers)
     return DocumentZigzag(numbers) if name == "documents" else Held(numbers)
 
 
@@ -202,6 +222,14 @@ class Positions:
         start, last = self.start[held], (self.start + self.stride * (self.counts - 1))[held]
         return torch.stack((start[0], last[-1]))
 
+    def cut(self, start: int, stop: int) -> Positions:
+        """Those from the ``start``-th to before the ``stop``-th."""
+        counts = self.counts
+        before = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+        first, last = (torch.minimum((i - before).clamp_min(0), counts) for i in (start, stop))
+        begin = self.start + self.stride * first
+        return Positions(self.bounds, begin, begin + self.stride * (last - first), self.stride)
+
     def segment_of(self, positions: Tensor) -> Tensor | None:
         """Segment of each position, the same for every row of a table; None if there is one."""
         if len(self.bounds) == 2:
@@ -248,7 +276,7 @@ def check_layout(layout: Layout) -> Layout:
     Raises:
         ValueError: names the layout and those there are.
     """
-    if isinstance(layout, DocumentZigzag | Held):
+    if isinstance(layout, DocumentZigzag | Held | Replicated):
         return layout
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
@@ -266,6 +294,8 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Positions, ...
         ValueError: the layout is unknown, or made for another number of tokens or ranks.
     """
     check_layout(layout)
+    if isinstance(layout, Replicated):
+        return rows("contiguous", seq_len, 1) * ring_degree
     if isinstance(layout, Held):
         return _held_rows(layout, seq_len, ring_degree)
     if isinstance(layout, DocumentZigzag):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from usp.planning.layout import Layouts, Positions, both, rows
+from usp.planning.layout import Layout, Layouts, Positions, both, rows
 from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.reach import needed_rows
 from usp.planning.route import Arrival, Route, make_route
 from usp.planning.rows import Rows, all_rows
 from usp.planning.samples import Masks, Part, Samples
+from usp.planning.shares import local_row
 from usp.planning.visit import Span, Visit, whole_visit
 
 
@@ -112,6 +113,29 @@ def make_plan(
     arrivals = (own, *(route.arrivals if route is not None else ()))
     steps = tuple(_step(arrival, keys[arrival.owner], parts) for arrival in arrivals)
     return Plan(ring_rank, ring_degree, steps, route, queries, keys)
+
+
+@lru_cache(maxsize=64)
+def make_local_plan(
+    masks: Masks,
+    layouts: tuple[Layout, Layout],
+    lengths: tuple[int, int],
+    degrees: tuple[int, int],
+    place: tuple[int, int],
+) -> Plan:
+    """The plan of one rank for its own queries and keys alone, where one side is on every rank.
+
+    Args:
+        masks, lengths: As in ``make_plan``.
+        layouts: Of queries and of keys, one of them ``Replicated``.
+        degrees, place: Of the mesh and in it, (ring, ulysses).
+    """
+    queries, keys = (
+        local_row(layout, length, degrees, place)
+        for layout, length in zip(layouts, lengths, strict=True)
+    )
+    step = Step(0, loads_of(masks, queries, keys, lengths[1]))
+    return Plan(0, 1, (step,), None, queries, (keys,))
 
 
 class Reach(NamedTuple):

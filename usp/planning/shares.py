@@ -8,13 +8,23 @@ never padded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer
-from usp.planning.layout import Held, Layout, Layouts, both, check_held, check_layout, rows
+from usp.planning.layout import (
+    Held,
+    Layout,
+    Layouts,
+    Positions,
+    Replicated,
+    both,
+    check_held,
+    check_layout,
+    rows,
+)
 
 Lengths = int | Sequence[int] | str | None  # a str is "infer", the same as None
 
@@ -32,6 +42,8 @@ def _inferred(seq_len: Lengths) -> bool:
 def named_lengths(seq_len: Lengths, layout: Layouts) -> tuple[int, int] | None:
     """Queries and keys of the whole sequence as far as ``seq_len`` or the layouts name them.
 
+    A side that lies on every rank names its own: one number is then that of the other.
+
     Raises:
         TypeError: ``seq_len`` is no integer, no pair of integers, not "infer" and not None.
         ValueError: it has not two entries, or one is below 0.
@@ -43,7 +55,9 @@ def named_lengths(seq_len: Lengths, layout: Layouts) -> tuple[int, int] | None:
         return of_queries.seq_len, of_keys.seq_len
     if not isinstance(seq_len, (tuple, list)):
         whole = integer("seq_len", seq_len, least=0)
-        return whole, whole
+        pair = layout if isinstance(layout, tuple) else (layout, layout)
+        queries, keys = (x.seq_len if isinstance(x, Replicated) else whole for x in pair)
+        return queries, keys
     if len(seq_len) != 2:
         raise ValueError(f"seq_len must be a number or (query, key) lengths, got {seq_len}")
     queries, keys = (integer("seq_len", length, least=0) for length in seq_len)
@@ -66,6 +80,8 @@ def summed_length(name: str, held: Sequence[int], layout: Layout, degrees: tuple
     Raises:
         ValueError: a rank holds another share; the same on every rank that was told ``held``.
     """
+    if isinstance(layout, Replicated):
+        return layout.seq_len
     whole = sum(held)
     for rank, (mine, share) in enumerate(zip(held, shares(layout, whole, *degrees), strict=True)):
         if mine != share:
@@ -98,6 +114,13 @@ def row_pieces(
     Raises:
         ValueError: the layout was made for other lengths or meshes.
     """
+    if isinstance(layout, Replicated):
+        if layout.seq_len != seq_len:
+            raise ValueError(
+                f"every rank holds all {layout.seq_len} tokens of the side that is replicated, but "
+                f"seq_len says {seq_len}"
+            )
+        return ((seq_len,) * ulysses_degree,) * ring_degree
     if not isinstance(layout, Held):
         lengths = row_lengths(layout, seq_len, ring_degree)
         return tuple(pieces(length, ulysses_degree) for length in lengths)
@@ -113,14 +136,26 @@ def row_pieces(
     )
 
 
+def local_row(
+    layout: Layout, seq_len: int, degrees: tuple[int, int], place: tuple[int, int]
+) -> Positions:
+    """Global positions of the rank at ``place = (ring_rank, ulysses_rank)``.
+
+    Args:
+        degrees: Of the ring and of Ulysses.
+    """
+    row = rows(layout, seq_len, degrees[0])[place[0]]
+    if isinstance(layout, Replicated):
+        return row
+    ends = list(accumulate(row_pieces(layout, seq_len, *degrees)[place[0]], initial=0))
+    return row.cut(*ends[place[1] :][:2])
+
+
 def local_positions(
     layout: Layout, seq_len: int, ring_degree: int, ulysses_degree: int, rank: tuple[int, int]
 ) -> Tensor:
-    """Global positions, (n,) int64 sorted, of ``rank = (ring_rank, ulysses_rank)``."""
-    ring_rank, ulysses_rank = rank
-    row = rows(layout, seq_len, ring_degree)[ring_rank]
-    held = row_pieces(layout, seq_len, ring_degree, ulysses_degree)[ring_rank]
-    return row.tensor.split(held)[ulysses_rank]
+    """The same as a tensor, (n,) int64 sorted."""
+    return local_row(layout, seq_len, (ring_degree, ulysses_degree), rank).tensor
 
 
 def owners(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import functional
-from usp.attention.arguments import Options, Tensors
+from usp.attention.given import Options, Tensors
 from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
 from usp.nn.multihead.extra_keys import ExtraKeys

@@ -1,0 +1,80 @@
+"""Who computes what, in tables: keys that come in steps, queries that come, or what is here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+from usp.cli.console import table
+from usp.planning.gathered import QueryPlan
+from usp.planning.plan import Load, Plan
+from usp.planning.route import Ring, Route
+
+Row = tuple[object, ...]
+
+
+class Work(NamedTuple):
+    """What one rank does.
+
+    Attributes:
+        queries: How many it holds.
+        pairs: Visible ones of each step.
+        steps: A line for each, below a line of headings.
+    """
+
+    queries: int
+    pairs: list[int]
+    steps: list[Row]
+
+
+def of_keys_that_come(plan: Plan) -> Work:
+    """Each step the keys of one owner."""
+    rows: list[Row] = [("step", "owner", "comes by", "queries", "keys", "sees", "visible pairs")]
+    ways = ["", *(ways_of(plan.route) if plan.route is not None else ())]
+    for index, (step, way) in enumerate(zip(plan.steps, ways, strict=True)):
+        (load,) = step.loads
+        what = len(plan.queries), len(load.rows), sees(load), step.pairs
+        rows.append((index, step.owner, way, *what))
+    return Work(len(plan.queries), [step.pairs for step in plan.steps], rows)
+
+
+def of_queries_that_come(plan: QueryPlan) -> Work:
+    """Each step the queries of one rank against the keys here."""
+    rows: list[Row] = [("step", "queries of", "queries", "keys", "sees", "visible pairs")]
+    pairs, mine = [], plan.ring_rank
+    for index, rank in enumerate([mine, *plan.readers]):
+        (load,) = plan.loads[rank]
+        pairs.append(sum(visit.pairs for visit in load.visits))
+        what = len(plan.queries[rank]), len(plan.keys), sees(load), pairs[-1]
+        rows.append((index, rank, *what))
+    return Work(len(plan.queries[mine]), pairs, rows)
+
+
+def balance(works: Sequence[Work], ranks: str = "ring rank") -> str:
+    """One line for each rank: its tokens, its work, and its work against the mean."""
+    mean = sum(sum(work.pairs) for work in works) / len(works)
+    rows: list[Row] = [(ranks, "tokens", "steps", "to compute", "visible pairs", "of the mean")]
+    for rank, work in enumerate(works):
+        pairs, busy = sum(work.pairs), sum(n > 0 for n in work.pairs)
+        share = f"{pairs / mean:.3f}" if mean else "-"
+        rows.append((rank, work.queries, len(work.pairs), busy, pairs, share))
+    return table(rows)
+
+
+def ways_of(route: Route) -> list[str]:
+    """How each block that comes has come, in the order of ``route.arrivals``."""
+    if not isinstance(route, Ring):
+        return ["allgather" if route.gathers else "direct"] * len(route.arrivals)
+    each = ([(way.by, hop) for hop in range(1, len(way.hops) + 1)] for way in route.directions)
+    ways = (way for hops in zip_longest(*each) for way in hops if way is not None)
+    return [f"hop {hop} from the rank {'before' if by == 1 else 'behind'}" for by, hop in ways]
+
+
+def sees(load: Load) -> str:
+    """What a kernel has to do: nothing, a rectangle, or so many intervals for each query."""
+    if not load.visits:
+        return "none"
+    if load.visits[0].span is None:
+        return "all"
+    return "span" if len(load.visits) == 1 else f"{len(load.visits)} spans"
