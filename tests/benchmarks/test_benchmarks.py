@@ -210,3 +210,16 @@ def test_cpu_masks() -> None:
     wrong = torch.zeros(1, 256, 1, 16)
     with pytest.raises(SystemExit, match="not timed"):
         benchmark.check("wrong", wrong, *[torch.randn(1, 256, 1, 16)] * 3, mask.dense(256, 256))
+
+
+@needs_kernels
+def test_cpu_documents(tmp_path: Path) -> None:
+    file = tmp_path / "documents.json"
+    sizes = "--seq-len 192 --mean 32 --heads 2 --head-dim 8 --layers 1 --rounds 3 --seconds 0.1"
+    done = program("cpu_documents", *sizes.split(), "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    for found in json.loads(file.read_text())["ranks"]:
+        assert found["documents"] == 6 and found["error"] < 1e-4
+        assert len(found["planning_seconds"]) == 3 and 0 < found["planning_share"] < 1
+    with pytest.raises(SystemExit, match=r"table: off by 1.0e\+00, .* not timed"):
+        module("cpu_documents").error("table", torch.zeros(3), torch.ones(3))
