@@ -5,7 +5,7 @@ from usp._version import __version__
 from usp.attention.functional import long_context_attention
 from usp.backends import backends
 from usp.distributed.mesh import SequenceMesh, init_mesh
-from usp.integrations import replace_attention
+from usp.integrations import replace_attention, spread_attention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
@@ -35,6 +35,7 @@ __all__ = [
     "rng",
     "roll",
     "shard_sequence",
+    "spread_attention",
     "take",
     "unshard_sequence",
     "var",
