@@ -94,7 +94,10 @@ def python_module(root: Path, version: str, device: Toolchain | None = None) -> 
     if device is not None:
         flags.append(f"-DUSP_WITH_{device.kind.upper()}")
         flags.append(f'-DUSP_GPU_ARCHITECTURES="{" ".join(device.architectures)}"')
-    units = [Unit(root / "csrc" / "torch" / "module.cpp", tuple(flags))]
+    units = [
+        Unit(root / "csrc" / "torch" / "module.cpp", tuple(flags)),
+        Unit(root / "csrc" / "cpu" / "capability.cpp"),
+    ]
     return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tuple(units))
 
 

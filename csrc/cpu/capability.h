@@ -1,10 +1,9 @@
 #pragma once
 
-// Which instruction set the CPU kernels use. USP_CPU_CAPABILITY=
-// default|avx2|avx512|avx512_bf16 forces a lower one than the machine has; a higher one than it has
-// falls to what it has.
+// Which instruction sets the CPU kernels were built for, and which this machine has.
+// USP_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16|amx forces one; what the machine lacks falls
+// to the highest that it has. amx_emulated computes amx's products in plain C++: for tests, slow.
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -16,12 +15,23 @@
 #define USP_CPU_X86 0
 #endif
 
+#if USP_CPU_X86 && __has_include(<amxbf16intrin.h>)
+#define USP_CPU_AMX 1
+#else
+#define USP_CPU_AMX 0
+#endif
+
 namespace usp::cpu {
 
-enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+// In the order in which they need more of a machine.
+enum class Capability { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmxEmulated, kAmx };
 
 inline const char* name(Capability capability) {
   switch (capability) {
+    case Capability::kAmx:
+      return "amx";
+    case Capability::kAmxEmulated:
+      return "amx_emulated";
     case Capability::kAvx512Bf16:
       return "avx512_bf16";
     case Capability::kAvx512:
@@ -34,38 +44,38 @@ inline const char* name(Capability capability) {
 }
 
 inline std::vector<Capability> capabilities_built() {
-#if USP_CPU_X86
+#if USP_CPU_AMX
+  return {Capability::kDefault,    Capability::kAvx2,        Capability::kAvx512,
+          Capability::kAvx512Bf16, Capability::kAmxEmulated, Capability::kAmx};
+#elif USP_CPU_X86
   return {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16};
 #else
   return {Capability::kDefault};
 #endif
 }
 
-inline Capability capability_of_machine() {
-#if USP_CPU_X86
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-    return Capability::kDefault;
-  }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!avx512) return Capability::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
-#else
-  return Capability::kDefault;
-#endif
+// The highest one. Where that is AMX, the process has leave to use its tiles from now on.
+Capability capability_of_machine();
+
+// Whether this machine can run it.
+inline bool has(Capability capability) {
+  const Capability machine = capability_of_machine();
+  if (capability == Capability::kAmxEmulated) return machine >= Capability::kAvx512Bf16;
+  return capability <= machine;
 }
 
+// What USP_CPU_CAPABILITY says, as far as the machine goes; else the highest one.
 inline Capability capability_in_use() {
-  static const Capability machine = capability_of_machine();
   const char* wanted = std::getenv("USP_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return machine;
-  for (Capability c :
-       {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16}) {
-    if (std::string(name(c)) == wanted) return std::min(c, machine);
+  if (wanted == nullptr || *wanted == '\0') return capability_of_machine();
+  for (const Capability capability :
+       {Capability::kDefault, Capability::kAvx2, Capability::kAvx512, Capability::kAvx512Bf16,
+        Capability::kAmxEmulated, Capability::kAmx}) {
+    if (name(capability) != std::string(wanted)) continue;
+    return has(capability) ? capability : capability_of_machine();
   }
   throw std::runtime_error("USP_CPU_CAPABILITY is '" + std::string(wanted) +
-                           "'; expected default, avx2, avx512 or avx512_bf16");
+                           "'; expected default, avx2, avx512, avx512_bf16, amx or amx_emulated");
 }
 
 }  // namespace usp::cpu

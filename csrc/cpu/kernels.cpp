@@ -1,5 +1,7 @@
 #include "cpu/kernels.h"
 
+#include "cpu/fastest.h"
+
 namespace usp::cpu {
 
 template <typename T>
@@ -7,6 +9,10 @@ const Kernels<T>& kernels_of(Capability capability, DType inputs) {
 #if USP_CPU_X86
   if constexpr (sizeof(T) == sizeof(float)) {
     if (capability >= Capability::kAvx512Bf16 && inputs == DType::kBFloat16) {
+#if USP_CPU_AMX
+      if (capability == Capability::kAmx) return amx_kernels();
+      if (capability == Capability::kAmxEmulated) return amx_emulated_kernels();
+#endif
       return avx512_bf16_kernels();
     }
   }
@@ -20,7 +26,7 @@ const Kernels<T>& kernels_of(Capability capability, DType inputs) {
 
 template <typename T>
 const Kernels<T>& kernels(DType inputs) {
-  return kernels_of<T>(capability_in_use(), inputs);
+  return kernels_of<T>(capability_for(inputs), inputs);
 }
 
 template const Kernels<float>& kernels_of<float>(Capability, DType);

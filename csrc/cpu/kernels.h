@@ -148,7 +148,7 @@ struct Kernels {
                             int64_t key_stride);
 };
 
-// The table in use now for inputs of a dtype, by capability_in_use().
+// The table in use now for inputs of a dtype, by capability_for() (fastest.h).
 template <typename T>
 const Kernels<T>& kernels(DType inputs);
 
@@ -164,5 +164,7 @@ const Kernels<T>& avx2_kernels();
 template <typename T>
 const Kernels<T>& avx512_kernels();
 const Kernels<float>& avx512_bf16_kernels();  // for bf16 inputs only: a word is a pair
+const Kernels<float>& amx_kernels();          // these too
+const Kernels<float>& amx_emulated_kernels();
 
 }  // namespace usp::cpu

@@ -80,8 +80,8 @@ PYBIND11_MODULE(_C, m) {
         "{'version': str, 'compiler': str, 'targets': {'cpu': bool, 'cuda': bool, 'hip': bool}, "
         "'architectures': list of str, what GPU kernels were compiled for, e.g. sm_90}");
   m.def("cpu_capability", &cpu_capability,
-        "The instruction set that the CPU kernels use now: default, avx2, avx512 or avx512_bf16. "
-        "USP_CPU_CAPABILITY forces a lower one.");
+        "The highest instruction set that the CPU kernels have here: default, avx2, avx512, "
+        "avx512_bf16 or amx; or the one that USP_CPU_CAPABILITY says.");
   m.def("cpu_capabilities_built", &cpu_capabilities_built,
         "Every instruction set that the CPU kernels were built for.");
 }

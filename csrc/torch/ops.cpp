@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/attention.h"
+#include "cpu/fastest.h"
 #include "cpu/pack.h"
 #include "cpu/state_merge.h"
 #include "torch/attention_ops.h"
@@ -69,6 +70,11 @@ void unpack(const Tensor& message, const std::vector<Tensor>& tensors) {
   copy_pieces(Direction::kUnpack, tensors, message);
 }
 
+// The level of the CPU kernels for inputs of that dtype, as its place among all there are.
+int64_t cpu_level(const Tensor& like) {
+  return static_cast<int64_t>(cpu::capability_for(dtype_of("like", like)));
+}
+
 }  // namespace
 }  // namespace usp
 
@@ -88,6 +94,7 @@ STABLE_TORCH_LIBRARY(usp, m) {
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
+  m.def("cpu_level(Tensor like) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
@@ -97,4 +104,5 @@ STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));
+  m.impl("cpu_level", TORCH_BOX(&usp::cpu_level));
 }

@@ -13,7 +13,7 @@ from kernel_call import largest
 from promises import added, overwritten
 from subjects import Subject
 from subjects.families import SUBJECTS, of
-from subjects.native import DTYPES, Native
+from subjects.native import BF16_ONLY, DTYPES, Native
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def calls() -> Iterator[Any]:
 def of_cpu(row: str, changes: Any) -> Iterator[Any]:
     for subject in of("native"):
         for dtype in DTYPES:
-            if dtype == torch.bfloat16 or subject.name != "native-avx512_bf16":
+            if dtype == torch.bfloat16 or subject.name.removeprefix("native-") not in BF16_ONLY:
                 bias = {"bias": "11QK", "value_head_dim": 24}
                 case = replace(subject.base, dtype=dtype, **{**bias, **changes})
                 name = f"{row}-{case.span}-{str(dtype).removeprefix('torch.')}"

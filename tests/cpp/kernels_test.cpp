@@ -10,6 +10,8 @@
 #include <random>
 #include <vector>
 
+#include "cpu/fastest.h"
+
 namespace usp::cpu {
 namespace {
 
@@ -19,7 +21,7 @@ class TileKernels : public testing::Test {
   template <typename Body>
   void on_each_capability(Body&& body) {
     for (const Capability capability : capabilities_built()) {
-      if (capability > capability_of_machine()) continue;
+      if (!has(capability)) continue;
       SCOPED_TRACE(name(capability));
       body(kernels_of<T>(capability, DType::kFloat32));
     }
@@ -168,7 +170,7 @@ TYPED_TEST(TileKernels, ExpAtTheEnds) {
   };
   this->on_each_capability(check);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (capability_of_machine() >= Capability::kAvx512Bf16) check(avx512_bf16_kernels());
+    if (has(Capability::kAvx512Bf16)) check(avx512_bf16_kernels());
   }
 }
 
@@ -212,10 +214,10 @@ int64_t up_to_pad(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
 // Memory that holds NaN wherever nothing was written.
 std::vector<float> room(int64_t count) { return std::vector<float>(count, NAN); }
 
-class Bf16Products : public testing::Test {
+class Bf16Products : public testing::TestWithParam<Capability> {
  protected:
   void SetUp() override {
-    if (capability_of_machine() < Capability::kAvx512Bf16) GTEST_SKIP() << "no BF16 instructions";
+    if (!has(GetParam())) GTEST_SKIP() << "this machine has no " << name(GetParam());
   }
 
   // `bytes` is how far the rows lie from the alignment of a word.
@@ -236,18 +238,16 @@ class Bf16Products : public testing::Test {
     return {words.data, ld};
   }
 
-  const Kernels<float>& table() {
-    return kernels_of<float>(Capability::kAvx512Bf16, DType::kBFloat16);
-  }
+  const Kernels<float>& table() { return kernels_of<float>(GetParam(), DType::kBFloat16); }
 
   std::mt19937 random_{5};
 };
 
-TEST_F(Bf16Products, OfRowsWithRows) {
+TEST_P(Bf16Products, OfRowsWithRows) {
   std::vector<float> q_memory, k_memory;
-  for (const int64_t keys : {1, 7, 33}) {
-    for (const int64_t queries : {1, 3, 16, 31}) {
-      for (const int64_t dim : {1, 5, 16, 37, 40}) {
+  for (const int64_t keys : {1, 7, 33, 64}) {
+    for (const int64_t queries : {1, 3, 16, 31, 64}) {
+      for (const int64_t dim : {1, 5, 16, 37, 40, 64}) {
         for (const int64_t bytes : {0, 2}) {
           const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
           const int64_t columns = up_to_pad(queries);
@@ -269,7 +269,7 @@ TEST_F(Bf16Products, OfRowsWithRows) {
   }
 }
 
-TEST_F(Bf16Products, OfRowsWithFewRows) {
+TEST_P(Bf16Products, OfRowsWithFewRows) {
   std::vector<float> q_memory, k_memory;
   for (int64_t queries = 1; queries <= kFew; ++queries) {
     for (const int64_t dim : {1, 5, 32, 37, 80}) {
@@ -292,7 +292,7 @@ TEST_F(Bf16Products, OfRowsWithFewRows) {
 }
 
 // Of weights exp(0) and gradients p * (dp - delta) = dp, small integers.
-TEST_F(Bf16Products, OfTilesWithRows) {
+TEST_P(Bf16Products, OfTilesWithRows) {
   std::vector<float> right_memory;
   for (const int64_t keys : {1, 2, 7, 33}) {
     for (const int64_t queries : {1, 3, 16, 31}) {
@@ -348,7 +348,7 @@ TEST_F(Bf16Products, OfTilesWithRows) {
 }
 
 // Scores 0 and -inf: the weights of the softmax are 1 and 0, times the multiplier.
-TEST_F(Bf16Products, OfSoftmaxWeights) {
+TEST_P(Bf16Products, OfSoftmaxWeights) {
   std::vector<float> right_memory;
   for (const int64_t keys : {1, 2, 7, 33}) {
     for (const int64_t columns : {16, 64, 80}) {
@@ -382,7 +382,7 @@ TEST_F(Bf16Products, OfSoftmaxWeights) {
   }
 }
 
-TEST_F(Bf16Products, RoundedWeightsAreAccurateToSeventeenBits) {
+TEST_P(Bf16Products, RoundedWeightsAreAccurateToSeventeenBits) {
   std::uniform_real_distribution<float> below(-20, 0);
   std::vector<float> x(1 << 14);
   for (float& score : x) score = below(random_);
@@ -393,12 +393,47 @@ TEST_F(Bf16Products, RoundedWeightsAreAccurateToSeventeenBits) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Levels, Bf16Products,
+                         testing::Values(Capability::kAvx512Bf16
+#if USP_CPU_AMX
+                                         ,
+                                         Capability::kAmxEmulated, Capability::kAmx
+#endif
+                                         ),
+                         [](const auto& info) { return std::string(name(info.param)); });
+
+TEST(Levels, TheFastestThatIsRightIsChosen) {
+  using Level = Capability;
+  const Trial trusted{Level::kAvx512, 3e-6, 0}, slow{Level::kAvx512Bf16, 4e-6, 0.001};
+  EXPECT_EQ(choose({trusted, slow}), Level::kAvx512);
+  EXPECT_EQ(choose({trusted, slow, {Level::kAmx, 1e-6, 0.001}}), Level::kAmx);
+  testing::internal::CaptureStderr();
+  EXPECT_EQ(choose({trusted, slow, {Level::kAmx, 1e-6, NAN}}), Level::kAvx512);
+  EXPECT_EQ(choose({trusted, {Level::kAvx512Bf16, 1e-6, 0.03}}), Level::kAvx512);
+  const std::string said = testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("CPU level amx is off by nan"), std::string::npos) << said;
+  EXPECT_NE(said.find("CPU level avx512_bf16 is off by 0.03"), std::string::npos) << said;
+}
+
+TEST(Levels, TrialsAgreeWithPlainLoops) {
+  std::vector<Capability> levels;
+  for (const Capability level : capabilities_built()) {
+    if (has(level)) levels.push_back(level);
+  }
+  const auto trials = try_levels(levels);
+  ASSERT_EQ(trials.size(), levels.size());
+  for (const Trial& trial : trials) {
+    EXPECT_LE(trial.error, 0.01) << name(trial.capability);
+    EXPECT_GT(trial.seconds, 0) << name(trial.capability);
+  }
+}
+
 // Every 16-bit pattern, against the definition of the formats.
 TEST(LoadRows, ConvertsEveryHalf) {
   std::vector<uint16_t> halves(1 << 16);
   for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
   for (const Capability capability : capabilities_built()) {
-    if (capability > capability_of_machine()) continue;
+    if (!has(capability)) continue;
     for (const bool brain : {false, true}) {
       const int mantissa_bits = brain ? 7 : 10, bias = brain ? 127 : 15;
       const int special = brain ? 255 : 31;

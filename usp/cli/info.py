@@ -30,8 +30,22 @@ def build_lines() -> list[tuple[str, str]]:
         lines.append((f"{names[-1]} kernels for", f"{', '.join(built['architectures'])}{by}"))
     for kind, reason in record.get("left_out", {}).items():
         lines.append((f"{kind} kernels", f"not built: {reason}"))
-    lines.append(("CPU kernels use", extension.cpu_capability()))
+    lines.append(("CPU kernels use", cpu_levels(extension.cpu_capability())))
     return lines
+
+
+def cpu_levels(highest: str) -> str:
+    """The instruction set of the CPU kernels, and that of bf16 where it is another."""
+    import torch
+
+    from usp.ops import native
+
+    if native.load_error() is not None:
+        return highest
+    of_fp32, of_bf16 = (native.cpu_level(dtype) for dtype in (torch.float32, torch.bfloat16))
+    if of_bf16 == highest:
+        return highest
+    return f"{of_fp32}; bf16: {of_bf16}, the fastest here"
 
 
 def device_lines() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ that as its reason, and who moves or joins does so with torch's own ops.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from functools import lru_cache
@@ -40,6 +41,17 @@ def is_there(name: str, device_type: str) -> bool:
         return False
     key = _DISPATCH_KEYS[device_type]
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"usp::{name}", key)
+
+
+def cpu_level(dtype: torch.dtype) -> str:
+    """The instruction set that computes inputs of a dtype on this CPU.
+
+    For bf16 it is the fastest of those that the machine has, which the first call finds out; or
+    the one that ``USP_CPU_CAPABILITY`` says.
+    """
+    extension = importlib.import_module("usp._C")
+    place = torch.ops.usp.cpu_level(torch.empty(0, dtype=dtype))
+    return str(extension.cpu_capabilities_built()[place])
 
 
 def library_path() -> Path | None:

@@ -18,7 +18,9 @@ from subjects import Result, Subject
 from usp.ops import native as ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx")
+# They differ from what is below in bf16 alone, of which they round weights and gradients of scores.
+BF16_ONLY = CAPABILITIES[3:]
 # Half-precision inputs are exact in fp32, where all arithmetic happens: one tolerance for all. Only
 # BF16 instructions round weights and gradients of scores, to 8 bits, for their products.
 TOLERANCE = dict.fromkeys(DTYPES, 2e-5) | {torch.float64: 1e-11}
@@ -72,7 +74,7 @@ class Native(Subject):
 
     @property
     def tolerance(self) -> Mapping[torch.dtype, float]:
-        rounds = self.capability == "avx512_bf16"
+        rounds = self.capability in BF16_ONLY
         return TOLERANCE | ({torch.bfloat16: BF16_TOLERANCE} if rounds else {})
 
     def run(
@@ -84,8 +86,8 @@ class Native(Subject):
             return promise(torch.ops.usp, *args)
 
     def dtypes(self, row: str) -> tuple[torch.dtype, ...]:
-        """All of them at the highest set but the one of BF16 alone, which differs in bf16 alone."""
-        if self.capability == "avx512_bf16":
+        """All of them at the highest set but those of BF16 alone."""
+        if self.capability in BF16_ONLY:
             return (torch.bfloat16,)
         return DTYPES if self == COMPLETE else (torch.float32,)
 
@@ -109,7 +111,9 @@ def of_this_machine() -> tuple[str, ...]:
         return ("default",)
     from usp import _C
 
-    return CAPABILITIES[: 1 + CAPABILITIES.index(_C.cpu_capability())]
+    machine = _C.cpu_capability()
+    below = CAPABILITIES[: 1 + CAPABILITIES.index(machine)]
+    return (*below, "amx_emulated") if machine == "avx512_bf16" else below
 
 
 SUBJECTS = [Native(f"native-{capability}") for capability in of_this_machine()]
