@@ -13,7 +13,7 @@ namespace {
 
 // Whether tiles of bf16 are there, the system saves them, and lets this process have them: their
 // state is large, and Linux wants to be asked once for a process and what it forks.
-bool may_use_amx() {
+[[maybe_unused]] bool may_use_amx() {
 #if USP_CPU_AMX && defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;

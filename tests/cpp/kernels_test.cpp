@@ -170,7 +170,8 @@ TYPED_TEST(TileKernels, ExpAtTheEnds) {
   };
   this->on_each_capability(check);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (has(Capability::kAvx512Bf16)) check(avx512_bf16_kernels());
+    constexpr Capability kPairs = Capability::kAvx512Bf16;
+    if (has(kPairs)) check(kernels_of<float>(kPairs, DType::kBFloat16));
   }
 }
 
