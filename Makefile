@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
-.PHONY: help demo test test-all test-device-code test-versions test-gpu bench-gpu lint sanitize clean
+.PHONY: help demo test test-all test-device-code test-versions test-gpu bench-gpu test-doors lint sanitize clean
 
 help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
@@ -11,6 +11,7 @@ help:
 	@echo "               (ARGS='-k ring -x' goes to pytest)"
 	@echo "make test-all  that, and what executes or compiles GPU code without a GPU"
 	@echo "make test-versions  make test with each Python and torch that pyproject.toml names (gigabytes)"
+	@echo "make test-doors  the doors into models of other libraries, which it installs"
 	@echo "make test-gpu  the tests that need a GPU, and fail without one"
 	@echo "make bench-gpu GPU kernels against others, under 8 minutes: JSON and plots in build/;"
 	@echo "               again: goes on with what there was no time for"
@@ -32,6 +33,10 @@ test-all: test test-device-code
 test-device-code:
 	@$(SETUP) --extras dev,demo
 	@scripts/device_code_tests.sh $(VENV) $(ARGS)
+
+test-doors:
+	@$(SETUP) --extras dev,demo,doors
+	@scripts/door_tests.sh $(VENV) $(ARGS)
 
 test-versions:
 	@$(PYTHON) scripts/versions.py test

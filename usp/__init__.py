@@ -5,7 +5,13 @@ from usp._version import __version__
 from usp.attention.functional import long_context_attention
 from usp.backends import backends
 from usp.distributed.mesh import SequenceMesh, init_mesh
-from usp.integrations import replace_attention, spread_attention
+from usp.integrations import (
+    Boundary,
+    parallelize,
+    replace_attention,
+    restore,
+    spread_attention,
+)
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
@@ -17,6 +23,7 @@ from usp.sharding.statistics import mean, var, var_mean
 from usp.sharding.whole import held
 
 __all__ = [
+    "Boundary",
     "DocumentZigzag",
     "Held",
     "LongContextAttention",
@@ -30,8 +37,10 @@ __all__ = [
     "init_mesh",
     "long_context_attention",
     "mean",
+    "parallelize",
     "positions",
     "replace_attention",
+    "restore",
     "rng",
     "roll",
     "shard_sequence",
@@ -44,6 +53,7 @@ __all__ = [
 
 # Where users find them, and what their pickles name, whatever file they live in.
 for _public in (
+    Boundary,
     DocumentZigzag,
     Held,
     LongContextAttention,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import libraries
 import pytest
 import torch
 from integration_models import F64, WIDTH, make_encoder, random
@@ -30,10 +31,11 @@ def test_the_flag_of_packed_projections_is_honest(kdim) -> None:
         assert (ours.in_proj_weight is None) is (kdim is not None)
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("first", ["peft", "usp"])
 @pytest.mark.parametrize("training", [True, False])
 def test_lora(monkeypatch, first, training) -> None:
-    peft = pytest.importorskip("peft")
+    peft = libraries.library("peft")
     config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
     theirs, ours = make_encoder(), make_encoder()
     theirs = peft.get_peft_model(theirs, config)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
 
@@ -49,12 +50,31 @@ class Region(TorchFunctionMode):
         self.tokens = tokens
         self.watch = watch
         self.answered = 0
+        self._paused = False
         self._graded = True
 
     def __enter__(self) -> Region:
         self._graded = torch.is_grad_enabled()
         super().__enter__()
         return self
+
+    @contextmanager
+    def entered_again(self) -> Iterator[None]:
+        """From here on a checkpoint comes through, which computes again what is in here."""
+        graded, self._graded = self._graded, torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self._graded = graded
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing in here is answered, or refused."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def __torch_function__(
         self,
@@ -66,6 +86,8 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # Dynamo cannot follow the method, which asks its super()
+        if self._paused:
+            return func(*args, **kwargs)
         if func in _ATTENTION:
             return self._answer(*args, **kwargs)
         if len(self.tokens.shares) == 1:
@@ -80,8 +102,12 @@ class Region(TorchFunctionMode):
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            if self._graded and not torch.is_grad_enabled():
-                _refuse_outer_checkpoint()
+            if self._graded and is_in_reentrant_checkpoint():
+                # it computes again when this has ended, with torch's numbers and no error
+                raise NotImplementedError(
+                    "an activation checkpoint computes again in the backward, where this region "
+                    "has ended: enter it inside of what is checkpointed (usp.parallelize does)"
+                )
             self.answered += 1
         return answer(self.tokens, *args, **kwargs)
 
@@ -163,14 +189,13 @@ def _is_ours() -> bool:
     return str(caller).partition(".")[0] == "usp"
 
 
-def _refuse_outer_checkpoint() -> None:
-    """A reentrant checkpoint inside of the region computes again outside of it, in the backward,
-    where the call would be torch's: with other numbers and no error."""
+def is_in_reentrant_checkpoint() -> bool:
+    """Whether this is the first time of what a reentrant checkpoint computes again."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            raise NotImplementedError(
-                "an activation checkpoint computes again in the backward, where this region has "
-                "ended: enter it inside of what is checkpointed (usp.parallelize does)"
-            )
+            return True
         frame = frame.f_back
+    return False

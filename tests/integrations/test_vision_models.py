@@ -1,0 +1,124 @@
+"""Vision transformers of libraries, tiny and random, their tokens spread by usp.parallelize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import doors
+import libraries
+import pool as workers
+import pytest
+import torch
+from integration_models import random
+from pool import RemoteError
+from torch import nn
+
+import usp
+
+pytestmark = pytest.mark.library
+
+MESHES = [(2, 1), (1, 2), (2, 2)]
+TINY = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
+TINY |= {"num_classes": 5}
+PLAIN = "vit_tiny_patch16_224"
+# 25 patches and prefix tokens: neither tokens nor heads divide
+TIMM: dict[str, tuple[str, dict[str, Any]]] = {
+    "class token": (PLAIN, {}),
+    "registers, mean": (PLAIN, {"reg_tokens": 4, "global_pool": "avg", "qk_norm": True}),
+    "attention pooling": (PLAIN, {"class_token": False, "global_pool": "map"}),
+    "layer scale": (PLAIN, {"init_values": 0.5}),
+    "relative positions": ("beit_base_patch16_224", {}),
+}
+
+
+def of_timm(kind: str, again: bool = False, **more: Any) -> nn.Module:
+    name, options = TIMM[kind]
+    timm = libraries.library("timm")
+    model = doors.randomize(timm.create_model(name, **TINY, **options, **more)).eval()
+    model.set_grad_checkpointing(again)
+    return model
+
+
+def of_torchvision() -> nn.Module:
+    vision = libraries.library("torchvision.models")
+    return doors.randomize(vision.VisionTransformer(40, 8, 2, 3, 24, 48, num_classes=5)).eval()
+
+
+def _compared(mesh: tuple[int, int], layout: str, kind: str, again: bool) -> dict[str, float]:
+    placed = workers.mesh(*mesh)
+    model = of_torchvision() if kind == "torchvision" else of_timm(kind, again)
+    images = {"x": random(2, 3, 40, 40, seed=1)}
+    return doors.compared(
+        model, images, placed, lambda m: usp.parallelize(m, placed, layout=layout)
+    )
+
+
+def check(pool: Any, mesh: tuple[int, int], layout: str, kind: str, again: bool = False) -> None:
+    ranks = mesh[0] * mesh[1]
+    for wrong in pool.run(_compared, mesh, layout, kind, again, ranks=ranks, timeout=200):
+        assert wrong == {}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("kind", TIMM)
+def test_timm(pool, kind, mesh) -> None:
+    libraries.library("timm")
+    check(pool, mesh, "contiguous" if mesh == (1, 2) else "zigzag", kind)
+
+
+@pytest.mark.parametrize("kind", ["class token", "relative positions"])
+def test_timm_with_checkpoints(pool, kind) -> None:
+    libraries.library("timm")
+    check(pool, (2, 2), "zigzag", kind, True)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_torchvision(pool, mesh) -> None:
+    libraries.library("torchvision")
+    check(pool, mesh, "striped", "torchvision")
+
+
+def _training() -> list[torch.Tensor]:
+    """Dropout of tokens, of weights and of samples, on uneven shards."""
+    mesh, told = workers.mesh(1, 2), []
+    model = of_timm("class token", drop_path_rate=0.5, proj_drop_rate=0.3, attn_drop_rate=0.3)
+    usp.parallelize(model.train(), mesh)
+    torch.manual_seed(1)
+    for _ in range(3):
+        told.append(model(random(2, 3, 40, 40, seed=1)).detach())
+    return [*told, torch.randint(2**60, ())]
+
+
+def test_timm_in_training_keeps_ranks_in_step(pool) -> None:
+    libraries.library("timm")
+    mine, theirs = pool.run(_training, ranks=2, timeout=200)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert not torch.allclose(mine[0], mine[1])
+
+
+def _by_hand() -> None:
+    model = of_timm("class token")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    usp.parallelize(model, workers.mesh(1, 2))
+    model(random(2, 3, 40, 40, seed=1))
+
+
+def test_timm_by_hand_is_refused(pool) -> None:
+    libraries.library("timm")
+    with pytest.raises(RemoteError, match="softmax over 13 x 13 scores is attention by hand"):
+        pool.run(_by_hand, ranks=2, timeout=200)
+
+
+def _rotated() -> None:
+    timm = libraries.library("timm")
+    model = doors.randomize(timm.create_model("eva02_tiny_patch14_224", **TINY)).eval()
+    usp.parallelize(model, workers.mesh(1, 2), "blocks")
+    model(random(2, 3, 40, 40, seed=1))
+
+
+def test_timm_with_rotations_is_never_wrong(pool) -> None:
+    """Its tables are of patches alone, without the class token: no entry for each token."""
+    libraries.library("timm")
+    with pytest.raises(RemoteError, match="size of tensor"):
+        pool.run(_rotated, ranks=2, timeout=200)

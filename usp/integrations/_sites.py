@@ -1,0 +1,295 @@
+"""What stands in the place of a module's ``forward`` in a model that is parallelized.
+
+Objects and no closures, and no hooks: they copy and pickle with their module, a checkpoint that
+calls the module again comes through them, and taking one away leaves what was there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from usp import rng
+from usp.distributed.mesh import SequenceMesh
+from usp.integrations._answer import Tokens, refuse
+from usp.integrations._trunk import Trunk, first_tensor
+from usp.nn.multihead.module import MultiheadAttention
+from usp.nn.multihead.placement import Placement
+from usp.nn.spread import Spread
+
+_MULTIHEAD_NAMES = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
+
+class Site:
+    """A module's ``forward`` as it was.
+
+    Attributes:
+        module, name: Whose it is.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self._own: Callable[..., Any] | None = None
+
+    def place(self) -> None:
+        """Stand in; before another site of the same module, or an object's own forward."""
+        self._own = self.module.__dict__.get("forward")
+        self.module.forward = self
+
+    def remove(self) -> None:
+        """Leave what was there."""
+        del self.module.forward
+        if self._own is not None:
+            self.module.forward = self._own
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """What stood there before."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """For those who look at what a model takes."""
+        if self._own is not None:
+            return inspect.signature(self._own)
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def described(self) -> str:
+        return f"{self.name or 'the model'} ({type(self.module).__qualname__})"
+
+
+class Share(torch.autograd.Function):
+    """What every rank computes alike: of its gradient each sends back a share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None
+
+
+class Whole(Site):
+    """The model itself: the sum of all ranks' gradients is that of one device."""
+
+    def __init__(
+        self, module: nn.Module, mesh: SequenceMesh | None, trunks: Sequence[Trunk]
+    ) -> None:
+        super().__init__(module, "")
+        self.ranks, self.trunks = 1 if mesh is None else mesh.size, tuple(trunks)
+        self.nested_tensors: list[nn.TransformerEncoder] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for trunk in self.trunks:
+            trunk.is_open = True
+        try:
+            out = self.inner(*args, **kwargs)
+            for trunk in self.trunks:
+                trunk.check_joined()
+        finally:
+            for trunk in self.trunks:
+                trunk.is_open, trunk.running = False, None
+        return out if self.ranks == 1 else tree_map(self._shared, out)
+
+    def _shared(self, x: Any) -> Any:
+        return Share.apply(x, self.ranks) if isinstance(x, Tensor) and x.requires_grad else x
+
+    def remove(self) -> None:
+        for encoder in self.nested_tensors:
+            encoder.use_nested_tensor = True
+        super().remove()
+
+
+class Inside(Site):
+    """A module in the trunk: torch's attention means the whole sequence, also where a checkpoint
+    computes this module again."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk, must_answer: bool) -> None:
+        super().__init__(module, name)
+        self.trunk, self.must_answer = trunk, must_answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_tensor((*args, *kwargs.values()))
+        tokens = self.trunk.current(x)
+        if tokens is None:  # called by itself: an ordinary module
+            return self.inner(*args, **kwargs)
+        return self.run(tokens, args, kwargs)
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.trunk.entered(tokens) as region:
+            before = region.answered
+            out = self.inner(*args, **kwargs)
+            if self.must_answer and region.answered == before:
+                self._refuse_silence(tokens)
+        return out
+
+    def _refuse_silence(self, tokens: Tokens) -> None:
+        if torch.compiler.is_compiling() or len(tokens.shares) == 1:
+            return
+        refuse(
+            tokens.spread,
+            NotImplementedError(
+                f"{self.described()} called no attention that could be answered for the whole "
+                f"sequence, and this rank holds {tokens.held} of its {tokens.spread.seq_len} "
+                "tokens: let it call F.scaled_dot_product_attention, put usp.LongContextAttention "
+                "in it, or, if it holds none, say which modules do: usp.Boundary(trunk, attention)"
+            ),
+        )
+
+
+class Block(Inside):
+    """One of the modules that follow each other: cuts what comes whole, joins what leaves."""
+
+    def __init__(
+        self, module: nn.Module, name: str, trunk: Trunk, must_answer: bool, ends: tuple[bool, bool]
+    ) -> None:
+        super().__init__(module, name, trunk, must_answer)
+        self.is_first, self.is_last = ends
+        parameters = inspect.signature(type(module).forward).parameters
+        self._names = tuple(parameters)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trunk, names = self.trunk, self._names
+        given = dict(zip(names, args, strict=False))
+        x = args[0] if args else kwargs.get(names[0]) if names else None
+        if not isinstance(x, Tensor) or x.dim() <= trunk.dim:
+            raise TypeError(
+                f"{self.described()} takes tokens along dim {trunk.dim} of its first argument, got "
+                f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            )
+        tokens = trunk.begin(x) if self.is_first else trunk.current(x)
+        if tokens is None:
+            return self.inner(*args, **kwargs)
+        beside = trunk.boundary.beside
+        if self.is_first:
+            x = tokens.spread.shard(x, trunk.dim)
+        trunk.check_held(x, tokens, f"what {self.described()} is given")
+        if args:
+            rest = (_cut(tokens, given, name, beside) for name in names[1 : len(args)])
+            args = (x, *rest, *args[1 + len(names[1 : len(args)]) :])
+        else:
+            kwargs = kwargs | {names[0]: x}
+        kwargs = {n: _cut(tokens, kwargs, n, beside) if n in beside else kwargs[n] for n in kwargs}
+        out = self.run(tokens, args, kwargs)
+        if not self.is_last:
+            return out
+        trunk.end()
+        return self._joined(tokens, out)
+
+    def _joined(self, tokens: Tokens, out: Any) -> Any:
+        trunk = self.trunk
+        x, *others = out if isinstance(out, tuple | list) else (out,)
+        if not isinstance(x, Tensor) or first_tensor(others) is not None:
+            raise NotImplementedError(
+                f"{self.described()} returns {type(out).__name__} with more tensors than its "
+                "tokens, and which of them are joined is not known: let it return them alone"
+            )
+        trunk.check_held(x, tokens, f"what {self.described()} returns")
+        whole = tokens.spread.unshard(x, trunk.dim)
+        return type(out)((whole, *others)) if isinstance(out, tuple | list) else whole
+
+
+def _cut(tokens: Tokens, given: Mapping[str, Any], name: str, beside: Mapping[str, int]) -> Any:
+    """An argument with an entry for each token: this rank's entries."""
+    whole, length = given[name], tokens.spread.seq_len
+    if name not in beside or whole is None:
+        return whole
+    if isinstance(whole, tuple | list):
+        return type(whole)(_cut(tokens, {name: item}, name, beside) for item in whole)
+    dim = beside[name]
+    if whole.shape[dim] == length:
+        return tokens.spread.shard(whole, dim)
+    shape = tuple(whole.shape)
+    refusal = f"{name} is {shape} with {shape[dim]} entries along dim {dim} for {length} tokens"
+    refuse(tokens.spread, ValueError(f"{refusal}: beside= says that it has one for each"))
+
+
+class Multihead(Inside):
+    """``nn.MultiheadAttention``: in its place one of ours, with the very same parameters."""
+
+    def __init__(self, module: nn.MultiheadAttention, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name, trunk, False)
+        self._ours = MultiheadAttention.from_torch(module)
+        for registry in ("_parameters", "_buffers", "_modules"):  # who replaces one, does it here
+            self._ours.__dict__[registry] = module.__dict__[registry]
+        self._placement = getattr(module, "placement", self._ours.placement)
+        self._placements: dict[int, Placement] = {}
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(tokens.shares) == 1:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
+        for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.shape[dim] == tokens.spread.seq_len:
+                given[name] = tokens.spread.shard(mask, dim)
+        ours, module = self._ours, cast(nn.MultiheadAttention, self.module)
+        ours.training, ours.dropout = module.training, module.dropout
+        ours.placement = ours._compared = self._placed(tokens.spread)
+        with self.trunk.entered(tokens) as region, region.paused():
+            region.answered += 1
+            return MultiheadAttention.forward(ours, **given)
+
+    def _placed(self, spread: Spread) -> Placement:
+        if spread.seq_len not in self._placements:
+            often = {None: "first", True: "always", False: "never"}[spread.validate]
+            self._placements[spread.seq_len] = replace(
+                self._placement,
+                mesh=spread.mesh,
+                layout=spread.layout,
+                seq_len=spread.seq_len,
+                validate=often,
+            )
+        return self._placements[spread.seq_len]
+
+
+class Local(Site):
+    """A module that means what this rank holds."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name)
+        self.trunk = trunk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        region = self.trunk.region
+        if region is None:
+            return self.inner(*args, **kwargs)
+        with region.paused():
+            return self.inner(*args, **kwargs)
+
+
+class Samples(Inside):
+    """What drops whole samples (DropPath): the same on all ranks."""
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        probability = getattr(self.module, "drop_prob", getattr(self.module, "p", None))
+        if len(tokens.shares) == 1 or not self.module.training or probability == 0:
+            return self.inner(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._replicated)(args, kwargs)
+        return self._replicated(args, kwargs)
+
+    def _replicated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with rng.replicated(self.trunk.mesh):
+            return self.inner(*args, **kwargs)

@@ -1,0 +1,203 @@
+"""A model that exists, its tokens spread over ranks: whole in, whole out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.integrations._across import reason
+from usp.integrations._boundary import Boundary
+from usp.integrations._choice import Only, any_means, choices, means, shortened
+from usp.integrations._families import OF_SAMPLES, family
+from usp.integrations._sites import Block, Inside, Local, Multihead, Samples, Site, Whole
+from usp.integrations._trunk import Trunk
+from usp.nn.multihead.module import check_class
+from usp.planning.layout import Layout, check_layout
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(
+    model: Model,
+    mesh: SequenceMesh | None,
+    trunk: str | Boundary | Sequence[str | Boundary] | None = None,
+    *,
+    layout: Layout = "contiguous",
+    validate: bool | None = None,
+) -> Model:
+    """Spread the tokens of a model over the ranks of a mesh, in place.
+
+    Its forward takes and returns what it did, the same on every rank; in its trunk, modules that
+    follow each other, each rank has its own tokens, and attention is that of the whole sequence:
+    ``nn.MultiheadAttention``, and whatever calls ``F.scaled_dot_product_attention``. The loss stays
+    as it was; the sum over the ranks of the mesh of a parameter's gradients is that of one device:
+    ``usp.all_reduce_gradients(model, mesh)`` after ``backward``, or DDP or FSDP with ``loss *
+    mesh.size``.
+
+    Parameters, their names and hooks stay. The model copies and pickles, its modules may be
+    checkpointed or compiled; called by themselves, outside of a forward, they are as they were.
+
+    Args:
+        model: What ends in the outputs that make the loss.
+        mesh: The ranks that share the sequence, seeded alike; None is one device.
+        trunk: Where tokens are spread: a name as in ``named_modules``, or a ``usp.Boundary``, or
+            several of these; None for models that are known.
+        layout: Which token goes where; a rule, for each forward has its own length.
+        validate: See ``long_context_attention``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: the trunk is not known or not there, or the model is parallelized already.
+        NotImplementedError: a module in the trunk looks at several tokens and is no attention that
+            could be answered; names it. Nothing has been changed. In a forward: a module that must
+            hold attention called none; what is left undone is named.
+    """
+    check_mesh(mesh)
+    if not isinstance(check_layout(layout), str):
+        raise ValueError(
+            f"layout {layout!r} is made for one length: parallelize takes a rule, as forwards have "
+            "a length each"
+        )
+    if any(_site(module) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__qualname__} is parallelized, or a part of it is: usp.restore(model) "
+            "first"
+        )
+    names = dict(model.named_modules(remove_duplicate=False))
+    given = [trunk] if isinstance(trunk, str | Boundary) or trunk is None else list(trunk)
+    boundaries = [family(model) if item is None else _boundary(item) for item in given]
+    sites: list[Site] = []
+    trunks = []
+    for boundary in boundaries:
+        blocks = boundary.blocks(model)
+        dims = {boundary.token_dim(block) for block in blocks.values()}
+        if len(dims) > 1:
+            raise ValueError(f"modules of {boundary.trunk} have tokens along dims {sorted(dims)}")
+        trunks.append(Trunk(mesh, layout, validate, boundary, dims.pop()))
+        sites += _sites(trunks[-1], blocks, names)
+    whole = Whole(model, mesh, trunks)
+    for site in sites:
+        site.place()
+    whole.place()
+    _keep_from_nesting(model, whole)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo ``parallelize``, in place.
+
+    Args:
+        model: A model that was, or one that was not, which stays as it is.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        while (site := _site(module)) is not None:
+            site.remove()
+    return model
+
+
+def _site(module: nn.Module) -> Site | None:
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, Site) else None
+
+
+def _boundary(item: str | Boundary) -> Boundary:
+    if isinstance(item, str):
+        return Boundary(item)
+    if isinstance(item, Boundary):
+        return item
+    raise TypeError(f"trunk must be a name, a usp.Boundary or several, got {item!r}")
+
+
+def _sites(
+    trunk: Trunk, blocks: Mapping[str, nn.Module], names: Mapping[str, nn.Module]
+) -> list[Site]:
+    """What stands in the place of the modules of a trunk; the outer ones behind the inner."""
+    boundary, inside = trunk.boundary, _inside(trunk.boundary, blocks, names)
+    faults = [
+        f"{name} ({type(m).__qualname__}): {why}"
+        for name, m in inside.items()
+        if (why := reason(m))
+    ]
+    if faults and trunk.mesh is not None and trunk.mesh.size > 1:
+        raise NotImplementedError(
+            f"{boundary.trunk} holds modules that look at several tokens, and would see this "
+            f"rank's own alone: {shortened(faults)}. End the trunk before them, or, where each "
+            "means its own tokens, name them in usp.Boundary(local=...)"
+        )
+    attention = _outermost(boundary.attention, names, inside)
+    sites: list[Site] = []
+    for name, module in reversed(inside.items()):
+        if isinstance(module, nn.MultiheadAttention):
+            _check_multihead(name, module)
+            sites.append(Multihead(module, name, trunk))
+        elif type(module).__qualname__ in OF_SAMPLES:
+            sites.append(Samples(module, name, trunk, False))
+        elif name not in blocks and (name in attention or not _is_of_torch(module)):
+            sites.append(Inside(module, name, trunk, name in attention))
+    sites += [
+        Local(module, name, trunk)
+        for name, module in _named(blocks)
+        if any_means(boundary.local, name, names)
+    ]
+    last = len(blocks) - 1
+    for index, (name, block) in enumerate(blocks.items()):
+        must_answer = boundary.attention is None or name in attention
+        sites.append(Block(block, name, trunk, must_answer, (index == 0, index == last)))
+    return sites
+
+
+def _inside(
+    boundary: Boundary, blocks: Mapping[str, nn.Module], names: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """All modules in the trunk that are not local, each once, by name."""
+    found: dict[nn.Module, str] = {}
+    for name, module in _named(blocks):
+        if not any_means(boundary.local, name, names):
+            found.setdefault(module, name)
+    return {name: module for module, name in found.items()}
+
+
+def _named(blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for prefix, block in blocks.items():
+        yield from block.named_modules(prefix=prefix)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
+def _outermost(
+    only: Only | None, names: Mapping[str, nn.Module], among: Mapping[str, nn.Module]
+) -> list[str]:
+    """Names of modules that are meant, without what these hold."""
+    if only is None:
+        return []
+    for choice in choices(only):
+        if not any(means(choice, name, names) for name in among):
+            raise ValueError(f"{choice!r} means no module of the trunk: {shortened(among)}")
+    meant = {name for name in among if any_means(only, name, names)}
+    return [n for n in meant if not any(n.startswith(f"{other}.") for other in meant)]
+
+
+def _check_multihead(name: str, module: nn.MultiheadAttention) -> None:
+    try:
+        check_class(module)
+    except NotImplementedError as refusal:
+        raise NotImplementedError(f"cannot answer for {name}: {refusal}") from None
+
+
+def _keep_from_nesting(model: nn.Module, whole: Whole) -> None:
+    """Encoders of torch would hand padded tokens on as NestedTensors in evaluation."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor = False
+            whole.nested_tensors.append(module)
