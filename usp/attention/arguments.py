@@ -106,7 +106,7 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
         check_sinks(options.sinks, tensors)
     masks = make_masks(options, tensors.q.shape[0])
     scoring = _scoring(options, tensors.q.shape[3])
-    backend = select(options.backend, _traits(tensors, scoring, options.return_lse))
+    backend = select(options.backend, traits_of(tensors, scoring, options.return_lse))
     return Alone(masks, scoring, backend, lengths, check_heads(options.heads, tensors))
 
 
@@ -132,7 +132,9 @@ def complete(
     return Request(
         masks=alone.masks,
         layouts=layouts,
-        scoring=replace(alone.scoring, dropout_seed=dropout_seed),
+        scoring=replace(alone.scoring, dropout_seed=dropout_seed)
+        if dropout_seed
+        else alone.scoring,
         transport=options.transport,
         backend=alone.backend,
         return_lse=options.return_lse,
@@ -191,7 +193,8 @@ def _scoring(options: Options, head_dim: int) -> Scoring:
     return Scoring(scale, softcap, dropout_p)
 
 
-def _traits(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
+def traits_of(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
+    """What a backend must know to say whether it takes the problem."""
     return Traits(
         device_type=tensors.q.device.type,
         dtype=tensors.q.dtype,

@@ -14,6 +14,7 @@ from usp.attention.arguments import drops
 from usp.attention.attn_mask import with_attn_mask
 from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import hybrid_attention, prepare
+from usp.attention.kept import keep, kept, kind_of
 from usp.attention.learned import with_learned_scale
 from usp.attention.masking import is_more_than_a_few_numbers
 from usp.attention.placement import with_placement
@@ -243,11 +244,16 @@ def _attend(
     dropout_seed: int | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    drawn = None
-    if dropout_seed is None and drops(options.dropout_p):
-        drawn = int(draw_dropout_seed())
-    request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
-    out, lse = hybrid_attention(*prepare(tensors, request, mesh))
+    kind = kind_of(tensors, options, validate) if mesh is None and dropout_seed is None else None
+    found, name = kept(kind, tensors, options), None
+    if found is None:
+        drawn = None
+        if dropout_seed is None and drops(options.dropout_p):
+            drawn = int(draw_dropout_seed())
+        request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
+        found = prepare(tensors, request, mesh)
+        keep(kind, tensors, options, found[1])
+    out, lse = hybrid_attention(*found)
     if mesh is not None and name is not None:
         meet_in_backward(out, mesh, name)
     return out if lse is None else (out, lse)

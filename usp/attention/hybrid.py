@@ -120,8 +120,9 @@ def prepare(
         if bias_rows is None:
             bias_rows = agree_on_bias_rows(ulysses, tensors.attn_bias, lengths)
         bias_cut = BiasCut(lengths, heads, bias_rows, tensors.attn_bias.shape[1] == heads[0].total)
-    mine = heads[ulysses.rank]
-    held = replace(mine, offset=mine.offset + request.first_head, total=request.all_heads)
+    held = heads[ulysses.rank]
+    if request.all_heads != request.num_heads:
+        held = replace(held, offset=held.offset + request.first_head, total=request.all_heads)
     make = _local_executor if replicated(request.layouts) else _executor
     executor = make(mesh, held, tensors, request)
     return tensors, Call(ulysses, executor, heads, request, bias_cut)
@@ -159,11 +160,8 @@ def _executor(
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
-    """The tensors there or back; a row of one rank holds what it needs."""
-    moving = [tensor for tensor, _ in tensors]
-    if call.ulysses.size == 1:
-        return moving
-    return way(call.ulysses, moving, [cut for _, cut in tensors])
+    """The tensors there or back, in a row of several ranks; one rank holds what it needs."""
+    return way(call.ulysses, [tensor for tensor, _ in tensors], [cut for _, cut in tensors])
 
 
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
@@ -179,6 +177,9 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
             held = Results(*replicas_forward(inputs, call.ring), None)
         else:
             held = Results(*ring_forward(inputs, call.ring, large_bias))
+    if call.ulysses.size == 1:
+        lse = levels.returned(held.lse, held.level) if call.request.return_lse else None
+        return Forward(held.out, lse, inputs, held)
     if not call.request.return_lse:
         (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
         return Forward(out, None, inputs, held)
@@ -192,6 +193,8 @@ def scattered(tensors: Tensors, call: Call) -> Tensors:
     """What this rank computes with: its heads for all tokens of its row."""
     q, k, v = (_last_dim_contiguous(x) for x in (tensors.q, tensors.k, tensors.v))
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
+    if call.ulysses.size == 1:
+        return Tensors(q, k, v, mask, bias, slopes)
     moving = [(q, call.query_cut), (k, call.key_cut), (v, call.key_cut)]
     if mask is not None:
         heads = mask[:, :, None, None].expand(-1, -1, call.ulysses.size, -1)
@@ -221,16 +224,17 @@ def attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
-    moving = [(_last_dim_contiguous(dout), call.query_cut)]
-    if dlse is not None:
-        moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
-    dout, *rest = _exchanged(scatter_heads, moving, call)
-    dlse = rest[0][..., 0].transpose(1, 2) if rest else None
+    if call.ulysses.size > 1:
+        moving = [(_last_dim_contiguous(dout), call.query_cut)]
+        if dlse is not None:
+            moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
+        dout, *rest = _exchanged(scatter_heads, moving, call)
+        dlse = rest[0][..., 0].transpose(1, 2) if rest else None
     ring, dtype = call.ring, inputs.q.dtype
-    with as_given(dout.device):
-        if isinstance(ring, Replicas):
+    if isinstance(ring, Replicas):
+        with as_given(dout.device):
             dout, *rest = summed([dout] if dlse is None else [dout, dlse], ring)
-            dlse, ring = rest[0] if rest else None, ring.local
+        dlse, ring = rest[0] if rest else None, ring.local
     dout = _last_dim_contiguous(dout)
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
@@ -240,8 +244,10 @@ def attention_backward(
             grads = gathered_backward(inputs, saved, ring, kv_dtype)
         else:
             grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)
-    moving = [(grads.dq, call.query_cut), (grads.dk, call.key_cut), (grads.dv, call.key_cut)]
-    dq, dk, dv = _exchanged(gather_heads, moving, call)
+    dq, dk, dv = grads.dq, grads.dk, grads.dv
+    if call.ulysses.size > 1:
+        moving = [(dq, call.query_cut), (dk, call.key_cut), (dv, call.key_cut)]
+        dq, dk, dv = _exchanged(gather_heads, moving, call)
     dbias = grads.dbias
     if dbias is not None and inputs.attn_bias is not None and call.bias_cut is not None:
         dbias = gather_bias_gradient(call.ulysses, dbias, call.bias_cut).to(inputs.attn_bias.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def make_masks(options: MaskOptions, batch: int) -> Masks:
     """
     if isinstance(options.mask, Checked):
         return options.mask.masks
+    if not batch or _are_a_few_numbers(options):
+        return _plain(options)
     base = make_mask(
         causal=options.causal, window_size=options.window_size, prefix_len=options.prefix_len
     )
@@ -62,14 +65,37 @@ def make_masks(options: MaskOptions, batch: int) -> Masks:
     offsets = _each("query_offset", _on_host("query_offset", options.query_offset), batch, _is_list)
     if options.key_lengths is not None and len(lengths) != batch:
         raise TypeError(f"key_lengths must be one length for each of {batch} samples")
-    if not batch:
-        return masks_of(base)
     options_of = [given, packed, lengths, offsets]
     count = max(map(len, options_of))
     each = list(zip(*(x * count if len(x) == 1 else x for x in options_of), strict=True))
     found = [_one(base, *sample) for sample in each]
     whole = [integer("query_offset", offset) for *_, offset in each]
     return masks_of(found, whole) if count > 1 else masks_of(found[0], whole[0])
+
+
+def _plain(options: MaskOptions) -> Masks:
+    """The masks of causal, window and prefix; made once for the same ones."""
+    window, prefix = options.window_size, options.prefix_len
+    numbers = (*window, prefix) if isinstance(window, tuple) else (window,)
+    if all(x is None or type(x) is int for x in numbers):
+        return _cached(type(options.causal) is bool, options.causal, window, prefix)
+    return _made(options.causal, window, prefix)  # refused, or numbers of another kind
+
+
+def _made(causal: bool, window_size: Any, prefix_len: int | None) -> Masks:
+    return masks_of(make_mask(causal=causal, window_size=window_size, prefix_len=prefix_len))
+
+
+@lru_cache(maxsize=256)
+def _cached(is_flag: bool, causal: bool, window_size: Any, prefix_len: int | None) -> Masks:
+    return _made(causal, window_size, prefix_len)
+
+
+def _are_a_few_numbers(options: MaskOptions) -> bool:
+    """Whether nothing is told but causal, window and prefix."""
+    others = options.mask, options.cu_seqlens, options.key_lengths
+    offset = options.query_offset
+    return all(other is None for other in others) and type(offset) is int and offset == 0
 
 
 def is_more_than_a_few_numbers(options: MaskOptions) -> bool:

@@ -17,7 +17,7 @@ from usp.distributed.transport import Parts, make_transport
 from usp.planning.heads import Heads
 from usp.planning.layout import Positions
 from usp.planning.plan import Load, Plan, Step
-from usp.planning.problem import Block, Gradients, Saved, Scoring, state_dtype
+from usp.planning.problem import Block, Gradients, Saved, Scoring, State, state_dtype
 from usp.planning.rows import Rows
 from usp.planning.samples import Samples
 
@@ -94,7 +94,7 @@ def ring_forward(
                 pieces = levels.enter(piece, samples.of(level), here.lse)
             for relative in pieces:
                 if not left[part] and relative is pieces[-1]:
-                    here = replace(here, result=samples.of(out))
+                    here = State(here.out, here.lse, samples.of(out))
                 block.attention_forward(relative, here, ring.backend)
     return (
         out,

@@ -68,8 +68,10 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: names it and those there are.
     """
+    if name == "auto":
+        return
     names = [backend.NAME for backend in TABLE]
-    if not isinstance(name, str) or name not in ("auto", *names):
+    if not isinstance(name, str) or name not in names:
         raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
 
 

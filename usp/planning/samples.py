@@ -24,7 +24,7 @@ class Samples:
 
     @property
     def are_all(self) -> bool:
-        return self == Samples()
+        return self.start == 0 and self.stop is None
 
     def count(self, batch: int) -> int:
         """How many they are of so many."""

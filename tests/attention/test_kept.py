@@ -1,0 +1,102 @@
+"""A call like one before is not checked again, and is the same call."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import usp
+from usp.attention import kept, request
+from usp.testing import dense_attention
+
+
+def qkv(length: int = 5, seed: int = 0, **more: Any) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, length, 2, 4, generator=random, dtype=torch.float64) for _ in range(3)]
+
+
+def checks(*calls: tuple[list[Tensor], dict[str, Any]]) -> int:
+    """How many of the calls are checked; each is right."""
+    kept._KEPT.clear()
+    with mock.patch.object(request, "check", wraps=request.check) as check:
+        for tensors, options in calls:
+            out = usp.long_context_attention(*tensors, **options)
+            expected, _ = dense_attention(*tensors, **options)
+            torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    return check.call_count
+
+
+def test_the_same_kind_of_call_is_checked_once() -> None:
+    options = {"causal": True, "window_size": (2, None)}
+    assert checks(*((qkv(seed=seed), options) for seed in range(4))) == 1
+
+
+def test_what_differs_is_checked_anew() -> None:
+    slopes = torch.rand(2, dtype=torch.float64)
+    calls = [
+        (qkv(), {"causal": True}),
+        (qkv(), {"causal": False}),
+        (qkv(6), {"causal": True}),
+        (qkv(), {"causal": True, "window_size": (1, None)}),
+        (qkv(), {"causal": True, "cu_seqlens": (0, 3, 5)}),
+        (qkv(), {"causal": True, "cu_seqlens": (0, 2, 5)}),
+        (qkv(), {"causal": True, "alibi_slopes": slopes}),
+        (qkv(), {"causal": True, "key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2)}),
+    ]
+    assert checks(*calls, *calls) == len(calls)
+
+
+def test_what_may_change_in_place_is_never_kept() -> None:
+    bounds = torch.tensor([0, 3, 5])
+    kept._KEPT.clear()
+    for middle in (3, 1):
+        bounds[1] = middle
+        for given in (bounds, bounds.tolist()):
+            out = usp.long_context_attention(*qkv(), cu_seqlens=given)
+            expected, _ = dense_attention(*qkv(), cu_seqlens=tuple(bounds.tolist()))
+            torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    assert not kept._KEPT
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"causal": True}, {"causal": 1}),
+        ({"window_size": (5, None)}, {"window_size": (5.0, None)}),
+        ({"prefix_len": 1, "causal": True}, {"prefix_len": True, "causal": True}),
+        ({"seq_len": (5, 5)}, {"seq_len": (5.0, 5)}),
+        ({"cu_seqlens": (0, 1, 5)}, {"cu_seqlens": (0, True, 5)}),
+        ({"validate": True}, {"validate": 1}),
+    ],
+)
+def test_equal_values_of_another_kind_are_refused_still(good: dict, bad: dict) -> None:
+    usp.long_context_attention(*qkv(), **good)
+    with pytest.raises(TypeError):
+        usp.long_context_attention(*qkv(), **bad)
+
+
+def test_a_backend_that_is_gone_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes is asked at each call."""
+    if usp.backends()["native"] != "can run here":
+        pytest.skip("the compiled extension is not here")
+    expected, _ = dense_attention(*qkv())
+    for _ in range(2):
+        usp.long_context_attention(*qkv())
+        usp.long_context_attention(*qkv(), backend="native")
+    monkeypatch.setattr("usp.ops.native._LOAD_ERROR", "not there")
+    with mock.patch("torch.ops.usp.attention_forward", side_effect=AssertionError):
+        out = usp.long_context_attention(*qkv())
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(NotImplementedError, match="not there"):
+        usp.long_context_attention(*qkv(), backend="native")
+
+
+def test_few_are_kept() -> None:
+    kept._KEPT.clear()
+    for length in range(kept._MOST + 9):
+        usp.long_context_attention(*qkv(length % 40 + 1), softmax_scale=1.0 + length)
+    assert len(kept._KEPT) == kept._MOST
