@@ -223,3 +223,18 @@ def test_cpu_documents(tmp_path: Path) -> None:
         assert len(found["planning_seconds"]) == 3 and 0 < found["planning_share"] < 1
     with pytest.raises(SystemExit, match=r"table: off by 1.0e\+00, .* not timed"):
         module("cpu_documents").error("table", torch.zeros(3), torch.ones(3))
+
+
+@needs_kernels
+def test_cpu_vit() -> None:
+    benchmark = module("cpu_vit")
+    args = argparse.Namespace(width=32, heads=2, layers=1, batch=2, rounds=3, seconds=0.1)
+    for dtype in benchmark.DTYPES:
+        found = benchmark.measure(17, dtype, args)
+        assert found["error"] <= benchmark.ALLOWED[dtype]
+        assert all(found[phase]["ratio"] > 0 for phase in ("eval", "training"))
+    whole, other = benchmark.ViT(32, 2, 1), benchmark.ViT(32, 2, 1)
+    for model in (whole, other):
+        benchmark.step(model, torch.ones(1, 5, 48))
+    with pytest.raises(SystemExit, match=r"17 tokens: gradients are off .* not timed"):
+        benchmark.check("17 tokens", whole, other, "fp32")
