@@ -250,10 +250,10 @@ class Positions:
             return self.count_below(positions[:1], alone).repeat(len(positions))
         if segment is None:
             runs = zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)
-            below = torch.zeros_like(positions)
-            for start, count in runs:
-                below += self._within(positions, start, count)
-            return below.int()
+            parts = [self._within(positions, start, count) for start, count in runs]
+            for part in parts[1:]:
+                parts[0] += part
+            return parts[0].int()
         per_segment = self.counts.sum(1)
         below = (per_segment.cumsum(0) - per_segment)[segment]
         for start, count in zip(self.start.unbind(1), self.counts.unbind(1), strict=True):
@@ -262,6 +262,8 @@ class Positions:
 
     def _within(self, positions: Tensor, start: Tensor | int, count: Tensor | int) -> Tensor:
         """How many tokens of the run lie below each position."""
+        if self.stride == 1 and isinstance(start, int) and isinstance(count, int):
+            return positions.clamp(start, start + count).sub_(start)
         offset = positions - start
         if self.stride > 1:
             offset = (offset + (self.stride - 1)) // self.stride

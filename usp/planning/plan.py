@@ -183,7 +183,8 @@ def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
     if not num_queries or not len(here):
         return ()
     lowest, highest = keys.ends
-    found = []
+    ends = reach.bands.first.new_empty((2, *reach.bands.first.shape))
+    found = 0
     for first, stop, segments in zip(*reach.bands, reach.segments, strict=True):
         if stop[-1] <= lowest or first[0] > highest:
             continue
@@ -193,15 +194,14 @@ def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
         # nothing from its last one on
         start = int(torch.searchsorted(stop, int(lowest), right=True))
         end = int(torch.searchsorted(first, int(highest), right=True))
-        ends = (first.new_zeros(num_queries), first.new_zeros(num_queries))
-        for counts, bound, segment in zip(ends, (first, stop), segments, strict=True):
+        for counts, bound, segment in zip(ends[:, found], (first, stop), segments, strict=True):
+            counts[:start] = 0
             counts[end:] = len(here)
             if start < end:
                 among = None if segment is None else segment[start:end]
                 below = keys.count_below(bound[start:end], among)
                 counts[start:end] = here.count_below(below)
-        found.append(ends)
-    if len(found) > 1:
-        found = list(zip(*joined(Bands(*map(torch.stack, zip(*found, strict=True)))), strict=True))
-    spans = (Span(first, stop) for first, stop in found)
+        found += 1
+    bands = joined(Bands(*ends[:, :found]))
+    spans = (Span(first, stop) for first, stop in zip(*bands, strict=True))
     return tuple(Visit(num_queries, len(here), span, span.pairs) for span in spans if span.pairs)
