@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,6 +30,8 @@ class Boundary:
             without ``batch_first``.
         beside: Arguments of these modules that have an entry for each token, by name, with that
             dim: ``{"rope": -2}``. Each module's own are cut as they come; tuples of tensors, too.
+        never: Arguments of these modules that must be None on several ranks: what they keep (a
+            cache) would be of this rank's tokens alone.
 
     Example:
         >>> usp.Boundary("blocks", "*.attn", beside={"rope": -2})
@@ -40,6 +42,7 @@ class Boundary:
     local: Only = ()
     dim: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict)
+    never: Sequence[str] = ()
 
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that follow each other, by name.

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from usp.integrations._boundary import Boundary
 
-# by the class of the model, or of what it derives from
+# what layers of transformers' language models are given beside tokens
+_ROTATED = Boundary(
+    "layers", beside={"position_embeddings": 1, "position_ids": 1}, never=("cache",)
+)
+
+# by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
     "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers"),
     "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn"),
     "timm.models.beit.Beit": Boundary("blocks", "*.attn"),
+    "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers"),
+    "transformers.models.bert.modeling_bert.BertEncoder": Boundary("layer", never=("cache",)),
+    "transformers.models.llama.modeling_llama.LlamaModel": _ROTATED,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,
+    "transformers.models.gemma2.modeling_gemma2.Gemma2Model": _ROTATED,
+    "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": _ROTATED,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
 }
 
 # drop whole samples, so that all ranks must drop the same
@@ -19,17 +33,30 @@ OF_SAMPLES = frozenset(("DropPath", "StochasticDepth"))
 
 
 def family(model: nn.Module) -> Boundary:
-    """The trunk of a model that is known.
+    """The trunk of a model that is known, or of the one part of it that is.
 
     Raises:
-        ValueError: it is not.
+        ValueError: none is, or several are.
     """
-    for kind in type(model).__mro__:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if name in FAMILIES:
-            return FAMILIES[name]
+    known: dict[str, Boundary] = {}
+    for name, module in model.named_modules():
+        found = _known(module)
+        if found is not None and not any(not n or name.startswith(f"{n}.") for n in known):
+            known[name] = replace(found, trunk=f"{name}.{found.trunk}" if name else found.trunk)
+    if len(known) == 1:
+        return next(iter(known.values()))
+    if known:
+        raise ValueError(
+            f"{type(model).__qualname__} holds several parts whose trunk is known: say which are "
+            f"spread, trunk={[b.trunk for b in known.values()]}"
+        )
     raise ValueError(
         f"the trunk of {type(model).__qualname__} is not known: name the modules that follow each "
         'other, and between which tokens are spread, trunk="encoder.layers", or describe it, '
         "trunk=usp.Boundary(...)"
     )
+
+
+def _known(module: nn.Module) -> Boundary | None:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)

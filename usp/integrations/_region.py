@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointFunction
 
 from usp import rng
@@ -43,6 +43,7 @@ class Region(TorchFunctionMode):
         tokens: Who holds which, and what lengths mean.
         answered: Calls that were answered since the region was made; those in graphs of
             ``torch.compile`` are not counted.
+        is_paused: Whether nothing is answered or refused just now.
     """
 
     def __init__(self, tokens: Tokens, watch: bool = True) -> None:
@@ -50,7 +51,7 @@ class Region(TorchFunctionMode):
         self.tokens = tokens
         self.watch = watch
         self.answered = 0
-        self._paused = False
+        self.is_paused = False
         self._graded = True
 
     def __enter__(self) -> Region:
@@ -70,11 +71,11 @@ class Region(TorchFunctionMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing in here is answered, or refused."""
-        before, self._paused = self._paused, True
+        before, self.is_paused = self.is_paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self.is_paused = before
 
     def __torch_function__(
         self,
@@ -86,7 +87,7 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # Dynamo cannot follow the method, which asks its super()
-        if self._paused:
+        if self.is_paused:
             return func(*args, **kwargs)
         if func in _ATTENTION:
             return self._answer(*args, **kwargs)
@@ -150,6 +151,14 @@ class Region(TorchFunctionMode):
                 "region, or watch=False"
             ),
         )
+
+
+def current_region() -> Region | None:
+    """The innermost region that is entered, for doors that torch's functions do not lead to."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, Region):
+            return None if mode.is_paused else mode
+    return None
 
 
 def _apart(

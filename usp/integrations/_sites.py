@@ -181,6 +181,7 @@ class Block(Inside):
         tokens = trunk.begin(x) if self.is_first else trunk.current(x)
         if tokens is None:
             return self.inner(*args, **kwargs)
+        self._check_never(tokens, given | kwargs)
         beside = trunk.boundary.beside
         if self.is_first:
             x = tokens.spread.shard(x, trunk.dim)
@@ -196,6 +197,18 @@ class Block(Inside):
             return out
         trunk.end()
         return self._joined(tokens, out)
+
+    def _check_never(self, tokens: Tokens, given: Mapping[str, Any]) -> None:
+        kept = [name for name in self.trunk.boundary.never if given.get(name) is not None]
+        if kept and len(tokens.shares) > 1:
+            refuse(
+                tokens.spread,
+                NotImplementedError(
+                    f"{self.described()} is given {', '.join(kept)}, which would keep "
+                    f"{tokens.held} of {tokens.spread.seq_len} tokens on this rank: call the model "
+                    "without (use_cache=False), on the whole sequence"
+                ),
+            )
 
     def _joined(self, tokens: Tokens, out: Any) -> Any:
         trunk = self.trunk

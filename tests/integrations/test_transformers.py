@@ -1,0 +1,217 @@
+"""Models of transformers, tiny and random, with attn_implementation="usp", their tokens spread."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import doors
+import libraries
+import pool as workers
+import pytest
+import torch
+from integration_models import random
+from pool import RemoteError
+from torch import Tensor, nn
+
+import usp
+from usp.integrations import transformers as door
+
+pytestmark = pytest.mark.library
+MESHES = [(2, 1), (1, 2), (2, 2)]
+TOKENS = 27
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+SIZES |= {"intermediate_size": 64}
+LM = SIZES | {"num_key_value_heads": 3, "head_dim": 8, "vocab_size": 61, "pad_token_id": 0}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ViT": ("ViTConfig", "ViTModel", SIZES | {"image_size": 40, "patch_size": 8}),
+    "BERT": ("BertConfig", "BertForTokenClassification", SIZES | {"vocab_size": 61}),
+    "Llama": ("LlamaConfig", "LlamaForCausalLM", LM),
+    "Qwen3": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        LM | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "Gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", LM | {"sliding_window": 7}),
+    "Gemma 3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        LM | {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        LM | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+}
+# what these libraries compute in fp32, whatever is asked for, differs by its rounding
+LOOSE = {"Gemma 2": 3e-6, "Gemma 3": 3e-6}
+
+
+def model_of(kind: str, implementation: str = "usp") -> nn.Module:
+    library = libraries.library("transformers")
+    door.register()
+    config, name, options = MODELS[kind]
+    config = getattr(library, config)(**options, use_cache=False)
+    torch.manual_seed(0)
+    model = getattr(library, name)._from_config(config, attn_implementation=implementation)
+    model = doors.randomize(model).eval()
+    if kind == "gpt-oss":
+        model.set_experts_implementation("eager")
+    return model
+
+
+def inputs_of(kind: str, padding: str | None) -> dict[str, Any]:
+    if kind == "ViT":
+        return {"pixel_values": random(2, 3, 40, 40, seed=1)}
+    ids = torch.randint(1, 61, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    if padding is None:
+        return {"input_ids": ids}
+    real = torch.ones(2, TOKENS, dtype=torch.int64)
+    if padding == "right":
+        real[1, 20:] = 0
+    else:
+        real[1, :5] = 0
+    return {"input_ids": ids, "attention_mask": real}
+
+
+class Real(nn.Module):
+    """The outputs at tokens that are no padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        out = self.model(**inputs)
+        out = out[0]
+        real = inputs.get("attention_mask")
+        return out if real is None else out[real.bool()]
+
+
+def _compared(
+    mesh: tuple[int, int], layout: str, kind: str, padding: str | None
+) -> dict[str, float]:
+    placed = workers.mesh(*mesh)
+    model, inputs = Real(model_of(kind)), inputs_of(kind, padding)
+
+    def spread(wrapped: nn.Module) -> None:
+        usp.parallelize(wrapped.model, placed, layout=layout)
+
+    wrong = doors.compared(model, inputs, placed, spread)
+    return {name: error for name, error in wrong.items() if not error <= LOOSE.get(kind, 1e-9)}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_spread_model_is_the_whole_one(pool, kind, padding, mesh) -> None:
+    if kind == "ViT" and padding:
+        pytest.skip("images have no padding")
+    layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
+    ranks = mesh[0] * mesh[1]
+    for wrong in pool.run(_compared, mesh, layout, kind, padding, ranks=ranks, timeout=250):
+        assert wrong == {}
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_on_one_device_it_is_what_transformers_computes(kind, padding) -> None:
+    """Eager attention, part of which they compute in fp32."""
+    ours, theirs = model_of(kind), model_of(kind, "eager")
+    inputs = inputs_of(kind, None if kind == "ViT" else padding)
+    if padding:  # in fp64 theirs is NaN in rows that see nothing
+        ours, theirs = ours.float(), theirs.float()
+    with torch.no_grad():
+        found, wanted = Real(ours)(**inputs), Real(theirs)(**inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_on_one_device_goes_on() -> None:
+    ids = inputs_of("Llama", None)["input_ids"][:1, :5]
+    for kind in ("Llama", "Gemma 2"):
+        texts = []
+        for implementation in ("usp", "eager"):
+            model = model_of(kind, implementation)
+            options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+            texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        assert torch.equal(*texts) and texts[0].shape == (1, 11)
+
+
+# Packed documents --------------------------------------------------------------------------------
+
+DOCUMENTS = (0, 10, 11, 20, TOKENS)
+
+
+def _packed(kind: str) -> dict[str, Tensor]:
+    model = model_of(kind)
+    usp.parallelize(model, workers.mesh(1, 2), layout="zigzag")
+    ids = inputs_of(kind, None)["input_ids"][:1]
+    lengths = torch.tensor(DOCUMENTS).diff().tolist()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"logits": model(input_ids=ids, position_ids=positions).logits.detach()}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_packed_documents_are_the_documents_one_by_one(pool, kind) -> None:
+    libraries.library("transformers")
+    model, ids = model_of(kind), inputs_of(kind, None)["input_ids"][:1]
+    parts = [model(input_ids=ids[:, a:b]).logits for a, b in itertools.pairwise(DOCUMENTS)]
+    wanted = {"logits": torch.cat(parts, 1).detach()}
+    for found in pool.run(_packed, kind, ranks=2, timeout=250):
+        assert doors.errors(wanted, found) == {}
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def _refused(case: str) -> None:
+    kind = "Qwen3" if case == "function" else "Llama"
+    model, inputs = model_of(kind), inputs_of(kind, None)
+    whole = copy.deepcopy(model)
+    usp.parallelize(model, workers.mesh(1, 2))
+    if case == "cache":
+        model(**inputs, use_cache=True)
+    elif case == "function":
+        masking = libraries.library("transformers.masking_utils")
+        options = {"and_mask_function": lambda b, h, q, k: (q - k) % 2 == 0}
+        embedded = random(2, TOKENS, 48, seed=1)
+        mask = masking.create_causal_mask(model.config, embedded, None, None, **options)
+        masks = {"full_attention": mask, "sliding_attention": mask}
+        whole(**inputs | {"attention_mask": masks})
+        model(**inputs | {"attention_mask": masks})
+    elif case == "square":
+        mask = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+        found = model(**inputs, attention_mask=mask).logits
+        assert doors.errors({"": whole(**inputs).logits}, {"": found}) == {}
+    else:
+        mask = torch.ones(2, 1, 14, 14, dtype=torch.bool).tril()
+        model(**inputs, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("cache", r"model\.layers\.0 \(LlamaDecoderLayer\) is given cache, .* 14 of 27 tokens"),
+        ("function", "a mask by a function of your own"),
+        ("local", r"attn_mask is \(2, 1, 14, 14\) where this rank holds 14 of 27"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(pool, case, message) -> None:
+    libraries.library("transformers")
+    with pytest.raises(RemoteError, match=message):
+        pool.run(_refused, case, ranks=2, timeout=250)
+
+
+def test_a_square_of_the_whole_is_right_as_it_stands(pool) -> None:
+    libraries.library("transformers")
+    pool.run(_refused, "square", ranks=2, timeout=250)
+
+
+def test_the_command_that_installs_it_is_named(monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'usp\[transformers\]'"):
+        door.register()
