@@ -172,8 +172,12 @@ def _check_report(output, something_sent):
     rows = _rows(output)
     assert "output" in rows and "gradient of the patches" in rows
     for name in ("forward", "backward"):
-        plain, sharded = rows[f"{name}, bytes sent each"]
-        assert plain == "0" and (sharded != "0") == something_sent
+        plain, alone, sharded = rows[f"{name}, bytes sent each"]
+        assert plain == alone == "0" and (sharded != "0") == something_sent
+        assert all(float(seconds) >= 0 for seconds in rows[f"{name}, seconds"])
+    words = " ".join(output.split())
+    assert re.search(r"One process with usp took \d+\.\d\d of the time that torch.nn took", words)
+    assert ("no faster than one" in words) == something_sent
     formula = [line for line in output.splitlines() if "by the formula" in line]
     counted = [line for line in output.splitlines() if "bytes sent each" in line]
     cells = [[re.split(r"\s*[│┃]\s*", line)[-2] for line in lines] for lines in (counted, formula)]

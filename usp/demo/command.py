@@ -106,7 +106,7 @@ def _fail(code: int, message: str) -> int:
 def _demo(settings: Settings, out: Path) -> int:
     from rich.console import Console
 
-    from usp.demo.report import cost_table, difference_table, save_picture
+    from usp.demo.report import cost_table, difference_table, in_words, save_picture
 
     start = time.monotonic()
     console = Console()
@@ -114,6 +114,7 @@ def _demo(settings: Settings, out: Path) -> int:
     with _progress(console) as stage:
         stage("train the weights", work.train_model, settings, 1)
         (plain_cost,) = stage("plain step, 1 process", work.plain_step, settings, 1)
+        (alone_cost,) = stage("usp's step, 1 process", work.alone_step, settings, 1)
         name = f"sharded step, {settings.processes} processes"
         sharded_costs = stage(name, work.sharded_step, settings, settings.processes)
     plain, sharded = (torch.load(settings.file(f)) for f in (work.PLAIN, work.SHARDED))
@@ -123,7 +124,8 @@ def _demo(settings: Settings, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(out, load_photograph(), settings.grid, attention, queries)
     console.print(difference_table(settings, compared))
-    console.print(cost_table(settings, plain_cost, sharded_costs))
+    console.print(cost_table(settings, plain_cost, alone_cost, sharded_costs))
+    console.print(in_words(settings, plain_cost, alone_cost, sharded_costs))
     console.print(f"picture: {out}   ({time.monotonic() - start:.0f} s in all)", highlight=False)
     far = [d for d in compared if not d.relative <= settings.tolerance]
     if far:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,33 +39,68 @@ def difference_table(settings: Settings, differences: list[Difference]) -> Table
     return table
 
 
-def cost_table(settings: Settings, plain: Cost, sharded: list[Cost]) -> Table:
-    """One column for the plain run, one for the sharded run: the largest over its ranks."""
+def cost_table(settings: Settings, plain: Cost, alone: Cost, sharded: list[Cost]) -> Table:
+    """A column for each run; of the sharded one the largest over its ranks."""
     from rich.table import Table
 
     table = Table(title="What did it take?", title_justify="left")
     table.add_column("")
     table.add_column("1 process\ntorch.nn", justify="right")
-    processes = f"{settings.processes} process{'es' * (settings.processes > 1)}"
+    table.add_column("1 process\nusp", justify="right")
     shape = f"{settings.ulysses_degree} ulysses x {settings.ring_degree} ring"
-    table.add_column(f"{processes}\nusp, {shape}", justify="right")
-
-    def row(name: str, one: str, many: str) -> None:
-        table.add_row(name, one, many)
-
-    row("device, threads each", _where(plain), _where(sharded[0]))
+    table.add_column(f"{_processes(settings)}\nusp, {shape}", justify="right")
+    ones = (plain, alone)
+    table.add_row("device, threads each", *map(_where, ones), _where(sharded[0]))
     for name in ("forward", "backward"):
-        most = max(getattr(cost, f"{name}_seconds") for cost in sharded)
-        row(f"{name}, seconds", f"{getattr(plain, f'{name}_seconds'):.2f}", f"{most:.2f}")
-    row("peak memory each", _mib(plain.peak_memory), _range(sharded, "peak_memory", _mib))
-    before = _range(sharded, "memory_before", _mib)
-    row("  of it before the step", _mib(plain.memory_before), before)
+        each = [_seconds(name, [cost]) for cost in ones]
+        table.add_row(f"{name}, seconds", *each, _seconds(name, sharded))
+    for name, title in (
+        ("peak_memory", "peak memory each"),
+        ("memory_before", "  before the step"),
+    ):
+        each = [_mib(getattr(cost, name)) for cost in ones]
+        table.add_row(title, *each, _range(sharded, name, _mib))
     for name in ("forward", "backward"):
-        row(f"{name}, bytes sent each", "0", _range(sharded, f"{name}_bytes", _count))
-        row("  by the formula", "0", _range(sharded, f"{name}_bytes_expected", _count))
+        sent = _range(sharded, f"{name}_bytes", _count)
+        table.add_row(f"{name}, bytes sent each", "0", "0", sent)
+        formula = _range(sharded, f"{name}_bytes_expected", _count)
+        table.add_row("  by the formula", "0", "0", formula)
     table.caption = f"peak memory: {memory_source(plain.device)}"
     table.caption_justify = "left"
     return table
+
+
+def in_words(settings: Settings, plain: Cost, alone: Cost, sharded: list[Cost]) -> str:
+    """What the figures mean, and what they do not."""
+    seconds = [_both(cost) for cost in (plain, alone)]
+    said = (
+        f"One process with usp took {seconds[1] / seconds[0]:.2f} of the time that torch.nn took: "
+        "the same work by other kernels. "
+    )
+    if settings.processes == 1:
+        return said
+    said += f"Each of {_processes(settings)} holds and computes a part of the sequence. "
+    if not sharded[0].device.startswith("cpu"):
+        return said + "They have a device each."
+    threads = sum(cost.threads for cost in sharded)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return said + (
+        f"Here they share {cores} cores ({threads} threads in all, one process had "
+        f"{plain.threads}), so all of them together are no faster than one: what falls is what "
+        "each must hold. On machines of their own they would compute at once."
+    )
+
+
+def _processes(settings: Settings) -> str:
+    return f"{settings.processes} process{'es' * (settings.processes > 1)}"
+
+
+def _both(cost: Cost) -> float:
+    return cost.forward_seconds + cost.backward_seconds
+
+
+def _seconds(name: str, costs: list[Cost]) -> str:
+    return f"{max(getattr(cost, f'{name}_seconds') for cost in costs):.2f}"
 
 
 def _where(cost: Cost) -> str:

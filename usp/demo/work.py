@@ -49,6 +49,14 @@ def plain_step(settings: Settings, rank: int, tell: Tell) -> Cost:
     return cost
 
 
+def alone_step(settings: Settings, rank: int, tell: Tell) -> Cost:
+    """Forward and backward with `usp.MultiheadAttention` in one process."""
+    model, patches = _load(settings, torch.device(_device_type(settings.processes)))
+    usp.replace_attention(model, None)
+    cost, _ = measured_step(settings, model, patches, None, tell)
+    return cost
+
+
 def sharded_step(settings: Settings, rank: int, tell: Tell) -> Cost:
     """This rank's part of forward and backward with `usp.MultiheadAttention`."""
     device = _join(settings, rank)
