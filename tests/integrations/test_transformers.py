@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import compiling
 import doors
 import libraries
 import pool as workers
@@ -45,6 +46,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         LM | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     ),
 }
+PADDED = [(kind, side) for kind in MODELS for side in (None, "left", "right")]
+PADDED = [(kind, side) for kind, side in PADDED if side is None or kind != "ViT"]
 # what these libraries compute in fp32, whatever is asked for, differs by its rounding
 LOOSE = {"Gemma 2": 3e-6, "Gemma 3": 3e-6}
 
@@ -104,23 +107,19 @@ def _compared(
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "padding"), PADDED)
 def test_a_spread_model_is_the_whole_one(pool, kind, padding, mesh) -> None:
-    if kind == "ViT" and padding:
-        pytest.skip("images have no padding")
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
     ranks = mesh[0] * mesh[1]
     for wrong in pool.run(_compared, mesh, layout, kind, padding, ranks=ranks, timeout=250):
         assert wrong == {}
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "padding"), [case for case in PADDED if case[1] != "right"])
 def test_on_one_device_it_is_what_transformers_computes(kind, padding) -> None:
     """Eager attention, part of which they compute in fp32."""
     ours, theirs = model_of(kind), model_of(kind, "eager")
-    inputs = inputs_of(kind, None if kind == "ViT" else padding)
+    inputs = inputs_of(kind, padding)
     if padding:  # in fp64 theirs is NaN in rows that see nothing
         ours, theirs = ours.float(), theirs.float()
     with torch.no_grad():
@@ -137,6 +136,35 @@ def test_generation_on_one_device_goes_on() -> None:
             options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
             texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
         assert torch.equal(*texts) and texts[0].shape == (1, 11)
+
+
+# Computed again, and compiled ---------------------------------------------------------------------
+
+
+def _again(how: str, training: bool) -> dict[str, float]:
+    mesh = workers.mesh(1, 2)
+    model = Real(model_of("Llama")).train(training)
+
+    def spread(wrapped: nn.Module) -> None:
+        usp.parallelize(wrapped.model, mesh, layout="zigzag")
+        if how != "compiled":
+            options = {"use_reentrant": how == "reentrant"}
+            wrapped.model.gradient_checkpointing_enable(options)
+
+    def compiled(wrapped: nn.Module) -> nn.Module:
+        if how == "compiled":
+            wrapped.model.forward = torch.compile(wrapped.model.forward, backend="aot_eager")
+        return wrapped
+
+    with compiling.afresh():
+        return doors.compared(model, inputs_of("Llama", "left"), mesh, spread, compiled)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "other", "compiled"])
+def test_checkpoints_and_graphs(pool, how) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_again, how, how != "compiled", ranks=2, timeout=280):
+        assert wrong == {}
 
 
 # Packed documents --------------------------------------------------------------------------------
@@ -173,6 +201,8 @@ def _refused(case: str) -> None:
     usp.parallelize(model, workers.mesh(1, 2))
     if case == "cache":
         model(**inputs, use_cache=True)
+    elif case == "hidden states":
+        model(**inputs, output_hidden_states=True)
     elif case == "function":
         masking = libraries.library("transformers.masking_utils")
         options = {"and_mask_function": lambda b, h, q, k: (q - k) % 2 == 0}
@@ -194,6 +224,10 @@ def _refused(case: str) -> None:
     ("case", "message"),
     [
         ("cache", r"model\.layers\.0 \(LlamaDecoderLayer\) is given cache, .* 14 of 27 tokens"),
+        (
+            "hidden states",
+            r"returns what model\.layers\.0 \(LlamaDecoderLayer\) does, \(2, 14, 48\)",
+        ),
         ("function", "a mask by a function of your own"),
         ("local", r"attn_mask is \(2, 1, 14, 14\) where this rank holds 14 of 27"),
     ],

@@ -8,31 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from usp import rng
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
 from usp.integrations._trunk import Trunk, first_tensor
-from usp.nn.multihead.module import MultiheadAttention
-from usp.nn.multihead.placement import Placement
-from usp.nn.spread import Spread
-
-_MULTIHEAD_NAMES = (
-    "query",
-    "key",
-    "value",
-    "key_padding_mask",
-    "need_weights",
-    "attn_mask",
-    "average_attn_weights",
-    "is_causal",
-)
 
 
 class Site:
@@ -107,9 +91,10 @@ class Whole(Site):
             out = self.inner(*args, **kwargs)
             for trunk in self.trunks:
                 trunk.check_joined()
+                trunk.check_outputs(tree_leaves(out))
         finally:
             for trunk in self.trunks:
-                trunk.is_open, trunk.running = False, None
+                trunk.close()
         return out if self.ranks == 1 else tree_map(self._shared, out)
 
     def _shared(self, x: Any) -> Any:
@@ -194,6 +179,7 @@ class Block(Inside):
         kwargs = {n: _cut(tokens, kwargs, n, beside) if n in beside else kwargs[n] for n in kwargs}
         out = self.run(tokens, args, kwargs)
         if not self.is_last:
+            trunk.note_local(self.described(), out)
             return out
         trunk.end()
         return self._joined(tokens, out)
@@ -236,73 +222,3 @@ def _cut(tokens: Tokens, given: Mapping[str, Any], name: str, beside: Mapping[st
     shape = tuple(whole.shape)
     refusal = f"{name} is {shape} with {shape[dim]} entries along dim {dim} for {length} tokens"
     refuse(tokens.spread, ValueError(f"{refusal}: beside= says that it has one for each"))
-
-
-class Multihead(Inside):
-    """``nn.MultiheadAttention``: in its place one of ours, with the very same parameters."""
-
-    def __init__(self, module: nn.MultiheadAttention, name: str, trunk: Trunk) -> None:
-        super().__init__(module, name, trunk, False)
-        self._ours = MultiheadAttention.from_torch(module)
-        for registry in ("_parameters", "_buffers", "_modules"):  # who replaces one, does it here
-            self._ours.__dict__[registry] = module.__dict__[registry]
-        self._placement = getattr(module, "placement", self._ours.placement)
-        self._placements: dict[int, Placement] = {}
-
-    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(tokens.shares) == 1:
-            return self.inner(*args, **kwargs)
-        given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
-        for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
-            mask = given.get(name)
-            if isinstance(mask, Tensor) and mask.shape[dim] == tokens.spread.seq_len:
-                given[name] = tokens.spread.shard(mask, dim)
-        ours, module = self._ours, cast(nn.MultiheadAttention, self.module)
-        ours.training, ours.dropout = module.training, module.dropout
-        ours.placement = ours._compared = self._placed(tokens.spread)
-        with self.trunk.entered(tokens) as region, region.paused():
-            region.answered += 1
-            return MultiheadAttention.forward(ours, **given)
-
-    def _placed(self, spread: Spread) -> Placement:
-        if spread.seq_len not in self._placements:
-            often = {None: "first", True: "always", False: "never"}[spread.validate]
-            self._placements[spread.seq_len] = replace(
-                self._placement,
-                mesh=spread.mesh,
-                layout=spread.layout,
-                seq_len=spread.seq_len,
-                validate=often,
-            )
-        return self._placements[spread.seq_len]
-
-
-class Local(Site):
-    """A module that means what this rank holds."""
-
-    def __init__(self, module: nn.Module, name: str, trunk: Trunk) -> None:
-        super().__init__(module, name)
-        self.trunk = trunk
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        region = self.trunk.region
-        if region is None:
-            return self.inner(*args, **kwargs)
-        with region.paused():
-            return self.inner(*args, **kwargs)
-
-
-class Samples(Inside):
-    """What drops whole samples (DropPath): the same on all ranks."""
-
-    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        probability = getattr(self.module, "drop_prob", getattr(self.module, "p", None))
-        if len(tokens.shares) == 1 or not self.module.training or probability == 0:
-            return self.inner(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._replicated)(args, kwargs)
-        return self._replicated(args, kwargs)
-
-    def _replicated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with rng.replicated(self.trunk.mesh):
-            return self.inner(*args, **kwargs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Trunk:
         self.running: Tokens | None = None
         self.region: Region | None = None
         self._seen: dict[int, Tokens] = {}
+        self._left: dict[int, tuple[str, ReferenceType[Tensor]]] = {}
 
     def begin(self, x: Tensor) -> Tokens | None:
         """The tokens of a whole sequence that comes to the first module; None where it stays whole.
@@ -82,6 +84,10 @@ class Trunk:
         if not is_computed_again():
             self.running = None
 
+    def close(self) -> None:
+        """The forward of the model is over, whichever way."""
+        self.is_open, self.running, self._left = False, None, {}
+
     def check_joined(self) -> None:
         """Raises:
         RuntimeError: the forward of the model is over, and tokens are not joined.
@@ -91,6 +97,28 @@ class Trunk:
                 f"the last module of {self.boundary.trunk} was not called, so tokens were cut and "
                 "never joined: end the trunk where the model does"
             )
+
+    def note_local(self, name: str, out: Any) -> None:
+        """Remember what a module before the last has returned, while somebody else holds it."""
+        several = self.mesh is not None and self.mesh.size > 1
+        if several and not torch.compiler.is_compiling() and not is_computed_again():
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, Tensor):
+                    self._left[id(x)] = name, ref(x)
+
+    def check_outputs(self, leaves: Iterable[Any]) -> None:
+        """Refuse outputs of the model that are those of a module before the last.
+
+        Raises:
+            NotImplementedError: names the module.
+        """
+        for x in leaves:
+            name, held = self._left.get(id(x), ("", None))
+            if isinstance(x, Tensor) and held is not None and held() is x:
+                raise NotImplementedError(
+                    f"the model returns what {name} does, {tuple(x.shape)}, which is this rank's "
+                    "alone (hidden states of inner layers): it has whole ones of the last alone"
+                )
 
     def current(self, x: Tensor | None) -> Tokens | None:
         """The tokens of the sequence that local ones are of; None where they are of none.

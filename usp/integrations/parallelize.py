@@ -12,7 +12,8 @@ from usp.integrations._across import reason
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, shortened
 from usp.integrations._families import OF_SAMPLES, family
-from usp.integrations._sites import Block, Inside, Local, Multihead, Samples, Site, Whole
+from usp.integrations._parts import Local, Multihead, Samples
+from usp.integrations._sites import Block, Inside, Site, Whole
 from usp.integrations._trunk import Trunk
 from usp.nn.multihead.module import check_class
 from usp.planning.layout import Layout, check_layout

@@ -7,9 +7,6 @@ travel as bands and never as a square.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -18,31 +15,9 @@ from torch import Tensor
 from usp.attention.functional import long_context_attention
 from usp.integrations._answer import Tokens, answer, refuse
 from usp.integrations._region import Region, current_region
-from usp.masks import causal, everything, window
-from usp.planning.masks.mask import Mask
+from usp.integrations._transformers_masks import Described, describe
 
 NAME = "usp"
-
-
-@dataclass(frozen=True, eq=False)
-class Described:
-    """What the mask table makes in place of a tensor.
-
-    Attributes:
-        mask: By position in the sequence; None where it is none of bands.
-        padding: (B, keys) bool, True where a key is no padding.
-        documents: Boundaries of each sample's documents.
-        offset: Position of the first query among the keys; None where it is no number.
-        lengths: Queries and keys.
-        dense: Makes the tensor that "sdpa" takes.
-    """
-
-    mask: Mask | None
-    padding: Tensor | None
-    documents: tuple[tuple[int, ...], ...] | None
-    offset: int | None
-    lengths: tuple[int, int]
-    dense: Callable[[], Tensor | None]
 
 
 def register() -> None:
@@ -70,84 +45,6 @@ def register() -> None:
         ) from None
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, describe)
-
-
-def describe(
-    mask_function: Callable[..., Any],
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **options: Any,
-) -> Described:
-    """The function of transformers' mask table; its arguments as there."""
-    from transformers.masking_utils import sdpa_mask
-
-    given = {"q_length": q_length, "kv_length": kv_length, "mask_function": mask_function}
-    given |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
-    found = None if use_vmap else _read(mask_function)
-    mask, packed = (None, None) if found is None else found
-    padding = None
-    if attention_mask is not None:
-        missing = kv_length + kv_offset - attention_mask.shape[-1]
-        padding = torch.nn.functional.pad(attention_mask.bool(), (0, max(0, missing)))
-        padding = padding[:, kv_offset : kv_offset + kv_length]
-    return Described(
-        mask,
-        padding,
-        None if packed is None else _boundaries(packed),
-        q_offset - kv_offset if isinstance(q_offset, int) else None,
-        (q_length, kv_length),
-        lambda: sdpa_mask(**given, use_vmap=use_vmap, **options),
-    )
-
-
-def _read(function: Callable[..., Any]) -> tuple[Mask, Tensor | None] | None:
-    """The mask that a function of transformers says, and the documents (B, tokens) that it holds;
-    None where it is another's, or one that is not known here.
-
-    They are closures of a few factories, whose names and variables say what they are.
-    """
-    if not getattr(function, "__module__", "").startswith("transformers."):
-        return None
-    names = function.__code__.co_freevars
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    held = dict(zip(names, cells, strict=True))
-    kind = function.__qualname__.partition(".")[0]
-    if kind == "causal_mask_function":
-        return causal(), None
-    if kind == "bidirectional_mask_function":
-        return everything(), None
-    if kind == "sliding_window_overlay":
-        return window(held["sliding_window"] - 1, None), None
-    if kind == "sliding_window_bidirectional_overlay":
-        return window(held["sliding_window"], held["sliding_window"]), None
-    if kind == "packed_sequence_mask_function":
-        return everything(), held["packed_sequence_mask"]
-    if kind == "remap_positions_for_packed_sequence":  # distances inside a document are the same
-        return _read(held["mask_function"])
-    if kind == "and_masks":
-        return reduce(_both, map(_read, held["mask_functions"]))
-    return None
-
-
-Read = tuple[Mask, Tensor | None] | None
-
-
-def _both(one: Read, other: Read) -> Read:
-    if one is None or other is None or (one[1] is not None and other[1] is not None):
-        return None
-    return one[0] & other[0], one[1] if other[1] is None else other[1]
-
-
-def _boundaries(packed: Tensor) -> tuple[tuple[int, ...], ...]:
-    """(B, tokens) number of each token's document -> the boundaries of each sample."""
-    length, found = packed.shape[1], []
-    for changes in (packed.diff(dim=1) != 0).tolist():
-        found.append((0, *(i + 1 for i, change in enumerate(changes) if change), length))
-    return tuple(found)
 
 
 def attention(
@@ -227,7 +124,7 @@ def _alone(
         if mask.mask is None or mask.offset is None:
             mask = mask.dense()
         else:
-            options = options | _bands(mask) | {"query_offset": mask.offset}
+            options = options | mask.options() | {"query_offset": mask.offset}
             mask = None
             hint = False
     if isinstance(mask, Tensor):
@@ -235,16 +132,6 @@ def _alone(
     elif hint:
         options = options | {"causal": query.shape[2] > 1}
     return cast(Tensor, long_context_attention(q, k, v, **options)), None
-
-
-def _bands(described: Described) -> dict[str, Any]:
-    found: dict[str, Any] = {"mask": described.mask}
-    if described.documents is not None:
-        each = described.documents
-        found["cu_seqlens"] = list(each) if len(set(each)) > 1 else each[0]
-    if described.padding is not None:
-        found["key_padding_mask"] = ~described.padding
-    return found
 
 
 def _spread(
@@ -268,7 +155,7 @@ def _spread(
     if mask is None:
         options = options | {"causal": hint}
     else:
-        options = options | _bands(mask)
+        options = options | mask.options()
         if "key_padding_mask" in options:
             options["key_padding_mask"] = tokens.spread.shard(options["key_padding_mask"])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -1,0 +1,98 @@
+"""Parts of a trunk that are more than what they call: torch's attention, local ones, DropPath."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from usp import rng
+from usp.integrations._answer import Tokens
+from usp.integrations._sites import Inside, Site
+from usp.integrations._trunk import Trunk
+from usp.nn.multihead.module import MultiheadAttention
+from usp.nn.multihead.placement import Placement
+from usp.nn.spread import Spread
+
+_MULTIHEAD_NAMES = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
+
+class Multihead(Inside):
+    """``nn.MultiheadAttention``: in its place one of ours, with the very same parameters."""
+
+    def __init__(self, module: nn.MultiheadAttention, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name, trunk, False)
+        self._ours = MultiheadAttention.from_torch(module)
+        for registry in ("_parameters", "_buffers", "_modules"):  # who replaces one, does it here
+            self._ours.__dict__[registry] = module.__dict__[registry]
+        self._placement = getattr(module, "placement", self._ours.placement)
+        self._placements: dict[int, Placement] = {}
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(tokens.shares) == 1:
+            return self.inner(*args, **kwargs)
+        given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
+        for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.shape[dim] == tokens.spread.seq_len:
+                given[name] = tokens.spread.shard(mask, dim)
+        ours, module = self._ours, cast(nn.MultiheadAttention, self.module)
+        ours.training, ours.dropout = module.training, module.dropout
+        ours.placement = ours._compared = self._placed(tokens.spread)
+        with self.trunk.entered(tokens) as region, region.paused():
+            region.answered += 1
+            return MultiheadAttention.forward(ours, **given)
+
+    def _placed(self, spread: Spread) -> Placement:
+        if spread.seq_len not in self._placements:
+            often = {None: "first", True: "always", False: "never"}[spread.validate]
+            self._placements[spread.seq_len] = replace(
+                self._placement,
+                mesh=spread.mesh,
+                layout=spread.layout,
+                seq_len=spread.seq_len,
+                validate=often,
+            )
+        return self._placements[spread.seq_len]
+
+
+class Local(Site):
+    """A module that means what this rank holds."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name)
+        self.trunk = trunk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        region = self.trunk.region
+        if region is None:
+            return self.inner(*args, **kwargs)
+        with region.paused():
+            return self.inner(*args, **kwargs)
+
+
+class Samples(Inside):
+    """What drops whole samples (DropPath): the same on all ranks."""
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        probability = getattr(self.module, "drop_prob", getattr(self.module, "p", None))
+        if len(tokens.shares) == 1 or not self.module.training or probability == 0:
+            return self.inner(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._replicated)(args, kwargs)
+        return self._replicated(args, kwargs)
+
+    def _replicated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with rng.replicated(self.trunk.mesh):
+            return self.inner(*args, **kwargs)
