@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import compiling
 import pytest
 import torch
 import torch._inductor.config
+from mask_cases import any_mask
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import usp
 from usp import masks
@@ -183,31 +187,159 @@ def test_a_wrong_call_is_refused_while_compiling() -> None:
         compiled(q, q[:, :, :2], q[:, :, :2])
 
 
-@pytest.mark.parametrize("name", ["mask", "one a sample", "key_lengths", "query_offset"])
-def test_masks_end_a_graph(name: str) -> None:
-    """They are values that no graph holds; what is computed is right, also with another mask."""
-    first, second = masks.window(2, 2) & masks.causal(), masks.window(5, 0) | masks.first_keys(2)
-    calls: list[dict[str, Any]] = {
-        "mask": [{"mask": first}, {"mask": second}],
-        "one a sample": [{"mask": [first, second]}, {"mask": [second, first]}],
-        "key_lengths": [{"key_lengths": (5, 11)}, {"key_lengths": torch.tensor((7, 3))}],
-        "query_offset": [{"causal": True, "query_offset": offset} for offset in (3, 1)],
-    }[name]
+TABLES = [masks.from_dense(masks.blocks((0, n, 11)).dense(11, 11)) for n in (4, 5)]
+# One form each, calls that differ in numbers alone; the last is the first one, made anew.
+CALLS: dict[str, list[dict[str, Any]]] = {
+    "mask": [
+        {"mask": masks.causal() & (masks.window(left, None) | masks.first_keys(keys))}
+        for left, keys in ((2, 1), (3, 0), (5, 2), (9, 1), (2, 1))
+    ],
+    "complement": [{"mask": ~masks.window(n, 0)} for n in (2, 3, 5, 6, 2)],
+    "neighbourhood": [
+        {"mask": masks.neighbourhood((rows, 3), (3, 2), edges="shift", start=2)}
+        for rows in (3, 2, 1, 3)
+    ],
+    "table": [{"mask": table} for table in (*TABLES, TABLES[0])],
+    "one a sample": [{"mask": [masks.causal(n), masks.window(n, n)]} for n in (2, 1, 3, 4, 2)],
+    "key_lengths": [{"key_lengths": (5, n)} for n in (11, 7, 3, 0, 11)],
+    "a tensor of key_lengths": [{"key_lengths": torch.tensor((5, n))} for n in (11, 7, 3, 0, 11)],
+    "query_offset": [{"causal": True, "query_offset": n} for n in (3, 2, 5, 9, 3)],
+    "query_offset of each": [
+        {"causal": True, "query_offset": torch.tensor((n, -n))} for n in (3, 2, 5, 3)
+    ],
+    "documents of each": [{"cu_seqlens": [(0, 11), (0, n, 11)]} for n in (3, 2, 5, 9, 3)],
+}
+
+
+def masked(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    q, k, v = given["q"] * 2, given["k"], given["v"]
+    return (usp.long_context_attention(q, k, v, **given["options"]) * 2,)
+
+
+def assert_equal(compiled: Any, options: dict[str, Any]) -> None:
+    """As eager, to the bit."""
+    given = {name: x for name, x in tensors().items() if name in "qkv"}
+    found, wanted = (
+        results(lambda x, f=function: f(x | {"options": options}), given)
+        for function in (compiled, masked)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), options
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_new_masks_do_not_compile_again(name: str) -> None:
+    """Numbers of a mask are symbols from the second one on, and values of tensors are read."""
     compiler = compiling.Counting("aot_eager")
+    compiled = torch.compile(masked, fullgraph=True, backend=compiler)
+    for options in CALLS[name]:
+        assert_equal(compiled, options)
+    assert compiler.graphs <= 2
 
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_masks_of_another_form_are_another_graph(compiler: str) -> None:
+    """No graph of another mask is taken: whatever was called before, the result is that of now."""
+    compiled = torch.compile(masked, fullgraph=True, backend=compiler)
+    one, other = (any_mask(Random(seed), 11, 11)[0] for seed in (3, 10))
+    for mask in (one, other, [one, other], [other, one], one):
+        assert_equal(compiled, {"mask": mask, "key_lengths": [11, 4]})
+
+
+def test_lists_that_change_in_their_place() -> None:
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    options: dict[str, Any] = {
+        "mask": [masks.window(2, 2), masks.causal()],
+        "key_lengths": [5, 11],
+        "query_offset": torch.tensor([0, 1]),
+        "cu_seqlens": None,
+    }
+    assert_equal(compiled, options)
+    options["mask"][0] = masks.window(3, 0)
+    assert_equal(compiled, options)
+    options["mask"][1] = masks.first_keys(3)
+    assert_equal(compiled, options)
+    options["key_lengths"][0] = 2
+    assert_equal(compiled, options)
+    options["query_offset"][1] = -2
+    assert_equal(compiled, options)
+
+
+def test_lengths_written_over_before_the_backward() -> None:
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    leaves = {name: x for name, x in tensors().items() if name in "qkv"}
+    found = []
+    for function in (masked, compiled):
+        lengths = torch.tensor((3, 11))
+        (out,) = function(leaves | {"options": {"key_lengths": lengths}})
+        lengths[0] = 5
+        found.append(torch.autograd.grad(out, list(leaves.values()), torch.cos(out.detach())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_masks_made_inside_of_a_graph() -> None:
     def model(given: dict[str, Any]) -> tuple[Tensor, ...]:
-        q, k, v = given["q"] * 2, given["k"], given["v"]
-        return (usp.long_context_attention(q, k, v, **given["options"]) * 2,)
+        mask = masks.causal() & (masks.window(given["options"], 0) | masks.first_keys(2))
+        return masked(given | {"options": {"mask": mask}})
 
-    compiled = torch.compile(model, backend=compiler)
-    for options in calls:
-        given = {name: x for name, x in tensors().items() if name in "qkv"}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    given = {name: x for name, x in tensors().items() if name in "qkv"}
+    for left in (2, 3, 11):
         found, wanted = (
-            results(lambda x, f=function, o=options: f(x | {"options": o}), given)
+            results(lambda x, f=function, n=left: f(x | {"options": n}), given)
             for function in (compiled, model)
         )
-        assert_same(found, wanted, 1e-12)
-    assert compiler.graphs >= 2
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_mask_of_a_module() -> None:
+    """What its attribute says when it is called counts."""
+    module = usp.LongContextAttention(mask=masks.window(2, 2))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    q, k, v = (tensors()[name] for name in "qkv")
+    for mask in (masks.window(2, 2), masks.window(1, 2), masks.causal(), masks.window(2, 2)):
+        module.mask = mask
+        assert torch.equal(compiled(q, k, v), usp.long_context_attention(q, k, v, mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"key_lengths": (1, 2, 3)}, "key_lengths has 3 entries"),
+        ({"mask": [masks.causal()] * 3}, "mask has 3 entries"),
+        ({"mask": "causal"}, "mask must be a mask of usp.masks"),
+        ({"mask": TABLES[0], "query_offset": 2}, "made of 11 queries"),
+    ],
+)
+def test_wrong_masks_are_refused_in_a_graph(options: dict[str, Any], said: str) -> None:
+    compiled = torch.compile(masked, backend="aot_eager")
+    given = {name: x for name, x in tensors().items() if name in "qkv"}
+    with pytest.raises(Exception, match=said):
+        compiled(given | {"options": options})
+
+
+def test_a_saved_program_knows_its_mask() -> None:
+    """All of it: nothing is kept beside the graph."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return usp.long_context_attention(q, k, v, mask=TABLES[0] | masks.first_keys(2))
+
+    given = tuple(tensors()[name].detach() for name in "qkv")
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), given), saved)
+    saved.seek(0)
+    assert torch.equal(torch.export.load(saved).module()(*given), Model()(*given))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_alone(name: str) -> None:
+    """Masks and lengths that have values, beside tensors that have none."""
+    for options in CALLS[name][:2]:
+        with FakeTensorMode() as mode:
+            given = {n: mode.from_tensor(x) for n, x in tensors().items() if n in "qkv"}
+            out, *gradients = results(lambda x, o=options: masked(x | {"options": o}), given)
+        assert out.shape == (2, 11, 4, 3)
+        assert [g.shape for g in gradients] == [x.shape for x in given.values()]
 
 
 def test_a_boolean_mask_is_a_bias_in_a_graph() -> None:

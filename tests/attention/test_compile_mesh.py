@@ -12,12 +12,13 @@ import pool as worker
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, local
+from cases import Case, local, seen
 from judge import assert_close, join, oracle
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import usp
+from usp import masks
 from usp.distributed.comm import Axis
 
 INDUCTOR = ["inductor"] if shutil.which("g++") or shutil.which("clang++") else []
@@ -62,13 +63,22 @@ CASES = {
         transport="allgather",
         bias_fill=-1e9,
     ),
+    "a mask for all": Case(
+        ulysses=2, ring=2, seq_len=11, heads=3, kv_heads=3, unions="one", seed=10
+    ),
+    "a mask for each sample": Case(
+        ulysses=1, ring=2, batch=3, seq_len=11, heads=2, unions="each", key_lengths=True, seed=3
+    ),
+    "cached keys": Case(
+        ulysses=2, batch=2, seq_len=7, key_len=13, heads=2, causal=True, query_offset=-1, seed=1
+    ),
 }
 
 
 def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
     """This rank's results and gradients, and the number of graphs."""
     mesh, t = worker.mesh(case.ulysses, case.ring), local(case, dist.get_rank())
-    compiler, layout = compiling.Counting("aot_eager"), case.placed
+    compiler, layout, drawn = compiling.Counting("aot_eager"), case.placed, seen(case).given
 
     def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         result = usp.long_context_attention(
@@ -77,6 +87,7 @@ def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
             v,
             mesh,
             **case.masks,
+            **drawn,
             layout=layout,
             seq_len=(case.seq_len, case.num_keys) if named else None,
             key_padding_mask=t.padding,
@@ -251,6 +262,58 @@ def test_other_lengths_do_not_compile_for_ever(pool) -> None:
     for wrong, graphs in pool.run(other_lengths, ranks=4, timeout=100):
         assert wrong == 0.0
         assert graphs <= 2, "what this rank holds is symbolic from the second one on"
+
+
+def other_masks(ulysses: int, ring: int) -> tuple[list[str], int]:
+    """What differs from eager where masks and lengths are new at each call; and the graphs."""
+    mesh, compiler, wrong = worker.mesh(ulysses, ring), compiling.Counting("aot_eager"), []
+    x = usp.shard_sequence(torch.randn(2, 11, 4, 3, dtype=torch.float64), mesh, 1)
+
+    def model(x: Tensor, mask: Any, lengths: Tensor) -> Tensor:
+        return usp.long_context_attention(x * 2, x, x, mesh, mask=mask, key_lengths=lengths)
+
+    with compiling.afresh():
+        fast = torch.compile(model, fullgraph=True, backend=compiler)
+        for left, length in ((3, 11), (5, 4), (2, 0), (9, 7), (3, 11)):
+            mask = [masks.window(left, 1), masks.causal() & masks.first_keys(left)]
+            given, found = (mask, torch.tensor((length, 10))), []
+            for function in (fast, model):
+                y = x.clone().requires_grad_()
+                # each rank makes its graph by itself: one that has none understands the others
+                out = (model if mesh.rank == 1 and left == 5 else function)(y, *given)
+                found.append((out, torch.autograd.grad(out, y, torch.cos(out.detach()))[0]))
+            if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
+                wrong.append(f"{mask}, {length}")
+    return wrong, compiler.graphs
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
+def test_other_masks_do_not_compile_again(pool, shape: tuple[int, int]) -> None:
+    for wrong, graphs in pool.run(other_masks, *shape, ranks=shape[0] * shape[1], timeout=120):
+        assert wrong == []
+        assert graphs <= 2, "numbers of masks are symbolic from the second one on"
+
+
+def masks_that_differ() -> str:
+    mesh = worker.mesh(2, 2)
+    x = torch.randn(1, 3, 4, 2)
+
+    def model(x: Tensor, mask: Any) -> Tensor:
+        return usp.long_context_attention(x, x, x, mesh, mask=mask)
+
+    with compiling.afresh():
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+        fast(x, masks.window(2, 1))
+        try:
+            fast(x, masks.window(2 + mesh.rank // 3, 1))
+        except ValueError as error:
+            return str(error)
+    return "nothing said"
+
+
+def test_masks_that_differ_among_ranks(pool) -> None:
+    for said in pool.run(masks_that_differ, ranks=4, timeout=100):
+        assert "ranks of the mesh disagree on mask" in said
 
 
 def dtensor_inputs() -> str:

@@ -13,6 +13,7 @@ from mask_cases import any_mask, table_of
 
 from usp import masks
 from usp.masks import Mask
+from usp.planning.masks.telling import from_told, told
 
 seeds = st.integers(0, 2**32)
 
@@ -39,6 +40,29 @@ def test_bands_are_monotone_disjoint_and_ascending(seed: int) -> None:
     assert (first >= 0).all() and (first <= stop).all() and (stop <= expected.shape[1]).all()
     assert (stop[:-1] <= first[1:]).all()
     assert int((stop - first).sum()) == int(expected.sum())
+
+
+@given(seeds)
+def test_a_mask_that_is_told_is_the_same(seed: int) -> None:
+    """In words, numbers and tensors; what other numbers say is another mask of the same form."""
+    random = Random(seed)
+    drawn = tuple(any_mask(random, 9, 9)[0] for _ in range(3))
+    words, numbers, tensors = told(drawn)
+    together = torch.cat([x.flatten() for x in tensors]) if tensors else None
+    found = from_told(" ".join(words), numbers, together)
+    assert found == drawn and list(map(repr, found)) == list(map(repr, drawn))
+    if together is not None:
+        together.zero_()  # memory of a graph, which may be used again
+    for one, other in zip(found, drawn, strict=True):
+        assert torch.equal(one.dense(9, 9), other.dense(9, 9))
+
+
+def test_a_mask_of_another_class_is_not_told() -> None:
+    class Own(Mask):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Own is no mask that usp\.masks makes"):
+        told(Own() & masks.causal())
 
 
 @given(seeds, st.integers(1, 9))

@@ -16,7 +16,6 @@ from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.kept import keep, kept, kind_of
 from usp.attention.learned import with_learned_scale
-from usp.attention.masking import is_more_than_a_few_numbers
 from usp.attention.placement import with_placement
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import with_sinks
@@ -41,7 +40,7 @@ def long_context_attention(
     mask: Mask | Sequence[Mask] | None = None,
     attn_mask: Tensor | None = None,
     key_lengths: Sequence[int] | Tensor | None = None,
-    query_offset: int | Sequence[int] = 0,
+    query_offset: int | Sequence[int] | Tensor = 0,
     softmax_scale: float | Tensor | None = None,
     layout: Layouts = "contiguous",
     seq_len: int | tuple[int, int] | str | None = None,
@@ -214,10 +213,6 @@ def _dispatched(
             if x is not None:
                 tensor(name, x)
         mesh = check_mesh(mesh)
-        if is_more_than_a_few_numbers(options):  # masks are values of their own: no graph has them
-            assert not isinstance(dropout_seed, Tensor)
-            when = validate if isinstance(validate, bool) else None
-            return _attend(tensors, options, mesh, dropout_seed, when)
         several = mesh is not None and mesh.size > 1
         return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
     if is_fake(tensors.q):

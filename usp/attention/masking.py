@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,16 +28,9 @@ class MaskOptions:
     window_size: tuple[int | None, int | None] = (None, None)
     cu_seqlens: Any = None
     prefix_len: int | None = None
-    mask: Mask | Sequence[Mask] | Checked | None = None
+    mask: Mask | Sequence[Mask] | None = None
     key_lengths: Sequence[int] | Tensor | None = None
-    query_offset: int | Sequence[int] = 0
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Masks that were made of options already."""
-
-    masks: Masks
+    query_offset: int | Sequence[int] | Tensor = 0
 
 
 def make_masks(options: MaskOptions, batch: int) -> Masks:
@@ -46,21 +39,14 @@ def make_masks(options: MaskOptions, batch: int) -> Masks:
     Raises:
         TypeError, ValueError: an option is of another kind, or for another number of samples.
     """
-    if isinstance(options.mask, Checked):
-        return options.mask.masks
     if not batch or _are_a_few_numbers(options):
         return _plain(options)
     base = make_mask(
         causal=options.causal, window_size=options.window_size, prefix_len=options.prefix_len
     )
     given = _each("mask", options.mask, batch, _is_list)
-    for mask in given:
-        if mask is not None and not isinstance(mask, Mask):
-            raise TypeError(
-                f"mask must be a mask of usp.masks, or a list of one for each sample, got {mask!r}:"
-                " a boolean tensor is an attn_mask"
-            )
-    packed = _each("cu_seqlens", options.cu_seqlens, batch, _is_nested)
+    check_mask(given)
+    packed = _each("cu_seqlens", options.cu_seqlens, batch, is_nested)
     lengths = _each("key_lengths", _on_host("key_lengths", options.key_lengths), batch, _is_list)
     offsets = _each("query_offset", _on_host("query_offset", options.query_offset), batch, _is_list)
     if options.key_lengths is not None and len(lengths) != batch:
@@ -98,10 +84,19 @@ def _are_a_few_numbers(options: MaskOptions) -> bool:
     return all(other is None for other in others) and type(offset) is int and offset == 0
 
 
-def is_more_than_a_few_numbers(options: MaskOptions) -> bool:
-    """Whether the options hold masks, or differ among samples."""
-    given = options.mask is not None or options.key_lengths is not None
-    return given or options.query_offset != 0 or _is_nested(options.cu_seqlens)
+def check_mask(mask: Any) -> Mask | Sequence[Mask] | None:
+    """``mask`` itself if it is one, a list of them, or none.
+
+    Raises:
+        TypeError: it is something else; says what to do.
+    """
+    for each in mask if _is_list(mask) else (mask,):
+        if each is not None and not isinstance(each, Mask):
+            raise TypeError(
+                "mask must be a mask of usp.masks, or a list of one for each sample, got a "
+                f"{type(each).__name__}: a boolean tensor is an attn_mask"
+            )
+    return cast("Mask | Sequence[Mask] | None", mask)
 
 
 def _one(base: Mask, mask: Any, cu_seqlens: Any, key_length: Any, query_offset: Any) -> Mask:
@@ -130,7 +125,8 @@ def _is_list(given: Any) -> bool:
     return isinstance(given, (list, tuple))
 
 
-def _is_nested(given: Any) -> bool:
+def is_nested(given: Any) -> bool:
+    """Whether these are boundaries of each sample."""
     return isinstance(given, (list, tuple)) and any(
         isinstance(each, (list, tuple, range, Tensor)) and not _is_number(each) for each in given
     )
@@ -142,14 +138,21 @@ def _is_number(given: Any) -> bool:
 
 def _on_host(name: str, given: Any) -> Any:
     """Numbers in a tensor as a list."""
-    if not isinstance(given, Tensor):
-        return given
+    return host_values(name, given).tolist() if isinstance(given, Tensor) else given
+
+
+def host_values(name: str, given: Tensor) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        ValueError: it is not on the host.
+    """
     if given.device.type != "cpu":
         raise ValueError(
             f"{name} must be host integers (a tuple or a CPU tensor), got a tensor on "
             f"{given.device}: planning must not wait for the device"
         )
-    return given.tolist()
+    return given
 
 
 def refuse_lengths(masks: Masks, query_len: int, key_len: int) -> None:

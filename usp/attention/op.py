@@ -45,7 +45,7 @@ from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
 from usp.planning.heads import split_heads
-from usp.planning.layout import Held, both
+from usp.planning.layout import Held
 from usp.planning.problem import state_dtype
 
 _LIBRARY = torch.library.Library("usp", "FRAGMENT")
@@ -137,7 +137,7 @@ def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     first, stop = heads.kv_range
     batch, own, own_kv = q.shape[0], heads.count, stop - first
     queries, keys = (degree * x.shape[1] + rank for x in (q, k))
-    of_queries, of_keys = both(given.options.layout)
+    of_queries, of_keys = given.layouts
     if isinstance(of_queries, Held):
         queries = sum(of_queries.counts[mesh.rank - rank :][:degree])
     if isinstance(of_keys, Held):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,19 +11,20 @@ from torch import Tensor
 
 from usp.attention.arguments import drops, needs_gradients, seed_of
 from usp.attention.given import Options, Tensors
-from usp.attention.masking import Checked, MaskOptions, is_more_than_a_few_numbers, make_masks
+from usp.attention.op_masks import ReadMasks, mask_options, read_masks
 from usp.distributed.agreement import When, check_when
 from usp.distributed.mesh import SequenceMesh, mesh_of
-from usp.planning.kinds import flag, integer
+from usp.planning.kinds import flag
 from usp.planning.layout import Layout, both, from_told, replicated, told
-from usp.planning.masks.bounds import host_boundaries
 from usp.planning.masks.options import check_window
-from usp.planning.samples import Masks
 from usp.planning.shares import named_lengths
+
+# Those that may be symbols of a graph, so that other ones need no other graph.
+Numbers = Sequence[int]
 
 
 class Arguments(NamedTuple):
-    """What the op takes: the six tensors in their order, two whose values are read when the graph
+    """What the op takes: the six tensors in their order, those whose values are read when the graph
     runs, then what a graph can hold of the rest.
 
     The op's schema is made of this table.
@@ -39,12 +38,17 @@ class Arguments(NamedTuple):
     alibi_slopes: Tensor | None
     dropout_seed: Tensor | None
     cu_seqlens: Tensor | None
+    cu_counts: Tensor | None
+    key_lengths: Tensor | None
+    query_offset: Tensor | None
+    mask_tensors: Tensor | None
     seed_is_drawn: bool
     causal: bool
     window_left: int | None
     window_right: int | None
     prefix_len: int | None
-    masks: int | None
+    masks: str | None
+    mask_numbers: Numbers
     softmax_scale: float | None
     layout: str
     layout_numbers: Sequence[int] | None
@@ -76,22 +80,19 @@ class Arguments(NamedTuple):
     def layouts(self) -> tuple[Layout, Layout]:
         """Of queries and of keys."""
         of = (self.layout, self.layout_numbers), (self.key_layout, self.key_layout_numbers)
-        queries, keys = (
-            from_told(name, None if numbers is None else tuple(numbers)) for name, numbers in of
-        )
+        queries, keys = (from_told(name, numbers) for name, numbers in of)
         return queries, keys
 
     @property
     def options(self) -> Options:
+        """The options of the call; what is read when the graph runs is read here."""
         lengths = None
         if self.query_len is not None and self.key_len is not None:
             lengths = self.query_len, self.key_len
         return Options(
             causal=self.causal,
             window_size=(self.window_left, self.window_right),
-            cu_seqlens=self.cu_seqlens,
             prefix_len=self.prefix_len,
-            mask=None if self.masks is None else Checked(_MASKS[self.masks]),
             softmax_scale=self.softmax_scale,
             layout=self.layouts,
             seq_len=lengths,
@@ -101,6 +102,7 @@ class Arguments(NamedTuple):
             return_lse=self.return_lse,
             backend=self.backend,
             heads=None if self.heads is None else cast("tuple[int, int]", tuple(self.heads)),
+            **mask_options(ReadMasks(*cast(Any, self[_READ])), self.masks, self.mask_numbers),
         )
 
     @property
@@ -139,21 +141,19 @@ _TYPES = {
     "bool | None": "bool?",
     "int | None": "SymInt?",
     "Sequence[int] | None": "int[]?",
+    "Numbers": "SymInt[]",
     "float": "float",
     "float | None": "float?",
     "str": "str",
     "str | None": "str?",
     "Sequence[bool]": "bool[]",
 }
-TENSORS = len(Tensors._fields) + 2
+_READ = slice(len(Tensors._fields) + 1, len(Tensors._fields) + 1 + len(ReadMasks._fields))
+TENSORS = _READ.stop
 SCHEMA = ", ".join(
     f"{_TYPES[str(getattr(kind, '__forward_arg__', kind))]} {name}"
     for name, kind in inspect.get_annotations(Arguments).items()
 )
-# A graph holds numbers: masks are found by one that is that of their value.
-_MASKS: OrderedDict[int, Masks] = OrderedDict()
-_MOST_MASKS = 4096
-_NO_MASKS: dict[str, Any] = {field.name: field.default for field in fields(MaskOptions)}
 
 
 def arguments(
@@ -170,23 +170,21 @@ def arguments(
         validate: As there, or "first": at the first of such calls on the mesh.
     """
     check_when(None if validate == "first" else validate)
-    masks = None
-    if is_more_than_a_few_numbers(options):
-        masks = _masks_number(make_masks(options, tensors.q.shape[0]))
-        options = replace(options, **_NO_MASKS)
+    read, masks, mask_numbers = read_masks(options)
     window, layouts = check_window(options.window_size), both(options.layout)
     (layout, numbers), (key_layout, key_numbers) = map(told, layouts)
     query_len, key_len = named_lengths(options.seq_len, options.layout) or (None, None)
     return Arguments(
         *tensors,
         dropout_seed=_seed(options, dropout_seed),
-        cu_seqlens=_documents(options.cu_seqlens),
+        **read._asdict(),
         seed_is_drawn=dropout_seed is None,
         causal=flag("causal", options.causal),
         window_left=window.left,
         window_right=window.right,
         prefix_len=options.prefix_len,
         masks=masks,
+        mask_numbers=mask_numbers,
         softmax_scale=cast("float | None", options.softmax_scale),  # a tensor is part of q by now
         layout=layout,
         layout_numbers=numbers,
@@ -205,27 +203,6 @@ def arguments(
         is_first=validate == "first",
         gradients=needs_gradients(tensors),
     )
-
-
-def _masks_number(masks: Masks) -> int:
-    number = hash(masks)
-    while number in _MASKS and _MASKS[number] != masks:
-        number += 1
-    _MASKS[number] = masks
-    _MASKS.move_to_end(number)
-    while len(_MASKS) > _MOST_MASKS:
-        _MASKS.popitem(last=False)
-    return number
-
-
-def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:
-    """Boundaries that a graph reads when it runs, those of this call."""
-    if cu_seqlens is None:
-        return None
-    if isinstance(cu_seqlens, Tensor):
-        return host_boundaries(cu_seqlens).clone()
-    bounds = [int(integer("a boundary of cu_seqlens", bound)) for bound in cu_seqlens]
-    return torch.tensor(bounds, dtype=torch.int64, device="cpu")
 
 
 def _seed(options: Options, dropout_seed: int | Tensor | None) -> Tensor | None:

@@ -49,7 +49,7 @@ class LongContextAttention(nn.Module):
         cu_seqlens: Sequence[int] | Tensor | Sequence[Sequence[int]] | None = None,
         prefix_len: int | None = None,
         mask: Mask | Sequence[Mask] | None = None,
-        query_offset: int | Sequence[int] = 0,
+        query_offset: int | Sequence[int] | Tensor = 0,
         softmax_scale: float | Tensor | None = None,
         layout: Layouts = "contiguous",
         seq_len: int | tuple[int, int] | str | None = None,
@@ -113,7 +113,7 @@ class LongContextAttention(nn.Module):
         mask: Mask | Sequence[Mask] | None = None,
         attn_mask: Tensor | None = None,
         key_lengths: Sequence[int] | Tensor | None = None,
-        query_offset: int | Sequence[int] | None = None,
+        query_offset: int | Sequence[int] | Tensor | None = None,
         seq_len: int | tuple[int, int] | str | None = None,
         spread: Spread | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:

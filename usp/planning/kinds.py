@@ -44,6 +44,14 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     return found
 
 
+def graph_integer(name: str, value: Any) -> int:
+    """The same, and a number that a graph of ``torch.compile`` may make a symbol stays one.
+
+    To look at it would make it a constant of the graph, and another one another graph.
+    """
+    return value if type(value) is int else integer(name, value)
+
+
 def real(name: str, value: Any) -> float:
     """``value`` as a finite float: Python's, numpy's, a tensor of one element, integers too.
 

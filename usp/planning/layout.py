@@ -7,7 +7,7 @@ row is cut for the ranks of its mesh row stands in ``shares.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -159,13 +159,13 @@ def told(layout: Layout) -> tuple[str, tuple[int, ...] | None]:
     return layout, None
 
 
-def from_told(name: str, numbers: tuple[int, ...] | None) -> Layout:
+def from_told(name: str, numbers: Sequence[int] | None) -> Layout:
     """The way back."""
     if numbers is None:
         return name
     if name == "replicated":
         return Replicated(*numbers)
-    return DocumentZigzag(numbers) if name == "documents" else Held(numbers)
+    return (DocumentZigzag if name == "documents" else Held)(tuple(numbers))
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import usp
+from usp import masks
 
 
 def compiled(
@@ -115,3 +116,28 @@ def uncut() -> str:
 def test_a_sequence_that_nobody_cut(pool) -> None:
     for said in pool.run(uncut, ranks=4, timeout=60):
         assert "all 4 ranks of the mesh hold the same 5 tokens" in said
+
+
+def masked() -> tuple[list[bool], int]:
+    """Whether results, weights and gradients are those of eager, by composed masks."""
+    mesh, compiler = worker.mesh(2, 2), compiling.Counting("aot_eager")
+    torch.manual_seed(0)
+    table = masks.from_dense(masks.window(1, 4).dense(11, 11))
+    module = usp.MultiheadAttention(
+        12, 3, mesh=mesh, batch_first=True, seq_len=11, causal=True, mask=table | ~masks.causal(-3)
+    ).double()
+    x = torch.randn(2, 2 + (mesh.rank < 3), 12, dtype=torch.float64)
+    results = []
+    with compiling.afresh():
+        fast = torch.compile(module, fullgraph=True, backend=compiler)
+        for function in (module, fast):
+            out, weights = function(x, x, x)
+            gradients = torch.autograd.grad(torch.cos(out).sum(), module.parameters())
+            results.append((out, weights, *gradients))
+    return [torch.equal(a, b) for a, b in zip(*results, strict=True)], compiler.graphs
+
+
+def test_weights_by_a_mask(pool) -> None:
+    for same, graphs in pool.run(masked, ranks=4, timeout=60):
+        assert all(same)
+        assert graphs == 1

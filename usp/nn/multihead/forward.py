@@ -13,13 +13,14 @@ from torch import Tensor
 
 from usp.attention import functional
 from usp.attention.given import Options, Tensors
+from usp.attention.visible import visible
 from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
 from usp.nn.multihead.extra_keys import ExtraKeys
 from usp.nn.multihead.placement import Placement
 from usp.nn.multihead.weights import attention_weights, check_size
 from usp.ops import philox
-from usp.planning.masks.mask import Everything, visible_keys
+from usp.planning.masks.mask import Everything
 from usp.planning.problem import state_dtype
 from usp.sharding.sequence import positions
 
@@ -102,15 +103,15 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
     """
     q, keys = call.q, call.whole[1]
     mask = placement.whole_mask(call.causal)
-    visible = None
+    seen = None
     if mask != Everything():
         q_pos = positions(call.whole[0], placement.mesh, placement.layouts[0])
-        visible = visible_keys(mask, q_pos, keys).to(q.device)
+        seen = visible(mask, q_pos, keys).to(q.device)
     rows = attention_weights(
         q,
         placement.gather(call.k, keys, validate=False),  # attention has compared
         call.softmax_scale,
-        visible,
+        seen,
         call.bias if call.padding is None else _padded_bias(call, placement, validate=False),
         None if extra is None else extra.scores(q, call.softmax_scale),
     )

@@ -28,14 +28,20 @@ class Table(Mask):
 
     Attributes:
         query_len, key_len: Of the whole sequences.
-        digest: Of all ends, by which tables compare.
+        code: (4,) int64, the digest as a graph can read it.
         ends: (first, stop), each (bands, query_len) int64.
+        digest: Of all ends, by which tables compare.
     """
 
     query_len: int
     key_len: int
-    digest: str
+    code: Tensor = field(compare=False, repr=False)
     ends: Bands = field(compare=False, repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = array("q", self.code.tolist()).tobytes().hex()
+        object.__setattr__(self, "digest", digest)
 
     def bands(self, positions: Tensor, key_len: int, trim: bool = True) -> Bands:
         # queries outside the table see nothing, before its keys or behind them
@@ -156,7 +162,8 @@ def _table(parts: Iterable[Tensor], query_len: int, key_len: int) -> Mask:
         )
         found = bands.disjoint(first, stop)
     told = array("q", torch.stack(found).flatten().tolist()).tobytes()
-    return Table(query_len, key_len, hashlib.sha256(told).hexdigest(), found)
+    code = torch.tensor(array("q", hashlib.sha256(told).digest()), device=_HOST)
+    return Table(query_len, key_len, code, found)
 
 
 def _carries_on(last: Run, run: Run) -> bool:
