@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import usp
+from usp import masks
 from usp.testing import WireBytes, dense_attention
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]
@@ -291,7 +292,10 @@ def test_text_and_image_cut_each_for_itself(pool, shape: tuple[int, int]) -> Non
 def in_graph(x: Tensor, table: Tensor, mesh: usp.SequenceMesh) -> Tensor:
     spread = usp.Spread(mesh, "zigzag", x.shape[1], validate=False)
     x = spread.shard(x) + table[spread.positions()]
-    return spread.unshard(spread.attention(x, x, x, causal=True))
+    x = spread.roll(x, 1) + spread.take(x, [0, -1]).sum(1, keepdim=True)
+    variance, mean = spread.var_mean(x, keepdim=True)
+    x = (x - mean) * variance
+    return spread.unshard(spread.attention(x, x, x, mask=masks.causal() & masks.window(5, 0)))
 
 
 def compiled() -> tuple[int, float]:

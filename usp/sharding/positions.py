@@ -54,7 +54,7 @@ def _positions(
     seq_len: int, layout: str, numbers: Sequence[int] | None, mesh: str | None
 ) -> Tensor:
     (ring, ulysses), rank = degrees_and_place(None if mesh is None else mesh_of(mesh))
-    placed = from_told(layout, None if numbers is None else tuple(numbers))
+    placed = from_told(layout, numbers)
     return local_positions(placed, seq_len, ring, ulysses, rank).clone()
 
 
@@ -62,7 +62,7 @@ def _fake_positions(
     seq_len: int, layout: str, numbers: Sequence[int] | None, mesh: str | None
 ) -> Tensor:
     (ring, ulysses), (r, u) = degrees_and_place(None if mesh is None else mesh_of(mesh))
-    placed = from_told(layout, None if numbers is None else tuple(numbers))
+    placed = from_told(layout, numbers)
     with _disable_current_modes():
         held = shares(placed, int(seq_len), ring, ulysses)[r * ulysses + u]
     return torch.empty(held, dtype=torch.int64, device="cpu")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from usp.distributed.agreement import Facts, meet_in_backward
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.kinds import integer
-from usp.planning.layout import Layout
-from usp.planning.moves import Moves, shift_moves
-from usp.planning.shares import owners
-from usp.sharding.collectives import Gather, exchange
-from usp.sharding.whole import agree_on_length, checked_dim
+from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.planning.layout import Layout, check_layout
+from usp.planning.shares import named_lengths
+from usp.sharding import rolling, taking
+from usp.sharding.in_graph import is_in_graph
 
 
 def take(
@@ -57,56 +53,7 @@ def take(
         ValueError: there is no such row, this rank's share of ``seq_len`` is not what ``x`` holds,
             or another rank refuses or was asked for something else; names both.
     """
-    run = _take if mesh is None else _take_on_mesh
-    return run(x, mesh, rows, dim, layout, seq_len, validate)
-
-
-def _take(
-    x: Tensor,
-    mesh: SequenceMesh | None,
-    rows: Sequence[int] | Tensor,
-    dim: int,
-    layout: Layout,
-    seq_len: int | None,
-    validate: bool | None,
-) -> Tensor:
-    asked: list[int] = []
-
-    def more() -> Facts:
-        asked.extend(_integers(rows))
-        return {"rows": asked}
-
-    length, name = agree_on_length("usp.take", x, mesh, dim, layout, seq_len, validate, more)
-    for row in asked:
-        if not -length <= row < length:
-            raise ValueError(f"there is no row {row} in a sequence of {length} tokens")
-    asked = [row % length for row in asked]
-    dim = checked_dim(x, dim)
-    if mesh is None or mesh.size == 1:
-        return x.index_select(dim, torch.tensor(asked, dtype=torch.int64, device=x.device))
-    wanted, place = torch.tensor(asked, dtype=torch.int64, device="cpu").unique(return_inverse=True)
-    degrees, _ = degrees_and_place(mesh)
-    owner, index = owners(layout, length, degrees, wanted)
-    mine = index[owner == mesh.rank].to(x.device)
-    counts = owner.bincount(minlength=mesh.size).view(degrees).tolist()
-    local = x.index_select(dim, mine).movedim(dim, 0)
-    joined = cast(Tensor, Gather.apply(local, mesh, counts))
-    if name is not None:
-        meet_in_backward(joined, mesh, name)
-    # ``joined`` is in the order of the ranks, and each one's in that of positions
-    place = owner.argsort(stable=True).argsort()[place].to(x.device)
-    return joined.index_select(0, place).movedim(0, dim)
-
-
-_take_on_mesh = untraced(_take)
-
-
-def _integers(rows: Sequence[int] | Tensor) -> list[int]:
-    if isinstance(rows, Tensor) and rows.dim() == 1:
-        rows = cast("list[int]", rows.tolist())
-    if isinstance(rows, Tensor | str) or not isinstance(rows, Sequence | range):
-        raise TypeError(f"rows must be a list of positions, got {rows!r}")
-    return [integer("a row", row) for row in rows]
+    return _run(taking.take, taking.take_in_graph, x, mesh, rows, dim, layout, seq_len, validate)
 
 
 def roll(
@@ -145,62 +92,24 @@ def roll(
         ValueError: this rank's share of ``seq_len`` is not what ``x`` holds, or another rank
             refuses or was asked for something else; names both.
     """
-    run = _roll if mesh is None else _roll_on_mesh
-    return run(x, mesh, shift, dim, layout, seq_len, validate)
+    return _run(rolling.roll, rolling.roll_in_graph, x, mesh, shift, dim, layout, seq_len, validate)
 
 
-def _roll(
+def _run(
+    eager: Callable[..., Tensor],
+    graph: Callable[..., Tensor],
     x: Tensor,
     mesh: SequenceMesh | None,
-    shift: int,
+    what: Any,
     dim: int,
     layout: Layout,
     seq_len: int | None,
     validate: bool | None,
 ) -> Tensor:
-    length, name = agree_on_length(
-        "usp.roll",
-        x,
-        mesh,
-        dim,
-        layout,
-        seq_len,
-        validate,
-        lambda: {"shift": integer("shift", shift)},
-    )
-    shift = integer("shift", shift) % max(length, 1)
-    if mesh is None or mesh.size == 1:
-        return x.roll(shift, dim)
-    sequence = layout, length
-    rolled = cast(Tensor, _Roll.apply(x.movedim(dim, 0), mesh, sequence, shift))
-    if name is not None:
-        meet_in_backward(rolled, mesh, name)
-    return rolled.movedim(0, dim)
-
-
-_roll_on_mesh = untraced(_roll)
-
-
-class _Roll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mesh: SequenceMesh, sequence: tuple[Layout, int], shift: int
-    ) -> Tensor:
-        ctx.mesh, ctx.sequence, ctx.shift = mesh, sequence, shift
-        return _move(x, mesh, shift_moves(*sequence, *degrees_and_place(mesh), shift))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        back = -ctx.shift % max(ctx.sequence[1], 1)
-        return cast(Tensor, _Roll.apply(grad, ctx.mesh, ctx.sequence, back)), None, None, None
-
-
-def _move(x: Tensor, mesh: SequenceMesh, moves: Moves) -> Tensor:
-    """(rows before, ...) -> (rows after, ...)."""
-    (before, after), leaves, passes, arrives = moves.on(x.device)
-    row = exchange(mesh.ulysses, x.index_select(0, leaves), moves.row_send, moves.row_recv)
-    came = exchange(mesh.ring, row.index_select(0, passes), moves.ring_send, moves.ring_recv)
-    out = x.new_empty(x.shape)
-    out[after] = x[before]
-    out[arrives] = came
-    return out
+    """One of the two ways; a graph cannot ask for a length that nobody named, and ends there."""
+    if is_in_graph(x, check_mesh(mesh)):
+        named = named_lengths(seq_len, check_layout(layout))
+        if named is not None:
+            return graph(x, mesh, what, dim, layout, named[0], validate)
+    run = eager if mesh is None or mesh.size == 1 else untraced(eager)
+    return run(x, mesh, what, dim, layout, seq_len, validate)

@@ -9,8 +9,8 @@ Source: the parallel formula of Chan, Golub and LeVeque, 1979 (STAN-CS-79-773).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ from usp.distributed.agreement import (
     new_name,
 )
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.distributed.mesh import SequenceMesh, check_mesh, mesh_of
 from usp.planning.kinds import flag, integer, real
 from usp.planning.problem import state_dtype
-from usp.sharding.collectives import Gather
+from usp.sharding import in_graph
+from usp.sharding.collectives import Gather, gather, reduce_scatter
+from usp.sharding.in_graph import is_in_graph
 from usp.sharding.whole import checked_dim
 
 
@@ -132,7 +134,10 @@ def _reduce(
     validate: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Variance and mean; options: correction and keepdim."""
-    run = _joined if mesh is None else _joined_on_mesh
+    run = untraced(_joined)
+    mesh = check_mesh(mesh)
+    if mesh is None or mesh.size == 1 or is_in_graph(x, mesh):
+        run = _joined
     return run(place, x, mesh, dim, options, validate)
 
 
@@ -144,58 +149,86 @@ def _joined(
     options: tuple[float, bool],
     validate: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    correction, keepdim = options
-    dims, name = _agree(place, x, mesh, dim, options, validate)
-    shape = [1 if i in dims else size for i, size in enumerate(x.shape)]
-    parts = _own(x, dims)
-    if mesh is not None and mesh.size > 1:
-        parts = _of_all(parts, mesh, name)
+    def check() -> _Asked:
+        check_when(validate)
+        return _asked(place, x, dim, *options)
+
+    if mesh is not None and is_in_graph(x, mesh):
+        asked = check()
+        parts = _of_all_in_graph(_own(x, asked.dims), mesh, asked, validate)
+    else:
+        asked, name = _agree(place, check, mesh, validate, lambda: _more(x))
+        parts = _own(x, asked.dims)
+        if mesh is not None and mesh.size > 1:
+            parts = _of_all(parts, mesh, name)
     total = parts.number.sum(0)
     mean = (parts.number * parts.mean).sum(0) / total
     squares = (parts.squares + parts.number * (parts.mean - mean).square()).sum(0)
-    found = [squares / (total - correction).clamp_min(0), mean]
-    if not keepdim:
-        shape = [size for i, size in enumerate(x.shape) if i not in dims]
+    found = [squares / (total - asked.correction).clamp_min(0), mean]
+    shape = [1 if i in asked.dims else size for i, size in enumerate(x.shape)]
+    if not asked.keepdim:
+        shape = list(asked.beside)
     variance, mean = (part.view(shape).to(x.dtype) for part in found)
     return variance, mean
 
 
-_joined_on_mesh = untraced(_joined)
+class _Asked(NamedTuple):
+    """What all ranks must ask for alike, as a graph can hold it.
+
+    Attributes:
+        place: Of agreement.PLACES.
+        dims, beside: Those to reduce, counted from the front, and sizes of the others.
+        correction, keepdim, dtype: As given, and of x.
+    """
+
+    place: str
+    dims: tuple[int, ...]
+    beside: tuple[int, ...]
+    correction: float
+    keepdim: bool
+    dtype: str
+
+
+def _asked(
+    place: str, x: Tensor, dim: int | Sequence[int], correction: float, keepdim: bool
+) -> _Asked:
+    dims = _checked_dims(x, dim)
+    beside = tuple(size for i, size in enumerate(x.shape) if i not in dims)
+    correction, keepdim = real("correction", correction), flag("keepdim", keepdim)
+    return _Asked(place, dims, beside, correction, keepdim, str(x.dtype))
+
+
+def _more(x: Tensor) -> Facts:
+    needed = torch.is_grad_enabled() and x.requires_grad
+    return {"device type": x.device.type, "gradient needed": needed}
 
 
 def _agree(
     place: str,
-    x: Tensor,
+    check: Callable[[], _Asked],
     mesh: SequenceMesh | None,
-    dim: int | Sequence[int],
-    options: tuple[float, bool],
     validate: bool | None,
-) -> tuple[tuple[int, ...], int | None]:
-    """The dims, counted from the front, and a name for this call where the ranks have met."""
+    more: Callable[[], Facts],
+) -> tuple[_Asked, int | None]:
+    """What is asked for, and a name for this call where the ranks have met.
 
-    def check() -> tuple[int, ...]:
-        check_when(validate)
-        dims = _checked_dims(x, dim)
-        real("correction", options[0])
-        flag("keepdim", options[1])
-        return dims
-
-    if not meets(check_mesh(mesh), validate, False) or mesh is None:
+    Args:
+        more: What else all ranks must agree on.
+    """
+    if mesh is None or not meets(mesh, validate, False):
         return check(), None
 
-    def facts(dims: tuple[int, ...]) -> Facts:
+    def facts(asked: _Asked) -> Facts:
         return {
-            "dim": dims,
-            "dims beside those": tuple(n for i, n in enumerate(x.shape) if i not in dims),
-            "correction": options[0],
-            "keepdim": options[1],
-            "dtype": x.dtype,
-            "device type": x.device.type,
-            "gradient needed": torch.is_grad_enabled() and x.requires_grad,
-        }
+            "dim": asked.dims,
+            "dims beside those": asked.beside,
+            "correction": asked.correction,
+            "keepdim": asked.keepdim,
+            "dtype": asked.dtype,
+        } | more()
 
-    dims, told = check_on_all_ranks(mesh, place, check, facts, lambda: (new_name(),))
-    return dims, told[0][0]
+    asked, told = check_on_all_ranks(mesh, place, check, facts, lambda: (new_name(),))
+    return asked, told[0][0]
 
 
 def _checked_dims(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
@@ -223,10 +256,53 @@ def _own(x: Tensor, dims: tuple[int, ...]) -> _Moments:
 
 def _of_all(parts: _Moments, mesh: SequenceMesh, name: int | None) -> _Moments:
     """The parts of all ranks, in one message along each axis."""
-    told = torch.cat(parts, 1)
-    one_each = [[1] * mesh.ulysses_degree] * mesh.ring_degree
-    everyone = cast(Tensor, Gather.apply(told, mesh, one_each))
+    everyone = cast(Tensor, Gather.apply(torch.cat(parts, 1), mesh, _one_each(mesh)))
     if name is not None:
         meet_in_backward(everyone, mesh, name)
-    values = parts.mean.shape[1]
+    return _split(everyone)
+
+
+def _of_all_in_graph(
+    parts: _Moments, mesh: SequenceMesh, asked: _Asked, validate: bool | None
+) -> _Moments:
+    """The same through the op."""
+    told = torch.cat(parts, 1)
+    return _split(in_graph.call("gather_moments", told, *asked, mesh.name, validate=validate))
+
+
+def _split(everyone: Tensor) -> _Moments:
+    values = (everyone.shape[1] - 1) // 2
     return _Moments(*everyone.split((1, values, values), 1))
+
+
+def _one_each(mesh: SequenceMesh) -> list[list[int]]:
+    return [[1] * mesh.ulysses_degree] * mesh.ring_degree
+
+
+def _apply(told: Tensor, *settings: Any) -> tuple[Tensor, int | None]:
+    *given, mesh, validate, more = settings
+    asked, on = _Asked(*given), mesh_of(mesh)
+    asked = asked._replace(dims=tuple(asked.dims), beside=tuple(asked.beside))
+
+    def others() -> Facts:
+        return {"device type": told.device.type} | more()
+
+    _, name = _agree(asked.place, lambda: asked, on, validate, others)
+    return gather(on, told, _one_each(on)), name
+
+
+def _adjoint(grad: Tensor, _local: int, *settings: Any) -> Tensor:
+    on = mesh_of(settings[-1])
+    return reduce_scatter(on, grad, _one_each(on))
+
+
+in_graph.register(
+    in_graph.Collective(
+        "gather_moments",
+        "str place, int[] dims, SymInt[] beside, float correction, bool keepdim, str dtype, "
+        "str mesh",
+        _apply,
+        _adjoint,
+        lambda local, *settings: mesh_of(settings[-1]).size,
+    )
+)
