@@ -250,20 +250,30 @@ def test_a_length_that_cannot_be_told_is_refused(pool) -> None:
         pool.run(_no_tokens, ranks=2)
 
 
-def _averaged() -> dict[str, float]:
-    """DistributedDataParallel over the sequence ranks: the loss times their number."""
+def _averaged(wrapper: str) -> dict[str, float]:
+    """DDP or FSDP2 over the sequence ranks: the loss times their number."""
     mesh, whole = workers.mesh(1, 2), Model()
     ours = usp.parallelize(copy.deepcopy(whole), mesh, BESIDE)
-    wrapped, gradients = nn.parallel.DistributedDataParallel(ours), []
+    if wrapper == "DDP":
+        wrapped = nn.parallel.DistributedDataParallel(ours)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*ours.blocks, ours):
+            wrapped = fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    gradients = []
     for model, called, factor in ((whole, whole, 1), (ours, wrapped, mesh.size)):
         out = called(tokens())
         (factor * (out["class"].square().sum() + out["mean"][0].sin().sum())).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        found = {name: p.grad for name, p in model.named_parameters()}
+        gradients.append({n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in found.items()})
     return doors.errors(*gradients)
 
 
-def test_a_wrapper_that_averages_takes_the_loss_times_the_ranks(pool) -> None:
-    for wrong in pool.run(_averaged, ranks=2):
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_a_wrapper_that_averages_takes_the_loss_times_the_ranks(pool, wrapper) -> None:
+    for wrong in pool.run(_averaged, wrapper, ranks=2, timeout=120):
         assert wrong == {}
 
 
