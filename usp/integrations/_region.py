@@ -30,7 +30,7 @@ _SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax))
 _DROPOUT = frozenset((F.dropout, F.alpha_dropout, torch.dropout, torch.alpha_dropout))
 _OTHERS = {
     F.multi_head_attention_forward: "replace it first (usp.replace_attention)",
-    torch.ops.higher_order.flex_attention: (
+    getattr(torch.ops.higher_order, "flex_attention", None): (
         "call usp.long_context_attention, whose mask= takes usp.masks.from_function(mask_mod, ...)"
     ),
 }
