@@ -33,7 +33,9 @@ def load_peer(optimize: str) -> ctypes.CDLL:
     if compiler is None:
         sys.exit(f"no C++ compiler: {os.environ.get('CXX', 'c++')} is not there; set CXX")
     flags = [optimize, "-std=c++20", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    sources = [PEER, *sorted((ROOT / "csrc" / "cpu").glob("kernels*.cpp"))]
+    cpu = ROOT / "csrc" / "cpu"
+    level = [cpu / "capability.cpp", cpu / "fastest.cpp"]
+    sources = [PEER, *sorted(cpu.glob("kernels*.cpp")), *level]
     headers = sorted((ROOT / "csrc").rglob("*.h"))
     state = hashlib.sha256(" ".join([compiler, *flags]).encode())
     for file in (*sources, *headers):

@@ -20,6 +20,9 @@ from places import TESTS
 from pool import Pool
 from triton_interpreter import kernels_unavailable, start_interpreter
 
+# Inductor would start a pool of compilers in every worker of a mesh, for a kernel or two each.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 _COMMON = {
     "deadline": None,
     "print_blob": True,

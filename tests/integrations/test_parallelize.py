@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import usp
 
+pytestmark = pytest.mark.library
+
 MESHES = [(2, 1), (1, 2), (2, 2), (1, 3)]
 WIDTH, TOKENS = 12, 13
 

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import usp
 
+pytestmark = pytest.mark.library
+
 EIGHT = {"rtol": 1e-8, "atol": 1e-8}
 LENGTH, TEXT = 13, 5
 
