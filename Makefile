@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
-.PHONY: help demo test test-all test-device-code test-versions test-gpu bench-gpu test-doors lint sanitize clean
+.PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors lint sanitize clean
 
 help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
 	@echo "make test      set up $(VENV) and test what concerns this machine, in 5 minutes"
 	@echo "               (ARGS='-k ring -x' goes to pytest)"
-	@echo "make test-all  that, and what executes or compiles GPU code without a GPU"
+	@echo "make test-all  that, graphs of torch.compile on meshes, programs that measure, and what"
+	@echo "               executes or compiles GPU code without a GPU"
 	@echo "make test-versions  make test with each Python and torch that pyproject.toml names (gigabytes)"
 	@echo "make test-doors  the doors into models of other libraries, which it installs"
 	@echo "make test-gpu  the tests that need a GPU, and fail without one"
@@ -28,7 +29,11 @@ test:
 	@$(SETUP) --extras dev,demo
 	@scripts/test.sh $(VENV) $(ARGS)
 
-test-all: test test-device-code
+test-all: test test-long test-device-code
+
+test-long:
+	@$(SETUP) --extras dev,demo
+	@$(VENV)/bin/pytest -n 2 --dist worksteal -m "long and not gpu" --durations 10 $(ARGS)
 
 test-device-code:
 	@$(SETUP) --extras dev,demo

@@ -11,4 +11,4 @@ scripts/cpp_tests.sh
 
 # The program, not `python -m pytest`: that would put this folder first on sys.path, and the tests
 # would run on the sources here, which hold no compiled extension, instead of what was installed.
-exec "$venv/bin/pytest" -n 2 --dist worksteal -m "not gpu and not device_code and not library" --durations 10 "$@"
+exec "$venv/bin/pytest" -n 2 --dist worksteal -m "not gpu and not device_code and not library and not long" --durations 10 "$@"

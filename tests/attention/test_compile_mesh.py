@@ -21,6 +21,8 @@ import usp
 from usp import masks
 from usp.distributed.comm import Axis
 
+pytestmark = pytest.mark.long
+
 INDUCTOR = ["inductor"] if shutil.which("g++") or shutil.which("clang++") else []
 EVERYTHING = {
     "causal": True,

@@ -88,6 +88,7 @@ def test_turns_are_taken_in_both_orders_and_paired_by_round() -> None:
 
 
 @needs_kernels
+@pytest.mark.long
 def test_cpu_sweep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
@@ -126,6 +127,7 @@ def test_cpu_ring(pool: Pool) -> None:
 
 
 @needs_kernels
+@pytest.mark.long
 def test_cpu_ring_draws_a_timeline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "ring.json", tmp_path / "timeline.png"
@@ -160,6 +162,7 @@ def test_cpu_ring_refuses_what_it_cannot_cut(capsys: pytest.CaptureFixture[str])
 
 @needs_kernels
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.long
 def test_cpu_gemm(tmp_path: Path) -> None:
     file = tmp_path / "gemm.json"
     arguments = "--head-dims 40 --rounds 3 --seconds 0.1 --optimize=-O0"
@@ -213,6 +216,7 @@ def test_cpu_masks() -> None:
 
 
 @needs_kernels
+@pytest.mark.long
 def test_cpu_documents(tmp_path: Path) -> None:
     file = tmp_path / "documents.json"
     sizes = "--seq-len 192 --mean 32 --heads 2 --head-dim 8 --layers 1 --rounds 3 --seconds 0.1"

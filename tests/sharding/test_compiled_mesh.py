@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import usp
 from usp.distributed.comm import Axis
 
+pytestmark = pytest.mark.long
+
 LENGTH = 11
 INDUCTOR = ["inductor"] if shutil.which("g++") or shutil.which("clang++") else []
 Place = tuple[int, int, Any, int | None]  # degrees, layout, seq_len

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,7 @@ def start_gpu_worker() -> None:
     from usp.distributed.comm import Axis, Wait
 
     shift, all_gather, all_to_all = Axis.shift, Axis.all_gather, Axis.all_to_all
+    exchange = Axis.exchange
 
     def shift_by_host(self: Axis, message: Tensor, out: Tensor, by: int = 1) -> Wait:
         wait = shift(self, message.cpu(), torch.empty_like(out, device="cpu"), by)
@@ -33,12 +34,26 @@ def start_gpu_worker() -> None:
         wait = all_gather(self, message.cpu(), torch.empty_like(whole, device="cpu"), sizes)
         return lambda: whole.copy_(wait())
 
-    def exchange_by_host(
+    def all_to_all_by_host(
         self: Axis, messages: Tensor, send: Sequence[int], recv: Sequence[int]
     ) -> Tensor:
         return all_to_all(self, messages.cpu(), send, recv).to(messages.device)
 
-    Axis.shift, Axis.all_gather, Axis.all_to_all = shift_by_host, gather_by_host, exchange_by_host
+    def exchange_by_host(
+        self: Axis, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]
+    ) -> Callable[[], None]:
+        came = [(step, torch.empty_like(out, device="cpu")) for step, out in receive]
+        wait = exchange(self, [(step, message.cpu()) for step, message in send], came)
+
+        def arrive() -> None:
+            wait()
+            for (_, out), (_, held) in zip(receive, came, strict=True):
+                out.copy_(held)
+
+        return arrive
+
+    Axis.shift, Axis.all_gather = shift_by_host, gather_by_host
+    Axis.all_to_all, Axis.exchange = all_to_all_by_host, exchange_by_host
 
 
 def run_on_device(case: Case, device: str) -> dict[str, Tensor]:

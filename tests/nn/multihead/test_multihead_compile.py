@@ -11,6 +11,8 @@ import torch
 import usp
 from usp import masks
 
+pytestmark = pytest.mark.long
+
 
 def compiled(
     case: multihead.Case, place: multihead.Place, backend: str | None
