@@ -2,9 +2,9 @@
 
 // Which instruction set computes bf16: not the newest, but the fastest that is right.
 //
-// AVX-512's BF16 products are twice as fast as its fp32 ones on some machines, and slower on
-// others. So the first call tries a few tiles of attention at each level that the machine has, for
-// about two milliseconds in all. A level whose result differs is left out, and said on stderr.
+// AVX-512's BF16 products are faster than its fp32 ones on some machines, and may be slower on
+// others. So the first call tries a few tiles of attention at each level that the machine has. A
+// level whose result differs is left out, and said on stderr.
 
 #include <cstdint>
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import usp
 from usp.attention import kept, request
+from usp.planning.masks.options import Window
 from usp.testing import dense_attention
 
 
@@ -66,6 +68,10 @@ def test_what_may_change_in_place_is_never_kept() -> None:
     ("good", "bad"),
     [
         ({"causal": True}, {"causal": 1}),
+        ({"causal": np.True_}, {"causal": 1}),
+        ({"causal": True}, {"causal": [True]}),
+        ({"window_size": Window(5, None)}, {"window_size": Window(5.0, None)}),
+        ({"cu_seqlens": ((0, 1, 5), (0, 5))}, {"cu_seqlens": ((0, True, 5), (0, 5))}),
         ({"window_size": (5, None)}, {"window_size": (5.0, None)}),
         ({"prefix_len": 1, "causal": True}, {"prefix_len": True, "causal": True}),
         ({"seq_len": (5, 5)}, {"seq_len": (5.0, 5)}),

@@ -30,16 +30,23 @@ def kind_of(tensors: Tensors, options: Options, validate: object) -> Hashable | 
     Values are told apart by their types too: 1 is no True, and 5.0 no 5.
     """
     values = (*vars(options).values(), validate)
-    types: list[Any] = [type(value) for value in values]
-    types += [tuple(map(type, value)) for value in values if type(value) is tuple]
     if any(isinstance(value, Tensor) for value in values) or drops(options.dropout_p):
         return None
     try:
-        kind = values, tuple(types), tuple(map(_what, tensors))
+        kind = values, tuple(map(_types, values)), tuple(map(_what, tensors))
         hash(kind)
     except (TypeError, RuntimeError, AttributeError):  # a list; a nested tensor; none at all
         return None
     return kind
+
+
+def _types(value: object) -> Any:
+    """Of a value and of all that tuples in it hold."""
+    if not isinstance(value, tuple):
+        return type(value)
+    if any(isinstance(each, tuple) for each in value):
+        return type(value), tuple(_types(each) for each in value)
+    return type(value), tuple(map(type, value))
 
 
 def _what(x: Tensor | None) -> Hashable:

@@ -61,20 +61,18 @@ def make_masks(options: MaskOptions, batch: int) -> Masks:
 
 def _plain(options: MaskOptions) -> Masks:
     """The masks of causal, window and prefix; made once for the same ones."""
-    window, prefix = options.window_size, options.prefix_len
-    numbers = (*window, prefix) if isinstance(window, tuple) else (window,)
-    if all(x is None or type(x) is int for x in numbers):
-        return _cached(type(options.causal) is bool, options.causal, window, prefix)
-    return _made(options.causal, window, prefix)  # refused, or numbers of another kind
+    given = options.causal, options.window_size, options.prefix_len
+    sizes = (*given[1], given[2]) if isinstance(given[1], tuple) else given
+    simple = type(given[0]) is bool and all(x is None or type(x) is int for x in sizes)
+    # others are equal to some of these, and refused or converted
+    return _cached(*given) if simple else _made(*given)
 
 
 def _made(causal: bool, window_size: Any, prefix_len: int | None) -> Masks:
     return masks_of(make_mask(causal=causal, window_size=window_size, prefix_len=prefix_len))
 
 
-@lru_cache(maxsize=256)
-def _cached(is_flag: bool, causal: bool, window_size: Any, prefix_len: int | None) -> Masks:
-    return _made(causal, window_size, prefix_len)
+_cached = lru_cache(maxsize=256)(_made)
 
 
 def _are_a_few_numbers(options: MaskOptions) -> bool:
