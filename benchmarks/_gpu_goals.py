@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from _measure import Times
-from _preference import architecture, is_measured, order
+from _preference import is_measured, measured_on, order
 
 Report = dict[str, Any]
 Measured = Iterator[tuple[str, str, float]]  # who, where, value
@@ -207,6 +207,6 @@ def text(report: Report) -> str:
     if not preferred(report):
         lines.append("  only one of usp's kernels was measured: nothing to prefer")
     elif is_measured(report):
-        row = f'"{architecture(report)}": Preference({order([report])}, ("<this file>",))'
+        row = f'"{measured_on(report)}": Preference({order([report])}, ("<this file>",))'
         lines.append(f"Over all cases, as usp/backends/preference.py has it:\n  {row}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from usp.backends import native
+from usp.machine import cpu
 
 MATMUL_SIZE = 1024
 # Time waiting for a core counts on a wall clock only; time spinning for another thread on both.
@@ -124,7 +125,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
-        "cpu": _cpu_name(),
+        "cpu": cpu.model(),
+        "cpu_vendor": cpu.vendor(),
         "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -132,15 +134,3 @@ def environment() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    found = {
-        name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)
-    }
-    names = ("model name", "cpu family", "model")
-    return " / ".join(found[name] for name in names if name in found) or platform.machine()

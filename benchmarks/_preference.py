@@ -8,6 +8,8 @@ from typing import Any
 
 from _measure import Times
 
+from usp.machine.cpu import vendor_of
+
 Report = dict[str, Any]
 # Candidates of the reports that are backends, or bound one: torch's bare call is the least that
 # the sdpa backend takes.
@@ -15,9 +17,13 @@ CPU = {"usp": "native", "sdpa": "sdpa"}
 GPU = {"usp triton": "triton", "usp native": "native"}
 
 
-def architecture(report: Report) -> str:
-    """Of the device that a report is of, as ``usp.kernels.architecture`` names it."""
-    return "cpu" if "cases" in report else str(report["runs"][-1]["architecture"])
+def measured_on(report: Report) -> str:
+    """The device that a report is of, as ``usp.backends.preference.measured_on`` names it."""
+    if "cases" not in report:
+        return str(report["runs"][-1]["architecture"])
+    about = report["environment"]
+    vendor = about.get("cpu_vendor") or vendor_of(about["cpu"])
+    return f"cpu {vendor} {about['cpu_capability']}"
 
 
 def is_measured(report: Report) -> bool:

@@ -13,11 +13,13 @@ import torch
 from places import BENCHMARKS
 
 from usp import kernels
-from usp.backends import TABLE, in_order, preference, select
-from usp.backends.preference import PREFERENCES, Preference
+from usp.backends import TABLE, in_order, select
+from usp.backends.preference import GUESSES, PREFERENCES, Preference, measured_on, preference
+from usp.machine import cpu
 from usp.planning.problem import Traits
 
 RESULTS = BENCHMARKS / "results"
+ZEN_4 = "cpu AMD avx512_bf16"
 ON_CPU = Traits("cpu", torch.bfloat16, 64, 64, 0.125, architecture="cpu")
 
 
@@ -34,37 +36,46 @@ def read(name: str) -> dict[str, Any]:
     return report
 
 
-def check(decided: Any, architecture: str, row: Preference) -> None:
+def check(decided: Any, device: str, row: Preference) -> None:
     """A row is what its results say, and they are of its device."""
     reports = [read(name) for name in row.results]
-    assert {decided.architecture(report) for report in reports} == {architecture}
+    assert {decided.measured_on(report) for report in reports} == {device}
     assert all(decided.is_measured(report) for report in reports)
     assert row.order == decided.order(reports)
     assert set(row.order) <= {backend.NAME for backend in TABLE}
 
 
-@pytest.mark.parametrize("architecture", PREFERENCES)
-def test_a_row_is_what_its_results_say(decided: Any, architecture: str) -> None:
-    check(decided, architecture, PREFERENCES[architecture])
+@pytest.mark.parametrize("device", PREFERENCES)
+def test_a_row_is_what_its_results_say(decided: Any, device: str) -> None:
+    check(decided, device, PREFERENCES[device])
 
 
 def test_a_row_that_its_results_do_not_say_is_found(decided: Any) -> None:
-    row = PREFERENCES["cpu"]
+    row = PREFERENCES[ZEN_4]
     with pytest.raises(AssertionError):
-        check(decided, "cpu", replace(row, order=row.order[::-1]))
+        check(decided, ZEN_4, replace(row, order=row.order[::-1]))
+    for other in ("sm_90", "cpu", "cpu Intel avx512_bf16", "cpu AMD avx2"):
+        with pytest.raises(AssertionError):
+            check(decided, other, row)
     with pytest.raises(AssertionError):
-        check(decided, "sm_90", row)
-    with pytest.raises(AssertionError):
-        check(decided, "cpu", replace(row, results=()))
+        check(decided, ZEN_4, replace(row, results=()))
 
 
 def test_no_result_of_a_gpu_is_left_unheeded(decided: Any) -> None:
     for path in RESULTS.glob("*gpu_attention*.json"):
-        architecture = decided.architecture(read(path.name))
-        assert path.name in preference(architecture).results, (
-            f"{path.name} decides what auto prefers on {architecture}: give it a row in "
+        device = decided.measured_on(read(path.name))
+        assert path.name in preference(device).results, (
+            f"{path.name} decides what auto prefers on {device}: give it a row in "
             f"usp/backends/preference.py (usp bench gpu_attention --report prints it)"
         )
+
+
+def test_no_kind_of_cpu_is_left_unheeded(decided: Any) -> None:
+    """Results of one day replace those of another; but a kind of CPU with results has a row."""
+    measured = {decided.measured_on(read(x.name)) for x in RESULTS.glob("*cpu_attention*.json")}
+    assert measured and measured <= set(PREFERENCES), (
+        f"give {sorted(measured - set(PREFERENCES))} a row in usp/backends/preference.py"
+    )
 
 
 def a_report(**seconds: float) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def test_the_fastest_of_all_shared_cases_comes_first(decided: Any) -> None:
     assert decided.means(reports) == pytest.approx({"native": 1.0, "triton": 2 ** (1 / 3)})
     assert decided.order([a_report(triton=1.0)]) == ("triton",)
     assert decided.order([]) == ()
-    assert decided.architecture(reports[0]) == "sm_90"
+    assert decided.measured_on(reports[0]) == "sm_90"
 
 
 def test_a_rehearsal_decides_nothing(decided: Any) -> None:
@@ -95,15 +106,55 @@ def test_a_rehearsal_decides_nothing(decided: Any) -> None:
     assert not decided.is_measured(report)
 
 
-def test_auto_asks_in_the_order_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def zen_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tests ran on the CPU that was measured."""
+    monkeypatch.setattr(cpu, "kind", lambda: ZEN_4)
+
+
+def test_auto_asks_in_the_order_of_the_device(monkeypatch: pytest.MonkeyPatch, zen_4: None) -> None:
     names = [backend.NAME for backend in TABLE]
     assert [backend.NAME for backend in in_order("not measured")] == names
     assert sorted(backend.NAME for backend in in_order("cpu")) == sorted(names)
     assert select("auto", ON_CPU).NAME == "native"
-    monkeypatch.setitem(PREFERENCES, "cpu", Preference(("reference", "native")))
+    monkeypatch.setitem(PREFERENCES, ZEN_4, Preference(("reference", "native")))
     assert [backend.NAME for backend in in_order("cpu")][:2] == ["reference", "native"]
     assert select("auto", ON_CPU).NAME == "reference"
     assert select("native", ON_CPU).NAME == "native"
+
+
+def test_a_cpu_that_no_result_is_of_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for vendor, level in (("Intel", "avx512_bf16"), ("AMD", "avx2"), ("AMD", "amx")):
+        monkeypatch.setattr(cpu, "vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(cpu, "level", lambda level=level: level)
+        assert measured_on("cpu") == f"cpu {vendor} {level}"
+        assert not preference("cpu").results
+        assert [backend.NAME for backend in in_order("cpu")][:2] == list(GUESSES["cpu"])
+    monkeypatch.setattr(cpu, "level", lambda: "avx512_bf16")
+    assert preference("cpu").order == ("native", "sdpa")
+
+
+def test_who_made_a_cpu() -> None:
+    names = {
+        "AMD EPYC / 25 / 17": "AMD",
+        "AuthenticAMD": "AMD",
+        "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD": "AMD",
+        "Intel(R) Xeon(R) Platinum 8480+ / 6 / 143": "Intel",
+        "GenuineIntel": "Intel",
+        "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel": "Intel",
+        "arm": "arm",
+        "": "unknown",
+    }
+    assert {name: cpu.vendor_of(name) for name in names} == names
+    assert cpu.vendor() == cpu.vendor_of(cpu.model())
+
+
+def test_the_level_of_a_cpu_is_the_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USP_CPU_CAPABILITY", "default")
+    assert cpu.level() in ("default", "none")
+    assert cpu.kind() == f"cpu {cpu.vendor()} {cpu.level()}"
+    monkeypatch.setitem(sys.modules, "usp._C", None)
+    assert cpu.level() == "none"
 
 
 def test_the_architecture_of_a_device() -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from usp.backends import native, reference, sdpa, triton
-from usp.backends.preference import preference
+from usp.backends.preference import order
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -77,7 +77,7 @@ def check_name(name: str) -> None:
 
 def in_order(architecture: str) -> tuple[StateBackend | PartialBackend, ...]:
     """Every backend, in the order in which "auto" asks them on a device."""
-    names = preference(architecture).order
+    names = order(architecture)
     rank = {backend_name: place for place, backend_name in enumerate(names)}
     return tuple(sorted(TABLE, key=lambda backend: rank.get(backend.NAME, len(names))))
 

@@ -62,7 +62,8 @@ def preference_lines() -> list[tuple[str, str]]:
     """What "auto" asks, in order, on each kind of device that is here."""
     import torch
 
-    from usp.backends import in_order, preference
+    from usp.backends import in_order
+    from usp.backends.preference import measured_on, preference
     from usp.kernels import architecture
 
     devices = [torch.device("cpu")]
@@ -71,7 +72,7 @@ def preference_lines() -> list[tuple[str, str]]:
     for name in map(architecture, devices):
         order = ", ".join(backend.NAME for backend in in_order(name))
         measured = preference(name).results
-        lines[name] = order if measured else f"{order}  (a guess: not measured)"
+        lines[measured_on(name)] = order if measured else f"{order}  (a guess: not measured)"
     return list(lines.items())
 
 

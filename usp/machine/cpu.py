@@ -1,0 +1,56 @@
+"""What CPU this is, as far as it matters to kernels: whose, and its instruction set."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from functools import cache
+from pathlib import Path
+
+# The names that makers go by, and what machines say of themselves.
+_SIGNS = {"Intel": ("Intel",), "AMD": ("AuthenticAMD", "AMD")}
+
+
+def vendor_of(name: str) -> str:
+    """Who made a processor of that name, "AMD EPYC" say; its first word where that is unknown."""
+    known = (who for who, signs in _SIGNS.items() if any(sign in name for sign in signs))
+    return next(known, "") or next(iter(name.split()), "unknown")
+
+
+@cache
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the last core; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+
+
+def model() -> str:
+    """Name, family and model: "AMD EPYC / 25 / 17"."""
+    found = cpuinfo()
+    said = [found[name] for name in ("model name", "cpu family", "model") if name in found]
+    return " / ".join(said) or platform.processor() or platform.machine()
+
+
+@cache
+def vendor() -> str:
+    """ "AMD", "Intel", or what the machine says of itself."""
+    return vendor_of(cpuinfo().get("vendor_id") or model())
+
+
+def level() -> str:
+    """The highest instruction set that the compiled kernels have here, "avx512_bf16" say.
+
+    The one that ``USP_CPU_CAPABILITY`` says; "none" where nothing was compiled.
+    """
+    try:
+        return str(importlib.import_module("usp._C").cpu_capability())
+    except ImportError:
+        return "none"
+
+
+def kind() -> str:
+    """What a result of CPU kernels holds for: "cpu AMD avx512_bf16"."""
+    return f"cpu {vendor()} {level()}"
