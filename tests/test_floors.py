@@ -24,6 +24,8 @@ DISTRIBUTED = {
     "distributed/mesh.py": {"DeviceMesh", "ProcessGroup", "device_mesh"},
     "testing/wire.py": {"unbox", "ProcessGroup"},  # listens to the c10d ops, which is not a call
     "sharding/gradients.py": {"ProcessGroup"},  # a type
+    "sharding/loss.py": {"ProcessGroup"},
+    "nn/batch.py": {"ProcessGroup"},
     # a program starts its own world
     "demo/": {"init_process_group", "destroy_process_group", "FileStore"},
 }

@@ -12,11 +12,13 @@ from usp.integrations import (
     restore,
     spread_attention,
 )
+from usp.nn.batch import cut_batch
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
+from usp.sharding.loss import cross_entropy
 from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 from usp.sharding.statistics import mean, var, var_mean
@@ -33,6 +35,8 @@ __all__ = [
     "__version__",
     "all_reduce_gradients",
     "backends",
+    "cross_entropy",
+    "cut_batch",
     "held",
     "init_mesh",
     "long_context_attention",

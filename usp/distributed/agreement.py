@@ -37,6 +37,7 @@ PLACES = (
     "usp.var",
     "usp.var_mean",
     "usp.held",
+    "usp.cross_entropy",
 )
 _NUMBERS = 4
 _REFUSALS = {

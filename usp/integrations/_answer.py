@@ -27,15 +27,18 @@ class Tokens:
         whole: Lengths of other sequences, which every rank holds whole.
         shares: Tokens that each rank holds; a graph cannot count them.
         held: Those of this rank.
+        cut: Whether the model itself was given this rank's tokens, so that all it makes is of
+            these: positions, masks, what its outputs are.
     """
 
     spread: Spread
     whole: frozenset[int]
     shares: tuple[int, ...]
     held: int
+    cut: bool = False
 
     @classmethod
-    def of(cls, spread: Spread, whole: Sequence[int]) -> Tokens:
+    def of(cls, spread: Spread, whole: Sequence[int], cut: bool = False) -> Tokens:
         """Raises:
         ValueError: ``whole`` names a length that some rank's tokens have, too.
         """
@@ -47,7 +50,8 @@ class Tokens:
                 f"{spread.seq_len} tokens that are spread: which sequence is meant could not be "
                 "told"
             )
-        return cls(spread, others, held, held[0 if spread.mesh is None else spread.mesh.rank])
+        mine = held[0 if spread.mesh is None else spread.mesh.rank]
+        return cls(spread, others, held, mine, cut)
 
 
 def answer(

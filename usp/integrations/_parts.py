@@ -12,6 +12,7 @@ from usp import rng
 from usp.integrations._answer import Tokens
 from usp.integrations._sites import Inside, Site
 from usp.integrations._trunk import Trunk
+from usp.masks import documents
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.multihead.placement import Placement
 from usp.nn.spread import Spread
@@ -37,10 +38,10 @@ class Multihead(Inside):
         for registry in ("_parameters", "_buffers", "_modules"):  # who replaces one, does it here
             self._ours.__dict__[registry] = module.__dict__[registry]
         self._placement = getattr(module, "placement", self._ours.placement)
-        self._placements: dict[int, Placement] = {}
+        self._placements: dict[Spread, Placement] = {}
 
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(tokens.shares) == 1:
+        if len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None:
             return self.inner(*args, **kwargs)
         given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
         for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
@@ -55,16 +56,18 @@ class Multihead(Inside):
             return MultiheadAttention.forward(ours, **given)
 
     def _placed(self, spread: Spread) -> Placement:
-        if spread.seq_len not in self._placements:
-            often = {None: "first", True: "always", False: "never"}[spread.validate]
-            self._placements[spread.seq_len] = replace(
-                self._placement,
-                mesh=spread.mesh,
-                layout=spread.layout,
-                seq_len=spread.seq_len,
-                validate=often,
-            )
-        return self._placements[spread.seq_len]
+        if spread.cu_seqlens is not None:  # others in every batch
+            mask = documents(spread.cu_seqlens)
+            own = self._placement.mask
+            return replace(self._at(spread), mask=mask if own is None else own & mask)
+        if spread not in self._placements:
+            self._placements[spread] = self._at(spread)
+        return self._placements[spread]
+
+    def _at(self, spread: Spread) -> Placement:
+        often = {None: "first", True: "always", False: "never"}[spread.validate]
+        where = {"mesh": spread.mesh, "layout": spread.layout, "seq_len": spread.seq_len}
+        return replace(self._placement, **where, validate=often)
 
 
 class Local(Site):

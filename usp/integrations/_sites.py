@@ -168,7 +168,7 @@ class Block(Inside):
             return self.inner(*args, **kwargs)
         self._check_never(tokens, given | kwargs)
         beside = trunk.boundary.beside
-        if self.is_first:
+        if self.is_first and not tokens.cut:
             x = tokens.spread.shard(x, trunk.dim)
         trunk.check_held(x, tokens, f"what {self.described()} is given")
         if args:
@@ -178,7 +178,7 @@ class Block(Inside):
             kwargs = kwargs | {names[0]: x}
         kwargs = {n: _cut(tokens, kwargs, n, beside) if n in beside else kwargs[n] for n in kwargs}
         out = self.run(tokens, args, kwargs)
-        if not self.is_last:
+        if not self.is_last or tokens.cut:
             trunk.note_local(self.described(), out)
             return out
         trunk.end()
@@ -217,7 +217,9 @@ def _cut(tokens: Tokens, given: Mapping[str, Any], name: str, beside: Mapping[st
     if isinstance(whole, tuple | list):
         return type(whole)(_cut(tokens, {name: item}, name, beside) for item in whole)
     dim = beside[name]
-    if whole.shape[dim] == length:
+    if tokens.cut and whole.shape[dim] == tokens.held:
+        return whole
+    if whole.shape[dim] == length and not tokens.cut:
         return tokens.spread.shard(whole, dim)
     shape = tuple(whole.shape)
     refusal = f"{name} is {shape} with {shape[dim]} entries along dim {dim} for {length} tokens"

@@ -11,6 +11,7 @@ from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._across import reason
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, shortened
+from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import OF_SAMPLES, family
 from usp.integrations._parts import Local, Multihead, Samples
 from usp.integrations._sites import Block, Inside, Site, Whole
@@ -27,6 +28,7 @@ def parallelize(
     trunk: str | Boundary | Sequence[str | Boundary] | None = None,
     *,
     layout: Layout = "contiguous",
+    outputs: str = "joined",
     validate: bool | None = None,
 ) -> Model:
     """Spread the tokens of a model over the ranks of a mesh, in place.
@@ -47,6 +49,10 @@ def parallelize(
         trunk: Where tokens are spread: a name as in ``named_modules``, or a ``usp.Boundary``, or
             several of these; None for models that are known.
         layout: Which token goes where; a rule, for each forward has its own length.
+        outputs: "joined": whole in and whole out. "local", for language models: the model is given
+            this rank's tokens and their ``spread`` (``usp.cut_batch`` makes both) and returns what
+            is theirs, so that no rank ever holds all logits. The gradient rule is the same; the
+            loss is this rank's part of the mean over all valid tokens (``usp.cross_entropy``).
         validate: See ``long_context_attention``.
 
     Returns:
@@ -73,16 +79,23 @@ def parallelize(
     names = dict(model.named_modules(remove_duplicate=False))
     given = [trunk] if isinstance(trunk, str | Boundary) or trunk is None else list(trunk)
     boundaries = [family(model) if item is None else _boundary(item) for item in given]
+    if outputs not in ("joined", "local"):
+        raise ValueError(f'outputs must be "joined" or "local", got {outputs!r}')
+    is_local = outputs == "local"
+    if is_local:
+        _check_local(boundaries, names, layout, mesh)
     sites: list[Site] = []
-    trunks = []
+    trunks: list[Trunk] = []
     for boundary in boundaries:
         blocks = boundary.blocks(model)
         dims = {boundary.token_dim(block) for block in blocks.values()}
         if len(dims) > 1:
             raise ValueError(f"modules of {boundary.trunk} have tokens along dims {sorted(dims)}")
-        trunks.append(Trunk(mesh, layout, validate, boundary, dims.pop()))
+        kind = CutTrunk if is_local else Trunk
+        trunks.append(kind(mesh, layout, validate, boundary, dims.pop()))
         sites += _sites(trunks[-1], blocks, names)
-    whole = Whole(model, mesh, trunks)
+    first = trunks[0]
+    whole = Cut(model, mesh, first) if isinstance(first, CutTrunk) else Whole(model, mesh, trunks)
     for site in sites:
         site.place()
     whole.place()
@@ -123,17 +136,7 @@ def _sites(
 ) -> list[Site]:
     """What stands in the place of the modules of a trunk; the outer ones behind the inner."""
     boundary, inside = trunk.boundary, _inside(trunk.boundary, blocks, names)
-    faults = [
-        f"{name} ({type(m).__qualname__}): {why}"
-        for name, m in inside.items()
-        if (why := reason(m))
-    ]
-    if faults and trunk.mesh is not None and trunk.mesh.size > 1:
-        raise NotImplementedError(
-            f"{boundary.trunk} holds modules that look at several tokens, and would see this "
-            f"rank's own alone: {shortened(faults)}. End the trunk before them, or, where each "
-            "means its own tokens, name them in usp.Boundary(local=...)"
-        )
+    _refuse_across(boundary.trunk, inside, trunk.mesh)
     attention = _outermost(boundary.attention, names, inside)
     sites: list[Site] = []
     for name, module in reversed(inside.items()):
@@ -154,6 +157,39 @@ def _sites(
         must_answer = boundary.attention is None or name in attention
         sites.append(Block(block, name, trunk, must_answer, (index == 0, index == last)))
     return sites
+
+
+def _refuse_across(where: str, modules: Mapping[str, nn.Module], mesh: SequenceMesh | None) -> None:
+    faults = [
+        f"{name} ({type(m).__qualname__}): {why}"
+        for name, m in modules.items()
+        if (why := reason(m))
+    ]
+    if faults and mesh is not None and mesh.size > 1:
+        raise NotImplementedError(
+            f"{where} holds modules that look at several tokens, and would see this "
+            f"rank's own alone: {shortened(faults)}. End the trunk before them, or, where each "
+            "means its own tokens, name them in usp.Boundary(local=...)"
+        )
+
+
+def _check_local(
+    boundaries: Sequence[Boundary],
+    names: Mapping[str, nn.Module],
+    layout: Layout,
+    mesh: SequenceMesh | None,
+) -> None:
+    """Where outputs are local, everything in the model sees this rank's tokens alone."""
+    if len(boundaries) != 1:
+        raise ValueError(f'outputs="local" takes a model of one trunk, got {len(boundaries)}')
+    if layout != "contiguous":
+        raise ValueError(
+            f'layout={layout!r} beside outputs="local": each batch says its own, '
+            "usp.cut_batch(batch, mesh, layout)"
+        )
+    (boundary,) = boundaries
+    outside = {n: m for n, m in names.items() if not any_means(boundary.local, n, names)}
+    _refuse_across(type(names[""]).__qualname__, outside, mesh)
 
 
 def _inside(

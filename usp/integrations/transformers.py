@@ -72,7 +72,8 @@ def attention(
     hint = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
     region = current_region()
-    if region is None or len(region.tokens.shares) == 1:
+    alone = region is None or len(region.tokens.shares) == 1
+    if region is None or (alone and region.tokens.spread.cu_seqlens is None):
         if region is not None:
             region.answered += 1
         if softcap is None and s_aux is None:
@@ -156,7 +157,9 @@ def _spread(
         options = options | {"causal": hint}
     else:
         options = options | mask.options()
-        if "key_padding_mask" in options:
+        if tokens.cut:  # made of this rank's tokens: where documents end the Spread says
+            options.pop("cu_seqlens", None)
+        elif "key_padding_mask" in options:
             options["key_padding_mask"] = tokens.spread.shard(options["key_padding_mask"])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return cast(Tensor, tokens.spread.attention(q, k, v, **options)), None
@@ -185,11 +188,12 @@ def _fault(
         return None
     if mask is None:
         return None
-    if mask.lengths != (length, length) or mask.offset != 0:
+    made_of = tokens.held if tokens.cut else length
+    if mask.lengths != (made_of, made_of) or mask.offset != 0:
         return ValueError(
             f"a mask of {mask.lengths[0]} queries from {mask.offset} and {mask.lengths[1]} keys, "
-            f"where {length} tokens are spread: masks are made before tokens are cut, without a "
-            "cache (use_cache=False)"
+            f"where {length} tokens are spread, and masks are made of {made_of}: without a cache "
+            "(use_cache=False), where whole tokens come in before they are cut"
         )
     if mask.mask is None:
         return NotImplementedError(

@@ -1,0 +1,122 @@
+"""The mean over tokens whose labels are spread over ranks: the other half of the gradient rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from usp.distributed import comm
+from usp.distributed.agreement import Facts, check_on_all_ranks, meets
+from usp.distributed.comm import Axis, untraced
+from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.planning.kinds import tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    mesh: SequenceMesh | None,
+    data_parallel_group: ProcessGroup | None = None,
+    *,
+    count: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy`` of the whole, for the tokens of this rank: the mean over all valid
+    tokens of all ranks.
+
+    Its value is the mean of the whole, the same on every rank of the mesh. Its gradient is that of
+    this rank's tokens alone, so the rule holds as it stands: after ``backward`` sequence ranks add
+    and data ranks average (``usp.all_reduce_gradients``), or a wrapper averages the gradients of
+    ``loss * mesh.size``. A rank without a valid label has a gradient of zeros, and still runs its
+    backward with the others.
+
+    Every rank calls it. It sends one sum of losses and one count along each axis of the mesh.
+
+    Args:
+        input: (local tokens, classes) or (B, classes, local tokens, ...), as in torch: logits.
+        target: (local tokens,) or (B, local tokens, ...) int64, shifted before the sequence was
+            cut (``usp.cut_batch``).
+        mesh: The ranks that share the sequence; None is one device.
+        data_parallel_group: Ranks with other samples, over which gradients are averaged. With it
+            every valid token of all samples counts the same; without it, each rank's samples have
+            their own mean.
+        count: By what the sum is divided in place of the valid labels: for batches that are
+            accumulated, all of theirs. The same on every rank of the mesh.
+        ignore_index, label_smoothing: As in torch.
+
+    Returns:
+        () in fp32, fp64 for fp64. 0 where no label of all ranks is valid, and torch has NaN.
+
+    Raises:
+        TypeError: ``input`` or ``target`` is no plain tensor.
+        ValueError: ``target`` holds no class indices.
+    """
+
+    def check() -> Facts:
+        tensor("input", input)
+        tensor("target", target)
+        if target.is_floating_point():
+            raise ValueError(
+                f"target is {target.dtype}, probabilities of classes: which of them count is not "
+                "told by ignore_index; pass class indices (int64)"
+            )
+        return {"dtype of input": input.dtype, "count": count, "ignore_index": ignore_index}
+
+    check_mesh(mesh)
+    axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
+    if mesh is not None and meets(mesh, None, False):
+        check_on_all_ranks(mesh, "usp.cross_entropy", check, lambda facts: facts)
+    else:
+        check()
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    # not reduction="sum", which adds fp16 losses in fp16
+    each = F.cross_entropy(
+        input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    mine = each.sum(dtype=dtype)
+    valid = (target != ignore_index).sum()
+    total, divisor = untraced(_totals)(mine.detach(), valid, axes, data_parallel_group)
+    if count is not None:
+        divisor = divisor.new_tensor(count)
+    divisor = divisor.clamp(min=torch.finfo(dtype).tiny)
+    return cast(Tensor, _Told.apply(mine / divisor, total / divisor))
+
+
+def mean_count(valid: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Valid labels of a data rank, () of a floating dtype: the mean over ``group``."""
+    if group is None:
+        return valid
+    ranks = comm.group_ranks(group)
+    axis = Axis(len(ranks), ranks.index(comm.global_rank()), group)
+    return axis.all_reduce(valid) / len(ranks)
+
+
+def _totals(
+    mine: Tensor, valid: Tensor, axes: list[Axis], group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of all sequence ranks, and by what it is divided."""
+    # counts beyond 2^24 are no fp32 numbers
+    message = torch.stack((mine.double(), valid.double()))
+    for axis in axes:
+        axis.all_reduce(message)
+    total, count = message
+    return total.to(mine.dtype), mean_count(count.clone(), group).to(mine.dtype)
+
+
+class _Told(torch.autograd.Function):
+    """What all ranks have together, with the gradient of this rank's part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, whole: Tensor) -> Tensor:
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
