@@ -3,7 +3,7 @@
 from usp import rng
 from usp._version import __version__
 from usp.attention.functional import long_context_attention
-from usp.backends import backends
+from usp.backends import backends, use_kernel
 from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import (
     Boundary,
@@ -51,6 +51,7 @@ __all__ = [
     "spread_attention",
     "take",
     "unshard_sequence",
+    "use_kernel",
     "var",
     "var_mean",
 ]

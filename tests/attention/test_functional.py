@@ -115,7 +115,7 @@ def test_a_named_backend_never_falls_back() -> None:
 
 def test_backends_say_whether_they_can_run() -> None:
     told = usp.backends()
-    assert set(told) == {"triton", "native", "sdpa", "reference"}
+    assert list(told)[:4] == ["triton", "native", "sdpa", "reference"]
     assert told["reference"] == told["sdpa"] == "can run here"
 
 

@@ -70,7 +70,7 @@ def saved_for_backward(
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse
-    return Saved(dout, out, lse, delta.contiguous())
+    return Saved(dout, out, lse, delta.contiguous(), dlse is not None)
 
 
 def attention_backward(block: Block, saved: Saved, grads: Gradients, backend: Backend) -> None:

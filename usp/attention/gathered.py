@@ -71,9 +71,9 @@ def gathered_backward(
     theirs = _sent_to_readers(call, dict.fromkeys(plan.owners, moved), moved)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (inputs.k, inputs.v))
     found: dict[int, list[Tensor]] = {}
-    for rank, (q_there, *rest) in {**theirs, plan.ring_rank: moved}.items():
+    for rank, (q_there, dout, out, lse, delta) in {**theirs, plan.ring_rank: moved}.items():
         dq = torch.zeros(q_there.shape, dtype=dtype, device=q.device)
-        there = Saved(*rest)
+        there = Saved(dout, out, lse, delta, saved.lse_has_gradient)
         for load, piece in _pieces(inputs, q_there, rank, call):
             samples = load.samples
             grads = Gradients(samples.of(dq), samples.of(dk), samples.of(dv))

@@ -179,7 +179,8 @@ def _own(tensors: Sequence[Tensor], ring: Ring) -> Parts:
 def saved_of(saved: Saved, samples: Samples) -> Saved:
     if samples.are_all:
         return saved
-    return Saved(*(samples.of(x) for x in (saved.dout, saved.out, saved.lse, saved.delta)))
+    dout, out, lse, delta = (samples.of(x) for x in (saved.dout, saved.out, saved.lse, saved.delta))
+    return Saved(dout, out, lse, delta, saved.lse_has_gradient)
 
 
 def _new_level(inputs: Tensors, ring: Ring) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from usp.backends import native, reference, sdpa, triton
+from usp.backends.library import LIBRARIES, HubBackends
 from usp.backends.preference import order
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
@@ -53,13 +54,51 @@ class PartialBackend(Backend, Protocol):
         """``(rows, out, lse)`` of runs of rows: (B, n, H, Dv) and (B, H, n) of this block."""
 
 
-# What carries the state before what does not, what takes everything last.
-TABLE: tuple[StateBackend | PartialBackend, ...] = (triton, native, sdpa, reference)
+# What carries the state before what does not, what takes everything, and what is asked for by name.
+TABLE: tuple[StateBackend | PartialBackend, ...] = (triton, native, sdpa, reference, *LIBRARIES)
+_hub = HubBackends()  # never "auto"
 
 
 def backends() -> dict[str, str]:
     """Every backend by name, with "can run here" or the reason why not."""
-    return {backend.NAME: backend.unavailable() or "can run here" for backend in TABLE}
+    return {backend.NAME: backend.unavailable() or "can run here" for backend in (*TABLE, *_hub)}
+
+
+def use_kernel(
+    repository: str,
+    *,
+    version: int | None = None,
+    revision: str | None = None,
+    download: bool = False,
+    device_type: str = "cuda",
+) -> str:
+    """Load a kernel of the Hugging Face hub as a backend, which is then asked for by its name.
+
+    It must be in flash-attn 2's convention, with the private functions that return an LSE and take
+    one: ``_flash_attn_forward``, ``_flash_attn_backward`` and those of packed sequences. ``"auto"``
+    never takes it. On a mesh every rank loads it.
+
+    Args:
+        repository: ``"owner/name"``, as ``"kernels-community/flash-attn2"``.
+        version, revision: Which one; exactly one of the two.
+        download: Whether it may be fetched where it is not on this machine: it is code that then
+            runs here.
+        device_type: Of the tensors that it takes.
+
+    Returns:
+        The name, for ``backend=``.
+
+    Raises:
+        ValueError: the name is none, or not exactly one of version and revision is given.
+        NotImplementedError: it cannot be loaded here; says why.
+    """
+    return _hub.use(
+        repository,
+        version=version,
+        revision=revision,
+        download=download,
+        device_type=device_type,
+    )
 
 
 def check_name(name: str) -> None:
@@ -70,7 +109,7 @@ def check_name(name: str) -> None:
     """
     if name == "auto":
         return
-    names = [backend.NAME for backend in TABLE]
+    names = [backend.NAME for backend in (*TABLE, *_hub)]
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
 
@@ -95,9 +134,10 @@ def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
     """
     check_name(name)
     against = []
-    for backend in in_order(traits.architecture):
-        if name not in ("auto", backend.NAME):
-            continue
+    candidates = in_order(traits.architecture)
+    if name != "auto":
+        candidates = tuple(backend for backend in (*TABLE, *_hub) if name == backend.NAME)
+    for backend in candidates:
         reasons = backend.reasons_against(traits)
         if not reasons:
             return backend

@@ -102,12 +102,14 @@ class Saved:
         dout, out: (B, Lq, H, Dv), dtype of q; the final output and its gradient.
         lse: (B, H, Lq), the final one.
         delta: (B, H, Lq), sum of dout * out over Dv, less the gradient of lse.
+        lse_has_gradient: Whether there is one.
     """
 
     dout: Tensor
     out: Tensor
     lse: Tensor
     delta: Tensor
+    lse_has_gradient: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,180 @@
+"""A library's kernel as a backend: partial results forward, the global ``(out, lse)`` backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usp.backends.library.call import Kernel
+from usp.backends.library.handing import Call
+from usp.backends.library.record import Record
+from usp.backends.library.tiles import groups
+from usp.planning.heads import Heads
+from usp.planning.problem import Block, Gradients, Saved, Traits
+
+Found = tuple[Record, Kernel]
+
+
+class LibraryBackend:
+    """One name of the table.
+
+    Args:
+        records: Its rows; the first that is there counts.
+    """
+
+    CARRIES_STATE = False
+    OVERWRITES = False
+
+    def __init__(self, records: tuple[Record, ...]) -> None:
+        self.NAME = records[0].name
+        self.records = records
+        self._found: Found | str | None = None
+
+    def unavailable(self) -> str | None:
+        found = self.found()
+        return found if isinstance(found, str) else None
+
+    def found(self) -> Found | str:
+        """The row that counts here with its kernel, or why none does; asked once."""
+        if self._found is None:
+            self._found = self._search()
+        return self._found
+
+    def forget(self) -> None:
+        """Ask again."""
+        self._found = None
+
+    def _search(self) -> Found | str:
+        reasons = []
+        for record in self.records:
+            reason = record.missing() or _no_device(record) or record.not_for_this_torch()
+            if reason is None:
+                try:
+                    return record, record.load()
+                except Exception as error:  # an import of others may fail in any way
+                    said = str(error).strip() or type(error).__name__
+                    reason = f"{record.title}: {said}"
+            if reason not in reasons:
+                reasons.append(reason)
+        return "; ".join(reasons)
+
+    def reasons_against(self, traits: Traits) -> tuple[str, ...]:
+        device_type = self.records[0].device_type
+        if traits.device_type != device_type:
+            where = "a GPU" if device_type == "cuda" else device_type
+            return (f"its kernels run on {where}, the tensors are on {traits.device_type}",)
+        found = self.found()
+        if isinstance(found, str):
+            return (found,)
+        return tuple(found[0].reasons_against(traits))
+
+    def attention_partials(self, block: Block) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows that share a call, with what they see of its keys."""
+        record, kernel = self._there()
+        keys = _Keys.of(block, record)
+        for call in _calls(block, record):
+            with _on(block.q):
+                out, lse = kernel.forward(
+                    call.rows.given(block.q),
+                    call.keys.given(keys.k),
+                    call.keys.given(keys.v),
+                    call.how,
+                )
+            rows = call.group.rows
+            out, lse = call.rows.taken(out), call.taken_lse(lse)
+            yield rows.around, rows.spread(out, 1, 0.0), rows.spread(lse, 2, -torch.inf)
+
+    def attention_backward(self, block: Block, saved: Saved, grads: Gradients) -> None:
+        record, kernel = self._there()
+        keys, dlse = _Keys.of(block, record), _dlse(saved)
+        for call in _calls(block, record):
+            with _on(block.q):
+                found = kernel.backward(
+                    # some read dout by the strides of out
+                    call.rows.given(saved.dout.to(block.q.dtype)).contiguous(),
+                    call.rows.given(block.q),
+                    call.keys.given(keys.k),
+                    call.keys.given(keys.v),
+                    call.rows.given(saved.out.to(block.q.dtype)).contiguous(),
+                    call.given_lse(saved.lse),
+                    call.how,
+                    None if dlse is None else call.given_lse(dlse),
+                )
+            dq, dk, dv = found
+            # summed in the dtype of the state: in 16 bits the error would grow with the ring
+            call.group.rows.add(grads.dq, call.rows.taken(dq), 1)
+            for total, part in ((grads.dk, dk), (grads.dv, dv)):
+                call.group.keys.add(total, keys.folded(call.keys.taken(part), total), 1)
+
+    def _there(self) -> Found:
+        found = self.found()
+        if isinstance(found, str):
+            raise NotImplementedError(f"{self.NAME}: {found}")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """k and v with heads as a kernel wants them.
+
+    Attributes:
+        index: For each of these heads the head of the block that it is; None for its own.
+    """
+
+    k: Tensor
+    v: Tensor
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, block: Block, record: Record) -> _Keys:
+        shared = block.k.shape[2] != block.q.shape[2]
+        if not shared or (record.shared_heads and _even_groups(block.heads)):
+            return cls(block.k, block.v, None)
+        index = torch.tensor(block.heads.kv_index, device=block.k.device, dtype=torch.int64)
+        return cls(block.k.index_select(2, index), block.v.index_select(2, index), index)
+
+    def folded(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """(B, n, heads, D) summed over query heads that share a head of the block."""
+        if self.index is None:
+            return gradient
+        shape = *gradient.shape[:2], *like.shape[2:]
+        total = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return total.index_add_(2, self.index, gradient.to(like.dtype))
+
+
+def _even_groups(heads: Heads) -> bool:
+    """Whether as many query heads share each key head here, as kernels count them."""
+    index, (first, stop) = heads.kv_index, heads.kv_range
+    size, rest = divmod(heads.count, stop - first)
+    return not rest and index == tuple(h // size for h in range(heads.count))
+
+
+def _calls(block: Block, record: Record) -> Iterator[Call]:
+    if not block.q.numel():
+        return
+    lies = record.packed
+    for group in groups(block.visit, windows=record.windows, packed=lies is not None):
+        yield Call(group, block.q.shape[0], block.scoring, block.q.device, lies)
+
+
+def _dlse(saved: Saved) -> Tensor | None:
+    """(B, H, Lq): the gradient of the returned lse, which ``delta`` holds, where there is one."""
+    if not saved.lse_has_gradient:
+        return None
+    dtype = saved.delta.dtype
+    return (saved.dout.to(dtype) * saved.out.to(dtype)).sum(-1).transpose(1, 2) - saved.delta
+
+
+def _no_device(record: Record) -> str | None:
+    if record.device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: in here that of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,118 @@
+"""The calling convention of flash-attn 2, which the hub's builds and AMD's aiter share.
+
+Four private functions of ``flash_attn.flash_attn_interface``, which every ring outside of that
+library calls, with the signatures that they have had since 2.7.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usp.backends.library.call import How, Missing, deterministic, is_there, version_of
+
+OLDEST = (2, 7)  # earlier ones return eight results and take the window as a tuple
+UNBOUNDED = -1
+NAMES = ("_flash_attn_forward", "_flash_attn_backward")
+PACKED_NAMES = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
+_INSTALL = "pip install flash-attn --no-build-isolation"
+
+
+@dataclass(frozen=True)
+class Flash2:
+    """``functions`` holds them under their names: a module."""
+
+    functions: Any
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor]:
+        name, where = _chosen(how, 0)
+        call = getattr(self.functions, name)
+        # dropout_p, scale, causal, left, right, softcap, alibi_slopes, return_softmax
+        out, lse = call(q, k, v, *where, 0.0, *_scores(how), None, False)[:2]
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        how: How,
+        dlse: Tensor | None,
+    ) -> Sequence[Tensor]:
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        name, where = _chosen(how, 1)
+        # they take the random state of dropout as their last, and have a default for it
+        getattr(self.functions, name)(
+            dout, q, k, v, out, lse, *grads, *where, 0.0, *_scores(how), None, deterministic()
+        )
+        return grads
+
+
+def _chosen(how: How, which: int) -> tuple[str, tuple[Any, ...]]:
+    """A function's name, and where its sequences lie."""
+    if how.packed is None:
+        return NAMES[which], ()
+    packed = how.packed
+    return PACKED_NAMES[which], (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
+
+
+def _scores(how: How) -> tuple[Any, ...]:
+    return how.scale, how.causal, *how.window(UNBOUNDED), how.softcap
+
+
+def missing() -> str | None:
+    """Why flash-attn 2 is not installed. flash-attn 4 alone makes a ``flash_attn`` too."""
+    version = version_of("flash-attn")
+    if version is None:
+        return f"flash-attn is not installed: {_INSTALL}"
+    if version < OLDEST:
+        wanted, found = (".".join(map(str, x)) for x in (OLDEST, version))
+        return f"flash-attn is {found}, and from {wanted} on it has the functions that are called"
+    return None
+
+
+def load_cuda() -> Flash2:
+    """Its CUDA kernels, or those of composable kernels where torch is built for ROCm."""
+    if not is_there("flash_attn_2_cuda"):
+        raise Missing(f"flash-attn is there without its compiled extension: {_INSTALL}")
+    if asks_for_triton():
+        raise Missing("FLASH_ATTENTION_TRITON_AMD_ENABLE asks flash-attn for its Triton kernels")
+    return interface()
+
+
+def load_rocm_triton() -> Flash2:
+    """Its Triton kernels for AMD: asked for by its own switch, or all that there is."""
+    if not asks_for_triton() and is_there("flash_attn_2_cuda"):
+        raise Missing("flash-attn has its composable kernels here")
+    return interface()
+
+
+def asks_for_triton() -> bool:
+    """Its own switch, which it reads when it is imported."""
+    return os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
+
+
+def interface() -> Flash2:
+    from flash_attn import flash_attn_interface
+
+    return checked(flash_attn_interface, "flash_attn.flash_attn_interface")
+
+
+def checked(functions: Any, where: str) -> Flash2:
+    """Refuses what lacks a function.
+
+    Raises:
+        Missing: names those.
+    """
+    absent = [name for name in (*NAMES, *PACKED_NAMES) if not hasattr(functions, name)]
+    if absent:
+        raise Missing(f"{where} has no {', '.join(absent)}")
+    return Flash2(functions)

@@ -1,0 +1,74 @@
+"""flash-attn 3, by the names of its ops: their Python wrappers changed, the names did not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usp.backends.library.call import How, Missing, deterministic, is_there
+
+UNBOUNDED = -1
+_INSTALL = "build it from the folder hopper of github.com/Dao-AILab/flash-attention"
+
+
+class Flash3:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor]:
+        op = torch.ops.flash_attn_3.fwd
+        out, lse = op(q, k, v, **_options(how), num_splits=1)[:2]
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        how: How,
+        dlse: Tensor | None,
+    ) -> Sequence[Tensor]:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        # not with head dim 256
+        fixed = deterministic() and q.shape[-1] < 256
+        options = {**_options(how), "deterministic": fixed}
+        # what it returns has differed from version to version
+        torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options)
+        return dq, dk, dv
+
+
+def _options(how: How) -> dict[str, Any]:
+    left, right = how.window(UNBOUNDED)
+    options: dict[str, Any] = {
+        "softmax_scale": how.scale,
+        "is_causal": how.causal,
+        "window_size_left": left,
+        "window_size_right": right,
+        "softcap": how.softcap,
+    }
+    if how.packed is not None:
+        options |= {
+            "cu_seqlens_q": how.packed.cu_q,
+            "cu_seqlens_k": how.packed.cu_k,
+            "max_seqlen_q": how.packed.max_q,
+            "max_seqlen_k": how.packed.max_k,
+        }
+    return options
+
+
+def missing() -> str | None:
+    if not is_there("flash_attn_interface"):
+        return f"flash-attn 3 (flash_attn_interface) is not installed: {_INSTALL}"
+    return None
+
+
+def load() -> Flash3:
+    import flash_attn_interface  # noqa: F401  registers the ops
+
+    for name in ("fwd", "bwd"):
+        if not hasattr(torch.ops.flash_attn_3, name):
+            raise Missing(f"flash_attn_interface brought no op flash_attn_3::{name}: {_INSTALL}")
+    return Flash3()
