@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The doors into models of other libraries, with these libraries.
+# The doors into models of other libraries, and adapters to attention kernels of others, with these
+# libraries.
 # usage: scripts/door_tests.sh VENV [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,4 +9,6 @@ shift
 
 # Nothing in here is downloaded but by pip: models are made of random numbers.
 export HF_HUB_OFFLINE=1
-exec "$venv/bin/pytest" -n 2 --dist worksteal -m "not gpu" --durations 10 tests/integrations "$@"
+scripts/libraries.sh "$venv" || echo "[usp] flash-attn and aiter could not be installed: going on without"
+exec "$venv/bin/pytest" -n 2 --dist worksteal -m "not gpu" --durations 10 \
+  tests/integrations tests/backends/library "$@"

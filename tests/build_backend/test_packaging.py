@@ -61,7 +61,18 @@ def test_installed_metadata() -> None:
     required = installed.requires or []
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
     assert set(installed.metadata.get_all("Provides-Extra") or []) == {
-        *("demo", "dev", "doors", "flash", "test", "timm", "torchvision", "transformers", "triton")
+        *(
+            "demo",
+            "dev",
+            "doors",
+            "flash",
+            "hub",
+            "test",
+            "timm",
+            "torchvision",
+            "transformers",
+            "triton",
+        )
     }
     assert any(entry.name == "usp" for entry in installed.entry_points)
 

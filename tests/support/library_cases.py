@@ -42,7 +42,8 @@ def _of_torch(kernel: Any) -> Any:
 LOADERS = {
     "flash-attn 2": lambda: flash2.Flash2(stand_ins.flash2_functions()),
     "flash-attn 2 (composable kernels)": lambda: flash2.Flash2(stand_ins.flash2_functions()),
-    "flash-attn 2 (Triton)": lambda: flash2.Flash2(stand_ins.flash2_functions()),
+    "flash-attn 2 (Triton)": lambda: flash2.Flash2(stand_ins.flash2_functions(lse_lies="nh")),
+    "flash-attn 2 (by aiter)": lambda: flash2.Flash2(stand_ins.flash2_functions()),
     "flash-attn 3": _flash3,
     "flash-attn 4": lambda: flash4.Flash4(stand_ins.Flash4),
     "aiter (Triton)": lambda: of_aiter.Aiter(stand_ins.Aiter),
@@ -53,7 +54,8 @@ LOADERS = {
 
 
 def label(record: Record) -> str:
-    return f"{record.name}-{record.built_for}{'' if record.windows else '-no-windows'}"
+    kind = record.title.partition("(")[2].rstrip(")").replace(" ", "-")
+    return "-".join(filter(None, (record.name, record.built_for, kind)))
 
 
 def here() -> None:

@@ -196,8 +196,15 @@ class Extension:
         return dq, dk, dv, torch.empty(0)
 
 
-def flash2_functions() -> Any:
-    """The four functions of ``flash_attn_interface`` over the extension, without their library."""
+def flash2_functions(lse_lies: str = "hn") -> Any:
+    """The four functions of ``flash_attn_interface`` over the extension, without their library.
+
+    Args:
+        lse_lies: Of a packed call: (heads, tokens), or "nh" for the other way round.
+    """
+
+    def turned(lse: Tensor) -> Tensor:
+        return lse if lse_lies == "hn" else lse.T.contiguous()
 
     def _flash_attn_forward(
         q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
@@ -226,11 +233,12 @@ def flash2_functions() -> Any:
         window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
         alibi_slopes: Tensor | None = None, return_softmax: bool = False,
     ) -> Any:  # fmt: skip
-        return Extension.varlen_fwd(
+        out, lse, *rest = Extension.varlen_fwd(
             q, k, v, None, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes,
             max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, False, causal, window_size_left,
             window_size_right, softcap, return_softmax, None,
         )  # fmt: skip
+        return out, turned(lse), *rest
 
     def _flash_attn_varlen_backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor,
@@ -240,9 +248,9 @@ def flash2_functions() -> Any:
         deterministic: bool, rng_state: Tensor | None = None, zero_tensors: bool = False,
     ) -> Any:  # fmt: skip
         return Extension.varlen_bwd(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, zero_tensors, causal,
-            window_size_left, window_size_right, softcap, deterministic, None, rng_state,
+            dout, q, k, v, out, turned(softmax_lse), dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+            alibi_slopes, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, zero_tensors,
+            causal, window_size_left, window_size_right, softcap, deterministic, None, rng_state,
         )[3]  # fmt: skip
 
     functions = (
@@ -313,5 +321,31 @@ class Aiter:
         assert dout.stride() == out.stride(), "dout is read by the strides of out"
         how = scale, None, 0 if causal else None
         for grad, part in zip((dq, dk, dv), backward(dout, q, k, v, out, lse, *how), strict=True):
+            grad.copy_(part)
+        return torch.empty(0)
+
+    @staticmethod
+    def varlen_fwd(
+        q: Tensor, k: Tensor, v: Tensor, out: None, cu_q: Tensor, cu_k: Tensor, used: None,
+        leftpad: None, table: None, alibi: None, max_q: int, max_k: int, dropout: float,
+        scale: float, zero: bool, causal: bool, left: int, right: int, softcap: float,
+        return_softmax: bool, gen: None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert (left, right, softcap) == (-1, -1, 0.0)
+        sequences = each_sequence(cu_q, cu_k, max_q, max_k)
+        return *packed_forward(q, k, v, sequences, scale, None, 0 if causal else None), None, None
+
+    @staticmethod
+    def varlen_bwd(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor,
+        dk: Tensor, dv: Tensor, cu_q: Tensor, cu_k: Tensor, alibi: None, max_q: int, max_k: int,
+        dropout: float, scale: float, zero: bool, causal: bool, left: int, right: int,
+        softcap: float, deterministic: bool, gen: None = None, rng: None = None,
+    ) -> Tensor:  # fmt: skip
+        assert (left, right, softcap) == (-1, -1, 0.0) and dout.stride() == out.stride()
+        sequences = each_sequence(cu_q, cu_k, max_q, max_k)
+        how = scale, None, 0 if causal else None
+        found = packed_backward(dout, q, k, v, out, lse, sequences, how)
+        for grad, part in zip((dq, dk, dv), found, strict=True):
             grad.copy_(part)
         return torch.empty(0)

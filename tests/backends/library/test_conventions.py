@@ -125,7 +125,7 @@ def test_other_head_dims_and_dtypes(record: Record) -> None:
         assert_near(ring.results(on_cpu(record)), ring.expected(causal=True), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("record", [ROWS[0], ROWS[5]], ids=label)
+@pytest.mark.parametrize("record", [ROWS[0], ROWS[-2]], ids=label)
 def test_key_heads_that_are_shared_unevenly(record: Record) -> None:
     """A rank may hold query heads 1 to 3 of groups of two: one reads a key head, two the next."""
     from usp.attention import block

@@ -17,6 +17,7 @@ from torch import Tensor
 from usp.backends.library.call import How, Missing, deterministic, is_there, version_of
 
 OLDEST = (2, 7)  # earlier ones return eight results and take the window as a tuple
+BY_AITER = (2, 8, 4)  # from here on its Triton kernels for AMD are those of aiter
 UNBOUNDED = -1
 NAMES = ("_flash_attn_forward", "_flash_attn_backward")
 PACKED_NAMES = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
@@ -88,11 +89,29 @@ def load_cuda() -> Flash2:
     return interface()
 
 
-def load_rocm_triton() -> Flash2:
-    """Its Triton kernels for AMD: asked for by its own switch, or all that there is."""
+def load_triton() -> Flash2:
+    """Its own Triton kernels for AMD: asked for by its switch, or all that there is."""
+    _refuse_compiled()
+    if _by_aiter():
+        raise Missing("this flash-attn asks aiter for its Triton kernels")
+    return interface()
+
+
+def load_by_aiter() -> Flash2:
+    """The same of later versions, which ask aiter for them."""
+    _refuse_compiled()
+    if not _by_aiter():
+        raise Missing("this flash-attn has Triton kernels of its own")
+    return interface()
+
+
+def _refuse_compiled() -> None:
     if not asks_for_triton() and is_there("flash_attn_2_cuda"):
         raise Missing("flash-attn has its composable kernels here")
-    return interface()
+
+
+def _by_aiter() -> bool:
+    return (version_of("flash-attn") or OLDEST) >= BY_AITER
 
 
 def asks_for_triton() -> bool:

@@ -1,8 +1,7 @@
 """What is known of each library's kernels: the one table.
 
 Nobody has run a line of it on a GPU. What its adapters were executed on stands in ``shown``.
-``packed`` is left out where no call of several sequences has been executed, or where its LSE lies
-in another way from version to version.
+``windows`` is left out where some release computes them wrongly or ignores them.
 """
 
 from __future__ import annotations
@@ -59,12 +58,24 @@ ROWS = (
         name="flash_attn",
         title="flash-attn 2 (Triton)",
         missing=flash2.missing,
-        load=flash2.load_rocm_triton,
+        load=flash2.load_triton,
         architectures=(*_CDNA, *_RDNA),
         dims=equal_dims(8, 256),
         built_for="hip",
+        packed="nh",
         empty_lse=0.0,
         shown="all of 2.8.3 in Triton's interpreter",
+    ),
+    Record(
+        name="flash_attn",
+        title="flash-attn 2 (by aiter)",
+        missing=flash2.missing,
+        load=flash2.load_by_aiter,
+        architectures=(*_CDNA, *_RDNA),
+        dims=equal_dims(8, 256),
+        built_for="hip",
+        packed="hn",
+        shown="its Python over a stand-in for its extension",
     ),
     Record(
         name="flash_attn_3",
@@ -108,6 +119,7 @@ ROWS = (
         architectures=(*_CDNA, *_RDNA),
         dims=equal_dims(8, 256),
         built_for="hip",
+        packed="hn",
         shown="all of 0.1.7 in Triton's interpreter",
     ),
     Record(
