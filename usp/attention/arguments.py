@@ -207,6 +207,7 @@ def traits_of(tensors: Tensors, scoring: Scoring, returns_lse: bool) -> Traits:
         dropout=scoring.dropout_p > 0,
         returns_lse=returns_lse,
         architecture=architecture(tensors.q.device),
+        device=tensors.q.device,
     )
 
 
@@ -273,7 +274,8 @@ def facts(
         "key_padding_mask": tensors.key_padding_mask is not None,
         "attn_bias": None if bias is None else (bias.dtype, *bias.shape[:2], bias.shape[3]),
         "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
-        "backend": alone.backend.NAME,
+        # what it took need not be alike: one machine's kernels may be wrong, or not measured
+        "backend": options.backend,
         "gradients needed": list(gradients),
     }
     if bias is not None and q.shape[1] != 1:

@@ -2,19 +2,21 @@
 
 A backend is a module. Each says in plain sentences why it cannot take a problem; ``"auto"``
 takes the first without reasons, in the order that ``preference.py`` has for the device; a named
-backend never falls back.
+backend never falls back. What no committed result covers has to be right first (``trust.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from usp.backends import native, reference, sdpa, triton
-from usp.backends.library import LIBRARIES, HubBackends
-from usp.backends.preference import order
+from usp.backends import _local, native, reference, sdpa, triton, trust
+from usp.backends.library import LIBRARIES, HubBackends, trusted
+from usp.backends.preference import Source, preference, sources
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -114,32 +116,76 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: use auto or one of {', '.join(names)}")
 
 
-def in_order(architecture: str) -> tuple[StateBackend | PartialBackend, ...]:
-    """Every backend, in the order in which "auto" asks them on a device."""
-    names = order(architecture)
-    rank = {backend_name: place for place, backend_name in enumerate(names)}
-    return tuple(sorted(TABLE, key=lambda backend: rank.get(backend.NAME, len(names))))
+def order_of(architecture: str, device: torch.device | None = None) -> tuple[Source, ...]:
+    """What says who is asked first on a device: the first of these comes first.
+
+    Args:
+        architecture: As ``kernels.architecture`` names it.
+        device: Of that architecture, where it is here: it may have been measured.
+    """
+    row = None if device is None else _local.recall(device, packages())
+    return sources(architecture, preference(architecture), row, trusted(architecture))
+
+
+def in_order(
+    architecture: str, device: torch.device | None = None
+) -> tuple[StateBackend | PartialBackend, ...]:
+    """Every backend, in the order in which "auto" asks them; arguments as in ``order_of``."""
+    return _in_order(TABLE, order_of(architecture, device))
+
+
+@lru_cache(maxsize=64)
+def _in_order(
+    table: tuple[StateBackend | PartialBackend, ...], said: tuple[Source, ...]
+) -> tuple[StateBackend | PartialBackend, ...]:
+    """First those that are named, and then the others as they stand."""
+    names = list(dict.fromkeys(name for source in said for name in source.names))
+    rank = {name: place for place, name in enumerate(names)}
+    return tuple(sorted(table, key=lambda backend: rank.get(backend.NAME, len(names))))
+
+
+def packages() -> tuple[str, ...]:
+    """Distributions whose versions matter to what was measured here."""
+    return _packages(TABLE)
+
+
+@lru_cache(maxsize=8)
+def _packages(table: tuple[StateBackend | PartialBackend, ...]) -> tuple[str, ...]:
+    named = (getattr(backend, "PACKAGES", ()) for backend in table)
+    return tuple(sorted({name for names in named for name in names}))
 
 
 def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
     """The backend for a problem.
 
     Args:
-        name: "auto" for the first that takes it, or one by name, which never falls back.
+        name: "auto" for the first that takes it and is right, or one by name, which never falls
+            back.
         traits: The problem.
 
     Raises:
         ValueError: no backend has that name.
-        NotImplementedError: none, or not the named one, takes the problem; gives every reason.
+        NotImplementedError: none, or not the named one, takes the problem, or it was seen to be
+            wrong on this machine; gives every reason.
     """
     check_name(name)
-    against = []
-    candidates = in_order(traits.architecture)
+    against: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    candidates = in_order(traits.architecture, traits.device)
     if name != "auto":
         candidates = tuple(backend for backend in (*TABLE, *_hub) if name == backend.NAME)
     for backend in candidates:
         reasons = backend.reasons_against(traits)
         if not reasons:
-            return backend
+            seen = trust.wrong_with(backend, traits, _is_covered)
+            if seen is None:
+                trust.say(left_out, backend.NAME)
+                return backend
+            left_out.append((backend.NAME, seen))
+            reasons = (f"it was checked on this machine, and {seen} ({trust.advice()})",)
         against += [f"{backend.NAME}: {reason}" for reason in reasons]
     raise NotImplementedError(f"backend={name!r} cannot take this problem: " + "; ".join(against))
+
+
+def _is_covered(name: str, traits: Traits) -> bool:
+    return name in preference(traits.architecture).order

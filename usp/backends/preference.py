@@ -1,16 +1,19 @@
 """Which backend "auto" prefers on which device, and the measurements that decided it.
 
 A row stands here only if committed results say so, and a test holds it to them: where a file of
-another order, or of a device without a row, lies among the results, that test fails. Devices
-without a row have not been measured; there the order is a guess: ``GUESSES``, and then that of
-``backends.TABLE``. So are the orders of who merges and packs, which lie with these ops:
+another order, or of a device without a row, lies among the results, that test fails. What the user
+has measured on this very machine counts before it. Devices without a row have not been measured:
+there libraries come first, whose kernels others have proved, and then a guess, ``GUESSES`` and the
+order of ``backends.TABLE``. So are the orders of who merges and packs, which lie with these ops:
 ``ops/merge.py``, ``ops/pack.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from usp.backends._local import LocalRow
 from usp.machine import cpu
 
 
@@ -56,9 +59,37 @@ def measured_on(architecture: str) -> str:
     return cpu.kind() if architecture == "cpu" else architecture
 
 
-def order(architecture: str) -> tuple[str, ...]:
-    """Names of backends, those to be asked first; the others follow as they stand."""
-    return preference(architecture).order or GUESSES.get(architecture, ())
+@dataclass(frozen=True)
+class Source:
+    """Some names in an order, and where they come from."""
+
+    names: tuple[str, ...]
+    why: str
+
+
+@lru_cache(maxsize=64)
+def sources(
+    architecture: str,
+    row: Preference,
+    local: LocalRow | None = None,
+    proven: tuple[str, ...] = (),
+) -> tuple[Source, ...]:
+    """What says who is asked first, in the order in which it counts; never none.
+
+    Args:
+        architecture: As ``kernels.architecture`` names it.
+        row: What committed results say.
+        local: What was measured on this very machine, if anything was.
+        proven: Libraries whose kernels others have proved there, in order of trust.
+    """
+    found = []
+    if local is not None:
+        found.append(Source(local.order, f"measured here by usp tune, {local.date}"))
+    if row.order:
+        found.append(Source(row.order, "committed results of such a device"))
+    if proven:
+        found.append(Source(proven, "not measured: libraries first, whose kernels others proved"))
+    return *found, Source(GUESSES.get(architecture, ()), "a guess: not measured")
 
 
 def preference(architecture: str) -> Preference:

@@ -12,6 +12,7 @@ from usp.planning.problem import Block, Gradients, Saved, State, Traits
 NAME = "triton"
 CARRIES_STATE = True
 OVERWRITES = False
+PACKAGES = ("triton",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 

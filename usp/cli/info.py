@@ -59,20 +59,20 @@ def device_lines() -> list[tuple[str, str]]:
 
 
 def preference_lines() -> list[tuple[str, str]]:
-    """What "auto" asks, in order, on each kind of device that is here."""
+    """What "auto" asks, in order, on each kind of device that is here, and why."""
     import torch
 
-    from usp.backends import in_order
-    from usp.backends.preference import measured_on, preference
+    from usp.backends import in_order, order_of
+    from usp.backends.preference import measured_on
     from usp.kernels import architecture
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     lines = {}
-    for name in map(architecture, devices):
-        order = ", ".join(backend.NAME for backend in in_order(name))
-        measured = preference(name).results
-        lines[measured_on(name)] = order if measured else f"{order}  (a guess: not measured)"
+    for device in devices:
+        name = architecture(device)
+        order = ", ".join(backend.NAME for backend in in_order(name, device))
+        lines[measured_on(name)] = f"{order}  ({order_of(name, device)[0].why})"
     return list(lines.items())
 
 

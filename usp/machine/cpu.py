@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,11 @@ def level() -> str:
 
     The one that ``USP_CPU_CAPABILITY`` says; "none" where nothing was compiled.
     """
+    return _level(os.environ.get("USP_CPU_CAPABILITY"))
+
+
+@cache
+def _level(_: str | None) -> str:
     try:
         return str(importlib.import_module("usp._C").cpu_capability())
     except ImportError:

@@ -143,6 +143,7 @@ class Traits:
     dropout: bool = False
     returns_lse: bool = False
     architecture: str = ""  # of the device, where it is known
+    device: torch.device | None = None  # likewise
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,8 @@ class LibraryBackend:
 
     CARRIES_STATE = False
     OVERWRITES = False
+    # whose versions matter to what was found out about any of them
+    PACKAGES = ("aiter", "amd-aiter", "flash-attn", "flash-attn-3", "flash-attn-4", "triton")
 
     def __init__(self, records: tuple[Record, ...]) -> None:
         self.NAME = records[0].name

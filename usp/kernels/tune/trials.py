@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from usp.kernels.configs import AnyConfig, Config
+from usp.machine.apart import watch
 
 Shape = tuple[int, int, int, int, int]
 MARK = "usp: one more has ended"
@@ -75,21 +71,5 @@ def command_for(
 
 def count_marks(command: Sequence[str], patience: float) -> tuple[int, str]:
     """How many marks a process makes, and why there are no more."""
-    with tempfile.TemporaryDirectory(prefix="usp-tune-") as folder:
-        output, errors = Path(folder, "out"), Path(folder, "err")
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with output.open("w") as out, errors.open("w") as err:
-            child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
-        marks, deadline = 0, time.monotonic() + patience
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            now = output.read_text().count(MARK)
-            if now > marks:
-                marks, deadline = now, time.monotonic() + patience
-        reason = f"still running after {patience:.0f} s"
-        if child.poll() is not None:
-            last = errors.read_text().strip().splitlines()[-1:]
-            reason = f"exit code {child.returncode}: {''.join(last)}"
-        child.kill()
-        child.wait()
-        return output.read_text().count(MARK), reason
+    said, reason = watch(command, MARK, patience)
+    return said.count(MARK), reason

@@ -1,0 +1,75 @@
+"""Which backend was fastest on this very machine: what ``usp tune`` found, kept for its user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from usp.machine import kept
+from usp.machine.place import place
+
+
+@dataclass(frozen=True)
+class LocalRow:
+    """What was measured here.
+
+    Attributes:
+        order: Names of backends, the fastest first.
+        date: When, UTC.
+        times: Of each, the mean time over that of the fastest.
+    """
+
+    order: tuple[str, ...]
+    date: str
+    times: tuple[float, ...]
+
+
+def store() -> Path:
+    """The file."""
+    return kept.folder() / "usp-orders.json"
+
+
+_recalled: dict[tuple[torch.device, tuple[str, ...]], LocalRow | None] = {}
+
+
+def recall(device: torch.device, packages: Sequence[str]) -> LocalRow | None:
+    """The row of a device, if it was measured with this driver and these versions.
+
+    Args:
+        packages: Distributions whose versions matter.
+    """
+    key = device, tuple(packages)
+    if key not in _recalled:
+        path = store()
+        # the place takes a moment to find out, and most have no file
+        found = kept.read(path).get(place(device, packages)) if path.is_file() else None
+        _recalled[key] = _row(found)
+    return _recalled[key]
+
+
+def keep(device: torch.device, packages: Sequence[str], row: LocalRow) -> None:
+    """For this process, and for later ones.
+
+    Raises:
+        OSError: the file cannot be written; this process has the row all the same.
+    """
+    _recalled[device, tuple(packages)] = row
+    kept.add(store(), {place(device, packages): asdict(row)})
+
+
+def forget() -> None:
+    """Look the rows up anew."""
+    _recalled.clear()
+
+
+def _row(found: Any) -> LocalRow | None:
+    """As the file has it; None where it is not what ``keep`` writes."""
+    try:
+        order, times = tuple(map(str, found["order"])), tuple(map(float, found["times"]))
+        return LocalRow(order, str(found["date"]), times)
+    except (TypeError, KeyError, ValueError):
+        return None

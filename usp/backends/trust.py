@@ -1,0 +1,168 @@
+"""Never trust a kernel blindly: who is covered by no committed result is tried first.
+
+At its first use for a dtype, head dims and options it is held against the reference on small
+problems: on a GPU in a process of its own, which may fault, on a CPU in a thread. The verdict is
+kept on disk for this device, driver and these versions. Who is wrong is left out, and said once.
+
+Ranks of a mesh may come to different verdicts, on different machines say: what travels between
+them does not depend on whose kernels compute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from usp.backends import _self_check
+from usp.kernels import interpreted
+from usp.machine import verdicts
+from usp.machine.apart import begin
+from usp.planning.problem import Traits
+
+# It is what others are compared with.
+REFERENCE = "reference"
+_MOST = 4096
+_found: dict[tuple[Any, Traits], str | None] = {}
+_said: set[tuple[str, str]] = set()
+
+
+def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bool]) -> str | None:
+    """What was seen to be wrong with a family for a problem that it takes; None where it may run.
+
+    Args:
+        backend: A family of ``backends.TABLE``.
+        traits: Of the problem.
+        covered: Whether a committed result of such a device has judged a family of that name.
+    """
+    key = backend, traits
+    if key in _found:
+        seen = _found[key]
+        return seen if seen is None or verdicts.are_asked_for() else None
+    if not verdicts.are_asked_for():
+        return None
+    # Triton's interpreter is no device that computes wrongly, and very slow
+    if backend.NAME == REFERENCE or covered(backend.NAME, traits) or interpreted():
+        seen = None
+    elif _cannot_check_now(traits):
+        return None
+    else:
+        seen = _checked(backend, traits)
+    if len(_found) >= _MOST:
+        _found.clear()
+    _found[key] = seen
+    return seen
+
+
+def _checked(backend: Any, traits: Traits) -> str | None:
+    known = _module(backend) is not None or any(backend is each for each in _table())
+    if not known:  # this process alone has it, from a hub: no other could try it
+        return verdicts.wrong_with(subject(backend, traits), apart=False, again=True)
+    return verdicts.wrong_with(subject(backend, traits), apart=in_own_process(traits))
+
+
+def say(left_out: Sequence[tuple[str, str]], instead: str) -> None:
+    """Warn of families that are left out, of each finding once.
+
+    Args:
+        left_out: Names, and what was seen.
+        instead: Who runs.
+    """
+    for name, seen in left_out:
+        if (name, seen) not in _said:
+            _said.add((name, seen))
+            warnings.warn(
+                f"backend {name!r} is left out here: {seen}. {instead!r} runs instead. "
+                f"({advice()})",
+                stacklevel=3,
+            )
+
+
+def advice() -> str:
+    """What a user can do about a verdict."""
+    return f"`usp tune` checks again; {verdicts.store()} keeps it; USP_SELF_CHECK=0 asks nobody"
+
+
+def forget() -> None:
+    """Ask anew what this process has asked; what is on disk stays."""
+    _found.clear()
+    _said.clear()
+    verdicts.forget()
+
+
+def in_own_process(traits: Traits) -> bool:
+    """Whether a fault would cost this process its device."""
+    return traits.device_type != "cpu"
+
+
+def subject(backend: Any, traits: Traits) -> verdicts.Subject:
+    """A family with a dtype, head dims and options, on a device.
+
+    Kernels of the CPU take any head dim alike; those of a GPU are compiled for each.
+    """
+    device = traits.device or torch.device(traits.device_type)
+    dims = (40, 40) if device.type == "cpu" else (traits.head_dim, traits.value_head_dim)
+    options = [name for name in _self_check.OPTIONS if getattr(traits, name)]
+    dtype = str(traits.dtype).removeprefix("torch.")
+    told = {
+        "family": backend.NAME,
+        "module": _module(backend),
+        "device": str(device),
+        "dtype": dtype,
+        "dims": dims,
+        "options": options,
+    }
+    name = f"{backend.NAME}, {dtype}, head dims {dims[0]} and {dims[1]}"
+    name += f", with {', '.join(options)}" if options else ""
+    packages = tuple(getattr(backend, "PACKAGES", ()))
+    return verdicts.Subject(name, check, told, device, packages)
+
+
+def check(told: dict[str, Any]) -> str | None:
+    """Do what ``subject`` tells: what is wrong with a family, or None."""
+    device, dims = torch.device(told["device"]), told["dims"]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize()
+    begin()
+    options: dict[str, Any] = dict.fromkeys(told["options"], True)
+    traits = Traits(
+        device_type=device.type,
+        dtype=getattr(torch, told["dtype"]),
+        head_dim=dims[0],
+        value_head_dim=dims[1],
+        softmax_scale=dims[0] ** -0.5,
+        device=device,
+        **options,
+    )
+    return _self_check.wrong_with(_family(told), traits, device)
+
+
+def _module(backend: Any) -> str | None:
+    """Where another process finds a family, where that is a module."""
+    return backend.__name__ if isinstance(backend, ModuleType) else None
+
+
+def _family(told: dict[str, Any]) -> Any:
+    if told["module"] is not None:
+        return importlib.import_module(told["module"])
+    return next(backend for backend in _table() if told["family"] == backend.NAME)
+
+
+def _table() -> Sequence[Any]:
+    table: Sequence[Any] = importlib.import_module("usp.backends").TABLE
+    return table
+
+
+def _cannot_check_now(traits: Traits) -> bool:
+    """While a graph is made or recorded nothing else may run; the call itself asks again."""
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+        return True
+    if traits.device_type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,105 @@
+"""Work in a process of its own: what hangs or crashes there leaves this one alone.
+
+A GPU that has faulted is lost to its process, so whoever may fault is tried elsewhere first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_BEGAN = "usp: it has the device"
+_ANSWER = "usp: answer "
+_STARTING = 120.0  # seconds: Python, torch, and a device that others use too
+_is_apart = False
+
+
+class Watched(NamedTuple):
+    """What a process said, and why it says no more."""
+
+    said: str
+    reason: str
+
+
+class Ended(NamedTuple):
+    """What became of a task: whether it had the device, its answer, or why there is none."""
+
+    began: bool
+    answer: Any
+    reason: str
+
+
+def watch(
+    command: Sequence[str], mark: str, patience: float, first: float | None = None
+) -> Watched:
+    """Run a command to its end, or until it has made no mark for so many seconds.
+
+    Args:
+        mark: What it prints from time to time.
+        first: Seconds until the first mark, where that takes another time.
+    """
+    with tempfile.TemporaryDirectory(prefix="usp-apart-") as folder:
+        output, errors = Path(folder, "out"), Path(folder, "err")
+        # what it imports is what this process imports
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with output.open("w") as out, errors.open("w") as err:
+            child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
+        marks, allowed = 0, patience if first is None else first
+        deadline = time.monotonic() + allowed
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            now = output.read_text().count(mark)
+            if now > marks:
+                marks, allowed = now, patience
+                deadline = time.monotonic() + allowed
+        reason = f"still running after {allowed:.0f} s"
+        if child.poll() is not None:
+            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
+            reason = f"exit code {child.returncode}: {''.join(last)}"
+        child.kill()
+        child.wait()
+        return Watched(output.read_text(errors="replace"), reason)
+
+
+def run_apart(task: str, argument: Any, patience: float) -> Ended:
+    """Call a function in a new process.
+
+    Args:
+        task: "module:function"; it takes ``argument``, calls ``begin`` once it has the device,
+            and returns what JSON can hold.
+        argument: What JSON can hold.
+        patience: Seconds from then on.
+    """
+    code = "import sys; from usp.machine import apart; apart.answer(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, task, json.dumps(argument)]
+    try:
+        said, reason = watch(command, _BEGAN, patience, _STARTING)
+    except OSError as error:
+        return Ended(False, None, str(error))
+    answers = [line for line in said.splitlines() if line.startswith(_ANSWER)]
+    if not answers:
+        return Ended(_BEGAN in said, None, reason)
+    return Ended(True, json.loads(answers[-1].removeprefix(_ANSWER)), reason)
+
+
+def begin() -> None:
+    """A task says that it has the device; nothing where it is not apart."""
+    if _is_apart:
+        print(f"\n{_BEGAN}", flush=True)
+
+
+def answer(task: str, argument: str) -> None:
+    """In the new process, which checks nothing but what it was sent for."""
+    global _is_apart
+    _is_apart, os.environ["USP_SELF_CHECK"] = True, "0"
+    module, _, function = task.partition(":")
+    found = getattr(importlib.import_module(module), function)(json.loads(argument))
+    print(f"\n{_ANSWER}{json.dumps(found)}", flush=True)
