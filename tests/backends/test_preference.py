@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ import torch
 from places import BENCHMARKS
 
 from usp import kernels
-from usp.backends import TABLE, in_order, select
+from usp.backends import TABLE, _local, in_order, order_of, packages, select
+from usp.backends._local import LocalRow
+from usp.backends.library import trusted
 from usp.backends.preference import GUESSES, PREFERENCES, Preference, measured_on, preference
-from usp.machine import cpu
+from usp.machine import cpu, place
 from usp.planning.problem import Traits
 
 RESULTS = BENCHMARKS / "results"
@@ -104,6 +108,61 @@ def test_a_rehearsal_decides_nothing(decided: Any) -> None:
     assert decided.is_measured(report)
     report["runs"].append({"architecture": "cpu", "dry_run": True})
     assert not decided.is_measured(report)
+
+
+def test_what_counts_before_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row of this machine, a committed one, libraries in order of trust, ours."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    device, rows = torch.device("cpu"), packages()
+    assert order("sm_90", device) == [*trusted("sm_90"), *others(trusted("sm_90"))]
+    monkeypatch.setitem(PREFERENCES, "sm_90", Preference(("native", "aten_flash")))
+    measured = list(dict.fromkeys(["native", "aten_flash", *trusted("sm_90")]))
+    assert order("sm_90", device) == [*measured, *others(measured)]
+    assert order("sm_80", device)[0] == trusted("sm_80")[0]
+    _local.keep(device, rows, LocalRow(("reference", "triton", "gone"), "today", (1.0, 2.0, 3.0)))
+    measured = ["reference", "triton", *measured]
+    for _ in range(2):
+        assert order("sm_90", device) == [*measured, *others(measured)]
+        assert "measured here by usp tune, today" in order_of("sm_90", device)[0].why
+        _local.forget()  # as a new process
+    _local.drop(device, rows)
+    assert order("sm_90", device)[0] == "native"
+    _local.forget()
+    assert order("sm_90", device)[0] == "native"
+
+
+def order(architecture: str, device: torch.device) -> list[str]:
+    return [backend.NAME for backend in in_order(architecture, device)]
+
+
+def others(names: Sequence[str]) -> list[str]:
+    return [backend.NAME for backend in TABLE if backend.NAME not in names]
+
+
+@pytest.mark.parametrize("what", ["driver", "_software", "name_of", "version_of"])
+def test_a_row_of_another_place_does_not_count(
+    what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    device = torch.device("cpu")
+    _local.keep(device, ["numpy"], LocalRow(("reference",), "today", (1.0,)))
+    _local.forget()
+    monkeypatch.setattr(place, what, lambda *_: "another")
+    assert _local.recall(device, ["numpy"]) is None
+    _local.forget()
+
+
+@pytest.mark.parametrize("text", ["{", '{"order": 3}', '{"order": [], "date": "", "times": ["x"]}'])
+def test_a_row_that_is_none_is_no_error(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    _local.forget()
+    device = torch.device("cpu")
+    row = text if text == "{" else f'{{"{place.place(device, [])}": {text}}}'
+    _local.store().write_text(row)
+    assert _local.recall(device, []) is None
+    _local.forget()
 
 
 @pytest.fixture

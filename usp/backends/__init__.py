@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from usp.backends import _local, native, reference, sdpa, triton, trust
 from usp.backends.library import LIBRARIES, HubBackends, trusted
 from usp.backends.preference import Source, preference, sources
+from usp.kernels import interpreted
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -185,6 +186,58 @@ def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
             reasons = (f"it was checked on this machine, and {seen} ({trust.advice()})",)
         against += [f"{backend.NAME}: {reason}" for reason in reasons]
     raise NotImplementedError(f"backend={name!r} cannot take this problem: " + "; ".join(against))
+
+
+class Tuned(NamedTuple):
+    """What ``tune`` found.
+
+    Attributes:
+        row: The order from now on, and times over the fastest one's.
+        cases: How many were measured.
+        left_out: Names of families, and why they were not measured to the end.
+        kept: Where later processes find the row, or why they do not.
+    """
+
+    row: _local.LocalRow
+    cases: int
+    left_out: dict[str, str]
+    kept: str
+
+
+def tune(device: torch.device, seconds: float = 120.0) -> Tuned:
+    """Measure every backend on a device, and let "auto" ask the fastest first from now on.
+
+    Attention of usual sizes with its backward, in turn. Each is checked against the reference
+    first, whatever was found before; what is wrong is not timed.
+
+    Args:
+        device: One CPU or GPU, whose kind all of its kind here share.
+        seconds: About so long, and then what checking and compiling take.
+
+    Raises:
+        RuntimeError: nothing could be measured.
+    """
+    from usp.backends import _timing
+
+    if interpreted():
+        raise RuntimeError("Triton interprets its kernels here (TRITON_INTERPRET): nothing to time")
+    found = _timing.measure(TABLE, device, seconds)
+    row = found.row()
+    kept = f"kept in {_local.store()}; usp tune --forget undoes it"
+    try:
+        _local.keep(device, packages(), row)
+    except OSError as error:
+        kept = f"it holds for this process alone, {error}: set TRITON_CACHE_DIR to another folder"
+    return Tuned(row, len(found.ratios), found.left_out, kept)
+
+
+def forget_order(device: torch.device) -> None:
+    """What ``tune`` has found out about a device no longer counts.
+
+    Raises:
+        OSError: the file that holds it cannot be written.
+    """
+    _local.drop(device, packages())
 
 
 def _is_covered(name: str, traits: Traits) -> bool:

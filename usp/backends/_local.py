@@ -61,6 +61,17 @@ def keep(device: torch.device, packages: Sequence[str], row: LocalRow) -> None:
     kept.add(store(), {place(device, packages): asdict(row)})
 
 
+def drop(device: torch.device, packages: Sequence[str]) -> None:
+    """The device is as if it had not been measured.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    _recalled[device, tuple(packages)] = None
+    if store().is_file():
+        kept.add(store(), {place(device, packages): None})
+
+
 def forget() -> None:
     """Look the rows up anew."""
     _recalled.clear()

@@ -58,11 +58,20 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
     return seen
 
 
-def _checked(backend: Any, traits: Traits) -> str | None:
+def checked_again(backend: Any, traits: Traits) -> str | None:
+    """What is wrong with a family now, whatever was kept or is covered; the reference is right."""
+    if backend.NAME == REFERENCE:
+        return None
+    found = _found[backend, traits] = _checked(backend, traits, again=True)
+    return found
+
+
+def _checked(backend: Any, traits: Traits, *, again: bool = False) -> str | None:
     known = _module(backend) is not None or any(backend is each for each in _table())
     if not known:  # this process alone has it, from a hub: no other could try it
         return verdicts.wrong_with(subject(backend, traits), apart=False, again=True)
-    return verdicts.wrong_with(subject(backend, traits), apart=in_own_process(traits))
+    about = subject(backend, traits)
+    return verdicts.wrong_with(about, apart=in_own_process(traits), again=again)
 
 
 def say(left_out: Sequence[tuple[str, str]], instead: str) -> None:

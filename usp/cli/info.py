@@ -71,7 +71,8 @@ def preference_lines() -> list[tuple[str, str]]:
     lines = {}
     for device in devices:
         name = architecture(device)
-        order = ", ".join(backend.NAME for backend in in_order(name, device))
+        there = (backend for backend in in_order(name, device) if backend.unavailable() is None)
+        order = ", ".join(backend.NAME for backend in there)
         lines[measured_on(name)] = f"{order}  ({order_of(name, device)[0].why})"
     return list(lines.items())
 
