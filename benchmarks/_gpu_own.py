@@ -1,4 +1,7 @@
-"""usp's own kernels as contestants: each backend that takes a problem, and Triton's both ways."""
+"""usp as contestants: its own kernels and its adapters to libraries, whichever take a problem.
+
+Triton's come both ways.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 
 from usp import kernels
 from usp.backends import in_order
+from usp.backends.library import LIBRARIES
 from usp.kernels import configs
 from usp.planning.problem import Traits
 
@@ -30,11 +34,13 @@ class Own:
 
 def own(dtype: torch.dtype, head_dim: int, device: str) -> dict[str, Own]:
     """Every one that takes such a problem there, by name; "auto" would take the first."""
-    traits = Traits(device, dtype, head_dim, head_dim, head_dim**-0.5)
+    architecture = kernels.architecture(torch.device(device))
+    dims = head_dim, head_dim
+    traits = Traits(device, dtype, *dims, head_dim**-0.5, architecture=architecture)
     found = {
         f"usp {backend.NAME}": Own(backend)
-        for backend in in_order(kernels.architecture(torch.device(device)))
-        if backend.CARRIES_STATE and not backend.reasons_against(traits)
+        for backend in in_order(architecture)
+        if (backend.CARRIES_STATE or backend in LIBRARIES) and not backend.reasons_against(traits)
     }
     if "usp triton" in found and has_pipelines(head_dim, device):
         found["usp hopper"] = Own(found["usp triton"].backend, configs.pipelined)

@@ -8,13 +8,14 @@ from typing import Any
 
 from _measure import Times
 
+from usp.backends.library import LIBRARIES
 from usp.machine.cpu import vendor_of
 
 Report = dict[str, Any]
 # Candidates of the reports that are backends, or bound one: torch's bare call is the least that
 # the sdpa backend takes.
 CPU = {"usp": "native", "sdpa": "sdpa"}
-GPU = {"usp triton": "triton", "usp native": "native"}
+GPU = {f"usp {name}": name for name in ("triton", "native", *(b.NAME for b in LIBRARIES))}
 
 
 def measured_on(report: Report) -> str:

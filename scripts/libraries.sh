@@ -1,12 +1,26 @@
 #!/usr/bin/env bash
-# Attention libraries whose kernels or Python run without a GPU, in a folder of their own: nothing
-# else finds them there.
-# usage: scripts/libraries.sh VENV
+# Attention libraries whose kernels or Python run without a GPU, each set in a folder of its own:
+# nothing else finds them there.
+# usage: scripts/libraries.sh VENV [flash-attn-4]      that one is 320 MB of compilers
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${1:?usage: scripts/libraries.sh VENV}
-wanted=(flash-attn==2.8.3.post2 einops==0.8.2 amd-aiter==0.1.7.post2.dev18)
-folder=build/libraries
+venv=${1:?usage: scripts/libraries.sh VENV [flash-attn-4]}
+case "${2:-}" in
+  "")
+    folder=build/libraries
+    wanted=(flash-attn==2.8.3.post2 einops==0.8.2 amd-aiter==0.1.7.post2.dev18)
+    ;;
+  flash-attn-4)
+    folder=build/flash-attn-4
+    wanted=(flash-attn-4==4.0.0b36 nvidia-cutlass-dsl{,-libs-base,-libs-core,-libs-cu12}==4.8.1
+      quack-kernels==0.6.5 apache-tvm-ffi torch-c-dlpack-ext cuda-bindings cuda-pathfinder protobuf
+      einops==0.8.2)
+    ;;
+  *)
+    echo "usage: scripts/libraries.sh VENV [flash-attn-4]" >&2
+    exit 2
+    ;;
+esac
 [ "$(cat "$folder/wanted" 2>/dev/null)" = "${wanted[*]}" ] && exit
 
 rm -rf "$folder"

@@ -13,8 +13,8 @@ from cases import Case
 from torch import Tensor
 
 from usp.attention import block
+from usp.backends.library import LIBRARIES, aten, flash2, flash3, flash4
 from usp.backends.library import aiter as of_aiter
-from usp.backends.library import aten, flash2, flash3, flash4
 from usp.backends.library.backend import LibraryBackend
 from usp.backends.library.call import Kernel
 from usp.backends.library.record import Record
@@ -68,6 +68,12 @@ def on_cpu(record: Record, **changes: Any) -> LibraryBackend:
     return LibraryBackend((replace(record, device_type="cpu", built_for=None, **changes),))
 
 
+def of_name(name: str) -> LibraryBackend:
+    """The library of that name in the table."""
+    (backend,) = (backend for backend in LIBRARIES if name == backend.NAME)
+    return backend
+
+
 def put_in_table(*backends: LibraryBackend) -> None:
     """In this process: in the place of those of these names."""
     module: Any = importlib.import_module("usp.backends")
@@ -118,7 +124,7 @@ class Ring:
                 yield rows, keys, Block(self.q[:, rows], k, v, visit, heads, scoring)
 
     def results(self, backend: Any) -> dict[str, Tensor]:
-        """out, lse and the gradients by a backend, of the whole sequences."""
+        """out, lse and the gradients by a backend, of the whole sequences, on the CPU."""
         state = block.new_state(self.q, self.v.shape[-1])
         assert state.out is not None
         for rank in range(self.ranks):
@@ -127,7 +133,6 @@ class Ring:
                 block.attention_forward(piece, part, backend)
                 state.out[:, rows], state.lse[:, :, rows] = part.out, part.lse
         out = state.out.to(self.q.dtype)
-        # as it lies in memory where rows are a part of a longer state
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in (self.q, self.k, self.v)]
         for rank in range(self.ranks):
             for rows, keys, piece in self.blocks(rank):
@@ -141,7 +146,8 @@ class Ring:
                 for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
                     total[:, where] += part
         found = {"out": out, "lse": state.lse}
-        return found | dict(zip(("dq", "dk", "dv"), sums, strict=True))
+        found |= dict(zip(("dq", "dk", "dv"), sums, strict=True))
+        return {name: x.cpu() for name, x in found.items()}
 
     def expected(self, **options: Any) -> dict[str, Tensor]:
         """The same by the fp64 oracle."""

@@ -10,12 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import stand_in_ops
 import torch
 from library_cases import label, on_cpu
 
 import usp
 from usp.backends import TABLE, in_order, select
-from usp.backends.library import LIBRARIES, flash2, flash4, trusted
+from usp.backends.library import LIBRARIES, flash2, flash3, flash4, trusted
 from usp.backends.library.backend import LibraryBackend
 from usp.backends.library.call import Missing, is_there, version_of
 from usp.backends.library.record import Record
@@ -168,6 +169,20 @@ def test_a_flash_attn_that_lacks_a_function_says_which(monkeypatch: pytest.Monke
     assert not is_there("flash_attn_2_cuda")
     with pytest.raises(Missing, match="without its compiled extension"):
         flash2.load_cuda()
+
+
+def test_a_flash_attn_3_without_defaults_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    stand_in_ops.define_flash3()
+    assert isinstance(flash3.load(), flash3.Flash3)
+    early = torch.library.Library("flash_attn_3_early", "DEF")
+    early.define("fwd(Tensor q, Tensor k, Tensor v, Tensor? k_new, bool is_causal) -> Tensor")
+    monkeypatch.setattr(torch.ops, "flash_attn_3", torch.ops.flash_attn_3_early)
+    with pytest.raises(Missing, match="fwd wants k_new, is_causal, which have defaults since"):
+        flash3.load()
+    monkeypatch.setattr(torch.ops, "flash_attn_3", torch.ops.flash_attn_3_none)
+    with pytest.raises(Missing, match="brought no op flash_attn_3::fwd"):
+        flash3.load()
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:

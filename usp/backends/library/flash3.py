@@ -68,7 +68,14 @@ def missing() -> str | None:
 def load() -> Flash3:
     import flash_attn_interface  # noqa: F401  registers the ops
 
-    for name in ("fwd", "bwd"):
+    for name, tensors in (("fwd", 3), ("bwd", 6)):
         if not hasattr(torch.ops.flash_attn_3, name):
             raise Missing(f"flash_attn_interface brought no op flash_attn_3::{name}: {_INSTALL}")
+        arguments = getattr(torch.ops.flash_attn_3, name).default._schema.arguments
+        wanted = [x.name for x in arguments[tensors:] if not x.has_default_value()]
+        if wanted:
+            raise Missing(
+                f"flash_attn_3::{name} wants {', '.join(wanted)}, which have defaults since July "
+                f"2025: {_INSTALL}"
+            )
     return Flash3()

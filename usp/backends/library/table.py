@@ -108,7 +108,7 @@ ROWS = (
         dlse=True,
         packed="hn",
         empty_lse=-inf,
-        shown="its signature, over a stand-in",
+        shown="its signature, over a stand-in; its kernels compiled, not executed",
     ),
     # releases differ in windows, which they take and some compute wrongly
     Record(
