@@ -138,7 +138,7 @@ ROWS = (
     # AOTriton: a window is ignored by old ones, and causal counts from the top left corner
     Record(
         name="aten_flash",
-        title="torch's flash attention",
+        title="torch's flash attention (AOTriton)",
         missing=aten.missing,
         load=aten.loader(aten.Flash, "_flash_attention_forward", "_flash_attention_backward"),
         architectures=(*_CDNA, *_RDNA),
