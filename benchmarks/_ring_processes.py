@@ -17,7 +17,7 @@ import torch.distributed as dist
 from _ring_case import CORES, MESHES, PROCESSES
 
 import usp
-from usp.demo.processes import ProcessFailed, run
+from usp.distributed.processes import ProcessFailed, run
 
 
 @dataclass(frozen=True)

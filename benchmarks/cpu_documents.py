@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import usp
 from usp.attention import hybrid
-from usp.demo.processes import Tell
+from usp.distributed.processes import Tell
 
 MESH, BYTES, ALLOWED = "1 x 4", 256, 1e-4
 

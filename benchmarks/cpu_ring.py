@@ -29,7 +29,7 @@ from _ring_case import ALLOWED, ALONE, CORES, MESHES, PLAIN, PROCESSES, RingAtte
 from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 
 import usp
-from usp.demo.processes import Tell
+from usp.distributed.processes import Tell
 
 TRACED = "1 x 4"
 

@@ -23,6 +23,8 @@ from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 from usp.sharding.statistics import mean, var, var_mean
 from usp.sharding.whole import held
+from usp.verification.verdict import Verification
+from usp.verification.verify import verify
 
 __all__ = [
     "Boundary",
@@ -32,6 +34,7 @@ __all__ = [
     "MultiheadAttention",
     "SequenceMesh",
     "Spread",
+    "Verification",
     "__version__",
     "all_reduce_gradients",
     "backends",
@@ -54,6 +57,7 @@ __all__ = [
     "use_kernel",
     "var",
     "var_mean",
+    "verify",
 ]
 
 # Where users find them, and what their pickles name, whatever file they live in.
@@ -65,6 +69,7 @@ for _public in (
     MultiheadAttention,
     SequenceMesh,
     Spread,
+    Verification,
 ):
     _public.__module__ = __name__
 del _public

@@ -14,8 +14,8 @@ from usp.demo import main
 from usp.demo.compare import Difference, difference, differences
 from usp.demo.image import PatchGrid, choose_grid, crop, cut_patches, load_photograph
 from usp.demo.model import PatchTransformer, grid_embedding, hidden_patches, reconstruction_loss
-from usp.demo.processes import ProcessFailed, run
 from usp.demo.settings import TOLERANCES
+from usp.distributed.processes import ProcessFailed, run
 
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""The ``usp`` command: ``info``, ``plan``, ``tune``, ``bench``, ``demo``."""
+"""The ``usp`` command: ``info``, ``plan``, ``verify``, ``tune``, ``bench``, ``demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from usp._version import __version__
-from usp.cli import bench, info, plan, tune
+from usp.cli import bench, info, plan, tune, verify
 from usp.cli.console import UserError
 
 
@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add("info", info.run, "version, compiled extension, devices, backends")
     plan.add_arguments(commands).set_defaults(run=plan.run)
+    verify.add_arguments(commands).set_defaults(run=verify.run)
     tune.add_arguments(commands).set_defaults(run=tune.run)
     runner = commands.add_parser("bench", help="list the benchmark programs, or run one")
     runner.set_defaults(run=bench.run)

@@ -18,8 +18,8 @@ from usp.demo import work
 from usp.demo.attention_map import query_patches
 from usp.demo.compare import differences
 from usp.demo.image import choose_grid, load_photograph
-from usp.demo.processes import ProcessFailed, Tell, run
 from usp.demo.settings import TOLERANCES, Settings
+from usp.distributed.processes import ProcessFailed, Tell, run
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import usp
 from usp.demo.model import PatchTransformer, reconstruction_loss
-from usp.demo.processes import Tell
 from usp.demo.settings import Settings
+from usp.distributed.processes import Tell
 from usp.planning.cost import Place, Shape, bytes_sent
 from usp.testing import WireBytes
 

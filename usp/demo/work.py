@@ -14,8 +14,8 @@ from usp.demo.attention_map import attention_rows, query_patches, record_attenti
 from usp.demo.image import cut_patches, load_photograph
 from usp.demo.measure import Cost, measured_step
 from usp.demo.model import PatchTransformer, train
-from usp.demo.processes import Tell
 from usp.demo.settings import Settings
+from usp.distributed.processes import Tell
 
 WEIGHTS, PATCHES, PLAIN, SHARDED = "weights.pt", "patches.pt", "plain.pt", "sharded.pt"
 

@@ -7,9 +7,12 @@ An ``Axis`` is one dimension of the mesh seen from one rank. Its verbs post and 
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -206,6 +209,25 @@ def ensure_initialised() -> Launch | None:
             init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size
         )
     return launch
+
+
+def join_locally(store: str, rank: int, size: int, seconds: float) -> None:
+    """Start the default process group, of gloo among processes of this machine.
+
+    Args:
+        store: A path by which they find each other.
+        seconds: How long a rank waits for another.
+    """
+    loopback = {"Linux": "lo", "Darwin": "lo0"}.get(platform.system())
+    if loopback:  # gloo would look up this machine's name to find an address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )
 
 
 def axis_ranks(device_mesh: DeviceMesh, name: str) -> list[int] | None:

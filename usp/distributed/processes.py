@@ -1,8 +1,9 @@
-"""Starts processes, listens to them, and ends them all when one fails."""
+"""Starts processes of this machine, listens to them, and ends them all when one fails."""
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ Tell = Callable[[int, int], None]
 
 
 class ProcessFailed(Exception):
-    """A process of the demo raised or died; `details` is its traceback."""
+    """A process raised, died or did not answer; `details` is its traceback."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -29,14 +30,19 @@ class _Process:
     rank: int
 
 
-def run(work: Work, settings: Any, count: int, tell: Tell) -> list[Any]:
+def run(
+    work: Work, settings: Any, count: int, tell: Tell, seconds: float | None = None
+) -> list[Any]:
     """`work(settings, rank, tell)` in `count` fresh processes: their results by rank.
 
     Fresh means forked from a process that has imported torch and run nothing: each has its own
     threads and peak memory. Progress of rank 0 goes to `tell`.
 
+    Args:
+        seconds: How long they may take together; None is any time.
+
     Raises:
-        ProcessFailed: one raised or died; the others have been ended.
+        ProcessFailed: one raised, died or took too long; the others have been ended.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
@@ -48,7 +54,7 @@ def run(work: Work, settings: Any, count: int, tell: Tell) -> list[Any]:
             handle.start()
             theirs.close()
             processes.append(_Process(handle, ours, rank))
-        return _listen(processes, tell)
+        return _listen(processes, tell, seconds)
     finally:
         for process in processes:
             if process.handle.is_alive():
@@ -70,11 +76,18 @@ def _child(work: Work, settings: Any, rank: int, pipe: Connection) -> None:
     pipe.send(answer)
 
 
-def _listen(processes: list[_Process], tell: Tell) -> list[Any]:
+def _listen(processes: list[_Process], tell: Tell, seconds: float | None) -> list[Any]:
     results: dict[int, Any] = {}
     waiting = {process.pipe: process for process in processes}
+    end = None if seconds is None else time.monotonic() + seconds
     while waiting:
-        for pipe in wait(list(waiting)):
+        ready = wait(list(waiting), None if end is None else max(0.0, end - time.monotonic()))
+        if not ready:
+            late = sorted(process.rank for process in waiting.values())
+            raise ProcessFailed(
+                f"processes {late} of {len(processes)} gave no answer in {seconds:g} s"
+            )
+        for pipe in ready:
             process = waiting[pipe]  # type: ignore[index]
             try:
                 kind, content = process.pipe.recv()
