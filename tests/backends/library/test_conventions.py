@@ -176,18 +176,36 @@ def flash_attn_on_cpu() -> Any:
     put_in_table(*(backend for backend in before if isinstance(backend, LibraryBackend)))
 
 
-def test_by_name_on_one_device(flash_attn_on_cpu: None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"causal": True, "cu_seqlens": DOCUMENTS}, {"window_size": (4, 9)}],
+    ids=str,
+)
+def test_by_name_on_one_device(flash_attn_on_cpu: None, options: dict[str, Any]) -> None:
+    """Where gradients are written, and not added up."""
     import usp
 
-    q, k, v, dout = tensors(53, 53, (4, 2), (16, 16))
+    q, k, v, dout = tensors(61, 61, (4, 2), (16, 16))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = usp.long_context_attention(*leaves, causal=True, backend="flash_attn")
+    out = usp.long_context_attention(*leaves, **options, backend="flash_attn")
     got = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))
-    ring = Ring(masks_of(make_mask(causal=True)), "contiguous", 1, q, k, v, dout)
-    want = {name: x for name, x in ring.expected(causal=True).items() if name != "lse"}
+    ring = Ring(masks_of(make_mask(**options)), "contiguous", 1, q, k, v, dout)
+    want = {name: x for name, x in ring.expected(**options).items() if name != "lse"}
     assert_near({"out": out.detach(), **got}, want, 3e-3)
-    empty = usp.long_context_attention(q[:, :0], k, v, backend="flash_attn")
-    assert empty.shape == (2, 0, 4, 16)
+
+
+def test_rows_that_nobody_has_and_keys_that_nobody_sees(flash_attn_on_cpu: None) -> None:
+    import usp
+
+    q, k, v, dout = tensors(61, 61, (4, 2), (16, 16))
+    assert usp.long_context_attention(q[:, :0], k, v, backend="flash_attn").shape == (2, 0, 4, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = usp.long_context_attention(*leaves, key_lengths=[7, 0], backend="flash_attn")
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    for empty in (out[1], dq[1], dk[1], dv[1], dk[0, 7:], dv[0, 7:]):
+        assert empty.eq(0).all()
+    alone = usp.long_context_attention(q[:1], k[:1, :7], v[:1, :7], backend="reference")
+    torch.testing.assert_close(out[:1], alone, rtol=0, atol=3e-3)
 
 
 GQA = {"dtype": "float16", "heads": 6, "kv_heads": 2, "head_dim": 16, "value_dim": 16}

@@ -67,21 +67,33 @@ def test_every_pair_of_a_visit_is_in_one_call_and_no_row_is_empty(windows: bool)
     assert found > 200
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("windows", [True, False])
-def test_a_group_is_of_one_kind_and_shares_nothing(windows: bool) -> None:
+def test_a_group_is_of_one_kind_and_shares_nothing(windows: bool, packed: bool) -> None:
     largest = 0
     for seed in range(30):
         for visit in visits(seed):
-            found = groups(visit, windows=windows, packed=True)
+            found = groups(visit, windows=windows, packed=packed)
             each = sorted(rectangles(visit, windows=windows), key=repr)
             assert sorted((r for group in found for r in group.rectangles), key=repr) == each
             for group in found:
                 assert len({r.kind for r in group.rectangles}) == 1
+                assert packed or len({r.size for r in group.rectangles}) == 1
                 for runs in (group.rows.runs, group.keys.runs):
                     assert all(one[1] <= other[0] for one, other in pairwise(runs))
                 largest = max(largest, len(group.rectangles))
-            assert found is groups(visit, windows=windows, packed=True)
-    assert largest > 2
+            assert found is groups(visit, windows=windows, packed=packed)
+    assert largest > (1 if windows and not packed else 2)
+
+
+def test_a_group_is_not_larger_than_a_launch() -> None:
+    from usp.planning.masks.options import make_mask
+
+    mask = masks_of(make_mask(causal=True, cu_seqlens=tuple(range(0, 4201, 2))))
+    (step,) = make_plan(mask, "contiguous", (4200, 4200), 1, 0).steps
+    (visit,) = step.loads[0].visits
+    sizes = [len(g.rectangles) for g in groups(visit, windows=True, packed=True)]
+    assert sizes == [1024, 1024, 52]
 
 
 def test_packed_documents_are_one_call_of_a_kind() -> None:
@@ -104,6 +116,8 @@ def test_a_window_without_windows_is_few_squares() -> None:
     (visit,) = step.loads[0].visits
     found = list(rectangles(visit, windows=False))
     assert len(found) == 1 + 2 * 9  # the first 16 rows; then runs of 16: a triangle at each end
+    assert len(groups(visit, windows=False, packed=False)) == 3
+    assert len(groups(visit, windows=False, packed=True)) == 2
     assert len(list(rectangles(whole_visit(3, 5), windows=False))) == 1
 
 

@@ -27,7 +27,7 @@ class LibraryBackend:
     """
 
     CARRIES_STATE = False
-    OVERWRITES = False
+    OVERWRITES = True
     # whose versions matter to what was found out about any of them
     PACKAGES = ("aiter", "amd-aiter", "flash-attn", "flash-attn-3", "flash-attn-4", "triton")
 
@@ -91,11 +91,30 @@ class LibraryBackend:
             yield rows.around, rows.spread(out, 1, 0.0), rows.spread(lse, 2, -torch.inf)
 
     def attention_backward(self, block: Block, saved: Saved, grads: Gradients) -> None:
+        calls = list(_calls(block, self._there()[0]))
+        places = [grads.dq, grads.dk, grads.dv]
+        parts = self._gradients(calls, block, saved)
+        if grads.overwrite and len(calls) == 1 and calls[0].is_all_of(block):
+            (sums,) = parts  # nothing to add up: rounded once, by the kernel
+        else:
+            # in the dtype of the state: in 16 bits the error would grow with the ring
+            dtype = saved.lse.dtype
+            sums = [torch.zeros_like(x, dtype=dtype) for x in places] if grads.overwrite else places
+            for call, found in zip(calls, parts, strict=True):
+                sides = call.group.rows, call.group.keys, call.group.keys
+                for total, part, side in zip(sums, found, sides, strict=True):
+                    side.add(total, part, 1)
+        if grads.overwrite:
+            for place, total in zip(places, sums, strict=True):
+                place.copy_(total)
+
+    def _gradients(self, calls: list[Call], block: Block, saved: Saved) -> Iterator[list[Tensor]]:
+        """dq, dk, dv of each call's own rows and keys, with heads as in the block."""
         record, kernel = self._there()
         keys, dlse = _Keys.of(block, record), _dlse(saved)
-        for call in _calls(block, record):
+        for call in calls:
             with _on(block.q):
-                found = kernel.backward(
+                dq, dk, dv = kernel.backward(
                     # some read dout by the strides of out
                     call.rows.given(saved.dout.to(block.q.dtype)).contiguous(),
                     call.rows.given(block.q),
@@ -106,11 +125,8 @@ class LibraryBackend:
                     call.how,
                     None if dlse is None else call.given_lse(dlse),
                 )
-            dq, dk, dv = found
-            # summed in the dtype of the state: in 16 bits the error would grow with the ring
-            call.group.rows.add(grads.dq, call.rows.taken(dq), 1)
-            for total, part in ((grads.dk, dk), (grads.dv, dv)):
-                call.group.keys.add(total, keys.folded(call.keys.taken(part), total), 1)
+            of_keys = (keys.folded(call.keys.taken(x), saved.lse.dtype) for x in (dk, dv))
+            yield [call.rows.taken(dq), *of_keys]
 
     def _there(self) -> Found:
         found = self.found()
@@ -125,27 +141,30 @@ class _Keys:
 
     Attributes:
         index: For each of these heads the head of the block that it is; None for its own.
+        num_heads: Of the block.
     """
 
     k: Tensor
     v: Tensor
     index: Tensor | None
+    num_heads: int
 
     @classmethod
     def of(cls, block: Block, record: Record) -> _Keys:
         shared = block.k.shape[2] != block.q.shape[2]
         if not shared or (record.shared_heads and _even_groups(block.heads)):
-            return cls(block.k, block.v, None)
+            return cls(block.k, block.v, None, block.k.shape[2])
         index = torch.tensor(block.heads.kv_index, device=block.k.device, dtype=torch.int64)
-        return cls(block.k.index_select(2, index), block.v.index_select(2, index), index)
+        k, v = (x.index_select(2, index) for x in (block.k, block.v))
+        return cls(k, v, index, block.k.shape[2])
 
-    def folded(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """(B, n, heads, D) summed over query heads that share a head of the block."""
+    def folded(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, n, heads, D) summed in ``dtype`` over query heads that share a head of the block."""
         if self.index is None:
             return gradient
-        shape = *gradient.shape[:2], *like.shape[2:]
-        total = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return total.index_add_(2, self.index, gradient.to(like.dtype))
+        shape = *gradient.shape[:2], self.num_heads, gradient.shape[3]
+        total = gradient.new_zeros(shape, dtype=dtype)
+        return total.index_add_(2, self.index, gradient.to(dtype))
 
 
 def _even_groups(heads: Heads) -> bool:

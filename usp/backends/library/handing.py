@@ -10,17 +10,20 @@ from torch import Tensor
 
 from usp.backends.library.call import How, Packed
 from usp.backends.library.tiles import Group, Places, ends
-from usp.planning.problem import Scoring
+from usp.planning.problem import Block, Scoring
 
 
 @dataclass(frozen=True)
 class Side:
     """The queries or the keys of a call.
 
+    Several runs are sequences of their own: stacked as samples where they are of one length, packed
+    one behind the other in a tensor without a batch dim where the kernel takes that.
+
     Attributes:
         places: Which of the block's.
-        turned: Whether they go in from the last to the first.
-        packed: Whether each run is a sequence of its own, in a tensor without a batch dim.
+        turned: Whether each run goes in from its last to its first.
+        packed: Whether they are packed.
         batch: B.
     """
 
@@ -30,19 +33,28 @@ class Side:
     batch: int
 
     def given(self, x: Tensor) -> Tensor:
-        """Of (B, L, H, D): (B, n, H, D), or (B n, H, D) packed."""
+        """Of (B, L, H, D): (B, n, H, D), (B runs, n, H, D) stacked, (B n, H, D) packed."""
         x = self.places.of(x, 1)
-        x = x.flip(1) if self.turned else x
-        return x.flatten(0, 1) if self.packed else x
+        if self.packed:
+            return (x.flip(1) if self.turned else x).flatten(0, 1)
+        x = x if self.runs == 1 else x.unflatten(1, (self.runs, -1)).flatten(0, 1)
+        return x.flip(1) if self.turned else x
 
     def taken(self, x: Tensor) -> Tensor:
         """The way back: (B, n, H, D)."""
-        x = x.unflatten(0, (self.batch, -1)) if self.packed else x
-        return x.flip(1) if self.turned else x
+        if self.packed:
+            x = x.unflatten(0, (self.batch, -1))
+            return x.flip(1) if self.turned else x
+        x = x.flip(1) if self.turned else x
+        return x if self.runs == 1 else x.unflatten(0, (self.batch, -1)).flatten(1, 2)
+
+    @property
+    def runs(self) -> int:
+        return len(self.places.runs)
 
     @property
     def lengths(self) -> list[int]:
-        """Of the runs, in the order in which they go in."""
+        """Of the runs, in the order in which they go in packed."""
         return self.places.lengths[::-1] if self.turned else self.places.lengths
 
 
@@ -51,7 +63,8 @@ class Call:
     """One call of a kernel.
 
     Attributes:
-        lse_lies: How the LSE of a packed call lies: "hn" (heads, tokens), "nh"; None without any.
+        lse_lies: How the LSE of a packed call lies: "hn" (heads, tokens), "nh"; None for a kernel
+            without such calls.
     """
 
     group: Group
@@ -62,7 +75,12 @@ class Call:
 
     @property
     def packed(self) -> bool:
-        return len(self.group.rectangles) > 1
+        return len(self.group.rectangles) > 1 and self.lse_lies is not None
+
+    def is_all_of(self, block: Block) -> bool:
+        """Whether it takes every query and every key of the block."""
+        sides = (self.group.rows, block.q.shape[1]), (self.group.keys, block.k.shape[1])
+        return all(places.adjoin and places.around == slice(0, n) for places, n in sides)
 
     @cached_property
     def rows(self) -> Side:
@@ -90,18 +108,13 @@ class Call:
 
     def given_lse(self, lse: Tensor) -> Tensor:
         """Of (B, H, Lq) what these rows have, contiguous and fp32: it is read by its pointer."""
-        lse = self.group.rows.of(lse, 2)
-        lse = lse.flip(2) if self.group.turned else lse
-        if self.packed:
-            dims = (1, 0, 2) if self.lse_lies == "hn" else (0, 2, 1)
-            lse = lse.permute(dims)
-            lse = lse.flatten(1, 2) if self.lse_lies == "hn" else lse.flatten(0, 1)
+        lse = self.rows.given(lse.transpose(1, 2)[..., None])[..., 0]  # (..., n, H)
+        if not self.packed or self.lse_lies == "hn":
+            lse = lse.transpose(-1, -2)
         return lse.to(torch.float32).contiguous()
 
     def taken_lse(self, lse: Tensor) -> Tensor:
         """The way back: (B, H, n)."""
-        if self.packed and self.lse_lies == "hn":
-            lse = lse.unflatten(1, (self.batch, -1)).permute(1, 0, 2)
-        elif self.packed:
-            lse = lse.unflatten(0, (self.batch, -1)).permute(0, 2, 1)
-        return lse.flip(2) if self.group.turned else lse
+        if not self.packed or self.lse_lies == "hn":
+            lse = lse.transpose(-1, -2)
+        return self.rows.taken(lse[..., None])[..., 0].transpose(1, 2)

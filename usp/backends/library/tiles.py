@@ -9,7 +9,7 @@ turned round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -22,6 +22,8 @@ from usp.backends.library.call import Packed
 from usp.planning.visit import Tile, Visit
 
 Kind = tuple[int | None, int | None, bool]
+# Of a call: kernels launch a block for each sequence, in a dim of 65535.
+_MOST = 1024
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class Rectangle:
 
     @property
     def kind(self) -> Kind:
-        """What rectangles of one packed call share."""
+        """What rectangles of one call share."""
         return self.left, self.right, self.turned
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and keys."""
+        return self.q1 - self.q0, self.k1 - self.k0
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +137,12 @@ def groups(visit: Visit, *, windows: bool, packed: bool) -> tuple[Group, ...]:
 
     Args:
         windows: Whether the kernel takes windows.
-        packed: Whether it takes several rectangles at once; else each is a group.
+        packed: Whether it takes sequences of different lengths at once; else those of a call are of
+            one size.
     """
     of_visit = _groups.setdefault(visit, {})
     if (windows, packed) not in of_visit:
-        found = list(rectangles(visit, windows=windows))
-        grouped = list(_grouped(found)) if packed else [[each] for each in found]
+        grouped = _grouped(rectangles(visit, windows=windows), packed)
         of_visit[windows, packed] = tuple(Group(tuple(group)) for group in grouped)
     return of_visit[windows, packed]
 
@@ -154,14 +161,16 @@ def ends(lengths: list[int], batch: int) -> list[int]:
     return [0, *accumulate(lengths * batch)]
 
 
-def _grouped(found: list[Rectangle]) -> Iterator[list[Rectangle]]:
+def _grouped(found: Iterable[Rectangle], packed: bool) -> Iterator[list[Rectangle]]:
     """Rectangles of a kind, as long as each lies behind the one before it."""
-    open_groups: dict[Kind, list[Rectangle]] = {}
+    open_groups: dict[tuple[Kind, tuple[int, int] | None], list[Rectangle]] = {}
     for each in found:
-        group = open_groups.setdefault(each.kind, [])
-        if group and not (group[-1].q1 <= each.q0 and group[-1].k1 <= each.k0):
+        key = each.kind, None if packed else each.size
+        group = open_groups.setdefault(key, [])
+        behind = not group or (group[-1].q1 <= each.q0 and group[-1].k1 <= each.k0)
+        if not behind or len(group) == _MOST:
             yield group
-            group = open_groups[each.kind] = []
+            group = open_groups[key] = []
         group.append(each)
     yield from open_groups.values()
 
