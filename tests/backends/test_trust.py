@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,13 +18,20 @@ import families
 import pool as worker
 import pytest
 import torch
+from library_cases import label, on_cpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import usp
-from usp.backends import TABLE, _local, _self_check, native, reference, sdpa, select, trust
+from usp import kernels
+from usp.backends import TABLE, _local, _self_check, native, reference, sdpa, select, triton, trust
+from usp.backends.library.call import How
+from usp.backends.library.record import Record
+from usp.backends.library.table import ROWS
 from usp.backends.preference import PREFERENCES, Preference
+from usp.kernels import configs
+from usp.kernels.hopper_configs import HOPPER
 from usp.machine import cpu, kept, place, verdicts
 from usp.planning.problem import Traits
 from usp.testing import dense_attention
@@ -121,6 +128,71 @@ def test_a_wrong_family_is_left_out_and_said_once(name: str, family: Family) -> 
     assert attention() < 1e-5
 
 
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_variant_is_used_if_it_is_right(
+    where: str, family: Family, request: pytest.FixtureRequest, checks: list[str]
+) -> None:
+    if where == "process":
+        request.getfixturevalue("like_a_gpu")
+    made: Any = family("two_kinds", families.WITH_VARIANT.format("out, lse"))
+    half = replace(TRAITS, dtype=torch.bfloat16)
+    assert chosen(half) == chosen(half) == ("two_kinds", [])
+    assert made.in_use == {(CPU, torch.bfloat16, 16)}
+    assert chosen(replace(TRAITS, dtype=torch.float64)) == ("two_kinds", [])
+    assert made.in_use == {(CPU, torch.bfloat16, 16)}
+    if where == "thread":
+        assert checks == ["two_kinds"] * 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seen"),
+    [("out * 1.3, lse", "out is off by"), ("out, lse + 1", "lse"), ("os.abort(), 0", "code -6")],
+)
+def test_a_variant_that_is_wrong_is_left_out(
+    wrong: str, seen: str, family: Family, request: pytest.FixtureRequest
+) -> None:
+    if "abort" in wrong:
+        request.getfixturevalue("like_a_gpu")
+    made: Any = family("two_kinds", families.WITH_VARIANT.format(wrong))
+    found, (message,) = chosen()
+    assert found == "two_kinds" and not made.in_use
+    assert message.startswith("other kernels of backend 'two_kinds' are left out here: ")
+    assert seen in message and "its others run instead" in message
+    assert chosen() == ("two_kinds", [])
+
+
+def test_a_variant_must_be_checked(
+    family: Family, monkeypatch: pytest.MonkeyPatch, checks: list[str]
+) -> None:
+    """A row is of the family as a whole, and who asks for no checks gets what needs none."""
+    made: Any = family("two_kinds", families.WITH_VARIANT.format("out, lse"))
+    monkeypatch.setenv("USP_SELF_CHECK", "0")
+    assert chosen() == ("two_kinds", []) and not made.in_use
+    monkeypatch.setenv("USP_SELF_CHECK", "1")
+    monkeypatch.setitem(PREFERENCES, UNKNOWN, Preference(("two_kinds",), ("some.json",)))
+    assert chosen() == ("two_kinds", []) and made.in_use
+    assert checks == ["two_kinds"]
+
+
+def test_the_variant_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_gluon", lambda: True)
+    hopper = Traits("cuda", torch.bfloat16, 96, 64, 0.1, architecture="sm_90", device=CPU)
+    assert triton.variant(hopper) == "Gluon"
+    assert triton.variant(replace(hopper, dtype=torch.float16)) == "Gluon"
+    others = [{name: True} for name in _self_check.OPTIONS]
+    others += [{"dtype": torch.float32}, {"softmax_scale": -0.1}, {"architecture": "sm_80"}]
+    for other in others:
+        assert triton.variant(replace(hopper, **other)) is None, other
+    found: set[Any] = set()
+    monkeypatch.setattr(configs, "_found_right", found)
+    triton.use_variant(hopper)
+    assert found == {(CPU, torch.bfloat16, 96)}
+    with triton.only_variant():
+        assert configs._asked.keys() == HOPPER.keys()
+    monkeypatch.setattr(kernels, "has_gluon", lambda: False)
+    assert triton.variant(hopper) is None
+
+
 @pytest.mark.parametrize("where", ["in a thread", "in a process of its own"])
 def test_a_right_family_is_taken(
     where: str, family: Family, request: pytest.FixtureRequest
@@ -184,10 +256,45 @@ def test_no_false_alarm(backend: ModuleType, dtype: torch.dtype) -> None:
                 assert _self_check.wrong_with(backend, traits, CPU) is None, traits
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("record", ROWS, ids=label)
+def test_no_false_alarm_of_a_library(
+    record: Record, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter over a stand-in, which keeps its conventions."""
+    monkeypatch.setattr(_self_check, "ON_CPU", _self_check.ON_GPU)
+    backend = on_cpu(record)
+    for options in ({}, {"softcap": True}):
+        traits = Traits("cpu", dtype, 64, 64, 0.125, **options)
+        if not backend.reasons_against(traits):
+            assert _self_check.wrong_with(backend, traits, CPU) is None
+
+
+@pytest.mark.parametrize("record", [r for r in ROWS if r.windows], ids=label)
+def test_a_library_that_ignores_windows_is_found(record: Record) -> None:
+    backend = on_cpu(record)
+    found = backend.found()
+    assert not isinstance(found, str)
+
+    def blind(call: Any) -> Any:
+        def without(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+            return call(
+                q, k, v, *(replace(x, left=None) if isinstance(x, How) else x for x in rest)
+            )
+
+        return without
+
+    kernel = SimpleNamespace(forward=blind(found[1].forward), backward=found[1].backward)
+    backend._found = found[0], kernel
+    traits = Traits("cpu", torch.bfloat16, 64, 64, 0.125)
+    seen = _self_check.wrong_with(backend, traits, CPU)
+    assert seen is not None and seen.endswith("(a window)"), seen
+
+
 def test_the_sizes_of_a_gpu_are_right_too() -> None:
     with mock.patch.object(_self_check, "ON_CPU", _self_check.ON_GPU):
-        assert _self_check.wrong_with(sdpa, TRAITS, CPU) is None
-        assert _self_check.wrong_with(reference, TRAITS, CPU) is None
+        for backend in (sdpa, reference, *([native] if OURS == "native" else [])):
+            assert _self_check.wrong_with(backend, TRAITS, CPU) is None
 
 
 def test_nothing_is_checked_where_that_is_not_asked_for(

@@ -23,6 +23,7 @@ from usp import kernels
 if not kernels.has_gluon():
     pytest.skip("no Triton with Gluon for Hopper", allow_module_level=True)
 
+import hopper_case
 from cases import Case as MeshCase
 from gluon.machine import Timing
 from hopper_case import (
@@ -32,6 +33,7 @@ from hopper_case import (
     attended_on_a_mesh,
     emulated,
     errors,
+    self_check,
     small_steps,
 )
 from judge import assert_close, join, oracle
@@ -63,6 +65,30 @@ def test_blocks_of_the_table() -> None:
     case = replace(SMALL, head_dim=128, value_head_dim=128, span="causal", lq=257, lk=257)
     with emulated(TIMINGS[0]), configs.pipelined():
         assert_right(case, computed(case, make_inputs(case), Kernels))
+
+
+def test_usp_itself_would_find_them_right() -> None:
+    """What a process on Hopper asks first, run by the emulator."""
+    assert self_check(TIMINGS[0], 64) is None
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "keys_kernel", "queries_kernel"])
+def test_usp_itself_would_find_them_wrong(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that leaves its results as they were."""
+    right = hopper_case.Kernel
+
+    def spoiled(function: Any, timing: Timing) -> Any:
+        return Idle() if function is getattr(launch, kernel) else right(function, timing)
+
+    monkeypatch.setattr(hopper_case, "Kernel", spoiled)
+    found = self_check(TIMINGS[0], 64)
+    wanted = {"forward_kernel": "out", "keys_kernel": "dk", "queries_kernel": "dq"}[kernel]
+    assert found is not None and found.startswith(wanted), found
+
+
+class Idle:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **__: None
 
 
 ON_A_MESH = MeshCase(

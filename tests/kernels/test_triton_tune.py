@@ -122,6 +122,31 @@ def test_hopper_kernels_can_be_asked_for(a_gpu: None, monkeypatch: pytest.Monkey
     assert pipeline() is None
 
 
+def test_hopper_kernels_come_first_where_they_were_found_right(
+    a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_found_right", set())
+    default = configs.candidates("forward", 128, DEVICE)[0]
+    configs.prefer_pipelines(DEVICE, torch.bfloat16, 96)
+    for kernel, rows in HOPPER.items():
+        assert pipeline(kernel, 96) == rows[128][0]
+        # for that dtype and head dim
+        assert pipeline(kernel, 128) is pipeline(kernel, 64) is None
+        assert not any(
+            isinstance(config, Pipeline)
+            for config in configs.wanted(kernel, 96, torch.empty(0, dtype=torch.float16))
+        )
+    # what it cannot take is launched by default, and a kernel that it has not
+    assert launch(96) == default.launch()
+    assert pipeline("bias_gradient", 96) is None
+    # what tuning has found wins
+    won = configs.candidates("forward", 128, DEVICE)[1]
+    tuned.remember("some GPU", {("forward", 128): asdict(won)})
+    configs.forget()
+    assert pipeline("forward", 96) is None and launch(96) == won.launch()
+    assert pipeline("backward_keys", 96) == HOPPER["backward_keys"][128][0]
+
+
 def test_what_another_version_kept_is_forgotten(a_gpu: None) -> None:
     """A field that is no more, and a configuration that was taken out of the table."""
     default = configs.candidates("forward", 64, DEVICE)[0]

@@ -102,6 +102,34 @@ FATAL = {
     "hangs": ("def seen(block): time.sleep(600)", "still running after 3 s"),
     "leaves": ("def seen(block): sys.exit('bad kernel')", "exit code 1: bad kernel"),
 }
+# Has other kernels for some calls, which "{}" spoils.
+WITH_VARIANT = """
+from contextlib import contextmanager
+
+in_use = set()
+forced = [False]
+
+
+def variant(traits):
+    return "other" if traits.dtype != torch.float64 else None
+
+
+@contextmanager
+def only_variant():
+    forced[0] = True
+    try:
+        yield
+    finally:
+        forced[0] = False
+
+
+def use_variant(traits):
+    in_use.add((traits.device, traits.dtype, traits.head_dim))
+
+
+def spoil(out, lse):
+    return ({}) if forced[0] else (out, lse)
+"""
 # Right for one dtype alone.
 NOT_FP32 = """
 def seen(block):

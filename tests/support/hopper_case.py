@@ -24,9 +24,11 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton_interpreter import Kernels
 
+from usp.backends import _self_check, triton
 from usp.kernels import configs
 from usp.kernels.hopper import launch
 from usp.kernels.hopper_configs import Pipeline
+from usp.planning.problem import Traits
 
 __all__ = ["TIMINGS"]
 # Steps as small as wgmma and a warp take them, so that short sequences have many.
@@ -88,13 +90,27 @@ def assert_right(case: Call, got: dict[str, Tensor]) -> None:
 def attended_on_a_mesh(case: MeshCase, timing: Timing) -> dict[str, Tensor]:
     """On a worker: this rank's results by the public function, whose Triton backend this is."""
 
+    with small_steps(timing), as_a_backend():
+        return judge.run(case)
+
+
+@contextmanager
+def as_a_backend() -> Iterator[None]:
+    """In here the Triton backend takes problems on the CPU."""
+
     def delta(dout: Tensor, out: Tensor) -> Tensor:
         return (dout.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
 
     with (
-        small_steps(timing),
         mock.patch("usp.backends.triton.reasons_against", lambda traits: ()),
         # a portable kernel, which does not run here
         mock.patch("usp.kernels.attention_delta.attention_delta", delta),
     ):
-        return judge.run(case)
+        yield
+
+
+def self_check(timing: Timing, head_dim: int) -> str | None:
+    """What usp's own check finds wrong with the Hopper kernels, as the backend's variant."""
+    traits = Traits("cpu", torch.bfloat16, head_dim, head_dim, head_dim**-0.5)
+    with emulated(timing), as_a_backend(), triton.only_variant():
+        return _self_check.wrong_with(triton, traits, torch.device("cpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,34 @@ def reasons_against(traits: Traits) -> tuple[str, ...]:
     if widest > _MAX_HEAD_DIM:
         reasons.append(f"a head dim of {widest} is above {_MAX_HEAD_DIM}, its tiles would not fit")
     return tuple(reasons)
+
+
+def variant(traits: Traits) -> str | None:
+    """Kernels that take a problem's calls from the portable ones, once they were found right.
+
+    Which calls they take depends on addresses and strides too (``kernels/hopper``).
+    """
+    if traits.architecture != "sm_90" or traits.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if traits.bias or traits.softcap or traits.alibi or traits.dropout or traits.softmax_scale <= 0:
+        return None
+    return "Gluon" if kernels.has_gluon() else None
+
+
+def only_variant() -> AbstractContextManager[None]:
+    """In here the variant does what it can."""
+    from usp.kernels import configs
+
+    return configs.pipelined()
+
+
+def use_variant(traits: Traits) -> None:
+    """The variant was found right for such problems."""
+    from usp.kernels import configs
+
+    assert traits.device is not None
+    widest = max(traits.head_dim, traits.value_head_dim)
+    configs.prefer_pipelines(traits.device, traits.dtype, widest)
 
 
 def attention_forward(block: Block, state: State) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +53,8 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
         return None
     else:
         seen = _checked(backend, traits)
+    if seen is None:
+        _try_variant(backend, traits)
     if len(_found) >= _MOST:
         _found.clear()
     _found[key] = seen
@@ -63,7 +66,25 @@ def checked_again(backend: Any, traits: Traits) -> str | None:
     if backend.NAME == REFERENCE:
         return None
     found = _found[backend, traits] = _checked(backend, traits, again=True)
+    if found is None:
+        _try_variant(backend, traits, again=True)
     return found
+
+
+def _try_variant(backend: Any, traits: Traits, *, again: bool = False) -> None:
+    """Let kernels do the work of a family's others, if there are such and they are right.
+
+    No committed result covers them: a row tells of the family as a whole.
+    """
+    name = backend.variant(traits) if hasattr(backend, "variant") else None
+    if name is None or not verdicts.are_asked_for() or _cannot_check_now(traits):
+        return
+    about = subject(backend, traits, name)
+    seen = verdicts.wrong_with(about, apart=in_own_process(traits), again=again)
+    if seen is None:
+        backend.use_variant(traits)
+    else:
+        _warn(f"{name} kernels of backend {backend.NAME!r} are", seen, "its others run")
 
 
 def _checked(backend: Any, traits: Traits, *, again: bool = False) -> str | None:
@@ -82,13 +103,14 @@ def say(left_out: Sequence[tuple[str, str]], instead: str) -> None:
         instead: Who runs.
     """
     for name, seen in left_out:
-        if (name, seen) not in _said:
-            _said.add((name, seen))
-            warnings.warn(
-                f"backend {name!r} is left out here: {seen}. {instead!r} runs instead. "
-                f"({advice()})",
-                stacklevel=3,
-            )
+        _warn(f"backend {name!r} is", seen, f"{instead!r} runs")
+
+
+def _warn(who: str, seen: str, instead: str) -> None:
+    if (who, seen) not in _said:
+        _said.add((who, seen))
+        message = f"{who} left out here: {seen}. {instead} instead. ({advice()})"
+        warnings.warn(message, stacklevel=4)
 
 
 def advice() -> str:
@@ -108,8 +130,8 @@ def in_own_process(traits: Traits) -> bool:
     return traits.device_type != "cpu"
 
 
-def subject(backend: Any, traits: Traits) -> verdicts.Subject:
-    """A family with a dtype, head dims and options, on a device.
+def subject(backend: Any, traits: Traits, variant: str | None = None) -> verdicts.Subject:
+    """A family, or its variant, with a dtype, head dims and options, on a device.
 
     Kernels of the CPU take any head dim alike; those of a GPU are compiled for each.
     """
@@ -120,12 +142,14 @@ def subject(backend: Any, traits: Traits) -> verdicts.Subject:
     told = {
         "family": backend.NAME,
         "module": _module(backend),
+        "variant": variant,
         "device": str(device),
         "dtype": dtype,
         "dims": dims,
         "options": options,
     }
-    name = f"{backend.NAME}, {dtype}, head dims {dims[0]} and {dims[1]}"
+    who = backend.NAME if variant is None else f"{backend.NAME} ({variant})"
+    name = f"{who}, {dtype}, head dims {dims[0]} and {dims[1]}"
     name += f", with {', '.join(options)}" if options else ""
     packages = tuple(getattr(backend, "PACKAGES", ()))
     return verdicts.Subject(name, check, told, device, packages)
@@ -149,7 +173,9 @@ def check(told: dict[str, Any]) -> str | None:
         device=device,
         **options,
     )
-    return _self_check.wrong_with(_family(told), traits, device)
+    family = _family(told)
+    with nullcontext() if told["variant"] is None else family.only_variant():
+        return _self_check.wrong_with(family, traits, device)
 
 
 def _module(backend: Any) -> str | None:

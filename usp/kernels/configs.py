@@ -188,8 +188,9 @@ def wanted(kernel: str, head_dim: int, like: Tensor) -> Iterator[AnyConfig]:
     """How to launch a kernel of ``TABLE`` on the device and in the dtype of a tensor.
 
     Returns:
-        What was asked for, what tuning has found, and the default, a ``Config``, which takes every
-        call. The first that takes a call is to be taken.
+        What was asked for, what tuning has found, the Hopper kernel where it was found right, and
+        the default, a ``Config``, which takes every call. The first that takes a call is to be
+        taken.
     """
     if kernels.interpreted():
         yield INTERPRETED
@@ -198,7 +199,11 @@ def wanted(kernel: str, head_dim: int, like: Tensor) -> Iterator[AnyConfig]:
     asked = _asked[kernel](size) if kernel in _asked else None
     if isinstance(asked, Config) or (asked is not None and family(like.device) == "sm_90"):
         yield asked
-    yield from _known(kernel, size, like.dtype == torch.float32, like.device)
+    *won, default = _known(kernel, size, like.dtype == torch.float32, like.device)
+    yield from won
+    if (like.device, like.dtype, head_dim) in _found_right and kernel in HOPPER:
+        yield from HOPPER[kernel].get(size, ())[:1]
+    yield default
 
 
 @cache
@@ -239,6 +244,21 @@ def candidates(kernel: str, head_dim: int, device: torch.device) -> tuple[AnyCon
     if found != "sm_90" or not pipelines or not kernels.has_gluon():
         return TABLE[found][kernel][size]
     return TABLE[found][kernel][size] + pipelines
+
+
+# Where the Hopper kernels come before the portable ones: device, dtype and the wider head dim.
+_found_right: set[tuple[torch.device, torch.dtype, int]] = set()
+
+
+def prefer_pipelines(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """From now on the Hopper kernels do what they can, where tuning has found nothing else.
+
+    For whoever has found them right there.
+
+    Args:
+        head_dim: The wider one of q's and v's.
+    """
+    _found_right.add((device, dtype, head_dim))
 
 
 # By kernel, what is asked for at a size: set in ``trying`` and ``pipelined`` alone. Not a context

@@ -1,7 +1,7 @@
 """How the Hopper kernels are cut: kernel x head dim.
 
-The first of a row is what ``configs.pipelined`` takes, and does not spill, as
-``tests/kernels/test_hopper_compile.py`` checks.
+The first of a row is what ``configs.pipelined`` and ``prefer_pipelines`` take, and does not spill,
+as ``tests/kernels/test_hopper_compile.py`` checks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Pipeline:
         return blocks | {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 
-# What tuning tries on sm_90 besides the row of ``configs.TABLE``, which stays the default until a
-# GPU has shown which is faster. Backward at head dim 256 would spill.
+# What tuning tries on sm_90 besides the row of ``configs.TABLE``. The first of a row comes before
+# the portable kernels once it was found right there; which is faster no GPU has shown. Backward at
+# head dim 256 would spill.
 HOPPER: dict[str, dict[int, tuple[Pipeline, ...]]] = {
     "forward": {
         64: (Pipeline(128, 128, 4), Pipeline(128, 128, 2)),
