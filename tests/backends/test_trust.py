@@ -79,7 +79,6 @@ def family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Family:
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families are checked in a process of their own."""
     monkeypatch.setattr(trust, "in_own_process", lambda traits: True)
-    monkeypatch.setattr(verdicts, "PATIENCE", 3.0)
 
 
 @pytest.fixture
@@ -209,8 +208,9 @@ def test_a_right_family_is_taken(
 
 @pytest.mark.parametrize("name", families.FATAL)
 def test_what_takes_its_process_with_it_is_left_out(
-    name: str, family: Family, like_a_gpu: None
+    name: str, family: Family, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(verdicts, "PATIENCE", 3.0 if name == "hangs" else 100.0)
     changes, seen = families.FATAL[name]
     family(name, changes)
     found, (message,) = chosen()

@@ -18,6 +18,7 @@ from usp.backends import _local, native, reference, sdpa, triton, trust
 from usp.backends.library import LIBRARIES, HubBackends, trusted
 from usp.backends.preference import Source, preference, sources
 from usp.kernels import interpreted
+from usp.machine import verdicts
 from usp.planning.problem import Block, Gradients, Saved, State, Traits
 
 Partial = tuple[slice, Tensor, Tensor]
@@ -183,7 +184,7 @@ def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
                 trust.say(left_out, backend.NAME)
                 return backend
             left_out.append((backend.NAME, seen))
-            reasons = (f"it was checked on this machine, and {seen} ({trust.advice()})",)
+            reasons = (f"it was checked on this machine, and {seen} ({verdicts.advice()})",)
         against += [f"{backend.NAME}: {reason}" for reason in reasons]
     raise NotImplementedError(f"backend={name!r} cannot take this problem: " + "; ".join(against))
 

@@ -49,7 +49,7 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
     # Triton's interpreter is no device that computes wrongly, and very slow
     if backend.NAME == REFERENCE or covered(backend.NAME, traits) or interpreted():
         seen = None
-    elif _cannot_check_now(traits):
+    elif verdicts.must_wait(_device(traits)):
         return None
     else:
         seen = _checked(backend, traits)
@@ -77,7 +77,7 @@ def _try_variant(backend: Any, traits: Traits, *, again: bool = False) -> None:
     No committed result covers them: a row tells of the family as a whole.
     """
     name = backend.variant(traits) if hasattr(backend, "variant") else None
-    if name is None or not verdicts.are_asked_for() or _cannot_check_now(traits):
+    if name is None or not verdicts.are_asked_for() or verdicts.must_wait(_device(traits)):
         return
     about = subject(backend, traits, name)
     seen = verdicts.wrong_with(about, apart=in_own_process(traits), again=again)
@@ -109,13 +109,8 @@ def say(left_out: Sequence[tuple[str, str]], instead: str) -> None:
 def _warn(who: str, seen: str, instead: str) -> None:
     if (who, seen) not in _said:
         _said.add((who, seen))
-        message = f"{who} left out here: {seen}. {instead} instead. ({advice()})"
+        message = f"{who} left out here: {seen}. {instead} instead. ({verdicts.advice()})"
         warnings.warn(message, stacklevel=4)
-
-
-def advice() -> str:
-    """What a user can do about a verdict."""
-    return f"`usp tune` checks again; {verdicts.store()} keeps it; USP_SELF_CHECK=0 asks nobody"
 
 
 def forget() -> None:
@@ -135,7 +130,7 @@ def subject(backend: Any, traits: Traits, variant: str | None = None) -> verdict
 
     Kernels of the CPU take any head dim alike; those of a GPU are compiled for each.
     """
-    device = traits.device or torch.device(traits.device_type)
+    device = _device(traits)
     dims = (40, 40) if device.type == "cpu" else (traits.head_dim, traits.value_head_dim)
     options = [name for name in _self_check.OPTIONS if getattr(traits, name)]
     dtype = str(traits.dtype).removeprefix("torch.")
@@ -158,11 +153,7 @@ def subject(backend: Any, traits: Traits, variant: str | None = None) -> verdict
 def check(told: dict[str, Any]) -> str | None:
     """Do what ``subject`` tells: what is wrong with a family, or None."""
     device, dims = torch.device(told["device"]), told["dims"]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-        torch.cuda.synchronize()
-    begin()
+    begin(device)
     options: dict[str, Any] = dict.fromkeys(told["options"], True)
     traits = Traits(
         device_type=device.type,
@@ -194,10 +185,5 @@ def _table() -> Sequence[Any]:
     return table
 
 
-def _cannot_check_now(traits: Traits) -> bool:
-    """While a graph is made or recorded nothing else may run; the call itself asks again."""
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
-        return True
-    if traits.device_type != "cuda":
-        return False
-    return not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()
+def _device(traits: Traits) -> torch.device:
+    return traits.device or torch.device(traits.device_type)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 _BEGAN = "usp: it has the device"
 _ANSWER = "usp: answer "
 _STARTING = 120.0  # seconds: Python, torch, and a device that others use too
@@ -90,8 +92,12 @@ def run_apart(task: str, argument: Any, patience: float) -> Ended:
     return Ended(True, json.loads(answers[-1].removeprefix(_ANSWER)), reason)
 
 
-def begin() -> None:
-    """A task says that it has the device; nothing where it is not apart."""
+def begin(device: torch.device) -> None:
+    """A task takes its device, and says so where it is apart."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
     if _is_apart:
         print(f"\n{_BEGAN}", flush=True)
 

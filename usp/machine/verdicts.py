@@ -59,6 +59,20 @@ def are_asked_for() -> bool:
     return os.environ.get("USP_SELF_CHECK", "1").lower() not in ("0", "no", "off", "false")
 
 
+def must_wait(device: torch.device) -> bool:
+    """While a graph is made or recorded nothing else may run; whoever asks then asks again."""
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
+        return True
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()
+
+
+def advice() -> str:
+    """What a user can do about a verdict."""
+    return f"`usp tune` checks again; {store()} keeps it; USP_SELF_CHECK=0 asks nobody"
+
+
 def store() -> Path:
     """The file."""
     return kept.folder() / "usp-verdicts.json"

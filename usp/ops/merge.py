@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from usp import kernels
+from usp.machine.apart import begin
 from usp.ops import native
+from usp.ops.tried import may_run
 
 
 class Merger(NamedTuple):
@@ -55,7 +57,12 @@ def merge_into(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> 
         more_out, more_lse: Of any floating dtype.
     """
     state_and_more = out, lse, more_out, more_lse
-    next(m for m in MERGERS.values() if m.takes(*state_and_more)).merge_into(*state_and_more)
+    for name, merger in MERGERS.items():
+        if merger.takes(*state_and_more) and (
+            name == "torch" or may_run("merging", name, check, out.device)
+        ):
+            merger.merge_into(*state_and_more)
+            return
 
 
 def _triton_takes(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> bool:
@@ -89,8 +96,40 @@ def _torch(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None
         place.copy_(value)
 
 
-# The first that takes the tensors merges them. The order is a guess, that of ``backends.TABLE``: no
-# committed result compares them.
+def check(told: list[str]) -> str | None:
+    """What is wrong with the merger of a name on a device, or None.
+
+    Args:
+        told: ``[name, device]``.
+    """
+    merger, device = MERGERS[told[0]], torch.device(told[1])
+    begin(device)
+    generator = torch.Generator("cpu").manual_seed(2026)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        out, lse, more_lse = randn(2, 67, 3, 40), randn(2, 3, 67), randn(2, 3, 67)
+        more_out = randn(2, 67, 3, 40).to(dtype)
+        # rows that have seen nothing before, then, or at all
+        lse[..., 5:9] = more_lse[..., 7:12] = -torch.inf
+        out[:, 5:9] = more_out[:, 7:12] = 0
+        wanted = merge(*(x.double() for x in (out, lse, more_out, more_lse)))
+        given = [x.to(device) for x in (out, lse, more_out, more_lse)]
+        if not merger.takes(*given):
+            continue
+        merger.merge_into(*given)
+        for what, found, right in zip(("out", "lse"), given, wanted, strict=False):
+            # -inf where that is right, and NaN is no success
+            right_there = (found.double().cpu() - right).abs() <= 1e-5
+            if not bool((right_there | (found.double().cpu() == right)).all()):
+                return f"{what} is wrong, of a state that gets {dtype}"
+    return None
+
+
+# The first that takes the tensors and is right merges them. The order is a guess, that of
+# ``backends.TABLE``: no committed result compares them.
 MERGERS = {
     "triton": Merger(_triton_takes, _triton),
     "native": Merger(_native_takes, _native),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from usp import kernels
+from usp.machine.apart import begin
 from usp.ops import native
+from usp.ops.tried import may_run
 
 Pieces = tuple[list[Tensor], list[Tensor]]
 
@@ -61,7 +63,12 @@ def read(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _first(tensors: Sequence[Tensor], message: Tensor) -> Packer:
-    return next(packer for packer in PACKERS.values() if packer.takes(tensors, message))
+    return next(
+        packer
+        for name, packer in PACKERS.items()
+        if packer.takes(tensors, message)
+        and (name == "torch" or may_run("packing", name, check, message.device))
+    )
 
 
 def _parts(message: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -134,8 +141,35 @@ def _torch_unpack(message: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(read(part, tensor.shape, tensor.dtype))
 
 
-# The first that takes the tensors copies them. The order is a guess, that of ``backends.TABLE``: no
-# committed result compares them.
+def check(told: list[str]) -> str | None:
+    """What is wrong with the packer of a name on a device, or None.
+
+    Args:
+        told: ``[name, device]``.
+    """
+    packer, device = PACKERS[told[0]], torch.device(told[1])
+    begin(device)
+    for dtype in (torch.bfloat16, torch.float32, torch.uint8):
+        whole = torch.arange(2 * 37 * 6 * 40, device="cpu").view(2, 37, 6, 40).to(dtype)
+        tensors = [whole[:, :, :2], whole[:, 3:30, 2:5], whole[:1, :, 5:]]
+        wanted = torch.cat([x.contiguous().view(torch.uint8).flatten() for x in tensors])
+        there = whole.to(device)
+        given = [there[:, :, :2], there[:, 3:30, 2:5], there[:1, :, 5:]]
+        message = torch.zeros_like(wanted, device=device)
+        if not packer.takes(given, message):
+            continue
+        packer.pack(given, message)
+        if not torch.equal(message.cpu(), wanted):
+            return f"a message of {dtype} is wrong"
+        back = [torch.zeros_like(x) for x in given]
+        packer.unpack(wanted.to(device), back)
+        if not all(map(torch.equal, (x.cpu() for x in back), tensors)):
+            return f"what comes out of a message of {dtype} is wrong"
+    return None
+
+
+# The first that takes the tensors and is right copies them. The order is a guess, that of
+# ``backends.TABLE``: no committed result compares them.
 PACKERS = {
     "triton": Packer(_triton_takes, _triton_pack, _triton_unpack),
     "native": Packer(_native_takes, _native_pack, _native_unpack),
