@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import usp
-from usp import kernels
+from usp import cli, kernels
 from usp.backends import TABLE, _local, _self_check, native, reference, sdpa, select, triton, trust
 from usp.backends.library.call import How
 from usp.backends.library.record import Record
@@ -343,6 +344,20 @@ def test_a_verdict_is_kept(family: Family, checks: list[str]) -> None:
     (key,) = json.loads(verdicts.store().read_text())
     for part in ("right, float32", cpu.model(), cpu.level(), torch.__version__, usp.__version__):
         assert part in key
+
+
+def test_info_says_what_was_checked(
+    family: Family, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family("wrong_out", families.WRONG["wrong_out"][0])
+    chosen()
+    cli.main(["info"])
+    said = capsys.readouterr().out
+    assert re.search(r"cpu: wrong_out, float32, .*  left out: out is off by", said)
+    assert re.search(rf"cpu: {OURS}, float32, .*  right", said)
+    monkeypatch.setattr(place, "driver", lambda device: "another")
+    cli.main(["info"])
+    assert "wrong_out, float32" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["driver", "version_of", "name_of", "_software"])

@@ -6,9 +6,13 @@ import argparse
 import importlib
 import json
 import platform
+from typing import TYPE_CHECKING
 
 from usp._version import __version__
 from usp.cli.console import PACKAGE, table
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build_lines() -> list[tuple[str, str]]:
@@ -60,20 +64,36 @@ def device_lines() -> list[tuple[str, str]]:
 
 def preference_lines() -> list[tuple[str, str]]:
     """What "auto" asks, in order, on each kind of device that is here, and why."""
-    import torch
 
     from usp.backends import in_order, order_of
     from usp.backends.preference import measured_on
     from usp.kernels import architecture
 
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     lines = {}
-    for device in devices:
+    for device in devices():
         name = architecture(device)
         there = (backend for backend in in_order(name, device) if backend.unavailable() is None)
         order = ", ".join(backend.NAME for backend in there)
         lines[measured_on(name)] = f"{order}  ({order_of(name, device)[0].why})"
+    return list(lines.items())
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every GPU."""
+    import torch
+
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def verdict_lines() -> list[tuple[str, str]]:
+    """What was checked here before its first use, and what came of it."""
+    from usp.machine.verdicts import kept_of
+
+    lines = {}
+    for device in devices():
+        for name, wrong in kept_of(device).items():
+            lines[f"{device.type}: {name}"] = "right" if wrong is None else f"left out: {wrong}"
     return list(lines.items())
 
 
@@ -95,4 +115,8 @@ def run(_: argparse.Namespace) -> int:
     print(table(usp.backends().items()))
     print('\nbackend="auto" takes the first that can')
     print(table(preference_lines()))
+    checked = verdict_lines()
+    if checked:
+        print("\nchecked on this machine, by this usp, torch and driver")
+        print(table(checked))
     return 0

@@ -106,6 +106,17 @@ def wrong_with(subject: Subject, *, apart: bool, again: bool = False) -> str | N
         return found
 
 
+def kept_of(device: torch.device) -> dict[str, str | None]:
+    """What was found out on a device, with this driver and these versions: by subject, what is
+    wrong or None."""
+    found = {}
+    for key, verdict in kept.read(store()).items():
+        name, _, where = key.partition("; ")
+        if where.startswith(place(device)) and isinstance(verdict, dict) and "wrong" in verdict:
+            found[name] = verdict["wrong"]
+    return found
+
+
 def forget() -> None:
     """What this process has found out; what is in the file stays."""
     with _lock:
