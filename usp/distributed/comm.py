@@ -281,14 +281,14 @@ def compare_before_groups(
 
     Raises:
         ValueError: another rank refused, was asked for something else or has the same ``own``;
-            or the ranks have made
-            different numbers of groups before, and torch, which names groups of some ranks by
-            that number, would wait forever. And ``error`` itself.
+            or the ranks cannot agree on names of groups (``_agree_on_names``). And ``error``
+            itself.
     """
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    made = len(dist.distributed_c10d._world.pg_names) if group is not None else 0
     refusal = None if error is None else str(error)
-    dist.all_gather_object(everyone, (told, own, refusal, made), group=group)
+    world = dist.distributed_c10d._world
+    groups = len(world.pg_names), world.group_count
+    dist.all_gather_object(everyone, (told, own, refusal, groups), group=group)
     if error is not None:
         raise error
     owners: dict[str, int] = {}
@@ -302,10 +302,32 @@ def compare_before_groups(
                 f"ranks {owners[claimed]} and {rank} would share one device ({claimed}): start as "
                 'many processes as there are devices, or choose the device type "cpu"'
             )
-    counts = [count for *_, count in everyone]
-    if len(set(counts)) > 1:
+    _agree_on_names([groups for *_, groups in everyone], among_some=group is not None)
+
+
+def _agree_on_names(groups: list[tuple[int, int]], among_some: bool) -> None:
+    """Let torch give the groups that ranks are about to make the same names on all of them.
+
+    It names a group by how many groups its rank has counted, and waits forever where ranks found
+    different names. Up to 2.13 groups that some ranks make among themselves do not count, but are
+    named by how many groups the rank is in; with 2.15 they count, so a rank that made more of them
+    than others is ahead. Numbers may be left out, and all go on from the highest.
+
+    Args:
+        groups: Of each rank, how many it is in, and how many it has counted.
+        among_some: Whether the groups are made by some ranks only.
+
+    Raises:
+        ValueError: torch names such groups by how many a rank is in, and these numbers differ.
+    """
+    torch_groups = dist.distributed_c10d
+    torch_groups._world.group_count = max(counted for _, counted in groups)
+    if not among_some or "group_count" in torch_groups._hash_ranks_to_str.__code__.co_names:
+        return
+    held = [held for held, _ in groups]
+    if len(set(held)) > 1:
         raise ValueError(
-            f"the ranks of the group have made {counts} process groups so far, and torch can only "
+            f"the ranks of the group have made {held} process groups so far, and torch can only "
             "make groups among some ranks where these numbers are equal: make the same groups on "
             "all of them, or build one DeviceMesh and use SequenceMesh.from_device_mesh"
         )
