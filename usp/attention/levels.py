@@ -211,4 +211,4 @@ def _of_rows(visit: Visit, start: int, stop: int) -> Visit:
     last[:start] = first[:start] = first[start]
     first[stop:] = last[stop:] = last[stop - 1]
     span = Span(first, last)
-    return Visit(visit.num_queries, visit.num_keys, span, span.pairs)
+    return Visit(visit.num_queries, visit.num_keys, span)

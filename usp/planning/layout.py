@@ -17,6 +17,7 @@ from torch import Tensor
 
 from usp.planning.kinds import integer
 from usp.planning.masks.bounds import check_cu_seqlens
+from usp.planning.walk import each_of, parts_of, spread_over
 
 Runs = list[tuple[Tensor, Tensor]]
 # Said everywhere, because a user may have set another default device.
@@ -200,7 +201,7 @@ class Positions:
         """(n,) int64, sorted."""
         counts = self.counts.flatten()
         before = counts.cumsum(0) - counts
-        base = (self.start.flatten() - self.stride * before).repeat_interleave(counts)
+        base = spread_over(self.start.flatten() - self.stride * before, counts)
         return base + self.stride * torch.arange(len(self), device=base.device)
 
     @cached_property
@@ -231,45 +232,65 @@ class Positions:
         return Positions(self.bounds, begin, begin + self.stride * (last - first), self.stride)
 
     def segment_of(self, positions: Tensor) -> Tensor | None:
-        """Segment of each position, the same for every row of a table; None if there is one."""
-        if len(self.bounds) == 2:
-            return None
-        segment = torch.searchsorted(self.bounds.to(positions.dtype), positions, right=True) - 1
-        return segment.clamp_max(len(self.bounds) - 2)
-
-    def count_below(self, positions: Tensor, segment: Tensor | None) -> Tensor:
-        """How many of this row's tokens lie below each of ``positions``, int32.
+        """Segment of each position, the same for every row of a table; None if there is one.
 
         Args:
-            positions: (n,) int64, ascending, n > 0.
-            segment: ``segment_of(positions)``.
+            positions: (n,) ascending, 0 or more.
         """
+        if len(self.bounds) == 2:
+            return None
+        return parts_of(self.bounds[1:-1].to(positions.dtype), positions)
+
+    def count_below(
+        self, positions: Tensor, segment: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        """How many of this row's tokens lie below each of ``positions``, of their dtype.
+
+        Args:
+            positions: (n,) int32 or int64, ascending, n > 0.
+            segment: ``segment_of(positions)``.
+            out: Where they go, if that is there already.
+        """
+        out = torch.empty_like(positions) if out is None else out
         if len(positions) > 1 and positions[0] == positions[-1]:
             # One end of a causal or full mask is the same for every row.
             alone = None if segment is None else segment[:1]
-            return self.count_below(positions[:1], alone).repeat(len(positions))
+            return out.copy_(self.count_below(positions[:1], alone).expand_as(out))
         if segment is None:
-            runs = zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)
-            parts = [self._within(positions, start, count) for start, count in runs]
-            for part in parts[1:]:
-                parts[0] += part
-            return parts[0].int()
+            runs = [*zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)]
+            self._within(positions, *runs[0], out)
+            for run in runs[1:]:
+                out += self._within(positions, *run, torch.empty_like(positions))
+            return out
         per_segment = self.counts.sum(1)
-        below = (per_segment.cumsum(0) - per_segment)[segment]
-        for start, count in zip(self.start.unbind(1), self.counts.unbind(1), strict=True):
-            below += self._within(positions, start[segment], count[segment])
-        return below.int()
+        table = torch.stack((per_segment.cumsum(0) - per_segment, *self.start.T, *self.counts.T))
+        below, *ends = each_of(table.to(positions.dtype), segment)
+        num = len(ends) // 2
+        for start, count in zip(ends[:num], ends[num:], strict=True):
+            below += self._within(positions, start, count, out)
+        return out.copy_(below)
 
-    def _within(self, positions: Tensor, start: Tensor | int, count: Tensor | int) -> Tensor:
-        """How many tokens of the run lie below each position."""
-        if self.stride == 1 and isinstance(start, int) and isinstance(count, int):
-            return positions.clamp(start, start + count).sub_(start)
-        offset = positions - start
+    def _within(
+        self, positions: Tensor, start: Tensor | int, count: Tensor | int, out: Tensor
+    ) -> Tensor:
+        """How many tokens of the run lie below each position.
+
+        All in place: fresh memory costs more than the arithmetic.
+        """
+        torch.sub(positions, start - (self.stride - 1), out=out)
         if self.stride > 1:
-            offset = (offset + (self.stride - 1)) // self.stride
+            _divide(out, self.stride)
         if isinstance(count, Tensor):
-            return torch.minimum(offset.clamp_min_(0), count)
-        return offset.clamp_(0, count)
+            return torch.minimum(out.clamp_min_(0), count, out=out)
+        return out.clamp_(0, count)
+
+
+def _divide(x: Tensor, divisor: int) -> None:
+    """``x //= divisor``; by a power of two a shift is many times as fast, and floors alike."""
+    if divisor & (divisor - 1):
+        x.floor_divide_(divisor)
+    else:
+        x.bitwise_right_shift_(divisor.bit_length() - 1)
 
 
 def check_layout(layout: Layout) -> Layout:

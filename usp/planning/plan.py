@@ -16,6 +16,7 @@ from torch import Tensor
 from usp.planning.layout import Layout, Layouts, Positions, both, rows
 from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
+from usp.planning.memory import uninitialised
 from usp.planning.reach import needed_rows
 from usp.planning.route import Arrival, Route, make_route
 from usp.planning.rows import Rows, all_rows
@@ -138,20 +139,35 @@ def make_local_plan(
     return Plan(0, 1, (step,), None, queries, (keys,))
 
 
-class Reach(NamedTuple):
-    """What each row of queries sees, and the segments of the layout in which that lies."""
+class Band(NamedTuple):
+    """What each row of queries sees of a band.
 
-    bands: Bands
-    segments: list[tuple[Tensor | None, Tensor | None]]
+    Attributes:
+        ends: ``first`` and ``stop``, (Lq,) int32 each.
+        segments: Of the layout, in which these lie.
+        edges: Of ``first`` and of ``stop``, those of the first row and of the last.
+    """
+
+    ends: tuple[Tensor, Tensor]
+    segments: tuple[Tensor | None, Tensor | None]
+    edges: tuple[tuple[int, int], tuple[int, int]]
+
+
+class Reach(NamedTuple):
+    """What so many rows of queries see."""
+
+    num_queries: int
+    bands: list[Band]
 
 
 def _reach(mask: Mask, queries: Positions, keys: tuple[Positions, ...], key_len: int) -> Reach:
-    bands = mask.bands(queries.tensor.int(), key_len)  # half the memory to go through
-    segments = [
-        (keys[0].segment_of(first), keys[0].segment_of(stop))
-        for first, stop in zip(*bands, strict=True)
-    ]
-    return Reach(bands, segments)
+    if not len(queries):
+        return Reach(0, [])
+    found = mask.bands(queries.tensor.int(), key_len)  # half the memory to go through
+    segments = ((keys[0].segment_of(a), keys[0].segment_of(b)) for a, b in zip(*found, strict=True))
+    edges = zip(*(ends[:, [0, -1]].tolist() for ends in found), strict=True)
+    bands = zip(zip(*found, strict=True), segments, edges, strict=True)
+    return Reach(len(queries), [Band(*band) for band in bands])
 
 
 def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) -> tuple[Load, ...]:
@@ -179,29 +195,41 @@ def _step(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) ->
 
 def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
     """What is seen of the rows that are here, in as few calls as the bands allow."""
-    num_queries = reach.bands.first.shape[1]
-    if not num_queries or not len(here):
+    if not reach.num_queries or not len(here):
         return ()
-    lowest, highest = keys.ends
-    ends = reach.bands.first.new_empty((2, *reach.bands.first.shape))
-    found = 0
-    for first, stop, segments in zip(*reach.bands, reach.segments, strict=True):
-        if stop[-1] <= lowest or first[0] > highest:
+    lowest, highest = keys.ends.tolist()
+    seen = []
+    for band in reach.bands:
+        (first_low, first_high), (stop_low, stop_high) = band.edges
+        if stop_high <= lowest or first_low > highest:
             continue
-        if first[-1] <= lowest and stop[0] > highest:
-            return (whole_visit(num_queries, len(here)),)
+        if first_high <= lowest and stop_low > highest:
+            return (whole_visit(reach.num_queries, len(here)),)
+        seen.append(band)
+    ends = uninitialised(2, len(seen), reach.num_queries, dtype=torch.int32)
+    for place, band in enumerate(seen):
+        first, stop = band.ends
         # the queries before these see nothing up to the block's first key, those behind them
         # nothing from its last one on
-        start = int(torch.searchsorted(stop, int(lowest), right=True))
-        end = int(torch.searchsorted(first, int(highest), right=True))
-        for counts, bound, segment in zip(ends[:, found], (first, stop), segments, strict=True):
-            counts[:start] = 0
-            counts[end:] = len(here)
-            if start < end:
-                among = None if segment is None else segment[start:end]
-                below = keys.count_below(bound[start:end], among)
-                counts[start:end] = here.count_below(below)
-        found += 1
-    bands = joined(Bands(*ends[:, :found]))
-    spans = (Span(first, stop) for first, stop in zip(*bands, strict=True))
-    return tuple(Visit(num_queries, len(here), span, span.pairs) for span in spans if span.pairs)
+        rows = slice(
+            int(torch.searchsorted(stop, lowest, right=True)),
+            int(torch.searchsorted(first, highest, right=True)),
+        )
+        for counts, bound, segment in zip(ends[:, place], band.ends, band.segments, strict=True):
+            _count_here(keys, here, bound, segment, rows, counts)
+    spans = (Span(*ends) for ends in zip(*joined(Bands(*ends)), strict=True))
+    return tuple(Visit(reach.num_queries, len(here), span) for span in spans if not span.is_empty)
+
+
+def _count_here(
+    keys: Positions, here: Rows, bound: Tensor, segment: Tensor | None, rows: slice, out: Tensor
+) -> None:
+    """Into ``out``, how many of the keys that are here lie below each bound: between 0 in front of
+    some rows, and all behind them."""
+    out[: rows.start] = 0
+    out[rows.stop :] = len(here)
+    if rows.start < rows.stop:
+        among = None if segment is None else segment[rows]
+        below = keys.count_below(bound[rows], among, out[rows])
+        if not here.are_all:
+            out[rows] = here.count_below(below)

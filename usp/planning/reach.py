@@ -8,6 +8,7 @@ gaps inside such a stretch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from usp.planning.layout import Layout, Positions, rows
 from usp.planning.masks.mask import Mask
-from usp.planning.rows import Rows, merged, rows_between
+from usp.planning.rows import Rows, merged, no_rows
+from usp.planning.walk import each_of, run_of_each
 
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
@@ -35,14 +37,20 @@ def needed_rows(
     """
     query_len, key_len = lengths
     keys = rows(layouts[1], key_len, ring_degree)
-    seen = [_seen(mask, row, key_len) for row in rows(layouts[0], query_len, ring_degree)]
+    seen = _seen(mask, rows(layouts[0], query_len, ring_degree), key_len)
     first, stop = (torch.cat([runs[end] for runs in seen]) for end in (0, 1))
-    counts = [len(runs[0]) for runs in seen]
+    counts = torch.tensor([len(runs[0]) for runs in seen], device=first.device)
+    rank_of = run_of_each(counts)
     table: list[list[Rows]] = [[] for _ in seen]
     for owned in keys:
-        ends = (_count_below(owned, end).split(counts) for end in (first, stop))
-        for rank, (low, high) in enumerate(zip(*ends, strict=True)):
-            table[rank].append(rows_between(len(owned), low, high))
+        low, high = _count_below(owned, first), _count_below(owned, stop)
+        held = high > low
+        # most ranks of a long ring see nothing of most owners
+        found = torch.bincount(rank_of[held], minlength=len(seen)).tolist()
+        ends = (end[held].split(found) for end in (low, high))
+        nothing = no_rows(len(owned))
+        for row, start, end in zip(table, *ends, strict=True):
+            row.append(Rows(len(owned), *merged(start, end)) if len(start) else nothing)
     return tuple(map(tuple, table))
 
 
@@ -51,20 +59,36 @@ def _count_below(owned: Positions, positions: Tensor) -> Tensor:
     if not len(positions) or not len(owned):
         return torch.zeros_like(positions)
     ordered, order = positions.sort()
-    below = owned.count_below(ordered, owned.segment_of(ordered)).long()
+    below = owned.count_below(ordered, owned.segment_of(ordered))
     return torch.empty_like(positions).index_copy_(0, order, below)
 
 
-def _seen(mask: Mask, row: Positions, key_len: int) -> tuple[Tensor, Tensor]:
-    """Runs of global key positions that the queries of a row see, ascending, apart."""
-    low, high = _stretches(row)
+def _seen(mask: Mask, table: Sequence[Positions], key_len: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each row, the runs of global key positions that its queries see, ascending, apart."""
+    stretches = [_stretches(row) for row in table]
     for start, width in mask.seams:
-        low, high = _cut(low, high, start, width)
-    if not len(low):
-        return low, high
-    both = torch.stack((low, high), 1).flatten()
-    bands = mask.bands(both, key_len, trim=False)
-    first, stop = bands.first[:, 0::2].flatten(), bands.stop[:, 1::2].flatten()
+        stretches = [_cut(*ends, start, width) for ends in stretches]
+    counts = [len(low) for low, _ in stretches]
+    # the mask is asked once for all rows: many small questions take longer
+    ends, order = torch.cat([torch.cat(ends) for ends in zip(*stretches, strict=True)]).sort()
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device="cpu"))
+    bands = mask.bands(ends, key_len, trim=False)
+    low, high = place.tensor_split(2)
+    each = zip(low.split(counts), high.split(counts), strict=True)
+    return [_seen_runs(each_of(bands.first, low), each_of(bands.stop, high)) for low, high in each]
+
+
+def _seen_runs(first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of keys that are seen of bands, ascending, with something between them.
+
+    Args:
+        first, stop: (bands, stretches) of each band what the stretches of queries see of it.
+    """
+    if first.shape[1] > 1:
+        # along a band they ascend, and mostly touch: few are left to sort
+        apart, edge = first[:, 1:] > stop[:, :-1], torch.ones_like(first[:, :1], dtype=torch.bool)
+        first = first[torch.cat((edge, apart), 1)]
+        stop = stop[torch.cat((apart, edge), 1)]
     held = stop > first
     return merged(first[held], stop[held])
 
@@ -74,7 +98,7 @@ def _stretches(row: Positions) -> tuple[Tensor, Tensor]:
     length = max(1, -(-len(row) // _STRETCHES))
     counts, start = row.counts.flatten(), row.start.flatten()
     pieces = (counts + (length - 1)) // length
-    run = torch.arange(len(counts), device=start.device).repeat_interleave(pieces)
+    run = run_of_each(pieces)
     piece = torch.arange(len(run), device=start.device) - (pieces.cumsum(0) - pieces)[run]
     low = piece * length
     high = torch.minimum(low + length, counts[run]) - 1
@@ -85,7 +109,7 @@ def _cut(low: Tensor, high: Tensor, start: int, width: int) -> tuple[Tensor, Ten
     """Stretches that cross no seam; these lie at ``start`` and every ``width`` positions."""
     line = torch.div(low - start, width, rounding_mode="floor")
     pieces = torch.div(high - start, width, rounding_mode="floor") - line + 1
-    which = torch.arange(len(low), device=low.device).repeat_interleave(pieces)
+    which = run_of_each(pieces)
     piece = torch.arange(len(which), device=low.device) - (pieces.cumsum(0) - pieces)[which]
     begin = start + (line[which] + piece) * width
     return torch.maximum(low[which], begin), torch.minimum(high[which], begin + (width - 1))

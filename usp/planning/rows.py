@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from usp.planning.walk import parts_of, spread_over
+
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
 class Rows:
@@ -39,7 +41,7 @@ class Rows:
         """(n,) int64 on CPU, ascending: the rows themselves."""
         counts = self.stop - self.start
         before = counts.cumsum(0) - counts
-        base = (self.start - before).repeat_interleave(counts)
+        base = spread_over(self.start - before, counts)
         return base + torch.arange(len(self), device=base.device)
 
     @cached_property
@@ -71,17 +73,19 @@ class Rows:
         """How many of these rows lie below each of ``places``, int32.
 
         Args:
-            places: (n,) int32, 0 to ``total``.
+            places: (n,) int32, ascending, 0 to ``total``.
         """
         if self.are_all:
             return places
         if len(self.start) == 1:
             return (places - int(self.start[0])).clamp_(0, len(self))
-        counts = self.stop - self.start
-        run = torch.searchsorted(self.start.int(), places, right=True) - 1
-        before = torch.where(run >= 0, (counts.cumsum(0) - counts)[run.clamp_min(0)], 0)
-        inside = torch.minimum(places - self.start[run.clamp_min(0)], counts[run.clamp_min(0)])
-        return (before + torch.where(run >= 0, inside, 0)).int()
+        # before the first run lies one without rows
+        counts = torch.cat((self.start.new_zeros(1), self.stop - self.start)).int()
+        before = counts.cumsum(0, dtype=torch.int32) - counts
+        start = torch.cat((self.start.new_zeros(1), self.start)).int()
+        run = parts_of(start[1:], places)
+        inside = torch.minimum(places - start.index_select(0, run), counts.index_select(0, run))
+        return before.index_select(0, run).add_(inside)
 
     def within(self, others: Rows) -> Rows:
         """These rows by their places among ``others``, which hold them all."""

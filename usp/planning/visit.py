@@ -26,6 +26,11 @@ class Span:
         """Number of visible (query, key) pairs."""
         return int((self.stop - self.first).sum(dtype=torch.int64))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody sees anything; as soon as somebody does, the others are not looked at."""
+        return torch.equal(self.first, self.stop)
+
     @cached_property
     def _on_device(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
@@ -59,13 +64,16 @@ class Visit:
     Attributes:
         num_queries, num_keys: Rows of queries and of keys.
         span: What each query sees; None where every query sees every key.
-        pairs: Visible (query, key) pairs, one at least.
     """
 
     num_queries: int
     num_keys: int
     span: Span | None
-    pairs: int
+
+    @cached_property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs, one at least."""
+        return self.num_queries * self.num_keys if self.span is None else self.span.pairs
 
     @cached_property
     def seen_by(self) -> Span | None:
@@ -82,7 +90,7 @@ class Visit:
 
 def whole_visit(num_queries: int, num_keys: int) -> Visit:
     """Every query sees every key."""
-    return Visit(num_queries, num_keys, None, num_queries * num_keys)
+    return Visit(num_queries, num_keys, None)
 
 
 @dataclass(frozen=True)

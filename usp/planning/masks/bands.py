@@ -60,8 +60,9 @@ def without_empty(bands: Bands, trim: bool = True) -> Bands:
     """Those that some query sees something of; not ``trim``: all of them, see ``Mask.bands``."""
     if not trim:
         return bands
-    used = (bands.stop > bands.first).any(1)
-    return bands if used.all() else Bands(bands.first[used], bands.stop[used])
+    # equal ends are told as soon as two differ, where a search among flags goes through them all
+    used = [not torch.equal(*ends) for ends in zip(*bands, strict=True)]
+    return bands if all(used) else Bands(bands.first[used], bands.stop[used])
 
 
 def union(parts: Sequence[Bands], trim: bool = True) -> Bands:
@@ -86,11 +87,11 @@ def joined(bands: Bands) -> Bands:
     """Neighbours that leave no key between them, for any query, as one."""
     if len(bands.first) < 2:
         return bands
-    apart = (bands.stop[:-1] < bands.first[1:]).any(1)
-    if apart.all():
+    neighbours = zip(bands.stop[:-1], bands.first[1:], strict=True)
+    apart = [not torch.equal(*ends) for ends in neighbours]
+    if all(apart):
         return bands
-    ends = apart.new_ones(1)
-    return Bands(bands.first[torch.cat((ends, apart))], bands.stop[torch.cat((apart, ends))])
+    return Bands(bands.first[[True, *apart]], bands.stop[[*apart, True]])
 
 
 def _sorted(ends: Tensor) -> Tensor:

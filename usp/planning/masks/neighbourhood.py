@@ -13,6 +13,7 @@ from torch import Tensor
 from usp.planning.kinds import flag, integer
 from usp.planning.masks.bands import Bands, nothing, without_empty
 from usp.planning.masks.mask import Mask
+from usp.planning.memory import uninitialised
 
 EDGES = ("clip", "shift")
 
@@ -133,23 +134,21 @@ class Neighbourhood(Mask):
             base, seen: (d, lines) where the lines of keys begin, and whether they are seen.
             x, line: (n,) of each query.
         """
-        window, base = self.windows[-1], base + self.start
-        begin = base if len(base) == 1 and base.shape[1] == 1 else base.index_select(1, line)
+        window = self.windows[-1]
         if window.dilation == 1:
-            low, high = window.interval(x)
-            if seen.all():
-                return begin + low, begin + high
-            valid = seen.index_select(1, line)
-            return begin + low * valid, begin + high * valid
-        ends = []  # neighbours along the line are apart: a band for each
-        for begin_here, seen_here in zip(begin, seen, strict=True):
-            here = seen_here.index_select(0, line)
-            for a in window.offsets:
-                at = (x + a * window.dilation).clamp(0, window.size)
-                first = begin_here + at * here
-                ends.append((first, first + (window.sees(x, a) & here)))
-        first, stop = (torch.stack(end) for end in zip(*ends, strict=True))
-        return first, stop
+            parts = [window.interval(x)]
+        else:  # neighbours along the line are apart: a band for each
+            at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
+            parts = [(p, p + window.sees(x, a)) for p, a in zip(at, window.offsets, strict=True)]
+        ends = uninitialised(2, len(base) * len(parts), len(x), dtype=x.dtype)
+        bands = iter(ends.unbind(1))
+        for begin, used in zip(base + self.start, seen, strict=True):
+            here = begin.index_select(0, line)
+            valid = 1 if used.all() else used.to(x.dtype).index_select(0, line)
+            for part in parts:
+                for end, inside in zip(next(bands), part, strict=True):
+                    torch.add(here, inside * valid, out=end)
+        return ends[0], ends[1]
 
     def refuse_lengths(self, query_len: int, key_len: int) -> None:
         if query_len < self.stop or key_len < self.stop:

@@ -13,6 +13,7 @@ from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.bounds import check_cu_seqlens
 from usp.planning.masks.mask import Everything, Mask, Nothing
+from usp.planning.walk import parts_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Blocks(Mask):
 def _own_part(bounds: tuple[int, ...], positions: Tensor) -> tuple[Tensor, Tensor]:
     """Where the part of each position begins and ends; empty, and monotone, outside all parts."""
     ends = positions.new_tensor((0, *bounds, bounds[-1]))
-    part = torch.searchsorted(ends[1:-1].contiguous(), positions, right=True)
-    return ends[part], ends[part + 1]
+    part = parts_of(ends[1:-1].contiguous(), positions)
+    return ends.index_select(0, part), ends[1:].index_select(0, part)
 
 
 @dataclass(frozen=True)
