@@ -24,11 +24,11 @@ namespace {
 template <typename T>
 struct RowTile {
   int64_t h;
-  bool started;                   // out holds something
-  Range rows, visible, unmasked;  // visible and unmasked are keys
-  Matrix<T> q_room;               // (few rows, D)
-  QueryOperand<T> q;              // (D, rows)
-  Matrix<T> out;                  // (rows, Dv), not normalised
+  bool started;         // out holds something
+  Range rows, visible;  // visible: keys
+  Matrix<T> q_room;     // (few rows, D)
+  QueryOperand<T> q;    // (D, rows)
+  Matrix<T> out;        // (rows, Dv), not normalised
   SoftmaxRows<T> softmax;
   QueryPositions positions;
 
@@ -134,7 +134,6 @@ class ForwardWorker {
     RowTile<T>& tile = w_.tiles[count_];
     tile.visible = visible_keys(a_.span, rows);
     if (tile.visible.empty() && state_.result == nullptr) return;
-    tile.unmasked = unmasked_keys(a_.span, rows);
     tile.h = h;
     tile.rows = rows;
     load_queries(tile);
@@ -189,72 +188,86 @@ class ForwardWorker {
 
   void load_state(RowTile<T>& tile) {
     const T* lse = lse_of(tile);
+    bool fresh = true;  // no row has seen a key
     for (int64_t i = 0; i < padded(tile.rows.size()); ++i) {
-      const auto row = carried(i < tile.rows.size() ? lse[i] : minus_infinity<T>());
+      const T carried_lse = i < tile.rows.size() ? lse[i] : minus_infinity<T>();
+      const auto row = carried(carried_lse);
       tile.softmax.max[i] = row.max;
       tile.softmax.sum[i] = row.sum;
+      fresh &= carried_lse == minus_infinity<T>();
     }
-    tile.started = state_.out != nullptr;
-    if (!tile.started) return;
-    clear_out(tile);
+    tile.started = false;
+    if (state_.out == nullptr || fresh) return;
+    start(tile);
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
                         T(1), tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
   }
 
-  // With its padding.
-  void clear_out(RowTile<T>& tile) {
+  // From zeros, with its padding.
+  void start(RowTile<T>& tile) {
     std::fill(tile.out.data, tile.out.data + tile.rows.size() * tile.out.ld, T(0));
+    tile.started = true;
   }
 
   void add_keys(Range keys) {
     bool loaded = false;
     Matrix<const T> k;
     for (RowTile<T>& tile : held()) {
-      Range seen = intersect(keys, tile.visible);
-      if (seen.empty()) continue;
-      seen.begin -= (seen.begin - keys.begin) % kernels_.word;  // words of v are whole
-      const bool masked = !tile.unmasked.contains(seen);
-      if (masked && !sees_any(a_.span, tile.rows, seen)) continue;
-      if (!loaded) {
-        k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
-        right_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
-        loaded = true;
-      }
-      const int64_t skipped = seen.begin - keys.begin;
-      add_tile(tile, {b_, tile.h, tile.rows, seen, masked}, {k.data + skipped * k.ld, k.ld},
-               {w_.v.data + skipped / kernels_.word * w_.v.ld, w_.v.ld});
+      const auto visit = [&](Range rows, Range seen, bool masked) {
+        if (!loaded) {
+          k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
+          right_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
+          loaded = true;
+        }
+        const int64_t skipped = seen.begin - keys.begin;
+        add_part(tile, {b_, tile.h, rows, seen, masked}, {k.data + skipped * k.ld, k.ld},
+                 {w_.v.data + skipped / kernels_.word * w_.v.ld, w_.v.ld});
+      };
+      for_each_part(a_.span, tile.rows, keys, kernels_.word, visit);
     }
   }
 
-  void add_tile(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
+  // Keys into the tile, or into a strip of it.
+  void add_part(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
+    const bool whole = num_rows == tile.rows.size();
+    if (!whole && !tile.started) start(tile);
+    const int64_t row = at.rows.begin - tile.rows.begin;
+    const QueryOperand<T> q = whole ? tile.q : tile.q.from(row);
+    const SoftmaxRows<T> softmax = tile.softmax.from(row);
+    const QueryPositions positions = tile.positions.from(row);
+    const Matrix<T> out{tile.out.data + row * tile.out.ld, tile.out.ld};
     const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
-    compute_scores<T>(a_, kernels_, at, k, tile.q, tile.positions, s, nullptr);
+    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr);
     ahead_.advance();
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, tile.positions, {w_.multiplier, s.keys, s.queries});
+      dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }
-    const auto weights = kernels_.softmax_update(s, tile.softmax, w_.multiplier, w_.weights);
+    const auto weights = kernels_.softmax_update(s, softmax, w_.multiplier, w_.weights);
     ahead_.advance();
-    if (tile.started) {
-      kernels_.scale_rows(tile.out, num_rows, tile.out.ld, tile.softmax.factor);
-    }
-    kernels_.gemm(num_rows, tile.out.ld, num_keys, weights, v, tile.out, T(1), tile.started);
+    if (tile.started) kernels_.scale_rows(out, num_rows, out.ld, softmax.factor);
+    kernels_.gemm(num_rows, out.ld, num_keys, weights, v, out, T(1), tile.started);
     tile.started = true;
     ahead_.advance();
   }
 
   void store_state(RowTile<T>& tile) {
-    if (!tile.started) clear_out(tile);
+    if (!tile.started) start(tile);
     T *lse = lse_of(tile), *factor = tile.softmax.factor;
+    Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const RunningSoftmax<T> row{tile.softmax.max[i], tile.softmax.sum[i]};
       factor[i] = row.normaliser();
-      if (row == carried(lse[i])) continue;  // saw nothing: what it has stays, to the bit
-      lse[i] = row.lse();
-      if (state_.result == nullptr) store_rows(tile, {i, i + 1});
+      if (row != carried(lse[i])) {
+        lse[i] = row.lse();
+        moved.end = i + 1;
+      } else {  // saw nothing: what it has stays, to the bit
+        if (state_.result == nullptr && !moved.empty()) store_rows(tile, moved);
+        moved = {i + 1, i + 1};
+      }
     }
-    if (state_.result != nullptr) store_rows(tile, {0, tile.rows.size()});
+    if (state_.result != nullptr) moved = {0, tile.rows.size()};
+    if (!moved.empty()) store_rows(tile, moved);
   }
 
   // To the result where there is one.

@@ -146,28 +146,31 @@ class GradientWalk {
 
   void add_tiles(int64_t h, Range rows, Range visible) {
     load_queries(h, rows);
-    const Range unmasked = unmasked_keys(a_.span, rows);
     for (int64_t begin = keys_.begin; begin < visible.end; begin += kKeyTile) {
-      Range keys = intersect({begin, begin + kKeyTile}, visible);
-      if (keys.empty()) continue;
-      keys.begin -= (keys.begin - keys_.begin) % kernels_.word;  // words of k are whole
-      const bool masked = !unmasked.contains(keys);
-      if (masked && !sees_any(a_.span, rows, keys)) continue;
-      add_tile({b_, h, rows, keys, masked});
+      const Range keys = intersect({begin, begin + kKeyTile}, keys_);
+      for_each_part(a_.span, rows, keys, kernels_.word, [&](Range some, Range seen, bool masked) {
+        add_part({b_, h, some, seen, masked}, rows);
+      });
     }
   }
 
-  void add_tile(const TileIndex& at) {
+  // A tile of the queries, or a strip of it.
+  void add_part(const TileIndex& at, Range rows) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
-    const int64_t skipped = at.keys.begin - keys_.begin;
-    const auto gradients = compute_gradients(at, {k_.data + skipped * k_.ld, k_.ld},
+    const int64_t row = at.rows.begin - rows.begin, skipped = at.keys.begin - keys_.begin;
+    const bool whole = num_rows == rows.size();
+    const auto gradients = compute_gradients(at, row, whole, {k_.data + skipped * k_.ld, k_.ld},
                                              {v_.data + skipped * v_.ld, v_.ld});
-    add_product(num_keys, num_rows, gradients.weights_by_key, as_const(w_.dout),
-                {w_.dv.data + skipped * w_.dv.ld, w_.dv.ld});
-    add_product(num_keys, num_rows, gradients.scores_by_key, as_const(w_.q),
-                {w_.dk.data + skipped * w_.dk.ld, w_.dk.ld});
+    const auto from = [](Matrix<T> m, int64_t first) {
+      return Matrix<T>{m.data + first * m.ld, m.ld};
+    };
+    const int64_t word = row / kernels_.word;
+    add_product(num_keys, num_rows, gradients.weights_by_key, as_const(from(w_.dout, word)),
+                from(w_.dv, skipped));
+    add_product(num_keys, num_rows, gradients.scores_by_key, as_const(from(w_.q, word)),
+                from(w_.dk, skipped));
     add_product(num_rows, num_keys, gradients.scores_by_query,
-                {w_.k.data + skipped / kernels_.word * w_.k.ld, w_.k.ld}, w_.dq);
+                as_const(from(w_.k, skipped / kernels_.word)), from(w_.dq, row));
   }
 
   void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
@@ -176,19 +179,23 @@ class GradientWalk {
     ahead_.advance();
   }
 
-  GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
+  GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, bool whole,
+                                        Matrix<const T> k, Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
-    compute_scores<T>(a_, kernels_, at, k, w_.q_t, w_.positions, s, w_.derivative);
+    const QueryPositions positions = w_.positions.from(row);
+    compute_scores<T>(a_, kernels_, at, k, whole ? w_.q_t : w_.q_t.from(row), positions, s,
+                      w_.derivative);
     ahead_.advance();
-    w_.dout_t.multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
+    (whole ? w_.dout_t : w_.dout_t.from(row))
+        .multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, s.keys, s.queries});
+      dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }
     const auto [weights, by_key, by_query] = w_.operands;
     const auto operands = kernels_.gradients({s,
                                               dp,
-                                              w_.lse,
-                                              w_.delta,
+                                              w_.lse + row,
+                                              w_.delta + row,
                                               w_.multiplier,
                                               w_.derivative,
                                               w_.ds,

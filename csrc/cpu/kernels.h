@@ -57,6 +57,8 @@ struct SoftmaxRows {
   T* max;
   T* sum;  // of exp(score - max)
   T* factor;
+
+  SoftmaxRows from(int64_t row) const { return {max + row, sum + row, factor + row}; }
 };
 
 struct TileDropout {

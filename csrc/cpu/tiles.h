@@ -69,6 +69,9 @@ struct QueryOperand {
     kernels.right_transpose(rows, num_rows, cols, transposed);
   }
 
+  // From one row on, a multiple of kPad; the rows are not few.
+  QueryOperand from(int64_t row) const { return {{transposed.data + row, transposed.ld}}; }
+
   // products (keys, padded rows) = scale * left (keys, cols) times this.
   void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
                 Tile<T> products, T scale) const {
@@ -91,6 +94,27 @@ struct TileIndex {
   bool masked;  // some row may not see some key
 };
 
+// Rows of a tile that an edge of the mask crosses are taken in strips: each sees less than all of
+// them together.
+inline constexpr int64_t kStrip = kPad;
+
+// Calls visit(rows, keys, masked) for the tile or for its strips, with those of `keys` that are
+// seen, in whole words counted from the first.
+template <typename Visit>
+void for_each_part(const Span& span, Range rows, Range keys, int64_t word, const Visit& visit) {
+  Range seen = intersect(keys, visible_keys(span, rows));
+  if (seen.empty()) return;
+  seen.begin -= (seen.begin - keys.begin) % word;
+  if (unmasked_keys(span, rows).contains(seen)) return visit(rows, seen, false);
+  if (rows.size() > kStrip) {
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kStrip) {
+      for_each_part(span, {begin, std::min(begin + kStrip, rows.end)}, keys, word, visit);
+    }
+  } else if (sees_any(span, rows, seen)) {
+    visit(rows, seen, true);
+  }
+}
+
 // The tiles that a task holds while it walks past those of the other side: what it loads of these
 // serves all it holds.
 inline constexpr int64_t kTilesHeld = 4;
@@ -106,6 +130,8 @@ struct QueryPositions {
   int32_t* q_pos;
 
   void carve(Carver& carver) { q_pos = carver.take<int32_t>(kQueryTile); }
+
+  QueryPositions from(int64_t row) const { return {q_pos + row}; }
 
   template <typename T>
   void load(const Attention<T>& a, Range rows) {
