@@ -158,7 +158,7 @@ def _visits(sizes: Sizes, ends: tuple[Tensor, Tensor] | None) -> list[Visit]:
     first, last = ends
     first, stop = first.clamp(0, sizes.keys), (last + 1).clamp(0, sizes.keys)
     span = Span(first.int(), torch.maximum(first, stop).int())
-    masked = Visit(sizes.queries, sizes.keys, span, span.pairs)
+    masked = Visit(sizes.queries, sizes.keys, span)
     return [whole_visit(sizes.queries, sizes.earlier), masked]
 
 

@@ -62,7 +62,7 @@ class Case:
         if self.causal:
             at = torch.arange(self.length, dtype=torch.int32, device="cpu")
             span = Span(torch.zeros_like(at), at + 1)
-            visit = Visit(self.length, self.length, span, span.pairs)
+            visit = Visit(self.length, self.length, span)
         heads = Heads(0, self.heads, self.heads, 2)
         q, k, v = randn(self.heads), randn(self.heads // 2), randn(self.heads // 2)
         block = Block(q, k, v, visit, heads, Scoring(self.head_dim**-0.5))
