@@ -22,13 +22,19 @@ from library_cases import (
 from mask_cases import any_mask, table_of
 from pool import Pool
 
+import usp
+from usp import masks as of_usp
+from usp.attention import block
 from usp.backends import TABLE
 from usp.backends.library.backend import LibraryBackend
 from usp.backends.library.flash2 import Flash2
 from usp.backends.library.record import Record
 from usp.backends.library.table import ROWS
+from usp.planning.heads import Heads
 from usp.planning.masks.options import make_mask
+from usp.planning.problem import Block, Gradients, Scoring
 from usp.planning.samples import masks_of
+from usp.planning.visit import whole_visit
 
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
@@ -91,9 +97,9 @@ def test_packed_calls_in_which_sequences_lie_apart(record: Record) -> None:
     """Rows between them see nothing, and are left as they were."""
     i, j = torch.arange(40)[:, None], torch.arange(40)
     seen = (i // 10 == j // 10) & (j <= i) & (i // 10 != 2) & (j % 10 < 9)
-    from usp import masks
-
-    ring = Ring(masks_of(masks.from_dense(seen)), "contiguous", 1, *tensors(40, 40, (2, 2), (8, 8)))
+    ring = Ring(
+        masks_of(of_usp.from_dense(seen)), "contiguous", 1, *tensors(40, 40, (2, 2), (8, 8))
+    )
     got = ring.results(on_cpu(record))
     assert_near(got, ring.expected(attn_mask=seen), 3e-3)
     assert got["lse"][:, :, 20:30].eq(-torch.inf).all() and got["out"][:, 20:30].eq(0).all()
@@ -125,17 +131,18 @@ def test_other_head_dims_and_dtypes(record: Record) -> None:
         assert_near(ring.results(on_cpu(record)), ring.expected(causal=True), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("heads", "index"),
+    [(Heads(1, 3, 6, 2), (0, 1, 1)), (Heads(2, 4, 6, 3), (0, 1, 1, 1))],
+    ids=repr,
+)
 @pytest.mark.parametrize("record", [ROWS[0], ROWS[-2]], ids=label)
-def test_key_heads_that_are_shared_unevenly(record: Record) -> None:
+def test_key_heads_that_are_shared_unevenly(
+    record: Record, heads: Heads, index: tuple[int, ...]
+) -> None:
     """A rank may hold query heads 1 to 3 of groups of two: one reads a key head, two the next."""
-    from usp.attention import block
-    from usp.planning.heads import Heads
-    from usp.planning.problem import Block, Gradients, Scoring
-    from usp.planning.visit import whole_visit
-
-    q, k, v, dout = tensors(11, 13, (3, 2), (16, 16))
-    heads = Heads(1, 3, 6, 2)
-    assert heads.kv_index == (0, 1, 1)
+    q, k, v, dout = tensors(11, 13, (len(index), 2), (16, 16))
+    assert heads.kv_index == index
     piece = Block(q, k, v, whole_visit(11, 13), heads, Scoring(0.25))
     backend, state = on_cpu(record), block.new_state(q, 16)
     block.attention_forward(piece, state, backend)
@@ -183,8 +190,6 @@ def flash_attn_on_cpu() -> Any:
 )
 def test_by_name_on_one_device(flash_attn_on_cpu: None, options: dict[str, Any]) -> None:
     """Where gradients are written, and not added up."""
-    import usp
-
     q, k, v, dout = tensors(61, 61, (4, 2), (16, 16))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = usp.long_context_attention(*leaves, **options, backend="flash_attn")
@@ -195,8 +200,6 @@ def test_by_name_on_one_device(flash_attn_on_cpu: None, options: dict[str, Any])
 
 
 def test_rows_that_nobody_has_and_keys_that_nobody_sees(flash_attn_on_cpu: None) -> None:
-    import usp
-
     q, k, v, dout = tensors(61, 61, (4, 2), (16, 16))
     assert usp.long_context_attention(q[:, :0], k, v, backend="flash_attn").shape == (2, 0, 4, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -204,38 +207,48 @@ def test_rows_that_nobody_has_and_keys_that_nobody_sees(flash_attn_on_cpu: None)
     dq, dk, dv = torch.autograd.grad(out, leaves, dout)
     for empty in (out[1], dq[1], dk[1], dv[1], dk[0, 7:], dv[0, 7:]):
         assert empty.eq(0).all()
+    lower = of_usp.from_dense(torch.ones(61, 61, dtype=torch.bool).tril(-5))
+    (dq,) = torch.autograd.grad(
+        usp.long_context_attention(*leaves, mask=lower, backend="flash_attn"), leaves[:1], dout
+    )
+    assert dq[:, :5].eq(0).all() and dq[:, 6:].ne(0).any(3).all()
     alone = usp.long_context_attention(q[:1], k[:1, :7], v[:1, :7], backend="reference")
     torch.testing.assert_close(out[:1], alone, rtol=0, atol=3e-3)
 
 
 GQA = {"dtype": "float16", "heads": 6, "kv_heads": 2, "head_dim": 16, "value_dim": 16}
-MESHES = {
-    "flash-attn 2": Case(
+MESHES = [
+    ("flash-attn 2", Case(
         ulysses=2, ring=2, seq_len=53, causal=True, layout="zigzag", backend="flash_attn", **GQA
-    ),
-    "flash-attn 3": Case(
+    )),
+    ("flash-attn 3", Case(
         ulysses=1, ring=4, seq_len=61, causal=True, window=(20, 0), layout="striped",
         backend="flash_attn_3", **GQA,
-    ),
-    "flash-attn 4": Case(
+    )),
+    ("flash-attn 4", Case(
         ulysses=2, ring=2, seq_len=61, causal=True, layout="documents", cu_seqlens=DOCUMENTS,
         return_lse=True, backend="flash_attn_4", transport="allgather", **GQA,
-    ),
-    "torch's flash attention": Case(
+    )),
+    ("flash-attn 4", Case(
+        ring=4, batch=2, seq_len=37, unions="each", return_lse=True, backend="flash_attn_4", **GQA
+    )),
+    ("flash-attn 4", Case(
+        ring=4, seq_len=41, transport="queries", return_lse=True, backend="flash_attn_4", **GQA
+    )),
+    ("torch's flash attention", Case(
         ulysses=4, seq_len=37, key_len=41, batch=2, unions="each", backend="aten_flash", **GQA
-    ),
-    "torch's cuDNN attention": Case(
+    )),
+    ("torch's cuDNN attention", Case(
         ring=4, seq_len=41, transport="queries", backend="aten_cudnn", **GQA
-    ),
-    "torch's memory-efficient attention": Case(
+    )),
+    ("torch's memory-efficient attention", Case(
         ulysses=2, ring=2, seq_len=41, window=(7, 3), backend="aten_efficient",
         **(GQA | {"dtype": "float32", "value_dim": 24}),
-    ),
-}  # fmt: skip
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("title", MESHES)
-def test_meshes(pool: Pool, title: str) -> None:
-    case = MESHES[title]
+@pytest.mark.parametrize(("title", "case"), MESHES, ids=repr)
+def test_meshes(pool: Pool, title: str, case: Case) -> None:
     results = pool.run(run_over_stand_in, title, case, ranks=4)
     assert_close(case, join(case, results), oracle(case))

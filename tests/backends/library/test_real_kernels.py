@@ -18,6 +18,7 @@ from library_cases import Ring, assert_near
 from mask_cases import any_mask, table_of
 from pool import Pool
 
+from usp.backends.library.table import ROWS
 from usp.planning.masks.options import make_mask
 from usp.planning.samples import masks_of
 
@@ -90,10 +91,18 @@ CASES: dict[str, tuple[dict[str, Any], str, int, int, int]] = {
 }
 
 
+HALF, BF16, FULL = TOLERANCE
+DTYPES = [
+    *((case, HALF) for case in CASES),
+    ("documents", BF16),
+    ("causal", BF16),
+    ("window", FULL),
+]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["flash_attn", "aiter"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), DTYPES, ids=str)
 def test_kernels_in_the_interpreter(
     interpreted: Pool, case: str, name: str, dtype: torch.dtype
 ) -> None:
@@ -113,3 +122,10 @@ def test_kernels_in_the_interpreter_on_a_mesh(interpreted: Pool, name: str) -> N
     )  # fmt: skip
     results = interpreted.run(real.case_results, case, ranks=4, timeout=500)
     assert_close(case, join(case, results), oracle(case))
+
+
+def test_rows_that_see_nothing_are_answered_as_the_table_says(interpreted: Pool) -> None:
+    """No call of ours has one; the table says it all the same."""
+    (found,) = interpreted.run(real.empty_rows, ranks=1, timeout=500)
+    (record,) = (record for record in ROWS if record.title == real.FLASH_ATTN_TRITON)
+    assert set(found) == {record.empty_lse}
