@@ -54,21 +54,35 @@ def watch(
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with output.open("w") as out, errors.open("w") as err:
             child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
-        marks, allowed = 0, patience if first is None else first
-        deadline = time.monotonic() + allowed
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            now = output.read_text().count(mark)
-            if now > marks:
-                marks, allowed = now, patience
-                deadline = time.monotonic() + allowed
-        reason = f"still running after {allowed:.0f} s"
-        if child.poll() is not None:
-            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
-            reason = f"exit code {child.returncode}: {''.join(last)}"
-        child.kill()
-        child.wait()
+        try:
+            allowed = _waited(child, output, mark, patience, first)
+            reason = f"still running after {allowed:.0f} s"
+            if child.poll() is not None:
+                last = errors.read_text(errors="replace").strip().splitlines()[-1:]
+                reason = f"exit code {child.returncode}: {''.join(last)}"
+        finally:
+            child.kill()
+            child.wait()
         return Watched(output.read_text(errors="replace"), reason)
+
+
+def _waited(
+    child: subprocess.Popen[bytes],
+    output: Path,
+    mark: str,
+    patience: float,
+    first: float | None,
+) -> float:
+    """Until a process ends or is too slow: how many seconds it was allowed last."""
+    marks, allowed = 0, patience if first is None else first
+    deadline = time.monotonic() + allowed
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        now = output.read_text(errors="replace").count(mark)
+        if now > marks:
+            marks, allowed = now, patience
+            deadline = time.monotonic() + allowed
+    return allowed
 
 
 def run_apart(task: str, argument: Any, patience: float) -> Ended:
