@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from usp.backends import Backend, PartialBackend, StateBackend
+from usp.ops.delta import row_products
 from usp.ops.merge import merge_into
 from usp.planning.problem import Block, Gradients, Saved, State, state_dtype
 
@@ -67,7 +68,7 @@ def saved_for_backward(
     if backend.CARRIES_STATE:
         delta = cast(StateBackend, backend).delta(dout, out)
     else:
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+        delta = row_products(dout, out, lse.dtype)
     if dlse is not None:
         delta = delta - dlse
     return Saved(dout, out, lse, delta.contiguous(), dlse is not None)

@@ -13,6 +13,7 @@ from usp.backends.library.call import Kernel
 from usp.backends.library.handing import Call
 from usp.backends.library.record import Record
 from usp.backends.library.tiles import groups
+from usp.ops.delta import row_products
 from usp.planning.heads import Heads
 from usp.planning.problem import Block, Gradients, Saved, Traits
 
@@ -186,8 +187,7 @@ def _dlse(saved: Saved) -> Tensor | None:
     """(B, H, Lq): the gradient of the returned lse, which ``delta`` holds, where there is one."""
     if not saved.lse_has_gradient:
         return None
-    dtype = saved.delta.dtype
-    return (saved.dout.to(dtype) * saved.out.to(dtype)).sum(-1).transpose(1, 2) - saved.delta
+    return row_products(saved.dout, saved.out, saved.delta.dtype) - saved.delta
 
 
 def _no_device(record: Record) -> str | None:
