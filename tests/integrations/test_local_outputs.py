@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from pool import RemoteError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -122,7 +124,13 @@ def _compared(
     ours = usp.parallelize(copy.deepcopy(model), placed, "blocks", outputs="local")
     ours.zero_grad()
     cut = usp.cut_batch(batch, placed, layout, cu_seqlens=documents)
-    if how == "DDP":
+    if how == "FSDP2":
+        device_mesh = init_device_mesh("cpu", (placed.size,))
+        for part in (*ours.blocks, ours):
+            fully_shard(part, mesh=device_mesh)
+        loss = loss_of(ours, cut, "torch", placed)
+        (loss * placed.size).backward()
+    elif how == "DDP":
         wrapped = DistributedDataParallel(ours)
         loss = loss_of(wrapped, cut, "torch", placed)
         (loss * placed.size).backward()
@@ -134,6 +142,7 @@ def _compared(
     if how != "usp":
         torch.distributed.all_reduce(value)
     found = {"loss": value} | gradients(ours)
+    found = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in found.items()}
     return doors.errors({"loss": wanted.detach()} | gradients(model), found)
 
 
@@ -143,6 +152,11 @@ def _compared(
 def test_every_gradient_is_that_of_the_whole(pool, mesh, layout, how, valid) -> None:
     ranks = mesh[0] * mesh[1]
     for wrong in pool.run(_compared, mesh, layout, how, valid, None, ranks=ranks):
+        assert wrong == {}
+
+
+def test_fsdp_takes_the_loss_times_the_ranks_too(pool) -> None:
+    for wrong in pool.run(_compared, (1, 2), "zigzag", "FSDP2", "few", None, ranks=2):
         assert wrong == {}
 
 

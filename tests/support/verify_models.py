@@ -220,6 +220,13 @@ class Pool(Part):
         return x
 
 
+class Flattened(Part):
+    """Samples and tokens in one dim."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+
 class Gather(Part):
     """All tokens on every rank; without a backward, those of others are constants."""
 
@@ -322,6 +329,12 @@ def spread_over(model: nn.Module, mesh: usp.SequenceMesh, layout: str = "contigu
     return _told(model, usp.Spread(mesh, layout=layout, seq_len=TOKENS))
 
 
+def spread_in_chunks(model: nn.Module, mesh: usp.SequenceMesh) -> nn.Module:
+    """As torch.chunk cuts, and no layout of a name."""
+    counts = [len(chunk) for chunk in torch.arange(TOKENS).chunk(mesh.size)]
+    return _told(model, usp.Spread(mesh, usp.Held(tuple(counts))))
+
+
 def spread_with_cls(model: nn.Module, mesh: usp.SequenceMesh) -> nn.Module:
     """One token more."""
     return _told(model, usp.Spread(mesh, seq_len=TOKENS + 1))
@@ -388,8 +401,43 @@ class Encoder(nn.Module):
         return self.head(x if self.tail is None else self.tail(x))
 
 
+class Stack(nn.Module):
+    """Blocks in a container that is called as one, and a table that is added whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(TOKENS, WIDTH))
+        self.blocks = nn.Sequential(Block(Attention()), Block(Attention()))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x + self.table))
+
+
+def stacked(model: Any, mesh: usp.SequenceMesh, wrong: str = "") -> Callable[..., Any]:
+    """Calls each block by itself, where the model calls their container."""
+    spread_over(model, mesh)
+
+    def call(x: Tensor) -> Tensor:
+        table = model.table
+        if wrong == "table":
+            x = usp.shard_sequence(x, mesh, 1)
+            x = x + table[: x.shape[1]]
+        else:
+            x = usp.shard_sequence(x + table, mesh, 1)
+        for block in model.blocks:
+            x = block(x)
+        return model.head(x)
+
+    return call
+
+
 def features() -> Tensor:
     return torch.randn(2, TOKENS, 5, generator=torch.Generator().manual_seed(1))
+
+
+def one_token() -> Tensor:
+    return wide()[:, :1]
 
 
 def wide() -> Tensor:

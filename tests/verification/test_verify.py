@@ -79,6 +79,10 @@ FAULTS = {
     "embedding": case(lambda: Net(models.Numbers("embedding")), "places", POSITIONS),
     "sines": case(lambda: Net(models.Sines("sines")), "places", POSITIONS),
     "rope": case(lambda: Net(attention=attention("rope")), "blocks.0.attn", POSITIONS),
+    "container": case(
+        models.Stack, "", POSITIONS, inputs=models.wide,
+        sharded=functools.partial(models.stacked, wrong="table"),
+    ),
     "first": case(
         lambda: Net(pool=Pool("first", "first")), "pool", "^a token that one rank holds, such as"
     ),
@@ -166,6 +170,12 @@ def right(make: Callable[[], nn.Module], **more: Any) -> Case:
 RIGHT = {
     "tokens": right(lambda: Net(models.Table())),
     "tokens, 4 ranks": right(lambda: Net(models.Table()), mesh=(2, 2)),
+    "flattened": right(lambda: Net(models.Table(), pool=models.Flattened())),
+    "chunks": right(
+        lambda: Net(models.Table()), sharded=models.spread_in_chunks, mesh=(2, 2)
+    ),
+    "one token": right(lambda: Encoder(), inputs=models.one_token, sharded=models.replaced),
+    "container": right(models.Stack, inputs=models.wide, sharded=models.stacked),
     "embedding": right(lambda: Net(models.Numbers())),
     "sines": right(lambda: Net(models.Sines())),
     "rope": right(lambda: Net(attention=attention("right rope"))),

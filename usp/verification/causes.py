@@ -185,6 +185,10 @@ def _of_one_token(e: Evidence) -> str | None:
     return None
 
 
+def _by_pattern(e: Evidence) -> str | None:
+    return _POSITIONS if by_local_index(e) else None
+
+
 _OVER_EDGES = (
     "tokens at the edges of shards are wrong: its kernel or shift reaches over the edge of a "
     "shard; usp.roll brings the neighbours' tokens"
@@ -229,6 +233,7 @@ _OF_OUTPUTS: Sequence[Guess] = (
     _of_place,
     _of_edges,
     _of_moments,
+    _by_pattern,
 )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from usp.verification.compare import Comparison, Difference, wrong_entries
+from usp.verification.compare import Comparison, Difference
+from usp.verification.join import wrong_entries
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from usp.integrations._families import OF_SAMPLES
 from usp.integrations._sites import Whole
 from usp.integrations.parallelize import parallelize
 from usp.planning.layout import Layout
-from usp.planning.shares import local_positions
+from usp.verification.drawn import OnRank, drawn
 from usp.verification.record import Record, Recorder, copied, tensors
 
 Sharded = Callable[[nn.Module, SequenceMesh], "Callable[..., Any] | None"]
@@ -66,9 +66,7 @@ class Job:
     def made(self, is_random: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         """A copy of the model and its inputs in that dtype; nothing is dropped in it unless
         ``is_random``."""
-        model = copy.deepcopy(self.model)
-        if self.dtype is not None:
-            model = model.to(self.dtype)
+        model = copy.deepcopy(self.model).to("cpu", self.dtype)
         if not is_random:
             _drop_nothing(model)
         model.zero_grad(set_to_none=True)
@@ -78,7 +76,7 @@ class Job:
     def _cast(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = x.detach().clone()
+        x = x.detach().to("cpu", copy=True)
         return x.to(self.dtype) if self.dtype is not None and x.is_floating_point() else x
 
     def to_bytes(self) -> bytes:
@@ -119,7 +117,7 @@ def run_whole(job: Job, seed: int | None = None) -> Record:
             record = recorder.record
             record.outputs = [copied(x) for x in tensors(out)]
             loss = job.loss(out, None) if job.loss is not None else _own_loss(out)
-        _backward(record, out, loss, job, None, [])
+        _backward(record, loss, lambda: drawn(out))
     record.parameters = {n: _gradient(p) for n, p in model.named_parameters() if p.requires_grad}
     return record
 
@@ -167,8 +165,8 @@ def run_sharded(
             record.outputs = [copied(x) for x in tensors(out)]
             loss = job.loss(out, mesh) if job.loss is not None else _own_loss(out)
         joins = isinstance(vars(subject).get("forward"), Whole)
-        factor = 1.0 if joins else 1.0 / mesh.size
-        _backward(record, out, loss, job, mesh, shapes, factor)
+        place = OnRank(mesh, job.layout, shapes, 1.0 if joins else 1.0 / mesh.size)
+        _backward(record, loss, lambda: drawn(out, place))
         named = subject.named_parameters()
         record.parameters = {n: _gradient(p) for n, p in named if p.requires_grad}
     _note_kept(record, job, mesh)
@@ -200,55 +198,13 @@ def _own_loss(out: Any) -> Tensor | None:
     return next((x for x in tensors(out) if x.dim() == 0 and x.requires_grad), None)
 
 
-def _backward(
-    record: Record,
-    out: Any,
-    loss: Tensor | None,
-    job: Job,
-    mesh: SequenceMesh | None,
-    shapes: Sequence[tuple[int, ...]],
-    factor: float = 1.0,
-) -> None:
+def _backward(record: Record, loss: Tensor | None, drawn: Callable[[], Tensor | None]) -> None:
     if loss is not None:
         record.loss = copied(loss)
     else:
-        terms = [
-            _product(x, n, shapes[n] if n < len(shapes) else tuple(x.shape), job, mesh, factor)
-            for n, x in enumerate(tensors(out))
-            if x.requires_grad
-        ]
-        loss = sum(terms[1:], terms[0]) if terms else None
+        loss = drawn()
     if loss is not None and loss.requires_grad:
         loss.backward()
-
-
-def _product(
-    x: Tensor,
-    n: int,
-    shape: tuple[int, ...],
-    job: Job,
-    mesh: SequenceMesh | None,
-    factor: float,
-) -> Tensor:
-    """Of an output and a drawn cotangent of the whole: this rank's part of it."""
-    generator = torch.Generator().manual_seed(n)
-    whole = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-    if mesh is None or x.shape == whole.shape:
-        return (x * whole).sum() * factor
-    cut = [d for d in range(x.dim()) if x.shape[d : d + 1] != whole.shape[d : d + 1]]
-    if x.dim() != whole.dim() or len(cut) != 1:
-        return x.sum() * 0.0
-    (dim,) = cut
-    at = local_positions(
-        job.layout,
-        whole.shape[dim],
-        mesh.ring_degree,
-        mesh.ulysses_degree,
-        (mesh.ring_rank, mesh.ulysses_rank),
-    )
-    if len(at) != x.shape[dim]:
-        return x.sum() * 0.0
-    return (x * whole.index_select(dim, at.to(x.device))).sum()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:

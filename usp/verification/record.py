@@ -62,7 +62,7 @@ class Record:
         outputs: The tensors that the model returns.
         loss: That of the backward; None where the outputs' cotangents were drawn.
         called: Functions of torch, in their order.
-        is_rounded: Whether something in it has a floating dtype shorter than it was run in.
+        shortest: Of the floating dtypes in it, the one with the fewest digits.
         inside: Modules that were entered and not left.
         kept: Of each call of what drops whole samples, which samples were kept.
     """
@@ -75,7 +75,7 @@ class Record:
     outputs: list[Tensor] = field(default_factory=list)
     loss: Tensor | None = None
     called: list[Called] = field(default_factory=list)
-    is_rounded: bool = False
+    shortest: torch.dtype | None = None
     inside: list[str] = field(default_factory=list)
     kept: dict[str, list[tuple[bool, ...]]] = field(default_factory=dict)
 
@@ -174,7 +174,9 @@ class Recorder(TorchFunctionMode):
         if is_computed_again():
             return out
         if isinstance(out, Tensor) and out.is_floating_point():
-            self.record.is_rounded |= torch.finfo(out.dtype).eps > torch.finfo(self.dtype).eps
+            shortest = self.record.shortest or self.dtype
+            if torch.finfo(out.dtype).eps >= torch.finfo(shortest).eps:
+                self.record.shortest = out.dtype
         target = None
         if func is F.cross_entropy:
             target = args[1] if len(args) > 1 else kwargs["target"]

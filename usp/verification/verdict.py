@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from usp.verification.causes import cause
-from usp.verification.compare import Comparison, Difference, Places
+from usp.verification.compare import Comparison, Difference, handed_on
+from usp.verification.join import Places, is_exact
 from usp.verification.record import Record
 
 
@@ -47,10 +48,13 @@ class Verification:
         kind: "output", "gradient", "error" (a rank raised), "hang", or "random" (another seed
             changes the whole model, so that nothing can be compared); "" where all is right.
         cause: The likely cause in a sentence; "" where all is right.
-        error: The largest difference, relative to the largest number of the tensor.
+        error: The largest difference, relative to the largest number of the tensor; inf where
+            shapes or integers differ.
         tolerance: Up to which a difference is rounding.
         dtype: In which all was run.
         compared: Tensors that were: outputs, and gradients of parameters.
+        where: In the module's code, in words.
+        how: The difference in words.
     """
 
     ok: bool
@@ -62,6 +66,7 @@ class Verification:
     dtype: torch.dtype = torch.float64
     compared: int = 0
     where: str = ""
+    how: str = ""
 
     def __bool__(self) -> bool:
         return self.ok
@@ -78,9 +83,8 @@ class Verification:
             return f"{who} draws random numbers: {self.cause}"
         if self.kind in ("error", "hang"):
             return f"{who}{self.where}: {self.cause}"
-        more = f"{self.error:.1e} of its largest value" if self.error < 1e300 else "another shape"
         what = "the gradient" if self.kind == "gradient" else "the output"
-        return f"{who}{self.where}: {what} differs ({more}, in {name}). Likely: {self.cause}"
+        return f"{who}{self.where}: {what} differs ({self.how}, in {name}). Likely: {self.cause}"
 
 
 def judged(
@@ -112,7 +116,8 @@ def judged(
     compared = len(whole.outputs) + gradients + (whole.loss is not None)
     difference = comparison.first_difference()
     if difference is not None:
-        name, where = _culprit(difference, whole, modules)
+        difference = handed_on(difference, comparison)
+        name, where = _culprit(difference, whole)
         return Verification(
             False,
             name,
@@ -123,10 +128,14 @@ def judged(
             dtype,
             compared,
             where,
+            _in_words(difference),
         )
     dropped = _drops_apart(ranks)
     if dropped is not None:
-        return Verification(False, dropped, "output", _DROPS, float("inf"), 0.0, dtype, compared)
+        far = float("inf")
+        return Verification(
+            False, dropped, "output", _DROPS, far, 0.0, dtype, compared, "", "other samples"
+        )
     return Verification(True, tolerance=comparison.tolerance, dtype=dtype, compared=compared)
 
 
@@ -144,9 +153,15 @@ def _drops_apart(ranks: Sequence[Record]) -> str | None:
     return None
 
 
-def _culprit(
-    difference: Difference, whole: Record, modules: Mapping[str, nn.Module]
-) -> tuple[str, str]:
+def _in_words(difference: Difference) -> str:
+    if difference.joined is None:
+        return "another shape"
+    if not is_exact(difference.whole):
+        return f"{difference.error:.1e} of its largest value"
+    return "other integers"
+
+
+def _culprit(difference: Difference, whole: Record) -> tuple[str, str]:
     """The module whose code is at fault, and where in it."""
     key = difference.key
     if key is None:

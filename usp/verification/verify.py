@@ -21,13 +21,13 @@ from usp.distributed.processes import ProcessFailed, Tell, run
 from usp.integrations._boundary import Boundary
 from usp.planning.kinds import integer
 from usp.planning.layout import Layout, check_layout
-from usp.verification.compare import Places
 from usp.verification.job import Job, Loss, Sharded, random_module, run_sharded, run_whole
+from usp.verification.join import Places
 from usp.verification.record import Record
 from usp.verification.verdict import Failure, Verification, judged
 
-# for a rank that others wait for, and for what a rank that waited says of it
-_GRACE = 5.0
+# for a rank that others wait for; and for processes to start and to import what models need
+_GRACE, _START = 5.0, 120.0
 
 
 def verify(
@@ -175,7 +175,7 @@ def _on_processes(job: Job, whole: Record, seconds: float) -> list[Record | Fail
         store = os.path.join(folder, "rendezvous")
         task = _Task(job.to_bytes(), shapes, store, seconds, tuple(sys.path))
         try:
-            found = run(_on_rank, task, size, lambda done, total: None, seconds + 4 * _GRACE)
+            found = run(_on_rank, task, size, lambda done, total: None, seconds + _GRACE + _START)
         except ProcessFailed as error:
             return [Failure(0, "", "hang" if "no answer" in str(error) else "Died", str(error))]
         return [pickle.loads(outcome) for outcome in found]
