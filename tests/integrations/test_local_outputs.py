@@ -205,6 +205,32 @@ def _moved() -> None:
         sum(loss_of(ours, batch, "usp", mesh) for batch in cut).backward()
 
 
+def _compiled(blocks: bool) -> dict[str, float]:
+    """Other lengths and documents come to what was compiled before."""
+    mesh, model, wrong = workers.mesh(1, 2), Decoder(), {}
+    ours = usp.parallelize(copy.deepcopy(model), mesh, "blocks", outputs="local")
+    called = ours if blocks else torch.compile(ours, backend="aot_eager")
+    for block in ours.blocks if blocks else ():
+        block.compile(backend="aot_eager", fullgraph=True)
+    for length, documents in ((13, None), (13, (0, 4, 13)), (13, (0, 6, 13)), (12, None)):
+        model.zero_grad()
+        ours.zero_grad()
+        batch = batch_of(length=length)
+        whole_loss(model, batch, documents).backward()
+        cut = usp.cut_batch(batch, mesh, "zigzag", cu_seqlens=documents)
+        loss_of(called, cut, "usp", mesh).backward()
+        usp.all_reduce_gradients(ours, mesh)
+        found = doors.errors(gradients(model), gradients(ours))
+        wrong |= {f"{length}, {documents}: {name}": error for name, error in found.items()}
+    return wrong
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_compiled_blocks_and_compiled_models(pool, blocks) -> None:
+    for wrong in pool.run(_compiled, blocks, ranks=2, timeout=250):
+        assert wrong == {}
+
+
 def _multihead(documents: Any) -> dict[str, float]:
     """nn.MultiheadAttention with a mask of all keys."""
     mesh, model, batch = workers.mesh(2, 2), Decoder(kind="module"), batch_of()

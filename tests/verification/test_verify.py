@@ -134,6 +134,17 @@ FAULTS = {
         lambda: Net(attention=attention("local attention")), "blocks.0.attn",
         "^attention among this rank's own tokens",
     ),
+    "local by boundary": case(
+        lambda: Encoder(),
+        "encoder.layers.0.self_attn",
+        "^attention among this rank's own tokens",
+        inputs=models.wide,
+        mesh=(2, 2),
+        sharded=None,
+        trunk=usp.Boundary(
+            "encoder.layers", attention="*.1.self_attn", local="encoder.layers.0.self_attn"
+        ),
+    ),
     "edges": case(
         lambda: Net(middle=models.Mixed("edges")), "blocks.1.middle", "^tokens at the edges of"
     ),
