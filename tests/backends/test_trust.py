@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -200,8 +201,7 @@ def test_a_right_family_is_taken(
     if where != "in a thread":
         request.getfixturevalue("like_a_gpu")
     family("right")
-    for dtype in (torch.float32, torch.bfloat16):
-        assert chosen(replace(TRAITS, dtype=dtype)) == ("right", [])
+    assert chosen(replace(TRAITS, dtype=torch.bfloat16)) == ("right", [])
     assert chosen(replace(TRAITS, bias=True, dropout=True)) == ("right", [])
     # what it refuses is not its to compute
     assert chosen(replace(TRAITS, softcap=True)) == (OURS, [])
@@ -225,6 +225,31 @@ def test_what_was_seen_in_another_process_is_told(family: Family, like_a_gpu: No
     family("wrong_lse", families.WRONG["wrong_lse"][0])
     found, (message,) = chosen()
     assert found == OURS and families.WRONG["wrong_lse"][1] in message
+
+
+def test_several_share_a_process_and_none_suffers_for_another(
+    family: Family, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that raises may have lost the device, one that dies has: who comes next gets another."""
+    family("right")
+    changes = {name: families.WRONG[name][0] for name in ("wrong_dq", "raises")}
+    changes |= {"dies": families.FATAL["dies"][0], "right_too": "", "right_as_well": ""}
+    made = [families.make(tmp_path, name, text) for name, text in changes.items()]
+    begun: list[int] = []
+    run = verdicts.run_apart
+
+    def counted(task: str, arguments: Any, patience: float) -> Any:
+        begun.append(len(arguments))
+        return run(task, arguments, patience)
+
+    monkeypatch.setattr(verdicts, "run_apart", counted)
+    pairs = [(each, TRAITS) for each in (backends.TABLE[0], *made, reference)]
+    right, dq, raised, died, *others = trust.check_again(pairs)
+    assert right is None and others == [None, None, None]
+    assert dq and dq.startswith("dq is off by")
+    assert raised and raised.startswith("it raised RuntimeError: no kernel image")
+    assert died and "exit code -6" in died
+    assert begun == [6, 3, 2]
 
 
 def test_where_no_second_process_has_the_device_this_one_checks(
@@ -527,6 +552,42 @@ q = torch.ones(1, 3, 2, 4)
 assert torch.equal(usp.long_context_attention(q, q, q, causal=True), q)
 assert torch.equal(torch.random.get_rng_state(), state)
 """
+
+
+AT_ONCE = """
+import importlib, sys
+from pathlib import Path
+
+import torch
+
+backends = importlib.import_module("usp.backends")
+from usp.planning.problem import Traits
+
+backends.TABLE = (importlib.import_module("family_counted"), *backends.TABLE)
+Path(sys.argv[1], f"ready{sys.argv[2]}").touch()
+while len(list(Path(sys.argv[1]).glob("ready*"))) < 3:
+    pass
+traits = Traits("cpu", torch.float32, 16, 16, 0.25, architecture="cpu", device=torch.device("cpu"))
+assert backends.select("counted", traits).NAME == "counted"
+"""
+
+
+def test_processes_that_ask_at_once_find_out_once(tmp_path: Path) -> None:
+    """As the ranks of a node do."""
+    counts = """
+    def seen(block):
+        time.sleep(0.1)
+        with open(os.environ["COUNTED"], "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return block
+    """
+    families.write(tmp_path, "counted", counts)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environ = os.environ | {"PYTHONPATH": path, "COUNTED": str(tmp_path / "counted")}
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in range(3)]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0, 0]
+    assert len(set((tmp_path / "counted").read_text().split())) == 1
 
 
 def test_the_first_call_of_a_process_says_nothing() -> None:

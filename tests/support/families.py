@@ -139,10 +139,17 @@ def seen(block):
 """
 
 
-def make(folder: Path, name: str, changes: str = "") -> ModuleType:
-    """A family of that name, whose module is written to a folder of ``sys.path``."""
+def write(folder: Path, name: str, changes: str = "") -> str:
+    """A family of that name, as a module of a folder; its module's name."""
     text = _TEMPLATE.format(name=name, changes=textwrap.dedent(changes))
-    (folder / f"family_{name}.py").write_text(text)
+    module = f"family_{name}"
+    (folder / f"{module}.py").write_text(text)
+    return module
+
+
+def make(folder: Path, name: str, changes: str = "") -> ModuleType:
+    """The same with the module itself; the folder is one of ``sys.path``."""
+    module = write(folder, name, changes)
     importlib.invalidate_caches()
-    sys.modules.pop(f"family_{name}", None)
-    return importlib.import_module(f"family_{name}")
+    sys.modules.pop(module, None)
+    return importlib.import_module(module)

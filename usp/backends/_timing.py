@@ -134,7 +134,7 @@ def measure(families: Sequence[Any], device: torch.device, budget: float) -> Mea
         budget: Seconds; about so long it takes, once everything is checked and compiled.
     """
     measured, cases = Measured(), CASES[device.type]
-    left = [family for family in families if _takes_part(family, cases, device, measured)]
+    left = _taking_part(families, cases, device, measured)
     begin = time.perf_counter()
     for index, case in enumerate(cases):
         spent = time.perf_counter() - begin
@@ -151,17 +151,21 @@ def measure(families: Sequence[Any], device: torch.device, budget: float) -> Mea
     return measured
 
 
-def _takes_part(
-    family: Any, cases: Sequence[Case], device: torch.device, measured: Measured
-) -> bool:
-    """Whether it takes every case, and is right; else why not is noted."""
-    for traits in dict.fromkeys(case.traits(device) for case in cases):
-        reasons = family.reasons_against(traits)
-        wrong = None if reasons else trust.checked_again(family, traits)
-        if reasons or wrong is not None:
-            measured.left_out[family.NAME] = "; ".join(reasons) or f"it is wrong here: {wrong}"
-            return False
-    return True
+def _taking_part(
+    families: Sequence[Any], cases: Sequence[Case], device: torch.device, measured: Measured
+) -> list[Any]:
+    """Those that take every case and are right; why others do not is noted."""
+    kinds = list(dict.fromkeys(case.traits(device) for case in cases))
+    for family in families:
+        reasons = dict.fromkeys(reason for kind in kinds for reason in family.reasons_against(kind))
+        if reasons:
+            measured.left_out[family.NAME] = "; ".join(reasons)
+    left = [family for family in families if measured._stayed(family.NAME)]
+    pairs = [(family, kind) for family in left for kind in kinds]
+    for (family, _), wrong in zip(pairs, trust.check_again(pairs), strict=True):
+        if wrong is not None:
+            measured.left_out[family.NAME] = f"it is wrong here: {wrong}"
+    return [family for family in left if measured._stayed(family.NAME)]
 
 
 def _calls(

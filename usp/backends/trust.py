@@ -61,17 +61,24 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
     return seen
 
 
-def checked_again(backend: Any, traits: Traits) -> str | None:
-    """What is wrong with a family now, whatever was kept or is covered; the reference is right."""
-    if backend.NAME == REFERENCE:
-        return None
-    found = _found[backend, traits] = _checked(backend, traits, again=True)
-    if found is None:
-        _try_variant(backend, traits, again=True)
-    return found
+def check_again(pairs: Sequence[tuple[Any, Traits]]) -> list[str | None]:
+    """What is wrong with families for problems now, whatever was kept or is covered.
+
+    Args:
+        pairs: Families of ``backends.TABLE``, on one kind of device; the reference is right.
+    """
+    asked = [pair for pair in pairs if pair[0].NAME != REFERENCE]
+    about = [subject(*pair) for pair in asked]
+    apart = bool(asked) and in_own_process(asked[0][1])
+    found = dict(zip(asked, verdicts.find_out(about, apart=apart), strict=True))
+    _found.update(found)
+    for pair in asked:
+        if found[pair] is None:
+            _try_variant(*pair)
+    return [found.get(pair) for pair in pairs]
 
 
-def _try_variant(backend: Any, traits: Traits, *, again: bool = False) -> None:
+def _try_variant(backend: Any, traits: Traits) -> None:
     """Let kernels do the work of a family's others, if there are such and they are right.
 
     No committed result covers them: a row tells of the family as a whole.
@@ -79,20 +86,19 @@ def _try_variant(backend: Any, traits: Traits, *, again: bool = False) -> None:
     name = backend.variant(traits) if hasattr(backend, "variant") else None
     if name is None or not verdicts.are_asked_for() or verdicts.must_wait(_device(traits)):
         return
-    about = subject(backend, traits, name)
-    seen = verdicts.wrong_with(about, apart=in_own_process(traits), again=again)
+    seen = verdicts.wrong_with(subject(backend, traits, name), apart=in_own_process(traits))
     if seen is None:
         backend.use_variant(traits)
     else:
         _warn(f"{name} kernels of backend {backend.NAME!r} are", seen, "its others run")
 
 
-def _checked(backend: Any, traits: Traits, *, again: bool = False) -> str | None:
-    known = _module(backend) is not None or any(backend is each for each in _table())
-    if not known:  # this process alone has it, from a hub: no other could try it
-        return verdicts.wrong_with(subject(backend, traits), apart=False, again=True)
+def _checked(backend: Any, traits: Traits) -> str | None:
     about = subject(backend, traits)
-    return verdicts.wrong_with(about, apart=in_own_process(traits), again=again)
+    if _module(backend) is None and all(backend is not each for each in _table()):
+        # this process alone has it, from a hub: no other could try it, nor trust what was kept
+        return verdicts.find_out([about], apart=False)[0]
+    return verdicts.wrong_with(about, apart=in_own_process(traits))
 
 
 def say(left_out: Sequence[tuple[str, str]], instead: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_BEGAN = "usp: it has the device"
-_ANSWER = "usp: answer "
+_MARK = "usp, apart: "
+_BEGAN, _ANSWER = f"{_MARK}began", f"{_MARK}answer "
 _STARTING = 120.0  # seconds: Python, torch, and a device that others use too
 _is_apart = False
 
@@ -32,11 +32,16 @@ class Watched(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What became of a task: whether it had the device, its answer, or why there is none."""
+    """What became of tasks: whether they had the device, answers of the first ones, and why there
+    are no more."""
 
     began: bool
-    answer: Any
+    answers: list[Any]
     reason: str
+
+
+class Last(Exception):
+    """A task's answer, after which its process is not fit for others."""
 
 
 def watch(
@@ -85,25 +90,24 @@ def _waited(
     return allowed
 
 
-def run_apart(task: str, argument: Any, patience: float) -> Ended:
-    """Call a function in a new process.
+def run_apart(task: str, arguments: Sequence[Any], patience: float) -> Ended:
+    """Call a function in a new process, once for each argument.
 
     Args:
-        task: "module:function"; it takes ``argument``, calls ``begin`` once it has the device,
-            and returns what JSON can hold.
-        argument: What JSON can hold.
-        patience: Seconds from then on.
+        task: "module:function"; it takes an argument, calls ``begin`` once it has the device, and
+            returns what JSON can hold, or raises it as ``Last``.
+        arguments: What JSON can hold.
+        patience: Seconds for each, from when the first has the device.
     """
     code = "import sys; from usp.machine import apart; apart.answer(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, task, json.dumps(argument)]
+    command = [sys.executable, "-c", code, task, json.dumps(list(arguments))]
     try:
-        said, reason = watch(command, _BEGAN, patience, _STARTING)
+        said, reason = watch(command, _MARK, patience, _STARTING)
     except OSError as error:
-        return Ended(False, None, str(error))
+        return Ended(False, [], str(error))
     answers = [line for line in said.splitlines() if line.startswith(_ANSWER)]
-    if not answers:
-        return Ended(_BEGAN in said, None, reason)
-    return Ended(True, json.loads(answers[-1].removeprefix(_ANSWER)), reason)
+    found = [json.loads(line.removeprefix(_ANSWER)) for line in answers]
+    return Ended(_MARK in said, found, reason)
 
 
 def begin(device: torch.device) -> None:
@@ -116,10 +120,17 @@ def begin(device: torch.device) -> None:
         print(f"\n{_BEGAN}", flush=True)
 
 
-def answer(task: str, argument: str) -> None:
+def answer(task: str, arguments: str) -> None:
     """In the new process, which checks nothing but what it was sent for."""
     global _is_apart
     _is_apart, os.environ["USP_SELF_CHECK"] = True, "0"
-    module, _, function = task.partition(":")
-    found = getattr(importlib.import_module(module), function)(json.loads(argument))
-    print(f"\n{_ANSWER}{json.dumps(found)}", flush=True)
+    module, _, name = task.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    for argument in json.loads(arguments):
+        try:
+            found, is_last = function(argument), False
+        except Last as last:
+            found, is_last = last.args[0], True
+        print(f"\n{_ANSWER}{json.dumps(found)}", flush=True)
+        if is_last:
+            return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from usp.machine import kept
-from usp.machine.apart import run_apart
+from usp.machine.apart import Last, run_apart
 from usp.machine.place import place
 
 Task = Callable[[Any], "str | None"]
+# what is wrong or None, whether that is known for good, and whether the task raised it
+Verdict = dict[str, Any]
 PATIENCE = 120.0  # seconds: a family of kernels may have to be compiled
 
 
@@ -82,28 +84,30 @@ _lock = threading.Lock()
 _found_here: dict[str, str | None] = {}
 
 
-def wrong_with(subject: Subject, *, apart: bool, again: bool = False) -> str | None:
+def wrong_with(subject: Subject, *, apart: bool) -> str | None:
     """What was seen to be wrong with a subject, or None where it is right.
 
     Args:
         apart: Find out in a process of its own, as a GPU wants it; where none can use the device,
             and otherwise, in a thread, which shares no mode of torch with the caller.
-        again: Do not trust what was found before.
     """
     path, key = store(), subject.key
     with _lock:
-        if key in _found_here and not again:
+        if key in _found_here:
             return _found_here[key]
         with kept.one_at_a_time(path):
             before = kept.read(path).get(key)
-            if not again and isinstance(before, dict) and "wrong" in before:
-                found = before["wrong"]
-            else:
-                found, lasts = _find_out(subject, apart)
-                if lasts:
-                    _keep(path, key, found)
-        _found_here[key] = found
-        return found
+            if isinstance(before, dict) and "wrong" in before:
+                found = _found_here[key] = before["wrong"]
+                return found
+            (found,) = _find_out_and_keep([subject], apart)
+            return found
+
+
+def find_out(subjects: Sequence[Subject], *, apart: bool) -> list[str | None]:
+    """``wrong_with`` of several, whatever was found before: they share a process as they can."""
+    with _lock, kept.one_at_a_time(store()):
+        return _find_out_and_keep(subjects, apart)
 
 
 def kept_of(device: torch.device) -> dict[str, str | None]:
@@ -123,45 +127,67 @@ def forget() -> None:
         _found_here.clear()
 
 
-def _keep(path: Path, key: str, found: str | None) -> None:
-    with suppress(OSError):  # then later processes find out by themselves
-        kept.add(path, {key: {"wrong": found}})
+def _find_out_and_keep(subjects: Sequence[Subject], apart: bool) -> list[str | None]:
+    found = _found_apart(subjects) if apart else []
+    found += [_in_a_thread(subject) for subject in subjects[len(found) :]]
+    for subject, verdict in zip(subjects, found, strict=True):
+        _found_here[subject.key] = verdict["wrong"]
+        if verdict["lasts"]:
+            with suppress(OSError):  # then later processes find out by themselves
+                kept.add(store(), {subject.key: {"wrong": verdict["wrong"]}})
+    return [verdict["wrong"] for verdict in found]
 
 
-def _find_out(subject: Subject, apart: bool) -> tuple[str | None, bool]:
-    """What is wrong, and whether that is known for good."""
-    if apart:
-        ended = run_apart(f"{__name__}:judge", subject.order, PATIENCE)
-        if ended.answer is not None and ended.answer["lasts"]:
-            return ended.answer["wrong"], True
-        if ended.began and ended.answer is None:
-            # who was killed from outside may be right
-            reason = f"its process ended without an answer ({ended.reason})"
-            return reason, not ended.reason.startswith("exit code -9")
-    return _in_a_thread(subject)
+def _found_apart(subjects: Sequence[Subject]) -> list[Verdict]:
+    """Of as many as can be found out in other processes: of all, or up to where none began."""
+    found: list[Verdict] = []
+    while len(found) < len(subjects):
+        left = subjects[len(found) :]
+        ended = run_apart(f"{__name__}:judge_apart", [x.order for x in left], PATIENCE)
+        if not ended.began:
+            break
+        found += ended.answers
+        if len(ended.answers) == len(left) or (ended.answers and ended.answers[-1]["raised"]):
+            continue
+        # whose turn it was has ended the process; who was killed from outside may be right
+        reason = f"its process ended without an answer ({ended.reason})"
+        found.append(_verdict(reason, lasts=not ended.reason.startswith("exit code -9")))
+    return [
+        # memory that is full with two processes may do for one
+        _in_a_thread(subject) if not verdict["lasts"] and verdict["raised"] else verdict
+        for subject, verdict in zip(subjects, found, strict=False)
+    ]
 
 
-def judge(order: dict[str, Any]) -> dict[str, Any]:
-    """Do the task of a subject, as ``Subject.order`` tells it to another process."""
+def _verdict(wrong: str | None, *, lasts: bool = True, raised: bool = False) -> Verdict:
+    return {"wrong": wrong, "lasts": lasts, "raised": raised}
+
+
+def judge_apart(order: dict[str, Any]) -> Verdict:
+    """Do the task of a subject in another process, as ``Subject.order`` tells it."""
     module, _, function = order["task"].partition(":")
-    return _judged(getattr(importlib.import_module(module), function), order["argument"])
+    found = _judged(getattr(importlib.import_module(module), function), order["argument"])
+    if found["raised"]:  # a device that has faulted fails whoever comes next
+        raise Last(found)
+    return found
 
 
-def _judged(task: Task, argument: Any) -> dict[str, Any]:
+def _judged(task: Task, argument: Any) -> Verdict:
     """What is wrong, and whether it lasts: memory that is full now may be free later."""
     try:
-        return {"wrong": task(argument), "lasts": True}
+        return _verdict(task(argument))
     except Exception as error:
         lines = str(error).strip().splitlines()
         told = f"it raised {type(error).__name__}: {lines[0] if lines else ''}"
-        return {"wrong": told[:300], "lasts": not isinstance(error, torch.OutOfMemoryError)}
+        lasts = not isinstance(error, torch.OutOfMemoryError)
+        return _verdict(told[:300], lasts=lasts, raised=True)
 
 
-def _in_a_thread(subject: Subject) -> tuple[str | None, bool]:
-    found: dict[str, Any] = {}
+def _in_a_thread(subject: Subject) -> Verdict:
+    found: list[Verdict] = []
     thread = threading.Thread(
-        target=lambda: found.update(_judged(subject.task, subject.argument)), name="usp self-check"
+        target=lambda: found.append(_judged(subject.task, subject.argument)), name="usp self-check"
     )
     thread.start()
     thread.join()
-    return found["wrong"], found["lasts"]
+    return found[0]
