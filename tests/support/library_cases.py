@@ -27,7 +27,7 @@ from usp.planning.samples import Masks
 
 def _flash3() -> Kernel:
     stand_in_ops.define_flash3()
-    return flash3.Flash3()
+    return flash3.Flash3(torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd)
 
 
 def _of_torch(kernel: Any) -> Any:

@@ -262,6 +262,53 @@ def flash2_functions(lse_lies: str = "hn") -> Any:
     return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
+def flash3_functions() -> Any:
+    """The two functions of flash-attn 3, as they are called in the builds of the hub."""
+
+    def _flash_attn_forward(
+        q: Tensor, k: Tensor, v: Tensor, k_new: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+        softmax_scale: float | None = None, causal: bool = False, window_size_left: int = -1,
+        window_size_right: int = -1, softcap: float = 0.0, num_splits: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        checked(q, k, v)
+        assert k_new is None and num_splits == 1 and softmax_scale is not None
+        how = softmax_scale, *bounds(causal, window_size_left, window_size_right), softcap
+        if cu_seqlens_q is None:
+            found = forward(q, k, v, *how)
+        else:
+            assert cu_seqlens_k is not None and max_seqlen_q and max_seqlen_k
+            sequences = each_sequence(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            found = packed_forward(q, k, v, sequences, *how)
+        return *found, torch.empty(0), torch.empty(0)
+
+    def _flash_attn_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor,
+        cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, dq: Tensor | None = None,
+        dk: Tensor | None = None, dv: Tensor | None = None, softmax_scale: float | None = None,
+        is_causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
+        softcap: float = 0.0, deterministic: bool = False,
+    ) -> Tensor:  # fmt: skip
+        checked(q, k, v, dout, out)
+        assert softmax_scale is not None and dq is not None and dk is not None and dv is not None
+        how = softmax_scale, *bounds(is_causal, window_size_left, window_size_right), softcap
+        if cu_seqlens_q is None:
+            found = backward(dout, q, k, v, out, softmax_lse, *how)
+        else:
+            assert cu_seqlens_k is not None and max_seqlen_q and max_seqlen_k
+            sequences = each_sequence(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            found = packed_backward(dout, q, k, v, out, softmax_lse, sequences, how)
+        for grad, part in zip((dq, dk, dv), found, strict=True):
+            grad.copy_(part)
+        return torch.empty(0)
+
+    return SimpleNamespace(
+        _flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward
+    )
+
+
 class Flash4:
     """``flash_attn.cute.interface``: None is no bound, a negative one is a bound."""
 

@@ -78,9 +78,9 @@ def use_kernel(
 ) -> str:
     """Load a kernel of the Hugging Face hub as a backend, which is then asked for by its name.
 
-    It must be in flash-attn 2's convention, with the private functions that return an LSE and take
-    one: ``_flash_attn_forward``, ``_flash_attn_backward`` and those of packed sequences. ``"auto"``
-    never takes it. On a mesh every rank loads it.
+    It must be in the convention of flash-attn 2 or 3, with the private functions that return an LSE
+    and take one: ``_flash_attn_forward``, ``_flash_attn_backward``, and in 2 those of packed
+    sequences. ``"auto"`` never takes it. On a mesh every rank loads it.
 
     Args:
         repository: ``"owner/name"``, as ``"kernels-community/flash-attn2"``.

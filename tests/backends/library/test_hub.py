@@ -16,6 +16,7 @@ import usp
 from usp.backends import in_order
 from usp.testing import dense_attention
 
+HALF, DOUBLE = torch.float16, torch.float64
 REPOSITORY = "kernels-community/flash-attn2"
 
 
@@ -59,7 +60,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return Hub(monkeypatch)
 
 
-def test_a_kernel_is_a_backend_by_its_name_and_never_auto(hub: Hub) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_kernel_is_a_backend_by_its_name_and_never_auto(hub: Hub, version: int) -> None:
+    if version == 3:
+        hub.module = module_of(stand_ins.flash3_functions())
     name = usp.use_kernel(REPOSITORY, version=4, device_type="cpu")
     assert name == REPOSITORY and usp.backends()[name] == "can run here"
     assert hub.asked == [
@@ -69,9 +73,13 @@ def test_a_kernel_is_a_backend_by_its_name_and_never_auto(hub: Hub) -> None:
     assert name not in [backend.NAME for backend in in_order("cpu")]
     q, k, v = (torch.randn(2, 31, h, 16).half() for h in (4, 2, 2))
     for options in ({"causal": True}, {"window_size": (5, 2)}, {"cu_seqlens": (0, 9, 31)}):
-        out = usp.long_context_attention(q, k, v, backend=name, **options)
-        want, _ = dense_attention(*(x.double() for x in (q, k, v)), **options)
-        torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-3)
+        leaves, exact = ([x.to(t).requires_grad_() for x in (q, k, v)] for t in (HALF, DOUBLE))
+        out = usp.long_context_attention(*leaves, backend=name, **options)
+        want, _ = dense_attention(*exact, **options)
+        grads = torch.autograd.grad(out.float().sum(), leaves)
+        wanted = torch.autograd.grad(want.sum(), exact)
+        for got, right in zip((out, *grads), (want, *wanted), strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=0, atol=1e-2)
 
 
 def test_it_is_fetched_only_where_the_caller_says_so(hub: Hub) -> None:
@@ -111,6 +119,18 @@ def test_private_functions_are_found_beside_the_public_one(hub: Hub) -> None:
             usp.use_kernel(REPOSITORY, version=1, device_type="cpu")
     finally:
         del sys.modules[inner.__name__]
+
+
+def test_an_early_flash_attn_3_is_refused(hub: Hub) -> None:
+    """Its window was a pair."""
+
+    def _flash_attn_forward(q: Any, k: Any, v: Any, window_size: tuple[int, int]) -> None: ...
+
+    functions = stand_ins.flash3_functions()
+    functions._flash_attn_forward = _flash_attn_forward
+    hub.module = module_of(functions)
+    with pytest.raises(NotImplementedError, match="_flash_attn_forward with window_size_left"):
+        usp.use_kernel(REPOSITORY, version=1, device_type="cpu")
 
 
 def test_without_the_library_it_says_what_to_install(

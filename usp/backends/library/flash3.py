@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +16,22 @@ UNBOUNDED = -1
 _INSTALL = "build it from the folder hopper of github.com/Dao-AILab/flash-attention"
 
 
+@dataclass(frozen=True)
 class Flash3:
+    """The ops, or functions of their names and defaults.
+
+    Attributes:
+        fwd, bwd: They take all but tensors by keyword.
+        causal: What ``fwd`` calls the argument that ``bwd`` calls is_causal.
+    """
+
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any]
+    causal: str = "is_causal"
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor]:
-        op = torch.ops.flash_attn_3.fwd
-        out, lse = op(q, k, v, **_options(how), num_splits=1)[:2]
+        options = {self.causal: how.causal, "num_splits": 1, **_options(how)}
+        out, lse = self.fwd(q, k, v, **options)[:2]
         return out, lse
 
     def backward(
@@ -34,9 +48,9 @@ class Flash3:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         # not with head dim 256
         fixed = deterministic() and q.shape[-1] < 256
-        options = {**_options(how), "deterministic": fixed}
+        options = {"is_causal": how.causal, "deterministic": fixed, **_options(how)}
         # what it returns has differed from version to version
-        torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options)
+        self.bwd(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options)
         return dq, dk, dv
 
 
@@ -44,7 +58,6 @@ def _options(how: How) -> dict[str, Any]:
     left, right = how.window(UNBOUNDED)
     options: dict[str, Any] = {
         "softmax_scale": how.scale,
-        "is_causal": how.causal,
         "window_size_left": left,
         "window_size_right": right,
         "softcap": how.softcap,
@@ -78,4 +91,19 @@ def load() -> Flash3:
                 f"flash_attn_3::{name} wants {', '.join(wanted)}, which have defaults since July "
                 f"2025: {_INSTALL}"
             )
-    return Flash3()
+    return Flash3(torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd)
+
+
+def of_functions(functions: Any, where: str) -> Flash3:
+    """The Python functions of late versions, where the ops have another name.
+
+    Raises:
+        Missing: they are of an early version, or none.
+    """
+    for name in ("_flash_attn_forward", "_flash_attn_backward"):
+        function = getattr(functions, name, None)
+        # torch's custom ops hold what they were made of
+        plain = getattr(function, "_init_fn", function)
+        if plain is None or "window_size_left" not in inspect.signature(plain).parameters:
+            raise Missing(f"{where} has no {name} with window_size_left: it is not flash-attn 3's")
+    return Flash3(functions._flash_attn_forward, functions._flash_attn_backward, "causal")

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from usp.backends.library import flash2
+import torch
+
+from usp.backends.library import flash2, flash3
 from usp.backends.library.backend import LibraryBackend
 from usp.backends.library.call import Kernel, Missing, is_there
 from usp.backends.library.record import Record, equal_dims
@@ -43,7 +45,7 @@ class HubBackends:
 
         def load() -> Kernel:
             module = _kernel(repository, version, revision, download, device_type)
-            return flash2.checked(*_functions(module, repository))
+            return _of_convention(*_functions(module, repository))
 
         backend = LibraryBackend((_record(repository, load, device_type),))
         reason = backend.unavailable()
@@ -64,7 +66,8 @@ def _check(repository: object, version: object, revision: object) -> None:
 
 
 def _record(repository: str, load: Any, device_type: str) -> Record:
-    """The least that flash-attn 2's convention promises wherever it was built."""
+    """What flash-attn 2 and 3 have in common on NVIDIA's GPUs; elsewhere the least of it."""
+    on_cuda = device_type == "cuda" and torch.version.cuda is not None
     return Record(
         name=repository,
         title=repository,
@@ -73,6 +76,9 @@ def _record(repository: str, load: Any, device_type: str) -> Record:
         architectures=(r"sm_\d+", r"gfx\w+"),
         dims=equal_dims(8, 256),
         device_type=device_type,
+        windows=on_cuda,
+        softcap=on_cuda,
+        packed="hn",
         shown="the loader and a kernel made on disk",
     )
 
@@ -118,3 +124,10 @@ def _functions(module: ModuleType, repository: str) -> tuple[Any, str]:
     if public is None:
         raise Missing(f"{repository} has no flash_attn_func: it is not in flash-attn's convention")
     return sys.modules[public.__module__], f"{repository} ({public.__module__})"
+
+
+def _of_convention(functions: Any, where: str) -> Kernel:
+    """flash-attn 3 takes packed sequences by the functions that take others."""
+    if hasattr(functions, flash2.NAMES[0]) and not hasattr(functions, flash2.PACKED_NAMES[0]):
+        return flash3.of_functions(functions, where)
+    return flash2.checked(functions, where)
