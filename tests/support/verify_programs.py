@@ -27,7 +27,7 @@ def wrong() -> dict[str, Any]:
 def refused() -> tuple[nn.Module, Any]:
     """A norm over tokens in the trunk."""
     model = models.Encoder()
-    model.encoder.layers[1].norm2 = nn.InstanceNorm1d(models.WIDTH)
+    model.encoder.layers[1].norm2 = nn.InstanceNorm1d(models.TOKENS)
     return model, models.wide()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,33 @@ def test_ranks_that_wait_for_ever_are_a_verdict() -> None:
     found = usp.verify(model, x, (1, 2), sharded=programs.skips, seconds=5)
     assert (found.kind, found.ok) == ("hang", False)
     assert re.search(r"no further in 5 s, rank 0 in .+, rank 1 in encoder.layers.1", found.cause)
+
+
+PROGRAM = """
+import torch, usp
+from torch import nn
+
+model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1)
+print(usp.verify(model, torch.randn(5, 2, 8)))
+"""
+TYPED = """
+import usp
+from torch import nn
+
+class Mine(nn.Linear):
+    pass
+
+usp.verify(Mine(2, 2), None)
+"""
+
+
+def test_programs_that_other_processes_cannot_run(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    said = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert 'outside of `if __name__ == "__main__":` would call it again' in said.stdout
+    said = subprocess.run([sys.executable, "-c", TYPED], capture_output=True, text=True)
+    assert "TypeError: Mine cannot be found by other processes" in said.stderr
 
 
 def test_random_numbers_of_the_model_itself_are_named() -> None:

@@ -93,7 +93,18 @@ class Job:
                     f"{name} cannot be handed to other processes ({error}): classes and functions "
                     "must be those of a module, and none of a function or a lambda"
                 ) from None
+        if not hasattr(sys.modules["__main__"], "__file__"):
+            typed = {type(m).__name__ for m in self.model.modules() if _is_typed(type(m))}
+            if typed:
+                raise TypeError(
+                    f"{', '.join(sorted(typed))} cannot be found by other processes: put what was "
+                    "typed in here into a file, and import it"
+                )
         return pickle.dumps(self)
+
+
+def _is_typed(kind: type) -> bool:
+    return kind.__module__ == "__main__"
 
 
 def _drop_nothing(model: nn.Module) -> None:

@@ -28,6 +28,10 @@ from usp.verification.verdict import Failure, Verification, judged
 
 # for a rank that others wait for; and for processes to start and to import what models need
 _GRACE, _START = 5.0, 120.0
+_STARTS_AGAIN = (
+    'a program that calls usp.verify outside of `if __name__ == "__main__":` would call it again '
+    "in each of its processes"
+)
 
 
 def verify(
@@ -177,7 +181,8 @@ def _on_processes(job: Job, whole: Record, seconds: float) -> list[Record | Fail
         try:
             found = run(_on_rank, task, size, lambda done, total: None, seconds + _GRACE + _START)
         except ProcessFailed as error:
-            return [Failure(0, "", "hang" if "no answer" in str(error) else "Died", str(error))]
+            kind = "hang" if "no answer" in str(error) else "Died"
+            return [Failure(0, "", kind, f"{error}; {_STARTS_AGAIN}")]
         return [pickle.loads(outcome) for outcome in found]
 
 
