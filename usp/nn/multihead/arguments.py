@@ -82,6 +82,10 @@ class Arguments:
             NotImplementedError: a NestedTensor.
         """
         self.check_inputs()
+        self.check_masks(key_len)
+
+    def check_masks(self, key_len: int | None) -> None:
+        """All but query, key and value; see ``check``."""
         if self.is_causal and self.attn_mask is None:
             raise RuntimeError(
                 "is_causal is a hint about attn_mask and needs one. For sequences too long for a "
@@ -95,7 +99,10 @@ class Arguments:
 
     def check_inputs(self) -> None:
         """Query, key and value alone; see ``check``."""
-        for name, x in self.named_inputs:
+        inputs = tuple(zip(self.named_inputs, self.sizes, strict=True))
+        if self.key is self.query and self.value is self.query and len(set(self.sizes)) == 1:
+            inputs = inputs[:1]
+        for (name, x), _ in inputs:
             if isinstance(x, Tensor) and x.is_nested:
                 raise NotImplementedError(
                     f"{name} is a NestedTensor; pass a padded one with key_padding_mask (an "
@@ -104,7 +111,7 @@ class Arguments:
                     "usp.replace_attention does)"
                 )
             tensor(name, x)
-        for (name, x), size in zip(self.named_inputs, self.sizes, strict=True):
+        for (name, x), size in inputs:
             if x.dim() not in (2, 3) or x.dim() != self.query.dim():
                 raise self._wrong_dims(name, x)
             if x.shape[-1] != size:

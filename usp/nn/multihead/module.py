@@ -306,8 +306,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         lengths: tuple[int, int] | None,
         seed: int | Tensor | None,
     ) -> Projected:
-        """What follows from the lengths of the whole where they are known; no collective."""
-        arguments.check(None if lengths is None else lengths[1])
+        """What follows from the lengths of the whole where they are known; no collective.
+
+        The inputs have been checked, the masks are checked against these lengths.
+        """
+        arguments.check_masks(None if lengths is None else lengths[1])
         q, k, v = projected
         causal = arguments.trusts_hint and self.placement.is_spread(lengths)
         call = Projected(
