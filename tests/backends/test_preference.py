@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from places import BENCHMARKS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import usp
 from usp import kernels
 from usp.backends import TABLE, _local, in_order, order_of, packages, select
 from usp.backends._local import LocalRow
@@ -149,6 +151,19 @@ def test_a_row_of_another_place_does_not_count(
     _local.forget()
     monkeypatch.setattr(place, what, lambda *_: "another")
     assert _local.recall(device, ["numpy"]) is None
+    _local.forget()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_fake_tensor_of_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    _local.keep(torch.device("cpu"), [], LocalRow(("reference",), "today", (1.0,)))
+    assert _local.recall(torch.device("cuda", 0), []) is None
+    with FakeTensorMode():
+        q = torch.empty(1, 5, 2, 8, device="cuda")
+        assert usp.long_context_attention(q, q, q, causal=True).shape == q.shape
     _local.forget()
 
 

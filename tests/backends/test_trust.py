@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -445,6 +446,23 @@ class WatchingFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(str(func))
         return func(*args, **kwargs or {})
+
+
+def test_a_check_leaves_the_number_of_threads(family: Family, checks: list[str]) -> None:
+    """It computes with one, which no other thread must notice."""
+    seen: list[int] = []
+    family("right")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        chosen()
+        assert torch.get_num_threads() == 2
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert checks == ["right"] and seen == [2]
 
 
 @pytest.mark.parametrize("around", ["modes", "no_grad", "inference", "autocast", "defaults"])

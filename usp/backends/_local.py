@@ -44,10 +44,7 @@ def recall(device: torch.device, packages: Sequence[str]) -> LocalRow | None:
     """
     key = device, tuple(packages)
     if key not in _recalled:
-        path = store()
-        # the place takes a moment to find out, and most have no file
-        found = kept.read(path).get(place(device, packages)) if path.is_file() else None
-        _recalled[key] = _row(found)
+        _recalled[key] = _row(_read(device, packages))
     return _recalled[key]
 
 
@@ -75,6 +72,13 @@ def drop(device: torch.device, packages: Sequence[str]) -> None:
 def forget() -> None:
     """Look the rows up anew."""
     _recalled.clear()
+
+
+def _read(device: torch.device, packages: Sequence[str]) -> Any:
+    # most have no file; and a fake tensor may be on a GPU that is not there
+    if not store().is_file() or (device.type == "cuda" and not torch.cuda.is_available()):
+        return None
+    return kept.read(store()).get(place(device, packages))
 
 
 def _row(found: Any) -> LocalRow | None:

@@ -185,9 +185,17 @@ def _judged(task: Task, argument: Any) -> Verdict:
 
 def _in_a_thread(subject: Subject) -> Verdict:
     found: list[Verdict] = []
-    thread = threading.Thread(
-        target=lambda: found.append(_judged(subject.task, subject.argument)), name="usp self-check"
-    )
+
+    def call() -> None:
+        # many small products: on a busy machine each would wait long for a second core
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            found.append(_judged(subject.task, subject.argument))
+        finally:
+            torch.set_num_threads(threads)
+
+    thread = threading.Thread(target=call, name="usp self-check")
     thread.start()
     thread.join()
     return found[0]
