@@ -25,10 +25,12 @@ from library_cases import Ring, here, on_cpu, put_in_table
 from places import ROOT
 from torch import Tensor
 
+from usp.backends import _self_check
 from usp.backends.library import aiter, flash2
 from usp.backends.library.backend import LibraryBackend
 from usp.backends.library.call import How
 from usp.backends.library.table import ROWS
+from usp.planning.problem import Traits
 
 FOLDER = ROOT / "build" / "libraries"
 FLASH_ATTN, FLASH_ATTN_TRITON, AITER = "flash-attn 2", "flash-attn 2 (Triton)", "aiter (Triton)"
@@ -139,6 +141,15 @@ def uses_triton() -> bool:
 
     assert "flash_attn_2_cuda" not in sys.modules
     return bool(flash_attn_interface.USE_TRITON_ROCM and not USE_REF)
+
+
+def wrong_with(name: str, windows: bool) -> str | None:
+    """On a worker: what is said against a library before it is used, if it were to take windows."""
+    backends: Any = importlib.import_module("usp.backends")
+    (record,) = next(b for b in backends.TABLE if name == b.NAME).records
+    backend = LibraryBackend((replace(record, windows=windows),))
+    traits = Traits("cpu", torch.float16, 32, 32, 0.2)
+    return _self_check.wrong_with(backend, traits, torch.device("cpu"))
 
 
 def empty_rows() -> list[float]:

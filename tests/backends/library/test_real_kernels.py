@@ -129,3 +129,14 @@ def test_rows_that_see_nothing_are_answered_as_the_table_says(interpreted: Pool)
     (found,) = interpreted.run(real.empty_rows, ranks=1, timeout=500)
     (record,) = (record for record in ROWS if record.title == real.FLASH_ATTN_TRITON)
     assert set(found) == {record.empty_lse}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["flash_attn", "aiter"])
+def test_windows_that_are_ignored_are_found_before_a_kernel_is_used(
+    interpreted: Pool, name: str
+) -> None:
+    """The table does not give them any, and with reason."""
+    for windows in (False, True):
+        (said,) = interpreted.run(real.wrong_with, name, windows, ranks=1, timeout=500)
+        assert (said is not None and "(a window)" in said) is windows, said
