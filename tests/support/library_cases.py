@@ -88,8 +88,13 @@ def run_over_stand_in(title: str, case: Case) -> dict[str, Tensor]:
     from judge import run
 
     (record,) = (record for record in ROWS if record.title == title)
+    module: Any = importlib.import_module("usp.backends")
+    before = module.TABLE
     put_in_table(on_cpu(record))
-    return run(case)
+    try:
+        return run(case)
+    finally:  # others use this worker, too
+        module.TABLE = before
 
 
 @dataclass

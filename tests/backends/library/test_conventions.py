@@ -105,6 +105,16 @@ def test_packed_calls_in_which_sequences_lie_apart(record: Record) -> None:
     assert got["lse"][:, :, 20:30].eq(-torch.inf).all() and got["out"][:, 20:30].eq(0).all()
 
 
+@pytest.mark.parametrize("record", ROWS, ids=label)
+def test_single_rows(record: Record) -> None:
+    """Each query sees a key of its own: sequences of one row."""
+    seen = torch.eye(23, dtype=torch.bool) | torch.eye(23, dtype=torch.bool).roll(11, 1).triu(9)
+    diagonal = Ring(
+        masks_of(of_usp.from_dense(seen)), "striped", 2, *tensors(23, 23, (4, 2), (8, 8))
+    )
+    assert_near(diagonal.results(on_cpu(record)), diagonal.expected(attn_mask=seen), 3e-3)
+
+
 @pytest.mark.parametrize("record", [r for r in ROWS if r.softcap], ids=label)
 def test_softcap(record: Record) -> None:
     x = tensors(37, 37, (4, 2), (16, 16))

@@ -22,7 +22,7 @@ class Packed:
 
     Attributes:
         cu_q, cu_k: (sequences + 1,) int32 on the device: where each begins, and the end of all.
-        max_q, max_k: Tokens of the longest.
+        max_q, max_k: Tokens of the longest, or more.
     """
 
     cu_q: Tensor

@@ -103,7 +103,10 @@ class Call:
             sides = self.rows, self.keys
             begins = (torch.tensor(ends(s.lengths, self.batch), dtype=torch.int32) for s in sides)
             cu_q, cu_k = (x.to(self.device) for x in begins)
-            kept[key] = Packed(cu_q, cu_k, *(max(s.lengths) for s in sides))
+            # two at least: flash-attn 2 and its kin have another way with single rows, where heads
+            # and sequences change places in the LSE
+            max_q, max_k = (max(2, *s.lengths) for s in sides)
+            kept[key] = Packed(cu_q, cu_k, max_q, max_k)
         return kept[key]
 
     def given_lse(self, lse: Tensor) -> Tensor:
