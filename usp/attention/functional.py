@@ -147,7 +147,8 @@ def long_context_attention(
             sparse or distributed tensor, a list for a tensor; says what to do.
         ValueError: arguments do not fit each other, this rank's shard, or (``validate``) those
             of another rank; names both values. In the backward: ranks run it for other calls.
-        NotImplementedError: no backend takes the problem; gives each one's reasons.
+        NotImplementedError: no backend takes the problem, or the one that was named was found
+            wrong on this machine; gives each one's reasons.
 
     Source:
         Ulysses arXiv:2309.14509, ring attention arXiv:2310.01889, both on one mesh

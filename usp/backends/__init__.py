@@ -25,7 +25,13 @@ Partial = tuple[slice, Tensor, Tensor]
 
 
 class Backend(Protocol):
-    """One kernel family."""
+    """One kernel family.
+
+    It may have ``PACKAGES``, distributions whose versions matter to what was found out about it;
+    and a **variant**, kernels that take some calls from its others once they were found right:
+    ``variant(traits)`` names it or is None, in ``only_variant()`` it does what it can, and
+    ``use_variant(traits)`` lets it do so from then on.
+    """
 
     NAME: str
     CARRIES_STATE: bool
