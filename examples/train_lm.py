@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import usp
@@ -111,7 +110,6 @@ def train(
         layout = args.layout
         if layout == "document-zigzag":
             layout = usp.DocumentZigzag(cu_seqlens)
-        count = int((targets != IGNORED).sum())
 
         # This rank's tokens, and their places in their documents.
         positions = usp.positions(args.seq_len, mesh, layout, device=device)
@@ -131,20 +129,16 @@ def train(
         )
         logits = model(tokens, positions - starts, attend)
 
-        # The whole loss is the sum of the ranks' losses: divide by the tokens of all ranks.
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        # The mean over the tokens of all ranks, with the gradient of this rank's.
+        loss = usp.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), mesh, ignore_index=IGNORED
         )
-        loss = loss / count
         loss.backward()
         usp.all_reduce_gradients(model, mesh)
         optimizer.step()
         optimizer.zero_grad()
 
-        total = loss.detach().clone()
-        if mesh is not None:
-            dist.all_reduce(total)
-        losses.append(float(total))
+        losses.append(float(loss.detach()))
         if (mesh is None or mesh.rank == 0) and (step + 1) % args.log_every == 0:
             print(f"step {step + 1:4}  loss {losses[-1]:.6f}", flush=True)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import usp
 
@@ -374,6 +376,25 @@ def joined(model: nn.Module, mesh: usp.SequenceMesh) -> Callable[..., Any]:
         return usp.unshard_sequence(model(usp.shard_sequence(x, mesh, 1)), mesh, 1)
 
     return call
+
+
+def averaged(model: nn.Module, mesh: usp.SequenceMesh) -> nn.Module:
+    """DDP around a model that usp spreads."""
+    return nn.parallel.DistributedDataParallel(usp.parallelize(model, mesh))
+
+
+def cut_by_fsdp(model: nn.Module, mesh: usp.SequenceMesh) -> nn.Module:
+    """FSDP2 around one."""
+    usp.parallelize(model, mesh)
+    over = init_device_mesh("cpu", (mesh.size,))
+    for part in (*model.encoder.layers, model):
+        fully_shard(part, mesh=over)
+    return model
+
+
+def averaged_squares(out: Tensor, mesh: Any) -> Tensor:
+    """Which takes the loss times the ranks."""
+    return out.square().mean() * (1 if mesh is None else mesh.size)
 
 
 class Wrapped(nn.Module):

@@ -112,6 +112,15 @@ FAULTS = {
         lambda: Encoder(), "", "^a loss scaled twice", inputs=models.wide, kind="gradient",
         sharded=None, loss=models.squares_divided,
     ),
+    "DDP without the factor": case(
+        lambda: Encoder(),
+        "",
+        "^a loss scaled twice: every gradient, summed over the ranks, is 1/2 .* a wrapper",
+        inputs=models.wide,
+        kind="gradient",
+        sharded=models.averaged,
+        loss=models.squares,
+    ),
     "nobody divides": case(
         lambda: Encoder(), "", "^a loss that all 2 ranks compute alike and nobody divides",
         inputs=models.wide, kind="gradient", sharded=models.joined, loss=models.squares,
@@ -221,6 +230,18 @@ RIGHT = {
     ),
     "encoder, norm behind": right(
         lambda: Encoder(models.OfTorch(nn.InstanceNorm1d(WIDTH))), inputs=models.wide, sharded=None
+    ),
+    "FSDP2": right(
+        lambda: Encoder(),
+        inputs=models.wide,
+        sharded=models.cut_by_fsdp,
+        loss=models.averaged_squares,
+    ),
+    "DDP": right(
+        lambda: Encoder(),
+        inputs=models.wide,
+        sharded=models.averaged,
+        loss=models.averaged_squares,
     ),
     "replaced": right(lambda: Encoder(), inputs=models.wide, sharded=models.replaced),
     "joined": right(

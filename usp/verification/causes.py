@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from usp.integrations._across import reason
@@ -242,31 +241,21 @@ _OF_OUTPUTS: Sequence[Guess] = (
 
 def _scaled(e: Evidence) -> str | None:
     """The same factor in every parameter's gradient."""
-    size, factors = e.comparison.places.size, []
-    for name, whole in e.comparison.whole.parameters.items():
-        parts = [rank.parameters.get(name) for rank in e.comparison.ranks]
-        if whole is None or not bool(whole.any()):
-            continue
-        total = sum((g for g in parts if g is not None), torch.zeros_like(whole))
-        factor = float((total * whole).sum() / (whole * whole).sum())
-        if float((total - factor * whole).abs().max()) <= 1e-6 * float(whole.abs().max()):
-            factors.append(factor)
-        elif float(whole.abs().max()) > 1e-12:
-            return None
-    if not factors or max(factors) - min(factors) > 1e-6 * abs(max(factors)):
+    size, factor = e.comparison.places.size, e.comparison.common_factor()
+    if factor is None:
         return None
-    if abs(factors[0] * size - 1) < 1e-6:
+    if abs(factor * size - 1) < 1e-6:
         return (
             f"a loss scaled twice: every gradient, summed over the ranks, is 1/{size} of the whole "
-            "one's; it is divided by mesh.size and the outputs send back a share already, or it is "
-            "averaged where sequence ranks add"
+            "one's; it is divided by mesh.size and the outputs send back a share already, or a "
+            "wrapper (DDP, FSDP) averages where sequence ranks add: loss * mesh.size"
         )
-    if abs(factors[0] / size - 1) < 1e-6:
+    if abs(factor / size - 1) < 1e-6:
         return (
             f"a loss that all {size} ranks compute alike and nobody divides: every gradient, "
             f"summed over the ranks, is {size} times the whole one's; divide by mesh.size, once"
         )
-    return f"a loss scaled otherwise: every gradient is {factors[0]:.4g} times the whole one's"
+    return f"a loss scaled otherwise: every gradient is {factor:.4g} times the whole one's"
 
 
 def _of_sinks(e: Evidence) -> str | None:

@@ -94,22 +94,62 @@ class Comparison:
             yield from self._differs("output", None, "", whole, parts, floor, must_fit=True)
 
     def _of_loss(self) -> Iterator[Difference]:
-        if self.whole.loss is not None:
-            whole, parts = self.whole.loss, tuple(rank.loss for rank in self.ranks)
-            yield from self._differs("output", None, "the loss", whole, parts, 0.0)
+        whole, parts = self.whole.loss, tuple(rank.loss for rank in self.ranks)
+        if whole is None:
+            return
+        if self.are_reduced and all(part is not None for part in parts):
+            # what averages gradients takes the loss, or this rank's part of it, times the ranks
+            mean = torch.stack([part.to(whole) for part in parts if part is not None]).mean()
+            size = len(parts)
+            if any(error(mean * n, whole, 0.0) <= self.tolerance for n in (1, size, 1 / size)):
+                return
+        yield from self._differs("output", None, "the loss", whole, parts, 0.0)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Gradients of the whole, of parameters that the ranks have by that name."""
+        return {
+            name: grad
+            for name, grad in self.whole.parameters.items()
+            if grad is not None and all(name in rank.parameters for rank in self.ranks)
+        }
+
+    @property
+    def are_reduced(self) -> bool:
+        """Whether each rank has the sum of the gradients by now, and not its part."""
+        return all(rank.is_reduced for rank in self.ranks)
 
     def _of_parameters(self) -> Iterator[Difference]:
-        wholes = {n: g for n, g in self.whole.parameters.items() if g is not None}
+        wholes = self.parameters
         floor = _floor([scale(g) for g in wholes.values()])
         for name, whole in reversed(wholes.items()):
-            if not all(name in rank.parameters for rank in self.ranks):
-                continue
             parts = tuple(rank.parameters[name] for rank in self.ranks)
-            total = sum((g for g in parts if g is not None), torch.zeros_like(whole))
+            total = self.total(parts, whole)
             far = error(total, whole, floor)
             if not far <= self.tolerance:
                 joined = Joined((total,), None)
                 yield Difference("gradient", None, name, far, whole, parts, joined)
+
+    def total(self, parts: Sequence[Tensor | None], whole: Tensor) -> Tensor:
+        """The gradient of a parameter, of what each rank has of it."""
+        there = [part for part in parts if part is not None]
+        if self.are_reduced and there:
+            return max(there, key=lambda part: error(part, whole, 0.0))
+        return sum(there, torch.zeros_like(whole))
+
+    def common_factor(self) -> float | None:
+        """That by which the gradient of every parameter is off; None where there is no one such."""
+        largest = max((scale(g) for g in self.parameters.values()), default=0.0)
+        factors = []
+        for name, whole in self.parameters.items():
+            if scale(whole) <= 1e-6 * largest:  # rounding of what is zero
+                continue
+            total = self.total([rank.parameters[name] for rank in self.ranks], whole)
+            factors.append(float((total * whole).sum() / (whole * whole).sum()))
+            if error(total, factors[-1] * whole, 0.0) > 1e-6:
+                return None
+        far = max(factors, default=0.0) - min(factors, default=0.0)
+        return factors[0] if factors and far <= 1e-6 * abs(factors[0]) else None
 
     def _of_values(self) -> Iterator[Difference]:
         values = self.whole.values

@@ -178,8 +178,11 @@ def run_sharded(
         joins = isinstance(vars(subject).get("forward"), Whole)
         place = OnRank(mesh, job.layout, shapes, 1.0 if joins else 1.0 / mesh.size)
         _backward(record, loss, lambda: drawn(out, place))
-        named = subject.named_parameters()
-        record.parameters = {n: _gradient(p) for n, p in named if p.requires_grad}
+        named = [(n, p) for n, p in subject.named_parameters() if p.requires_grad]
+        record.parameters = {n: _gradient(p) for n, p in named}
+        record.is_reduced = isinstance(called, nn.parallel.DistributedDataParallel) or any(
+            hasattr(p, "full_tensor") for _, p in named
+        )
     _note_kept(record, job, mesh)
     return record
 
@@ -219,7 +222,11 @@ def _backward(record: Record, loss: Tensor | None, drawn: Callable[[], Tensor | 
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
-    return None if parameter.grad is None else copied(parameter.grad)
+    """Joined where FSDP2 has cut it, which all ranks do."""
+    grad = parameter.grad
+    if grad is None:
+        return None
+    return copied(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
 
 
 def _note_kept(record: Record, job: Job, mesh: SequenceMesh) -> None:

@@ -59,6 +59,7 @@ class Record:
         callers: Of each (module, call), the module whose code called it.
         gradients: Of these, where there is one.
         parameters: Gradients by name; None where there is none.
+        is_reduced: Whether a wrapper (DDP, FSDP2) has averaged them over the ranks.
         outputs: The tensors that the model returns.
         loss: That of the backward; None where the outputs' cotangents were drawn.
         called: Functions of torch, in their order.
@@ -72,6 +73,7 @@ class Record:
     callers: dict[tuple[str, int], str] = field(default_factory=dict)
     gradients: dict[Key, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor | None] = field(default_factory=dict)
+    is_reduced: bool = False
     outputs: list[Tensor] = field(default_factory=list)
     loss: Tensor | None = None
     called: list[Called] = field(default_factory=list)

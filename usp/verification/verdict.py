@@ -112,12 +112,13 @@ def judged(
         return _of_failure(first, modules, dtype)
     ranks = [outcome for outcome in outcomes if isinstance(outcome, Record)]
     comparison = Comparison(whole, ranks, places, dtype)
-    gradients = sum(g is not None for g in whole.parameters.values())
-    compared = len(whole.outputs) + gradients + (whole.loss is not None)
+    compared = len(whole.outputs) + len(comparison.parameters) + (whole.loss is not None)
     difference = comparison.first_difference()
     if difference is not None:
         difference = handed_on(difference, comparison)
         name, where = _culprit(difference, whole)
+        if difference.kind == "gradient" and comparison.common_factor() is not None:
+            name, where = "", ", the loss"
         return Verification(
             False,
             name,
