@@ -60,7 +60,7 @@ def cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, kept: Any
 ) -> Gradients:
     cum_q, cum_k, max_q, max_k, seed, offset = kept
-    no_bias = q.new_empty(0)
+    no_bias = None  # an empty tensor would be taken for one
     grads = aten._scaled_dot_product_cudnn_attention_backward(
         *heads_first(dout, q, k, v, out), lse[..., None], seed, offset, no_bias,
         cum_q, cum_k, max_q, max_k, 0.0, causal,

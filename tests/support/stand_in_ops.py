@@ -149,11 +149,12 @@ def _cudnn_forward(
 
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor,
-    offset: Tensor, bias: Tensor, cu_q: Any, cu_k: Any, max_q: int, max_k: int, dropout: float,
+    offset: Tensor, bias: None, cu_q: None, cu_k: None, max_q: int, max_k: int, dropout: float,
     causal: bool, *, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert lse.shape == (*q.shape[:3], 1) and lse.dtype == torch.float32
-    assert (max_q, max_k) == (q.shape[2], k.shape[2]) and not bias.numel() and not dropout
+    assert (max_q, max_k) == (q.shape[2], k.shape[2]) and not dropout
+    assert bias is cu_q is cu_k is None, "any tensor that is defined is one"
     tensors = _tokens_first(dout, q, k, v, out)
     found = backward(*tensors, lse[..., 0], scale, None, 0 if causal else None)
     return tuple(_tokens_first(*found))

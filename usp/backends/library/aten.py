@@ -74,11 +74,11 @@ class Cudnn:
         dlse: Tensor | None,
     ) -> Sequence[Tensor]:
         seed = offset = _no_dropout(q, 0, torch.int64)
-        no_bias = q.new_empty(0)
-        no_lengths = None, None, q.shape[1], k.shape[1]
+        # None is an undefined tensor; an empty one would be taken for a bias
+        no_bias = no_lengths = None
         found = aten._scaled_dot_product_cudnn_attention_backward(
             *_heads_first(dout, q, k, v, out), lse[..., None], seed, offset, no_bias,
-            *no_lengths, 0.0, how.causal, scale=how.scale,
+            no_lengths, no_lengths, q.shape[1], k.shape[1], 0.0, how.causal, scale=how.scale,
         )  # fmt: skip
         return _heads_first(*found)
 
