@@ -1,0 +1,189 @@
+"""Whole schedules: five optimizer steps on data and sequence ranks end where one process ends.
+
+Every number of data ranks, sequence ranks and accumulated batches with at most four ranks, plain,
+under DDP and under FSDP2; and training that goes on from a checkpoint on another mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from training_case import Model, Place, loss_of, make_model, sample_of
+
+import usp
+
+STEPS, MOMENTS = 5, (0.9, 0.95)
+# of (data, ring, ulysses): each number of data ranks with each of sequence ranks
+PLACES = [
+    Place(1, 1, 1),
+    Place(1, 2, 1),
+    Place(1, 1, 3),
+    Place(1, 2, 2),
+    Place(2, 1, 1),
+    Place(2, 1, 2),
+    Place(3, 1, 1),
+    Place(4, 1, 1),
+]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # the bias of keys has no gradient but rounding errors: eps keeps Adam from blowing these up
+    return torch.optim.AdamW(model.parameters(), lr=0.02, betas=MOMENTS, eps=1e-4)
+
+
+def batch_of(place: Place, step: int, micro: int, data: int) -> tuple[Tensor, Tensor]:
+    return sample_of(100 * step + 10 * micro + data, place.seq_len)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        whole = getattr(parameter, "full_tensor", lambda p=parameter: p)()
+        found[name.removeprefix("module.")] = whole.detach().clone()
+    return found
+
+
+def step_of_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What comes once the gradients are there."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@functools.cache
+def of_one_process(place: Place, batches: int, steps: int = STEPS) -> dict[str, Tensor]:
+    model = make_model()
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        for micro in range(batches):
+            for data in range(place.data):
+                lost = loss_of(model, *batch_of(place, step, micro, data), "mean")
+                (lost / (place.data * batches)).backward()
+        step_of_all(model, optimizer)
+    return parameters_of(model)
+
+
+def part_of_loss(model: nn.Module, place: Place, step: int, micro: int) -> Tensor:
+    """This rank's part of the mean over the counted tokens of its sample."""
+    x, targets = batch_of(place, step, micro, place.sample)
+    lost = loss_of(model, place.shard(x), place.shard(targets), "sum")
+    return lost / (targets != -100).sum()
+
+
+def plain(place: Place, batches: int) -> dict[str, Tensor]:
+    model = place.model()
+    optimizer = optimizer_of(model)
+    data = place.device_mesh.get_group("data")
+    for step in range(STEPS):
+        for micro in range(batches):
+            (part_of_loss(model, place, step, micro) / batches).backward()
+        usp.all_reduce_gradients(model, place.mesh, data)
+        step_of_all(model, optimizer)
+    return parameters_of(model)
+
+
+def under_ddp(place: Place, batches: int) -> dict[str, Tensor]:
+    model = DistributedDataParallel(place.model())
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        for micro in range(batches):
+            with model.no_sync() if micro < batches - 1 else nullcontext():
+                lost = part_of_loss(model, place, step, micro)
+                (lost * place.mesh.size / batches).backward()
+        step_of_all(model, optimizer)
+    return parameters_of(model)
+
+
+def sharded(place: Place) -> Model:
+    model, ranks = place.model(), place.device_mesh._flatten()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=ranks)
+    return model
+
+
+def train_sharded(
+    model: Model, optimizer: torch.optim.Optimizer, place: Place, batches: int, steps: range
+) -> None:
+    for step in steps:
+        for micro in range(batches):
+            model.set_requires_gradient_sync(micro == batches - 1)
+            lost = part_of_loss(model, place, step, micro)
+            (lost * place.mesh.size / batches).backward()
+        step_of_all(model, optimizer)
+
+
+def under_fsdp(place: Place, batches: int) -> dict[str, Tensor]:
+    model = sharded(place)
+    train_sharded(model, optimizer_of(model), place, batches, range(STEPS))
+    return parameters_of(model)
+
+
+def assert_ends_there(found: list[dict[str, Tensor]], wanted: dict[str, Tensor]) -> None:
+    start = parameters_of(make_model())
+    for actual in found:
+        assert actual.keys() == wanted.keys()
+        for name, end in wanted.items():
+            moved = (end - start[name]).abs().max()
+            error = (actual[name] - end).abs().max()
+            assert error <= 1e-7 * moved, f"{name}: off by {error}, moved by {moved}"
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("run", [plain, under_ddp, under_fsdp])
+@pytest.mark.parametrize(
+    "batches", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
+def test_five_steps_end_where_one_process_ends(
+    pool: Any, place: Place, run: Callable[..., dict[str, Tensor]], batches: int
+) -> None:
+    found = pool.run(run, place, batches, ranks=place.ranks)
+    assert_ends_there(found, of_one_process(place, batches))
+
+
+def first_steps(place: Place, folder: str) -> None:
+    model = sharded(place)
+    optimizer = optimizer_of(model)
+    train_sharded(model, optimizer, place, 1, range(2))
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+
+
+def later_steps(place: Place, folder: str) -> dict[str, Tensor]:
+    model = sharded(place)
+    optimizer = optimizer_of(model)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    train_sharded(model, optimizer, place, 1, range(2, STEPS))
+    return parameters_of(model)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (Place(1, 2, 2), Place(1, 1, 2, "contiguous")),
+        (Place(1, 1, 1), Place(1, 3, 1, "striped")),
+        (Place(2, 2, 1), Place(2, 1, 1)),
+    ],
+    ids=str,
+)
+def test_training_goes_on_on_another_mesh(
+    pool: Any, tmp_path: Path, before: Place, after: Place
+) -> None:
+    pool.run(first_steps, before, str(tmp_path), ranks=before.ranks)
+    found = pool.run(later_steps, after, str(tmp_path), ranks=after.ranks)
+    assert_ends_there(found, of_one_process(after, 1))
