@@ -172,6 +172,8 @@ def test_a_variant_must_be_checked(
     assert chosen() == ("two_kinds", []) and not made.in_use
     monkeypatch.setenv("USP_SELF_CHECK", "1")
     monkeypatch.setitem(PREFERENCES, UNKNOWN, Preference(("two_kinds",), ("some.json",)))
+    with FakeTensorMode():
+        assert chosen() == ("two_kinds", []) and not made.in_use
     assert chosen() == ("two_kinds", []) and made.in_use
     assert checks == ["two_kinds"]
 

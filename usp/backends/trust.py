@@ -44,15 +44,11 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
     if key in _found:
         seen = _found[key]
         return seen if seen is None or verdicts.are_asked_for() else None
-    if not verdicts.are_asked_for():
+    if not verdicts.are_asked_for() or verdicts.must_wait(_device(traits)):
         return None
-    # Triton's interpreter is no device that computes wrongly, and very slow
-    if backend.NAME == REFERENCE or covered(backend.NAME, traits) or interpreted():
-        seen = None
-    elif verdicts.must_wait(_device(traits)):
-        return None
-    else:
-        seen = _checked(backend, traits)
+    # Triton's interpreter is for looking at kernels, and very slow
+    free = backend.NAME == REFERENCE or covered(backend.NAME, traits) or interpreted()
+    seen = None if free else _checked(backend, traits)
     if seen is None:
         _try_variant(backend, traits)
     if len(_found) >= _MOST:
@@ -84,7 +80,7 @@ def _try_variant(backend: Any, traits: Traits) -> None:
     No committed result covers them: a row tells of the family as a whole.
     """
     name = backend.variant(traits) if hasattr(backend, "variant") else None
-    if name is None or not verdicts.are_asked_for() or verdicts.must_wait(_device(traits)):
+    if name is None:
         return
     seen = verdicts.wrong_with(subject(backend, traits, name), apart=in_own_process(traits))
     if seen is None:
