@@ -245,6 +245,9 @@ MESHES = [
     ("flash-attn 4", Case(
         ring=4, seq_len=41, transport="queries", return_lse=True, backend="flash_attn_4", **GQA
     )),
+    ("flash-attn 2", Case(
+        ulysses=4, seq_len=23, causal=True, backend="flash_attn", **(GQA | {"heads": 2})
+    )),
     ("torch's flash attention", Case(
         ulysses=4, seq_len=37, key_len=41, batch=2, unions="each", backend="aten_flash", **GQA
     )),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -141,26 +142,35 @@ class _Keys:
     """k and v with heads as a kernel wants them.
 
     Attributes:
-        index: For each of these heads the head of the block that it is; None for its own.
+        group: Query heads that each head of the block was repeated for, where that is one number.
+        index: Else for each of these heads the head of the block that it is; None for its own.
         num_heads: Of the block.
     """
 
     k: Tensor
     v: Tensor
-    index: Tensor | None
     num_heads: int
+    group: int = 1
+    index: Tensor | None = None
 
     @classmethod
     def of(cls, block: Block, record: Record) -> _Keys:
-        shared = block.k.shape[2] != block.q.shape[2]
-        if not shared or (record.shared_heads and _even_groups(block.heads)):
-            return cls(block.k, block.v, None, block.k.shape[2])
-        index = torch.tensor(block.heads.kv_index, device=block.k.device, dtype=torch.int64)
+        num_heads, even = block.k.shape[2], _even_groups(block.heads)
+        group = block.q.shape[2] // max(1, num_heads)
+        if block.q.shape[2] == num_heads or (even and record.shared_heads):
+            return cls(block.k, block.v, num_heads)
+        if even:
+            spread = (-1, -1, -1, group, -1)
+            k, v = (x.unsqueeze(3).expand(spread).flatten(2, 3) for x in (block.k, block.v))
+            return cls(k, v, num_heads, group)
+        index = _index(block.heads.kv_index, block.k.device)
         k, v = (x.index_select(2, index) for x in (block.k, block.v))
-        return cls(k, v, index, block.k.shape[2])
+        return cls(k, v, num_heads, index=index)
 
     def folded(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, n, heads, D) summed in ``dtype`` over query heads that share a head of the block."""
+        if self.group > 1:
+            return gradient.unflatten(2, (self.num_heads, self.group)).sum(3, dtype=dtype)
         if self.index is None:
             return gradient
         shape = *gradient.shape[:2], self.num_heads, gradient.shape[3]
@@ -168,10 +178,16 @@ class _Keys:
         return total.index_add_(2, self.index, gradient.to(dtype))
 
 
+@lru_cache(maxsize=64)
+def _index(kv_index: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device: copied there once, for that is waited for."""
+    return torch.tensor(kv_index, device=device, dtype=torch.int64)
+
+
 def _even_groups(heads: Heads) -> bool:
     """Whether as many query heads share each key head here, as kernels count them."""
     index, (first, stop) = heads.kv_index, heads.kv_range
-    size, rest = divmod(heads.count, stop - first)
+    size, rest = divmod(heads.count, max(1, stop - first))
     return not rest and index == tuple(h // size for h in range(heads.count))
 
 
