@@ -123,3 +123,15 @@ def test_under_torchrun(alone, tmp_path):
         _assert_same(losses[:steps], alone(program), steps)
         _assert_same(losses[steps:], alone(program), steps)
         assert "largest difference of the loss from one process" in printed
+
+
+@pytest.mark.long
+def test_every_kind_of_parallelism_at_once():
+    """On 8 processes, each axis once beside each kind of the others."""
+    meshes = ["--pipeline 2 --ring 2 --tensor 2", "--data 2 --ulysses 2 --tensor 2"]
+    small = "--seq-len 61 --dim 32 --batch 4 --micro-batches 2 --steps 6 --log-every 1 --compare"
+    file = str(EXAMPLES / "train_hybrid.py")
+    for printed in launched(8, [[file, *mesh.split(), *small.split()] for mesh in meshes]):
+        losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", printed, re.M)]
+        _assert_same(losses[:6], losses[6:], 6)  # those of all processes, and those of one
+        assert losses[5] < losses[0] - 0.1
