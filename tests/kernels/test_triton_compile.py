@@ -1,7 +1,8 @@
 """Every Triton kernel compiled ahead of time for the GPUs we mean, in its default configuration.
 
 No GPU is needed. The table of registers, spills, shared memory and matrix instructions is printed
-(``pytest -s``) and the test fails where a default spills or takes no matrix instruction.
+(``pytest -s``) and the test fails where a default spills inside of a loop (AMD: anywhere) or takes
+no matrix instruction.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def instructions(row: dict[str, Any]) -> set[str]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", ASKED)
-def test_defaults_compile_without_spills(target: str, rows: dict[str, Any]) -> None:
+def test_defaults_compile_without_spills_in_loops(target: str, rows: dict[str, Any]) -> None:
     found = sorted(rows[target], key=lambda row: (row.get("head_dim", 0), row.get("dtype", "")))
     refused = [row["error"] for row in found if "error" in row]
     assert not refused, "\n".join(refused)[-4000:]
     print("", *map(row_text, found), sep="\n")
     seen = {(row["kernel"], f"{row['dtype']}:{row['head_dim']}") for row in found}
     assert seen == {(kernel, problem) for kernel in KERNELS for problem in ASKED[target]}
-    spilling = [row_text(row) for row in found if row["spilled"]]
+    spilling = [row_text(row) for row in found if row["in_loops"]]
     assert not spilling, "\n".join(spilling)
     slow = [row_text(row) for row in found if not instructions(row) & row["matrix"].keys()]
     assert not slow, "without the matrix instructions of that GPU:\n" + "\n".join(slow)

@@ -16,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import triton.backends.nvidia
+from sass import TOOLS, disassembled, local_accesses
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -139,21 +138,21 @@ def compiled(
 
 def pipeline(kernel: Any, log: str) -> dict[str, Any]:
     """Of a Hopper kernel: its asynchronous instructions, and what ptxas says about their order."""
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    said = disassembled(kernel.asm["cubin"])
     names = ("HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL")
     assert "registers" in log, "ptxas has not said what it did"
     return {
-        "asynchronous": {name: len(re.findall(rf"\b{name}\b", said.stdout)) for name in names},
+        "asynchronous": {name: len(re.findall(rf"\b{name}\b", said)) for name in names},
         "serialized": "serialized" in log,
     }
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """Registers of a thread, bytes of them spilled, shared memory, matrix instructions."""
+    """Registers of a thread, bytes of them spilled, shared memory, matrix instructions.
+
+    ``in_loops`` are the instructions in loops that move what is spilled. AMD's loops are not looked
+    for: there it is what is spilled at all.
+    """
     asm = kernel.asm
     text = asm.get("ptx") or asm["amdgcn"]
     names = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
@@ -164,7 +163,7 @@ def resources(kernel: Any) -> dict[str, Any]:
 
 def nvidia_usage(cubin: bytes) -> dict[str, int]:
     """A thread's stack holds nothing but spilled registers: our kernels have no local arrays."""
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tool = TOOLS / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -172,7 +171,9 @@ def nvidia_usage(cubin: bytes) -> dict[str, int]:
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     stack = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
-    return {"registers": int(re.findall(r"REG:(\d+)", said)[0]), "spilled": stack}
+    in_loops = local_accesses(disassembled(cubin)) if stack else 0
+    registers = int(re.findall(r"REG:(\d+)", said)[0])
+    return {"registers": registers, "spilled": stack, "in_loops": in_loops}
 
 
 def amd_usage(text: str) -> dict[str, int]:
@@ -180,7 +181,7 @@ def amd_usage(text: str) -> dict[str, int]:
         return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
 
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return {"registers": number("vgpr_count"), "spilled": spilled}
+    return {"registers": number("vgpr_count"), "spilled": spilled, "in_loops": spilled}
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:

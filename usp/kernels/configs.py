@@ -1,10 +1,10 @@
 """One table of launch configurations: device family x kernel x head dim.
 
 The first of a row is the default: of the shapes that the literature and the size of the register
-file suggest, the largest tiles that compile without spills, as
-``tests/kernels/test_triton_compile.py`` checks. That is a rule and no measurement: no GPU has timed
-a row, and what spills outside of its loops only may well be faster. The others are what
-``tune.tune`` tries.
+file suggest, one whose loops keep every register, as ``tests/kernels/test_triton_compile.py``
+checks; what is spilled before and after them is moved once. Among these the one whose loop, by its
+instructions, takes the fewest cycles of what it takes most of (``usp bench machine_code``). That is
+a rule and no measurement: no GPU has timed a row. The others are what ``tune.tune`` tries.
 """
 
 from __future__ import annotations
@@ -63,26 +63,25 @@ def _amd(block_q: int, block_k: int, edge: int, num_warps: int, waves: int) -> C
 
 
 _Rows = dict[int, tuple[Config, ...]]
-# A warpgroup's wgmma takes 64 rows, two of them 128: fewer warps spill at head dim 128. Two stages
-# hide loads, a third where shared memory (227 KiB) has room.
+# A warpgroup's wgmma takes 64 rows, two of them 128. One warpgroup in each of two programs on a
+# multiprocessor covers the softmax of the other, which two that wait for each other do not. Two
+# stages hide loads, a third where shared memory (227 KiB) has room.
 _SM_90: dict[str, _Rows] = {
     "forward": {
-        64: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 2)),
-        # 128 keys keep 32 bytes in local memory, outside of the loops, where the result is written
+        64: (Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
         128: (Config(128, 64, 64, 8, 3), Config(128, 128, 64, 8, 2), Config(128, 64, 32, 8, 2)),
         256: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 4, 2)),
     },
     "backward_keys": {
-        64: (Config(64, 128, 64, 8, 2), Config(64, 128, 32, 8, 2), Config(64, 64, 32, 8, 3)),
-        # 128 keys keep 40 bytes of pointers in local memory, outside of the loops; 64 are the rows
-        # of one warpgroup alone, so that both compute the same scores
-        128: (Config(64, 64, 32, 8, 2), Config(64, 128, 16, 8, 2)),
+        64: (Config(64, 128, 64, 8, 2), Config(64, 64, 32, 4, 2), Config(64, 128, 32, 8, 2)),
+        # 64 keys are the rows of one warpgroup alone: both would compute the same scores
+        128: (Config(64, 128, 32, 8, 2), Config(64, 128, 16, 8, 2), Config(64, 64, 32, 8, 2)),
         # 64 keys, which wgmma wants, would spill: mma.sync
         256: (Config(64, 32, 16, 8, 2), Config(32, 32, 32, 8, 2)),
     },
     "backward_queries": {
-        64: (Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)),
-        128: (Config(128, 64, 64, 8, 2), Config(64, 64, 64, 4, 2)),
+        64: (Config(64, 128, 64, 4, 2), Config(128, 128, 64, 8, 2), Config(128, 64, 64, 8, 3)),
+        128: (Config(64, 64, 64, 4, 2), Config(128, 64, 64, 8, 2)),
         256: (Config(64, 32, 32, 8, 2),),
     },
     "bias_gradient": {
@@ -92,11 +91,12 @@ _SM_90: dict[str, _Rows] = {
         256: (Config(64, 32, 32, 8, 1),),
     },
 }
-# mma.sync keeps its left operand in registers: smaller tiles of keys than with wgmma.
+# mma.sync keeps its left operand in registers: smaller tiles of keys than with wgmma. What it reads
+# from shared memory serves the rows of a warp, so that 32 of them take half the reads of 16.
 _SM_80: dict[str, _Rows] = {
     "forward": {
-        64: (Config(128, 128, 32, 8, 2), Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 2)),
-        128: (Config(128, 32, 32, 8, 3), Config(128, 64, 32, 8, 3), Config(128, 32, 32, 8, 2)),
+        64: (Config(128, 64, 32, 4, 2), Config(128, 128, 32, 8, 2), Config(128, 64, 64, 8, 3)),
+        128: (Config(128, 32, 16, 4, 2), Config(128, 32, 32, 8, 3), Config(128, 64, 32, 8, 3)),
         # with Triton 3.6 larger steps keep 24 to 40 bytes in local memory, backward 8
         256: (Config(64, 32, 16, 8, 2), Config(64, 64, 32, 8, 2)),
     },
@@ -106,8 +106,8 @@ _SM_80: dict[str, _Rows] = {
         256: (Config(32, 16, 16, 8, 1), Config(32, 32, 16, 8, 1)),
     },
     "backward_queries": {
-        64: (Config(128, 64, 32, 8, 2), Config(128, 32, 32, 8, 2)),
-        128: (Config(128, 32, 32, 8, 2), Config(64, 64, 32, 8, 2)),
+        64: (Config(128, 32, 32, 4, 2), Config(128, 64, 32, 8, 2), Config(128, 32, 32, 8, 2)),
+        128: (Config(64, 64, 32, 4, 2), Config(128, 32, 32, 8, 2), Config(64, 64, 32, 8, 2)),
         256: (Config(64, 64, 32, 8, 1), Config(64, 32, 32, 8, 2)),
     },
     "bias_gradient": _SM_90["bias_gradient"]
