@@ -25,8 +25,26 @@ TOKENS = 27
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
 SIZES |= {"intermediate_size": 64}
 LM = SIZES | {"num_key_value_heads": 3, "head_dim": 8, "vocab_size": 61, "pad_token_id": 0}
+VISION = SIZES | {"image_size": 40, "patch_size": 8}
+TEXT = SIZES | {"vocab_size": 61, "max_position_embeddings": TOKENS, "eos_token_id": 60}
+TEXT |= {"bos_token_id": 59, "pad_token_id": 0}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ViT": ("ViTConfig", "ViTModel", SIZES | {"image_size": 40, "patch_size": 8}),
+    "ViT": ("ViTConfig", "ViTModel", VISION),
+    "DINOv3": ("DINOv3ViTConfig", "DINOv3ViTModel", VISION | {"num_register_tokens": 4}),
+    "CLIP vision": ("CLIPVisionConfig", "CLIPVisionModel", VISION),
+    "SigLIP vision": ("SiglipVisionConfig", "SiglipVisionModel", VISION),
+    "CLIP text": ("CLIPTextConfig", "CLIPTextModel", TEXT),
+    "SigLIP text": ("SiglipTextConfig", "SiglipTextModel", TEXT),
+    "CLIP": (
+        "CLIPConfig",
+        "CLIPModel",
+        {"text_config": TEXT, "vision_config": VISION, "projection_dim": 20},
+    ),
+    "SigLIP": (
+        "SiglipConfig",
+        "SiglipModel",
+        {"text_config": TEXT | {"projection_size": 48}, "vision_config": VISION},
+    ),
     "BERT": ("BertConfig", "BertForTokenClassification", SIZES | {"vocab_size": 61}),
     "Llama": ("LlamaConfig", "LlamaForCausalLM", LM),
     "Qwen3": (
@@ -47,7 +65,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 PADDED = [(kind, side) for kind in MODELS for side in (None, "left", "right")]
-PADDED = [(kind, side) for kind, side in PADDED if side is None or kind != "ViT"]
+OF_IMAGES = ("ViT", "DINOv3", "CLIP vision", "SigLIP vision")
+PADDED = [(kind, side) for kind, side in PADDED if side is None or kind not in OF_IMAGES]
 # what these libraries compute in fp32, whatever is asked for, differs by its rounding
 LOOSE = {"Gemma 2": 3e-6, "Gemma 3": 3e-6}
 
@@ -66,17 +85,23 @@ def model_of(kind: str, implementation: str = "usp") -> nn.Module:
 
 
 def inputs_of(kind: str, padding: str | None) -> dict[str, Any]:
-    if kind == "ViT":
-        return {"pixel_values": random(2, 3, 40, 40, seed=1)}
+    images = {"pixel_values": random(2, 3, 40, 40, seed=1)}
+    if kind in OF_IMAGES:
+        return images
     ids = torch.randint(1, 61, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    if "CLIP" in kind or "SigLIP" in kind:
+        ids.clamp_(max=58)[:, 19] = TEXT["eos_token_id"]  # CLIP reads the output of this one
+    if kind in ("CLIP", "SigLIP"):
+        inputs |= images | {"return_loss": True}
     if padding is None:
-        return {"input_ids": ids}
+        return inputs
     real = torch.ones(2, TOKENS, dtype=torch.int64)
     if padding == "right":
         real[1, 20:] = 0
     else:
         real[1, :5] = 0
-    return {"input_ids": ids, "attention_mask": real}
+    return inputs | {"attention_mask": real}
 
 
 class Real(nn.Module):
@@ -86,11 +111,14 @@ class Real(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Any) -> Tensor:
+    def forward(self, **inputs: Any) -> Any:
         out = self.model(**inputs)
-        out = out[0]
+        if "return_loss" in inputs:
+            return out.loss, out.logits_per_image, out.text_embeds, out.image_embeds
         real = inputs.get("attention_mask")
-        return out if real is None else out[real.bool()]
+        if real is None:
+            return out[0], out.get("pooler_output")
+        return out[0][real.bool()]
 
 
 def _compared(
@@ -136,6 +164,32 @@ def test_generation_on_one_device_goes_on() -> None:
             options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
             texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
         assert torch.equal(*texts) and texts[0].shape == (1, 11)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_registers_on_several_ranks(pool, layout) -> None:
+    """Of eleven tokens of a prefix before four patches: ranks hold several, one or none."""
+    libraries.library("transformers")
+    for wrong in pool.run(_of_a_long_prefix, layout, ranks=4, timeout=250):
+        assert wrong == {}
+
+
+def _of_a_long_prefix(layout: str) -> dict[str, float]:
+    library = libraries.library("transformers")
+    door.register()
+    config = library.DINOv3ViTConfig(**VISION | {"image_size": 16, "num_register_tokens": 10})
+    model = library.DINOv3ViTModel._from_config(config, attn_implementation="usp")
+    model, mesh = doors.randomize(model).eval(), workers.mesh(2, 2)
+    images = {"pixel_values": random(2, 3, 16, 16, seed=1)}
+    return doors.compared(model, images, mesh, lambda m: usp.parallelize(m, mesh, layout=layout))
+
+
+def test_samples_are_dropped_alike_under_any_name_of_the_class() -> None:
+    library = libraries.library("transformers")
+    config = library.DINOv3ViTConfig(**VISION, drop_path_rate=0.5)
+    model = usp.parallelize(library.DINOv3ViTModel(config), None)
+    kinds = {type(layer.drop_path.forward).__name__ for layer in model.model.layer}
+    assert kinds == {"Samples"}
 
 
 # Computed again, and compiled ---------------------------------------------------------------------

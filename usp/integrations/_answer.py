@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 import torch
@@ -36,6 +36,7 @@ class Tokens:
     shares: tuple[int, ...]
     held: int
     cut: bool = False
+    _first: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, spread: Spread, whole: Sequence[int], cut: bool = False) -> Tokens:
@@ -52,6 +53,18 @@ class Tokens:
             )
         mine = held[0 if spread.mesh is None else spread.mesh.rank]
         return cls(spread, others, held, mine, cut)
+
+    def count_first(self, prefix: int) -> int:
+        """How many of the first tokens of the whole this rank holds."""
+        if prefix not in self._first:
+            compiles = torch.compiler.is_compiling()
+            count = torch.compiler.disable(_count_below) if compiles else _count_below
+            self._first[prefix] = count(self.spread, prefix)
+        return self._first[prefix]
+
+
+def _count_below(spread: Spread, position: int) -> int:
+    return int((spread.positions("cpu") < position).sum())
 
 
 def answer(

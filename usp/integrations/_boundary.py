@@ -30,6 +30,9 @@ class Boundary:
             without ``batch_first``.
         beside: Arguments of these modules that have an entry for each token, by name, with that
             dim: ``{"rope": -2}``. Each module's own are cut as they come; tuples of tensors, too.
+        after_prefix: Which of ``beside`` may have entries for the last tokens alone, as tables of
+            patches have none for class tokens and registers in front of them; what they are given
+            to must see by their length how many that leaves out.
         never: Arguments of these modules that must be None on several ranks: what they keep (a
             cache) would be of this rank's tokens alone.
 
@@ -42,6 +45,7 @@ class Boundary:
     local: Only = ()
     dim: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict)
+    after_prefix: Sequence[str] = ()
     never: Sequence[str] = ()
 
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:

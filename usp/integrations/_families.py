@@ -12,14 +12,23 @@ from usp.integrations._boundary import Boundary
 _ROTATED = Boundary(
     "layers", beside={"position_embeddings": 1, "position_ids": 1}, never=("cache",)
 )
+# of images and of texts, each with a sequence of its own
+_TOWERS = Boundary("text_model.encoder.layers"), Boundary("vision_model.encoder.layers")
 
 # by the class of the model, of what it derives from, or of the one part of it that is known
-FAMILIES = {
+FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
     "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers"),
     "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn"),
     "timm.models.beit.Beit": Boundary("blocks", "*.attn"),
     "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers"),
+    "transformers.models.clip.modeling_clip.CLIPEncoder": Boundary("layers"),
+    "transformers.models.clip.modeling_clip.CLIPModel": _TOWERS,
+    "transformers.models.siglip.modeling_siglip.SiglipEncoder": Boundary("layers"),
+    "transformers.models.siglip.modeling_siglip.SiglipModel": _TOWERS,
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEncoder": Boundary(
+        "layer", beside={"position_embeddings": -2}, after_prefix=("position_embeddings",)
+    ),
     "transformers.models.bert.modeling_bert.BertEncoder": Boundary("layer", never=("cache",)),
     "transformers.models.llama.modeling_llama.LlamaModel": _ROTATED,
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,
@@ -28,27 +37,34 @@ FAMILIES = {
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
 }
 
-# drop whole samples, so that all ranks must drop the same
-OF_SAMPLES = frozenset(("DropPath", "StochasticDepth"))
+# ends of names of classes that drop whole samples, so that all ranks must drop the same
+OF_SAMPLES = ("DropPath", "StochasticDepth")
 
 
-def family(model: nn.Module) -> Boundary:
-    """The trunk of a model that is known, or of the one part of it that is.
+def drops_samples(module: nn.Module) -> bool:
+    """Whether it is one of those, under whichever library's name."""
+    return type(module).__name__.endswith(OF_SAMPLES)
+
+
+def family(model: nn.Module) -> tuple[Boundary, ...]:
+    """The trunks of a model that is known, or of the one part of it that is.
 
     Raises:
         ValueError: none is, or several are.
     """
-    known: dict[str, Boundary] = {}
+    known: dict[str, tuple[Boundary, ...]] = {}
     for name, module in model.named_modules():
         found = _known(module)
-        if found is not None and not any(not n or name.startswith(f"{n}.") for n in known):
-            known[name] = replace(found, trunk=f"{name}.{found.trunk}" if name else found.trunk)
+        if found and not any(not n or name.startswith(f"{n}.") for n in known):
+            prefix = f"{name}." if name else ""
+            known[name] = tuple(replace(each, trunk=f"{prefix}{each.trunk}") for each in found)
     if len(known) == 1:
         return next(iter(known.values()))
     if known:
+        names = [each.trunk for found in known.values() for each in found]
         raise ValueError(
             f"{type(model).__qualname__} holds several parts whose trunk is known: say which are "
-            f"spread, trunk={[b.trunk for b in known.values()]}"
+            f"spread, trunk={names}"
         )
     raise ValueError(
         f"the trunk of {type(model).__qualname__} is not known: name the modules that follow each "
@@ -57,6 +73,7 @@ def family(model: nn.Module) -> Boundary:
     )
 
 
-def _known(module: nn.Module) -> Boundary | None:
+def _known(module: nn.Module) -> tuple[Boundary, ...]:
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
-    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    found = next((FAMILIES[name] for name in names if name in FAMILIES), ())
+    return (found,) if isinstance(found, Boundary) else found

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
+from usp.integrations._beside import cut_beside
 from usp.integrations._trunk import Trunk, first_tensor
 
 
@@ -167,16 +168,18 @@ class Block(Inside):
         if tokens is None:
             return self.inner(*args, **kwargs)
         self._check_never(tokens, given | kwargs)
-        beside = trunk.boundary.beside
+        boundary = trunk.boundary
         if self.is_first and not tokens.cut:
             x = tokens.spread.shard(x, trunk.dim)
         trunk.check_held(x, tokens, f"what {self.described()} is given")
         if args:
-            rest = (_cut(tokens, given, name, beside) for name in names[1 : len(args)])
+            rest = (
+                cut_beside(tokens, boundary, name, given[name]) for name in names[1 : len(args)]
+            )
             args = (x, *rest, *args[1 + len(names[1 : len(args)]) :])
         else:
             kwargs = kwargs | {names[0]: x}
-        kwargs = {n: _cut(tokens, kwargs, n, beside) if n in beside else kwargs[n] for n in kwargs}
+        kwargs = {n: cut_beside(tokens, boundary, n, value) for n, value in kwargs.items()}
         out = self.run(tokens, args, kwargs)
         if not self.is_last or tokens.cut:
             trunk.note_local(self.described(), out)
@@ -207,20 +210,3 @@ class Block(Inside):
         trunk.check_held(x, tokens, f"what {self.described()} returns")
         whole = tokens.spread.unshard(x, trunk.dim)
         return type(out)((whole, *others)) if isinstance(out, tuple | list) else whole
-
-
-def _cut(tokens: Tokens, given: Mapping[str, Any], name: str, beside: Mapping[str, int]) -> Any:
-    """An argument with an entry for each token: this rank's entries."""
-    whole, length = given[name], tokens.spread.seq_len
-    if name not in beside or whole is None:
-        return whole
-    if isinstance(whole, tuple | list):
-        return type(whole)(_cut(tokens, {name: item}, name, beside) for item in whole)
-    dim = beside[name]
-    if tokens.cut and whole.shape[dim] == tokens.held:
-        return whole
-    if whole.shape[dim] == length and not tokens.cut:
-        return tokens.spread.shard(whole, dim)
-    shape = tuple(whole.shape)
-    refusal = f"{name} is {shape} with {shape[dim]} entries along dim {dim} for {length} tokens"
-    refuse(tokens.spread, ValueError(f"{refusal}: beside= says that it has one for each"))

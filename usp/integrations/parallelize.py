@@ -12,7 +12,7 @@ from usp.integrations._across import reason
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, shortened
 from usp.integrations._cut import Cut, CutTrunk
-from usp.integrations._families import OF_SAMPLES, family
+from usp.integrations._families import drops_samples, family
 from usp.integrations._parts import Local, Multihead, Samples
 from usp.integrations._sites import Block, Inside, Site, Whole
 from usp.integrations._trunk import Trunk
@@ -77,8 +77,8 @@ def parallelize(
             "first"
         )
     names = dict(model.named_modules(remove_duplicate=False))
-    given = [trunk] if isinstance(trunk, str | Boundary) or trunk is None else list(trunk)
-    boundaries = [family(model) if item is None else _boundary(item) for item in given]
+    given = [trunk] if isinstance(trunk, str | Boundary) else trunk
+    boundaries = family(model) if given is None else [_boundary(item) for item in given]
     if outputs not in ("joined", "local"):
         raise ValueError(f'outputs must be "joined" or "local", got {outputs!r}')
     is_local = outputs == "local"
@@ -143,7 +143,7 @@ def _sites(
         if isinstance(module, nn.MultiheadAttention):
             _check_multihead(name, module)
             sites.append(Multihead(module, name, trunk))
-        elif type(module).__qualname__ in OF_SAMPLES:
+        elif drops_samples(module):
             sites.append(Samples(module, name, trunk, False))
         elif name not in blocks and (name in attention or not _is_of_torch(module)):
             sites.append(Inside(module, name, trunk, name in attention))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations import transformers
 from usp.integrations._boundary import Boundary
-from usp.integrations._families import OF_SAMPLES
+from usp.integrations._families import drops_samples
 from usp.integrations._sites import Whole
 from usp.integrations.parallelize import parallelize
 from usp.planning.layout import Layout
@@ -111,9 +111,7 @@ def _drop_nothing(model: nn.Module) -> None:
     for module in model.modules():
         is_one = isinstance(module, nn.modules.dropout._DropoutNd)
         for name, value in vars(module).items():
-            named = "drop" in name or (
-                name == "p" and (is_one or type(module).__name__ in OF_SAMPLES)
-            )
+            named = "drop" in name or (name == "p" and (is_one or drops_samples(module)))
             if named and isinstance(value, float):
                 setattr(module, name, 0.0)
 
@@ -231,22 +229,18 @@ def _gradient(parameter: nn.Parameter) -> Tensor | None:
 
 def _note_kept(record: Record, job: Job, mesh: SequenceMesh) -> None:
     """Which samples are dropped, where the model drops whole ones."""
-    if not any(_drops(m) and m.training for m in job.model.modules()):
+    if not any(drops_samples(m) and m.training for m in job.model.modules()):
         return
     with _seeded(job.seed):
         model, args, kwargs = job.made(is_random=True)
         subject, called = _sharded(job, model, mesh)
         for module, name in _names(subject).items():
-            if _drops(module):
+            if drops_samples(module):
                 record.kept[name] = []
                 module.register_forward_hook(_keeping(record.kept[name]))
         with torch.no_grad():
             for _ in range(_DRAWS):
                 called(*args, **kwargs)
-
-
-def _drops(module: nn.Module) -> bool:
-    return type(module).__name__ in OF_SAMPLES
 
 
 def _keeping(found: list[tuple[bool, ...]]) -> Callable[..., None]:
