@@ -36,16 +36,23 @@ def all_masks(length: int) -> dict[str, Mask]:
     """By name, for so many tokens; up to four bands, and neighbourhoods of more."""
     bounds = tuple(length * i // 8 for i in range(9))
     side = math.isqrt(length)
-    width = min(256, length // 8)
-    window, grid = masks.window(width - 1, width), (side, length // side)
+    width, grid = min(256, length // 16), (side, length // side)
+    windows = {}
+    for half in (width, 2 * width):
+        window = masks.window(half - 1, half)
+        windows |= {
+            f"window of {2 * half}": window,
+            f"window of {2 * half}, 4 sinks": window | masks.first_keys(4),
+            f"window of {2 * half}, 4 registers": window
+            | masks.first_keys(4)
+            | masks.first_queries(4),
+        }
     return {
         "causal": masks.causal(),
-        "window": window,
-        "window, 4 sinks": window | masks.first_keys(4),
-        "window, 4 registers": window | masks.first_keys(4) | masks.first_queries(4),
+        **windows,
         "documents": masks.documents(bounds),
         "shared prefix, causal": masks.shared_prefix(bounds) & masks.causal(),
-        "all but a window": ~window,
+        "all but a window": ~masks.window(width - 1, width),
         "neighbourhood 13 x 13": masks.neighbourhood(grid, 13),
         "neighbourhood 13 x 13, shifted": masks.neighbourhood(grid, 13, edges="shift"),
     }

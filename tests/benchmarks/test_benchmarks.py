@@ -204,7 +204,7 @@ def test_zero_gradients_are_judged_by_what_is_left_of_them() -> None:
 def test_cpu_masks() -> None:
     benchmark = module("cpu_masks")
     args = argparse.Namespace(heads=1, head_dim=16, rounds=3, seconds=0.1, flex=False)
-    for name in ("window, 4 registers", "neighbourhood 13 x 13, shifted"):
+    for name in ("window of 32, 4 registers", "neighbourhood 13 x 13, shifted"):
         mask = benchmark.all_masks(256)[name]
         found = benchmark.measure(name, mask, 256, args)
         assert found["bands"] == (3 if "window" in name else 25)
