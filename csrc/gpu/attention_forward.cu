@@ -139,7 +139,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     }
     softmax_step(scores, scoring.remaining_scale(), running, out);
     if (scoring.drops()) drop(scores, scoring, first_query, here);
-    multiply_accumulate(out, scores, values.tile(n), kStride);
+    multiply_accumulate<true>(out, scores, values.tile(n), kStride);
   });
   state_of_wave<T, kPlain>(arguments, kTiles).store(running, out);
 }

@@ -33,15 +33,38 @@ USP_DEVICE float to_float(Float16 x) {
 #endif
 }
 
+// Of two registers with two numbers each, both first numbers, or both second ones.
+USP_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
+#if defined(USP_GPU_HIP)
+  return __builtin_amdgcn_perm(second, first, 0x05040100);
+#else
+  return second << 16 | (first & 0xFFFFu);
+#endif
+}
+
+USP_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+#if defined(USP_GPU_HIP)
+  return __builtin_amdgcn_perm(second, first, 0x07060302);
+#else
+  return (second & 0xFFFF0000u) | first >> 16;
+#endif
+}
+
 // Two numbers in one register, the first in the low half.
 template <typename T>
 USP_DEVICE uint32_t pack(float low, float high);
 
 #if !defined(USP_GPU_CUDA)
-USP_DEVICE uint32_t rounded_bf16(float x) {
+// Rounded to bf16 in the high half, if it is a number. A NaN stays one unless its fraction is all
+// ones above the lowest 15 bits: then the sum carries over into the sign.
+USP_DEVICE uint32_t rounded_number(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-  return (x == x ? rounded : bits | 0x400000u) >> 16;
+  return bits + 0x7FFFu + (bits >> 16 & 1u);
+}
+
+USP_DEVICE uint32_t rounded_bf16(float x) {
+  const uint32_t rounded = rounded_number(x);  // a choice between two values takes no branch
+  return (x == x ? rounded : bits_as<uint32_t>(x) | 0x400000u) >> 16;
 }
 #endif
 
@@ -69,21 +92,14 @@ USP_DEVICE uint32_t pack<Float16>(float low, float high) {
 #endif
 }
 
-// Of two registers with two numbers each, both first numbers, or both second ones.
-USP_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
-#if defined(USP_GPU_HIP)
-  return __builtin_amdgcn_perm(second, first, 0x05040100);
-#else
-  return second << 16 | (first & 0xFFFFu);
+// The same of weights of a softmax, which need no care for NaN: one makes the sum of its row, kept
+// in fp32, a NaN, and with it the whole row.
+template <typename T>
+USP_DEVICE uint32_t pack_weights(float low, float high) {
+#if !defined(USP_GPU_CUDA)
+  if constexpr (kIsBFloat16<T>) return high_halves(rounded_number(low), rounded_number(high));
 #endif
-}
-
-USP_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
-#if defined(USP_GPU_HIP)
-  return __builtin_amdgcn_perm(second, first, 0x07060302);
-#else
-  return (second & 0xFFFF0000u) | first >> 16;
-#endif
+  return pack<T>(low, high);
 }
 
 template <typename T>

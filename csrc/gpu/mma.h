@@ -158,10 +158,12 @@ struct Left {
   }
 
   // For a right operand that is loaded as it lies.
+  template <bool kWeights>
   USP_DEVICE void from(const Accumulator<kTile>& sum) {
     USP_UNROLL
     for (int i = 0; i < kElements<kTile> / 2; ++i) {
-      packed[i] = pack<T>(sum.x[2 * i], sum.x[2 * i + 1]);
+      const float low = sum.x[2 * i], high = sum.x[2 * i + 1];
+      packed[i] = kWeights ? pack_weights<T>(low, high) : pack<T>(low, high);
     }
   }
 };

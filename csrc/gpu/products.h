@@ -202,7 +202,9 @@ USP_DEVICE void multiply_transposed(Sums<kTile, kStrips, kColumns>& sums,
 }
 
 // sums += left right, `left` rounded to T, `right` (depth, columns) tiles in shared memory.
-template <typename T, int kTile, int kStrips, int kColumns, int kInterleaved, int kDepth>
+// kWeights: see pack_weights.
+template <bool kWeights = false, typename T, int kTile, int kStrips, int kColumns, int kInterleaved,
+          int kDepth>
 USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns, kInterleaved>& sums,
                                     const Sums<kTile, kStrips, kDepth>& left, const T* right,
                                     int stride) {
@@ -210,7 +212,7 @@ USP_DEVICE void multiply_accumulate(Sums<kTile, kStrips, kColumns, kInterleaved>
   for (int k = 0; k < kDepth; ++k) {
     Left<T, kTile> a[kStrips];
     USP_UNROLL
-    for (int s = 0; s < kStrips; ++s) a[s].from(left.tile[s][k]);
+    for (int s = 0; s < kStrips; ++s) a[s].template from<kWeights>(left.tile[s][k]);
     USP_UNROLL
     for (int n = 0; n < kColumns; n += kInterleaved) {
       Right<T, kTile> b[kInterleaved];

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_emulated import GpuEmulatedOps, emulated_ops
-from kernel_call import computed, expected, largest, make_inputs
+from kernel_call import computed, expected, largest, make_inputs, new_state, options
 from subjects.gpu_emulated import SUBJECTS, TOLERANCE, WAVES
 
 pytestmark = [
@@ -44,3 +44,16 @@ def test_tiles_in_a_gap_are_not_computed(
     for name, reference in expected(case, x).items():
         scale = max(1.0, largest(reference))
         assert largest(got[name].double() - reference) <= TOLERANCE[case.dtype] * scale, name
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_nan_takes_its_whole_row_alone(bits: int, ops: GpuEmulatedOps) -> None:
+    """Also one that rounding to bf16 without care would make 0: all of its fraction is ones."""
+    case = replace(SMALL, bias="11QK", dtype=torch.bfloat16)
+    x, state = make_inputs(case), new_state(case)
+    x.bias[..., 5, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    ops.attention_forward(x.q, x.k, x.v, *options(case, x, slice(None), masked=True), *state)
+    out, lse = state
+    assert out[:, 5].isnan().all() and lse[..., 5].isnan().all()
+    others = torch.arange(case.lq) != 5
+    assert out[:, others].isfinite().all() and lse[..., others].isfinite().all()
