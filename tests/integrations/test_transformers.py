@@ -28,6 +28,11 @@ LM = SIZES | {"num_key_value_heads": 3, "head_dim": 8, "vocab_size": 61, "pad_to
 VISION = SIZES | {"image_size": 40, "patch_size": 8}
 TEXT = SIZES | {"vocab_size": 61, "max_position_embeddings": TOKENS, "eos_token_id": 60}
 TEXT |= {"bos_token_id": 59, "pad_token_id": 0}
+MLA = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 61}
+MLA |= {"num_key_value_heads": 6, "intermediate_size": 64, "pad_token_id": 0}
+MLA |= {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+MLA |= {"v_head_dim": 6, "first_k_dense_replace": 1, "moe_intermediate_size": 24}
+MLA |= {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ViT": ("ViTConfig", "ViTModel", VISION),
     "DINOv3": ("DINOv3ViTConfig", "DINOv3ViTModel", VISION | {"num_register_tokens": 4}),
@@ -63,12 +68,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssForCausalLM",
         LM | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     ),
+    "DeepSeek-V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", MLA),
 }
+OF_EXPERTS = ("gpt-oss", "DeepSeek-V3")
 PADDED = [(kind, side) for kind in MODELS for side in (None, "left", "right")]
 OF_IMAGES = ("ViT", "DINOv3", "CLIP vision", "SigLIP vision")
 PADDED = [(kind, side) for kind, side in PADDED if side is None or kind not in OF_IMAGES]
 # what these libraries compute in fp32, whatever is asked for, differs by its rounding
-LOOSE = {"Gemma 2": 3e-6, "Gemma 3": 3e-6}
+LOOSE = {"Gemma 2": 3e-6, "Gemma 3": 3e-6, "DeepSeek-V3": 3e-6}
 
 
 def model_of(kind: str, implementation: str = "usp") -> nn.Module:
@@ -79,7 +86,7 @@ def model_of(kind: str, implementation: str = "usp") -> nn.Module:
     torch.manual_seed(0)
     model = getattr(library, name)._from_config(config, attn_implementation=implementation)
     model = doors.randomize(model).eval()
-    if kind == "gpt-oss":
+    if kind in OF_EXPERTS:
         model.set_experts_implementation("eager")
     return model
 
@@ -157,7 +164,7 @@ def test_on_one_device_it_is_what_transformers_computes(kind, padding) -> None:
 
 def test_generation_on_one_device_goes_on() -> None:
     ids = inputs_of("Llama", None)["input_ids"][:1, :5]
-    for kind in ("Llama", "Gemma 2"):
+    for kind in ("Llama", "Gemma 2", "DeepSeek-V3"):
         texts = []
         for implementation in ("usp", "eager"):
             model = model_of(kind, implementation)
@@ -235,7 +242,7 @@ def _packed(kind: str) -> dict[str, Tensor]:
     return {"logits": model(input_ids=ids, position_ids=positions).logits.detach()}
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "DeepSeek-V3"])
 def test_packed_documents_are_the_documents_one_by_one(pool, kind) -> None:
     libraries.library("transformers")
     model, ids = model_of(kind), inputs_of(kind, None)["input_ids"][:1]

@@ -34,6 +34,7 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,
     "transformers.models.gemma2.modeling_gemma2.Gemma2Model": _ROTATED,
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": _ROTATED,
+    "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Model": _ROTATED,
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
 }
 
