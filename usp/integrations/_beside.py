@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,6 +19,9 @@ def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any
     Raises:
         ValueError: it has not; names both numbers.
     """
+    if name == boundary.documents and _are_of_several(whole, tokens):
+        # one document, this rank's tokens; what is computed again finds the others behind it
+        return torch.cat([whole.new_tensor([0, tokens.held]), whole])[:2]
     if name not in boundary.beside or whole is None:
         return whole
     if isinstance(whole, tuple | list):
@@ -34,6 +39,58 @@ def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any
         tokens.spread,
         ValueError(f"{refusal} for {length} tokens: beside= says that it has one for each"),
     )
+
+
+def with_documents(tokens: Tokens, boundaries: Tensor | None) -> Tokens:
+    """The same tokens, of documents that attention keeps apart.
+
+    Raises:
+        ValueError: they are not of all tokens.
+        NotImplementedError: whoever cut the batch has said which documents there are.
+    """
+    if not _are_of_several(boundaries, tokens):
+        return tokens
+    spread = tokens.spread
+    if tokens.cut:
+        refuse(
+            spread,
+            NotImplementedError(
+                f"boundaries of {tuple(boundaries.shape)} from the model, whose tokens were cut "
+                "before it: say which documents there are to usp.cut_batch(cu_seqlens=)"
+            ),
+        )
+    ends = tuple(boundaries.tolist())
+    if ends[-1:] != (spread.seq_len,):
+        refuse(
+            spread,
+            ValueError(
+                f"documents end at {ends[-1:]}, where {spread.seq_len} tokens are spread: "
+                "documents= says that they are of all"
+            ),
+        )
+    return replace(tokens, spread=replace(spread, cu_seqlens=ends))
+
+
+def documents_again(tokens: Tokens, local: Tensor | None) -> Tokens:
+    """The same tokens, of the documents behind what ``cut_beside`` has made of their boundaries.
+
+    Raises:
+        NotImplementedError: it has been copied, and they were left behind.
+    """
+    if not _are_of_several(local, tokens):
+        return tokens
+    held = local.untyped_storage().nbytes() // local.element_size()
+    if local.storage_offset() or held < 4:
+        raise NotImplementedError(
+            f"boundaries of {tuple(local.shape)} were moved before the backward, and those "
+            "of the other ranks' documents stayed behind: leave what modules are given in place"
+        )
+    return with_documents(tokens, local.as_strided((held - 2,), (1,), 2))
+
+
+def _are_of_several(boundaries: Tensor | None, tokens: Tokens) -> TypeGuard[Tensor]:
+    """Whether documents are of more than one rank: else the module parts them itself."""
+    return boundaries is not None and len(tokens.shares) > 1
 
 
 def _of_the_others(tokens: Tokens, whole: Tensor, dim: int) -> Tensor:

@@ -33,6 +33,9 @@ class Boundary:
         after_prefix: Which of ``beside`` may have entries for the last tokens alone, as tables of
             patches have none for class tokens and registers in front of them; what they are given
             to must see by their length how many that leaves out.
+        documents: The argument of these modules that holds boundaries ``(0, ..., tokens)`` of
+            documents, as flash-attn takes them (``cu_seqlens``): on several ranks attention keeps
+            these apart, and the modules are told of one, this rank's tokens.
         never: Arguments of these modules that must be None on several ranks: what they keep (a
             cache) would be of this rank's tokens alone.
 
@@ -46,6 +49,7 @@ class Boundary:
     dim: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict)
     after_prefix: Sequence[str] = ()
+    documents: str | None = None
     never: Sequence[str] = ()
 
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:

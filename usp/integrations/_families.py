@@ -15,6 +15,9 @@ _ROTATED = Boundary(
 # of images and of texts, each with a sequence of its own
 _TOWERS = Boundary("text_model.encoder.layers"), Boundary("vision_model.encoder.layers")
 
+# images of all sizes as one sequence, each or each window of one a document
+_PACKED = Boundary("blocks", dim=0, beside={"position_embeddings": 0}, documents="cu_seqlens")
+
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
@@ -29,6 +32,9 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEncoder": Boundary(
         "layer", beside={"position_embeddings": -2}, after_prefix=("position_embeddings",)
     ),
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": _PACKED,
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl."
+    "Qwen2_5_VisionTransformerPretrainedModel": _PACKED,
     "transformers.models.bert.modeling_bert.BertEncoder": Boundary("layer", never=("cache",)),
     "transformers.models.llama.modeling_llama.LlamaModel": _ROTATED,
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,

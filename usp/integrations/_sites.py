@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
-from usp.integrations._beside import cut_beside
+from usp.integrations._beside import cut_beside, documents_again, with_documents
 from usp.integrations._trunk import Trunk, first_tensor
 
 
@@ -120,7 +120,23 @@ class Inside(Site):
         tokens = self.trunk.current(x)
         if tokens is None:  # called by itself: an ordinary module
             return self.inner(*args, **kwargs)
-        return self.run(tokens, args, kwargs)
+        if self.trunk.boundary.documents is None or self.trunk.region is not None:
+            return self.run(tokens, args, kwargs)
+        return self._run_by_itself(tokens, args, kwargs)
+
+    def _run_by_itself(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A checkpoint inside of a module of the trunk, with documents that this was told."""
+        name = self.trunk.boundary.documents
+        names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
+        told = (dict(zip(names, args, strict=False)) | kwargs).get(name or "")
+        with self.trunk.entered(documents_again(tokens, told)) as region:
+            out = self.run(tokens, args, kwargs)
+            if told is None and region.answered and len(tokens.shares) > 1:
+                raise NotImplementedError(
+                    f"{self.described()} is computed again in the backward, where nobody tells it "
+                    f"{name}: checkpoint whole modules of the trunk"
+                )
+        return out
 
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.trunk.entered(tokens) as region:
@@ -179,8 +195,9 @@ class Block(Inside):
             args = (x, *rest, *args[1 + len(names[1 : len(args)]) :])
         else:
             kwargs = kwargs | {names[0]: x}
-        kwargs = {n: cut_beside(tokens, boundary, n, value) for n, value in kwargs.items()}
-        out = self.run(tokens, args, kwargs)
+        cut = {n: cut_beside(tokens, boundary, n, value) for n, value in kwargs.items()}
+        apart = (given | kwargs).get(boundary.documents or "")
+        out = self.run(with_documents(tokens, apart), args, cut)
         if not self.is_last or tokens.cut:
             trunk.note_local(self.described(), out)
             return out

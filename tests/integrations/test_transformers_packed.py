@@ -1,0 +1,189 @@
+"""Vision towers of transformers that take images of all sizes as one sequence, by cu_seqlens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import doors
+import libraries
+import pool as workers
+import pytest
+import torch
+from integration_models import random
+from pool import RemoteError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import usp
+from usp.integrations import transformers as door
+
+pytestmark = pytest.mark.library
+MESHES = [(2, 1), (1, 2), (2, 2)]
+GRIDS = torch.tensor([[1, 6, 10], [2, 4, 4], [1, 2, 2]])  # frames, rows and columns of patches
+TOKENS = 60 + 32 + 4
+PATCHES = {"depth": 2, "num_heads": 3, "patch_size": 4, "spatial_merge_size": 2}
+TOWERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "Qwen2-VL": (
+        "qwen2_vl",
+        "Qwen2VLVisionConfig",
+        "Qwen2VisionTransformerPretrainedModel",
+        {"embed_dim": 24, "hidden_size": 20, "mlp_ratio": 2},
+    ),
+    "Qwen2.5-VL": (  # a layer that looks at windows, and one that looks at images
+        "qwen2_5_vl",
+        "Qwen2_5_VLVisionConfig",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 20}
+        | {"window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+}
+
+
+class Tower(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.tower(pixels, grid_thw=GRIDS)
+        return out.last_hidden_state, out.pooler_output
+
+
+def tower(kind: str, implementation: str = "usp") -> nn.Module:
+    folder, config, name, options = TOWERS[kind]
+    configs = libraries.library(f"transformers.models.{folder}.configuration_{folder}")
+    models = libraries.library(f"transformers.models.{folder}.modeling_{folder}")
+    door.register()
+    config = getattr(configs, config)(**PATCHES, **options)
+    model = getattr(models, name)._from_config(config, attn_implementation=implementation)
+    return Tower(doors.randomize(model)).eval()
+
+
+def pixels() -> dict[str, torch.Tensor]:
+    return {"pixels": random(TOKENS, 3 * 2 * 4 * 4, seed=1)}
+
+
+def _compared(
+    degrees: tuple[int, int], layout: str, kind: str, implementation: str, again: bool
+) -> dict[str, float]:
+    mesh, model = workers.mesh(*degrees), tower(kind, implementation).train(again)
+
+    def spread(wrapped: nn.Module) -> None:
+        usp.parallelize(wrapped, mesh, layout=layout)
+        if again:
+            wrapped.tower.gradient_checkpointing_enable({"use_reentrant": False})
+
+    return doors.compared(model, pixels(), mesh, spread)
+
+
+@pytest.mark.parametrize("degrees", MESHES, ids=str)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_images_stay_apart_over_ranks(pool, kind, degrees) -> None:
+    libraries.library("transformers")
+    layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[degrees]
+    args = degrees, layout, kind, "usp", False
+    for wrong in pool.run(_compared, *args, ranks=degrees[0] * degrees[1], timeout=250):
+        assert wrong == {}
+
+
+@pytest.mark.parametrize(("implementation", "again"), [("sdpa", False), ("usp", True)])
+def test_by_other_means_and_computed_again(pool, implementation, again) -> None:
+    libraries.library("transformers")
+    args = (1, 2), "zigzag", "Qwen2.5-VL", implementation, again
+    for wrong in pool.run(_compared, *args, ranks=2, timeout=250):
+        assert wrong == {}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_on_one_device_it_is_what_transformers_computes(kind) -> None:
+    with torch.no_grad():
+        found, wanted = tower(kind)(**pixels()), tower(kind, "eager")(**pixels())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # part of it in fp32
+
+
+class Whole(nn.Module):
+    """Images and text, of which the tower alone is spread."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.randint(1, 50, (1, 40), generator=torch.Generator().manual_seed(1))
+        ids[:, 5 : 5 + TOKENS // 4] = 55  # a row of the tower's for each, the images one by one
+        given = {"image_grid_thw": GRIDS, "use_cache": False}
+        out = self.model(input_ids=ids, pixel_values=pixels, labels=ids, **given)
+        return out.loss, out.logits
+
+
+def _compared_whole(degrees: tuple[int, int]) -> dict[str, float]:
+    library = libraries.library("transformers")
+    door.register()
+    vision = PATCHES | TOWERS["Qwen2.5-VL"][3]
+    text = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
+    text |= {"intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 2, 2],
+    }
+    tokens = {"image_token_id": 55, "video_token_id": 56, "vision_start_token_id": 57}
+    config = library.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    name = library.Qwen2_5_VLForConditionalGeneration
+    model = Whole(doors.randomize(name._from_config(config, attn_implementation="usp"))).eval()
+    mesh = workers.mesh(*degrees)
+    return doors.compared(model, pixels(), mesh, lambda m: usp.parallelize(m, mesh))
+
+
+@pytest.mark.parametrize("degrees", MESHES, ids=str)
+def test_the_whole_model_has_its_loss_and_every_gradient(pool, degrees) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_compared_whole, degrees, ranks=degrees[0] * degrees[1], timeout=250):
+        assert wrong == {}
+
+
+def _part_again(how: str) -> dict[str, float]:
+    """A checkpoint of attention alone, which is told its documents, or of what it calls."""
+    model, mesh = tower("Qwen2.5-VL"), workers.mesh(1, 2)
+
+    def spread(wrapped: nn.Module) -> None:
+        attention = wrapped.tower.blocks[0].attn
+        usp.parallelize(wrapped, mesh)
+        inner = attention.forward
+        attention.forward = functools.partial(_again, inner, how == "moved")
+
+    return doors.compared(model, pixels(), mesh, spread)
+
+
+def _again(inner: Any, is_moved: bool, x: torch.Tensor, **given: Any) -> torch.Tensor:
+    if is_moved:
+        given["cu_seqlens"] = given["cu_seqlens"].clone()
+    return checkpoint(inner, x, **given, use_reentrant=False)
+
+
+def test_attention_alone_is_computed_again(pool) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_part_again, "in place", ranks=2, timeout=200):
+        assert wrong == {}
+
+
+def test_documents_that_were_left_behind_are_refused(pool) -> None:
+    libraries.library("transformers")
+    with pytest.raises(RemoteError, match=r"boundaries of \(2,\) were moved before the backward"):
+        pool.run(_part_again, "moved", ranks=2, timeout=200)
+
+
+def _of_others() -> None:
+    model = tower("Qwen2-VL")
+    usp.parallelize(model, workers.mesh(1, 2))
+    block = model.tower.blocks[0]
+    inner = block.forward
+    block.forward = lambda *x, **y: inner(*x, **y | {"cu_seqlens": torch.tensor([0, 5, 90])})
+    model(**pixels())
+
+
+def test_documents_that_end_elsewhere_are_refused(pool) -> None:
+    libraries.library("transformers")
+    with pytest.raises(RemoteError, match=r"documents end at \(90,\), where 96 tokens are spread"):
+        pool.run(_of_others, ranks=2, timeout=200)
