@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from usp.integrations._answer import Tokens, refuse
@@ -69,6 +71,20 @@ def with_documents(tokens: Tokens, boundaries: Tensor | None) -> Tokens:
             ),
         )
     return replace(tokens, spread=replace(spread, cu_seqlens=ends))
+
+
+@contextmanager
+def prefix_of_this_rank(module: nn.Module, name: str | None, tokens: Tokens) -> Iterator[None]:
+    """While it runs, a module counts the tokens of the prefix that are here."""
+    whole = getattr(module, name, None) if name is not None else None
+    if name is None or whole is None or len(tokens.shares) == 1:
+        yield
+        return
+    setattr(module, name, tokens.count_first(whole))
+    try:
+        yield
+    finally:
+        setattr(module, name, whole)
 
 
 def documents_again(tokens: Tokens, local: Tensor | None) -> Tokens:

@@ -32,7 +32,9 @@ class Boundary:
             dim: ``{"rope": -2}``. Each module's own are cut as they come; tuples of tensors, too.
         after_prefix: Which of ``beside`` may have entries for the last tokens alone, as tables of
             patches have none for class tokens and registers in front of them; what they are given
-            to must see by their length how many that leaves out.
+            to must see by their length how many that leaves out, or by ``prefix_count``.
+        prefix_count: The attribute of attention modules that says how many: while one runs, it is
+            how many of these this rank holds.
         documents: The argument of these modules that holds boundaries ``(0, ..., tokens)`` of
             documents, as flash-attn takes them (``cu_seqlens``): on several ranks attention keeps
             these apart, and the modules are told of one, this rank's tokens.
@@ -49,6 +51,7 @@ class Boundary:
     dim: int | None = None
     beside: Mapping[str, int] = field(default_factory=dict)
     after_prefix: Sequence[str] = ()
+    prefix_count: str | None = None
     documents: str | None = None
     never: Sequence[str] = ()
 

@@ -23,6 +23,13 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
     "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers"),
     "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn"),
+    "timm.models.eva.Eva": Boundary(
+        "blocks",
+        "*.attn",
+        beside={"rope": -2},
+        after_prefix=("rope",),
+        prefix_count="num_prefix_tokens",
+    ),
     "timm.models.beit.Beit": Boundary("blocks", "*.attn"),
     "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers"),
     "transformers.models.clip.modeling_clip.CLIPEncoder": Boundary("layers"),

@@ -16,7 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
-from usp.integrations._beside import cut_beside, documents_again, with_documents
+from usp.integrations._beside import (
+    cut_beside,
+    documents_again,
+    prefix_of_this_rank,
+    with_documents,
+)
 from usp.integrations._trunk import Trunk, first_tensor
 
 
@@ -141,7 +146,8 @@ class Inside(Site):
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.trunk.entered(tokens) as region:
             before = region.answered
-            out = self.inner(*args, **kwargs)
+            with prefix_of_this_rank(self.module, self.trunk.boundary.prefix_count, tokens):
+                out = self.inner(*args, **kwargs)
             if self.must_answer and region.answered == before:
                 self._refuse_silence(tokens)
         return out
