@@ -605,14 +605,19 @@ def test_processes_that_ask_at_once_find_out_once(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     environ = os.environ | {"PYTHONPATH": path, "COUNTED": str(tmp_path / "counted")}
     command = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environ) for rank in range(3)]
+    # in a folder without sources of usp, which -c would import
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environ, cwd=tmp_path) for rank in range(3)
+    ]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0, 0]
     assert len(set((tmp_path / "counted").read_text().split())) == 1
 
 
-def test_the_first_call_of_a_process_says_nothing() -> None:
+def test_the_first_call_of_a_process_says_nothing(tmp_path: Path) -> None:
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FIRST_CALL]
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=120
+            command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environ
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -44,6 +44,13 @@ class Last(Exception):
     """A task's answer, after which its process is not fit for others."""
 
 
+def command_of(code: str, *arguments: str) -> list[str]:
+    """A process that runs some code, which finds ``sys`` and what this process imports."""
+    # with -c Python looks in its folder first, where other sources of usp may lie
+    own = "import sys; sys.path = [folder for folder in sys.path if folder]; "
+    return [sys.executable, "-c", own + code, *arguments]
+
+
 def watch(
     command: Sequence[str], mark: str, patience: float, first: float | None = None
 ) -> Watched:
@@ -55,8 +62,9 @@ def watch(
     """
     with tempfile.TemporaryDirectory(prefix="usp-apart-") as folder:
         output, errors = Path(folder, "out"), Path(folder, "err")
-        # what it imports is what this process imports
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # what it imports is what this process imports: "" is the folder that it runs in
+        paths = (path or os.getcwd() for path in sys.path)
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with output.open("w") as out, errors.open("w") as err:
             child = subprocess.Popen(command, stdout=out, stderr=err, env=environ)
         try:
@@ -99,8 +107,8 @@ def run_apart(task: str, arguments: Sequence[Any], patience: float) -> Ended:
         arguments: What JSON can hold.
         patience: Seconds for each, from when the first has the device.
     """
-    code = "import sys; from usp.machine import apart; apart.answer(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, task, json.dumps(list(arguments))]
+    code = "from usp.machine import apart; apart.answer(*sys.argv[1:])"
+    command = command_of(code, task, json.dumps(list(arguments)))
     try:
         said, reason = watch(command, _MARK, patience, _STARTING)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 from usp.kernels.configs import AnyConfig, Config
-from usp.machine.apart import watch
+from usp.machine.apart import command_of, watch
 
 Shape = tuple[int, int, int, int, int]
 MARK = "usp: one more has ended"
@@ -65,8 +64,7 @@ def command_for(
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
-    code = "import sys; from usp.kernels import tune; tune.try_all(sys.argv[1])"
-    return [sys.executable, "-c", code, json.dumps(task)]
+    return command_of("from usp.kernels import tune; tune.try_all(sys.argv[1])", json.dumps(task))
 
 
 def count_marks(command: Sequence[str], patience: float) -> tuple[int, str]:
