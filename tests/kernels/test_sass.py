@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sass import blocks, local_accesses, loops, opcodes
+from programs import module
+from sass import blocks, local_accesses, loops, main_loop, opcodes
 
 # A loop of two blocks, one of which lies behind the end; and what is before and after.
 TEXT = """
@@ -39,3 +40,28 @@ def test_spills_count_in_loops_alone() -> None:
 def test_a_jump_to_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="where it jumps"):
         blocks("        /*0000*/                   BRX R4 -0x10 ;\n")
+
+
+AMD = """
+\ts_cbranch_scc1 .LBB0_3
+.LBB0_1:                                ; in a loop
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]
+\tv_exp_f32_e32 v4, v4
+\ts_cbranch_scc0 .LBB0_1
+; %bb.2:
+\tv_exp_f32_e32 v5, v5
+.LBB0_3:
+\ts_endpgm
+"""
+
+
+def test_the_cycles_of_a_loop() -> None:
+    model = module("_machine_code")
+    code = main_loop(TEXT)
+    assert model.counts(code) == {"all": 4, "exp": 1, "matrix": 1, "other": 2}
+    # 64 x 64 x 16 multiply-adds of four quarters at 512 a clock each; both operands are read
+    assert model.cycles("cuda:90", code)["matrix"] == 32
+    assert model.cycles("cuda:90", code)["shared"] == 2 * 64 * 16 * 2 / 128
+    waves = main_loop(AMD)
+    assert model.cycles("hip:gfx942", waves) == {"matrix": 32, "exp": 16, "issue": 24}
+    assert model.bound(model.cycles("hip:gfx942", waves)) == ("matrix", 1)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from background import Said, environment
 from places import SUPPORT
+from programs import module
 
 pytest.importorskip("triton")
 
@@ -38,6 +39,22 @@ ASKED = dict.fromkeys(SHARED, PROBLEMS) | {
     "cuda:100": ["bfloat16:128"],
     "hip:gfx950": ["bfloat16:128"],
 }
+# Instructions of a warp's round over whole tiles, and clocks of shared memory: a tenth above what
+# Triton 3.6 or 3.9 makes, whichever is more.
+LOOPS = {
+    ("cuda:80", "forward", 64): (700, 860),
+    ("cuda:80", "keys", 64): (640, 1610),
+    ("cuda:80", "queries", 64): (355, 790),
+    ("cuda:80", "forward", 128): (630, 1000),
+    ("cuda:80", "keys", 128): (560, 2230),
+    ("cuda:80", "queries", 128): (590, 2200),
+    ("cuda:90", "forward", 64): (575, 595),
+    ("cuda:90", "keys", 64): (520, 830),
+    ("cuda:90", "queries", 64): (535, 880),
+    ("cuda:90", "forward", 128): (410, 615),
+    ("cuda:90", "keys", 128): (605, 1320),
+    ("cuda:90", "queries", 128): (415, 1020),
+}
 KERNELS = {"forward", "keys", "queries", "bias_gradient"}
 
 
@@ -46,7 +63,8 @@ def command() -> tuple[list[str], dict[str, str]]:
     tasks = [f"{target}/{problem}" for target, problems in ASKED.items() for problem in problems]
     # what takes longest first: no core waits at the end
     tasks.sort(key=lambda task: -int(task.rpartition(":")[2]))
-    return [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks], environment()
+    program = [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks]
+    return program, environment() | {"USP_MAIN_LOOPS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +108,21 @@ def test_defaults_compile_without_spills_in_loops(target: str, rows: dict[str, A
     assert not slow, "without the matrix instructions of that GPU:\n" + "\n".join(slow)
     large = [row_text(row) for row in found if row["shared"] > SHARED[target]]
     assert not large, "\n".join(large)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_main_loops_keep_their_counts(target: str, rows: dict[str, Any]) -> None:
+    """As ``usp bench machine_code`` prints them."""
+    model, seen = module("_machine_code"), set()
+    for row in rows[target]:
+        key = (target, row["kernel"], row["head_dim"])
+        if key in LOOPS:
+            seen.add(key)
+            code = [tuple(x) for x in row["main_loop"]]
+            found = model.counts(code)
+            taken = found["all"], model.cycles(target, code)["shared"]
+            assert found["matrix"], row_text(row)
+            assert not found.get("local"), row_text(row)
+            assert all(n <= most for n, most in zip(taken, LOOPS[key], strict=True)), (key, taken)
+    assert seen == {key for key in LOOPS if key[0] == target}

@@ -1,4 +1,4 @@
-"""NVIDIA's machine code as nvdisasm, which comes with Triton, writes it: which runs in a loop.
+"""Machine code as nvdisasm, which comes with Triton, and AMD's compiler write it: what loops do.
 
 A loop is found in the jumps, not in the order of the text: an instruction is in one if the program
 can come from it back to it.
@@ -15,8 +15,10 @@ from pathlib import Path
 import triton.backends.nvidia
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+MATRIX = ("HGMMA", "HMMA", "v_mfma")
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(@\S+)\s+)?([A-Z][\w.]*)([^;]*);")
-_LABEL = re.compile(r"^(\.L_x_\d+):")
+_AMD_LINE = re.compile(r"^\s+()([a-z]+_\w+)([^;/]*)")
+_LABEL = re.compile(r"^(\.L\w+):")
 
 
 @dataclass
@@ -24,11 +26,11 @@ class Block:
     """Instructions that run one after the other.
 
     Attributes:
-        opcodes: With their modifiers.
+        code: Opcode with modifiers, and operands.
         after: Numbers of the blocks that may run next.
     """
 
-    opcodes: list[str]
+    code: list[tuple[str, str]]
     after: list[int]
 
 
@@ -58,18 +60,23 @@ def blocks(text: str) -> list[Block]:
         if label := _LABEL.match(line):
             cut(falls_through=True)
             names[label[1]] = len(found) - 1
-        elif match := _LINE.search(line):
+        elif match := _LINE.search(line) or _AMD_LINE.match(line):
             predicate, opcode, operands = match.groups()
-            found[-1].opcodes.append(opcode)
+            found[-1].code.append((opcode, operands.strip()))
             base = opcode.partition(".")[0]
-            if base in {"BRX", "JMX"}:
-                raise ValueError(f"{opcode}{operands}: where it jumps is not in the text")
-            if base == "BRA":
-                targets.append((len(found) - 1, re.findall(r"\.L_x_\d+", operands)[0]))
-            if base in {"BRA", "EXIT", "RET"}:
-                # a branch may have its condition among the operands, or wait for the warp
-                certain = predicate is None and re.match(r"[^,]*$", operands) is not None
-                cut(falls_through=not certain)
+            jumps = base in {"BRA", "BRX", "JMX", "s_branch"} or base.startswith("s_cbranch")
+            if jumps:
+                # a table of targets follows in a comment
+                to = re.findall(r"\.L\w+", operands)
+                if not to:
+                    raise ValueError(f"{opcode}{operands}: where it jumps is not in the text")
+                targets += [(len(found) - 1, name) for name in to]
+            if jumps or base in {"EXIT", "RET", "s_endpgm"}:
+                # a branch of NVIDIA's may have its condition among the operands
+                conditional = (
+                    predicate or ("," in operands and base == "BRA") or base.startswith("s_cbranch")
+                )
+                cut(falls_through=bool(conditional))
     for number, name in targets:
         found[number].after.append(names[name])
     found[-1].after = [x for x in found[-1].after if x < len(found)]
@@ -98,7 +105,18 @@ def _reached(program: list[Block], start: int) -> set[int]:
 
 
 def opcodes(loop: list[Block]) -> list[str]:
-    return [opcode for block in loop for opcode in block.opcodes]
+    return [opcode for block in loop for opcode, _ in block.code]
+
+
+def main_loop(text: str) -> list[tuple[str, str]]:
+    """The loop that multiplies most, the shortest of those: the one without masks."""
+
+    def order(code: list[tuple[str, str]]) -> tuple[int, int]:
+        return -sum(opcode.startswith(MATRIX) for opcode, _ in code), len(code)
+
+    return min(
+        ([x for block in loop for x in block.code] for loop in loops(blocks(text))), key=order
+    )
 
 
 def local_accesses(text: str) -> int:

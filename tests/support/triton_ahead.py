@@ -1,7 +1,8 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
 ``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row
-for each kernel, or each of the Hopper kernels, from as many processes as there are cores.
+for each kernel, or each of the Hopper kernels, from as many processes as there are cores. With
+``USP_MAIN_LOOPS=1`` a row holds the instructions of the loop over whole tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sass import TOOLS, disassembled, local_accesses
+from sass import TOOLS, disassembled, local_accesses, main_loop
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -157,8 +158,11 @@ def resources(kernel: Any) -> dict[str, Any]:
     text = asm.get("ptx") or asm["amdgcn"]
     names = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
     matrix = {name: text.count(name) for name in names if name in text}
-    found = nvidia_usage(asm["cubin"]) if "cubin" in asm else amd_usage(text)
-    return {**found, "shared": kernel.metadata.shared, "matrix": matrix}
+    found: dict[str, Any] = nvidia_usage(asm["cubin"]) if "cubin" in asm else amd_usage(text)
+    found |= {"shared": kernel.metadata.shared, "matrix": matrix}
+    if os.environ.get("USP_MAIN_LOOPS"):
+        found["main_loop"] = main_loop(disassembled(asm["cubin"]) if "cubin" in asm else text)
+    return found
 
 
 def nvidia_usage(cubin: bytes) -> dict[str, int]:

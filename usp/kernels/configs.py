@@ -2,9 +2,9 @@
 
 The first of a row is the default: of the shapes that the literature and the size of the register
 file suggest, one whose loops keep every register, as ``tests/kernels/test_triton_compile.py``
-checks; what is spilled before and after them is moved once. Among these the one whose loop, by its
-instructions, takes the fewest cycles of what it takes most of (``usp bench machine_code``). That is
-a rule and no measurement: no GPU has timed a row. The others are what ``tune.tune`` tries.
+checks; what is spilled before and after them is moved once. Which of these was read from the
+instructions of the loops (``usp bench machine_code``). That is a rule and no measurement: no GPU
+has timed a row. The others are what ``tune.tune`` tries.
 """
 
 from __future__ import annotations
