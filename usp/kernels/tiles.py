@@ -10,11 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def program(num_tiles, NUM_XCDS: tl.constexpr):
+def program(num_tiles, NUM_XCDS: tl.constexpr, KEYS: tl.constexpr = False):
     """Tile and sequence (batch and head) of this program; tiles of one sequence run together.
 
     Hardware deals programs out over ``NUM_XCDS`` chiplets in turn: undo that, so that the tiles
-    of one head share a chiplet's cache. The last tiles, the longest of a causal mask, come first.
+    of one head share a chiplet's cache. The longest tiles of a causal mask come first: the last
+    of queries, the first of keys.
     """
     pid = tl.program_id(0)
     if NUM_XCDS > 1:
@@ -23,7 +24,10 @@ def program(num_tiles, NUM_XCDS: tl.constexpr):
         rest = total % NUM_XCDS
         xcd = pid % NUM_XCDS
         pid = xcd * whole + tl.minimum(xcd, rest) + pid // NUM_XCDS
-    return num_tiles - 1 - pid % num_tiles, pid // num_tiles
+    tile = pid % num_tiles
+    if not KEYS:
+        tile = num_tiles - 1 - tile
+    return tile, pid // num_tiles
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def keys_kernel(
     EDGE: tl.constexpr,
     NUM_XCDS: tl.constexpr,
 ):
-    tile, sequence = program(tl.cdiv(sizes.k_len, BLOCK_K), NUM_XCDS)
+    tile, sequence = program(tl.cdiv(sizes.k_len, BLOCK_K), NUM_XCDS, KEYS=True)
     b = sequence // sizes.num_kv_heads
     g = sequence % sizes.num_kv_heads
     start = tile * BLOCK_K
