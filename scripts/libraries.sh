@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Attention libraries whose kernels or Python run without a GPU, each set in a folder of its own:
-# nothing else finds them there.
+# Attention libraries whose kernels or Python run without a GPU, and DeepSpeed, each set in a folder
+# of its own: nothing else finds them there.
 # usage: scripts/libraries.sh VENV [flash-attn-4]      that one is 320 MB of compilers
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +8,10 @@ venv=${1:?usage: scripts/libraries.sh VENV [flash-attn-4]}
 case "${2:-}" in
   "")
     folder=build/libraries
-    wanted=(flash-attn==2.8.3.post2 einops==0.8.2 amd-aiter==0.1.7.post2.dev18)
+    wanted=(flash-attn==2.8.3.post2 einops==0.8.2 amd-aiter==0.1.7.post2.dev18
+      yunchang==0.6.4 ring-flash-attn==0.1.8
+      deepspeed==0.19.8 hjson msgpack psutil py-cpuinfo pydantic pydantic-core annotated-types
+      typing-inspection tqdm)
     ;;
   flash-attn-4)
     folder=build/flash-attn-4
@@ -25,7 +28,7 @@ esac
 
 rm -rf "$folder"
 # flash-attn's own switches: no prebuilt wheel is looked for, and no CUDA is compiled
-export FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
+export FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE DS_BUILD_OPS=0
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
   --no-build-isolation --target "$folder" "${wanted[@]}"
 echo "${wanted[*]}" >"$folder/wanted"
