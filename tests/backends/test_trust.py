@@ -130,7 +130,7 @@ def test_a_wrong_family_is_left_out_and_said_once(name: str, family: Family) -> 
     assert attention() < 1e-5
 
 
-@pytest.mark.parametrize("where", ["thread", "process"])
+@pytest.mark.parametrize("where", ["thread", pytest.param("process", marks=pytest.mark.long)])
 def test_a_variant_is_used_if_it_is_right(
     where: str, family: Family, request: pytest.FixtureRequest, checks: list[str]
 ) -> None:
@@ -210,7 +210,10 @@ def test_a_right_family_is_taken(
     assert chosen(replace(TRAITS, softcap=True)) == (OURS, [])
 
 
-@pytest.mark.parametrize("name", families.FATAL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x == "dies" else pytest.mark.long) for x in families.FATAL],
+)
 def test_what_takes_its_process_with_it_is_left_out(
     name: str, family: Family, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +233,7 @@ def test_what_was_seen_in_another_process_is_told(family: Family, like_a_gpu: No
     assert found == OURS and families.WRONG["wrong_lse"][1] in message
 
 
+@pytest.mark.long
 def test_several_share_a_process_and_none_suffers_for_another(
     family: Family, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -592,6 +596,7 @@ assert backends.select("counted", traits).NAME == "counted"
 """
 
 
+@pytest.mark.long
 def test_processes_that_ask_at_once_find_out_once(tmp_path: Path) -> None:
     """As the ranks of a node do."""
     counts = """

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_the_installed_package_is_what_is_tested() -> None:
     origin = json.loads(installed.read_text("direct_url.json") or "{}")
     editable = origin.get("dir_info", {}).get("editable", False)
     expected = ROOT / "usp" if editable else Path(str(installed.locate_file("usp")))
-    assert Path(usp.__file__).parent == expected.resolve()
+    assert Path(usp.__file__).parent == expected.resolve(), sys.path
     assert (expected / "py.typed").is_file()
 
 

@@ -140,9 +140,14 @@ def assert_ends_there(found: list[dict[str, Tensor]], wanted: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("run", [plain, under_ddp, under_fsdp])
 @pytest.mark.parametrize(
-    "batches", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+    ("run", "batches"),
+    [
+        (plain, 2),
+        *(pytest.param(plain, n, marks=pytest.mark.long) for n in (1, 3)),
+        *(pytest.param(under_ddp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
+        *(pytest.param(under_fsdp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
+    ],
 )
 def test_five_steps_end_where_one_process_ends(
     pool: Any, place: Place, run: Callable[..., dict[str, Tensor]], batches: int
