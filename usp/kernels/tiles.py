@@ -14,8 +14,8 @@ def program(num_tiles, NUM_XCDS: tl.constexpr, KEYS: tl.constexpr = False):
     """Tile and sequence (batch and head) of this program; tiles of one sequence run together.
 
     Hardware deals programs out over ``NUM_XCDS`` chiplets in turn: undo that, so that the tiles
-    of one head share a chiplet's cache. The longest tiles of a causal mask come first: the last
-    of queries, the first of keys.
+    of one head share a chiplet's cache. The longest tiles of a causal mask come first: the last of
+    queries, and where `KEYS` says so the first of keys.
     """
     pid = tl.program_id(0)
     if NUM_XCDS > 1:
