@@ -108,6 +108,7 @@ def test_who_takes_no_case_or_fails_is_said(table: Families) -> None:
     assert found.left_out == {"refuses": "it takes nothing", "fails": "RuntimeError: too long"}
 
 
+@pytest.mark.long
 def test_who_is_hopeless_is_measured_no_further(
     table: Families, monkeypatch: pytest.MonkeyPatch
 ) -> None:

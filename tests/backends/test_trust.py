@@ -198,6 +198,7 @@ def test_the_variant_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", ["in a thread", "in a process of its own"])
+@pytest.mark.long
 def test_a_right_family_is_taken(
     where: str, family: Family, request: pytest.FixtureRequest
 ) -> None:
@@ -227,6 +228,7 @@ def test_what_takes_its_process_with_it_is_left_out(
         assert chosen() == (OURS, [message])
 
 
+@pytest.mark.long
 def test_what_was_seen_in_another_process_is_told(family: Family, like_a_gpu: None) -> None:
     family("wrong_lse", families.WRONG["wrong_lse"][0])
     found, (message,) = chosen()

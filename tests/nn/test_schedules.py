@@ -186,6 +186,7 @@ def later_steps(place: Place, folder: str) -> dict[str, Tensor]:
     ],
     ids=str,
 )
+@pytest.mark.long
 def test_training_goes_on_on_another_mesh(
     pool: Any, tmp_path: Path, before: Place, after: Place
 ) -> None:

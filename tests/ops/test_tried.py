@@ -148,6 +148,7 @@ def test_those_that_there_are_are_right(name: str) -> None:
     assert pack.check([name, "cpu"]) is None
 
 
+@pytest.mark.long
 def test_another_process_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tried, "_in_own_process", lambda device: True)
     assert tried.may_run("merging", "torch", merge.check, CPU)

@@ -52,6 +52,7 @@ def test_what_a_rank_raises_is_a_verdict() -> None:
     assert "rank 1: ArithmeticError: of this rank alone" in found.cause
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_ever_are_a_verdict() -> None:
     model, x = programs.right()
     found = usp.verify(model, x, (1, 2), sharded=programs.skips, seconds=5)
@@ -77,6 +78,7 @@ usp.verify(Mine(2, 2), None)
 """
 
 
+@pytest.mark.long
 def test_programs_that_other_processes_cannot_run(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
