@@ -142,7 +142,7 @@ def relative(block: Block, level: Tensor) -> list[Block]:
     blocks = []
     for start, stop in pairwise(ends):
         visit = _of_rows(block.visit, start, stop)
-        if visit.pairs:
+        if visit.span is None or not visit.span.is_empty:
             blocks.append(replace(block, visit=visit, bias=bias - level[:, :, start, None, None]))
     return blocks
 

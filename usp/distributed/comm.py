@@ -287,7 +287,7 @@ def compare_before_groups(
     everyone: list[Any] = [None] * dist.get_world_size(group)
     refusal = None if error is None else str(error)
     world = dist.distributed_c10d._world
-    groups = len(world.pg_names), world.group_count
+    groups = len(world.pg_names), getattr(world, "group_count", 0)
     dist.all_gather_object(everyone, (told, own, refusal, groups), group=group)
     if error is not None:
         raise error
@@ -321,7 +321,8 @@ def _agree_on_names(groups: list[tuple[int, int]], among_some: bool) -> None:
         ValueError: torch names such groups by how many a rank is in, and these numbers differ.
     """
     torch_groups = dist.distributed_c10d
-    torch_groups._world.group_count = max(counted for _, counted in groups)
+    if hasattr(torch_groups._world, "group_count"):  # torch's own, and no promise
+        torch_groups._world.group_count = max(counted for _, counted in groups)
     if not among_some or "group_count" in torch_groups._hash_ranks_to_str.__code__.co_names:
         return
     held = [held for held, _ in groups]
