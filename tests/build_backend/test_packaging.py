@@ -65,6 +65,7 @@ def test_installed_metadata() -> None:
         *(
             "demo",
             "dev",
+            "diffusers",
             "doors",
             "flash",
             "hub",
