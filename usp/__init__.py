@@ -16,6 +16,7 @@ from usp.nn.batch import cut_batch
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
+from usp.nn.tiled.module import tiled_mlp
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.gradients import all_reduce_gradients
 from usp.sharding.loss import cross_entropy
@@ -53,6 +54,7 @@ __all__ = [
     "shard_sequence",
     "spread_attention",
     "take",
+    "tiled_mlp",
     "unshard_sequence",
     "use_kernel",
     "var",

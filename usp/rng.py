@@ -73,6 +73,30 @@ def sharded(mesh: SequenceMesh | None = None) -> Iterator[None]:
         yield
 
 
+class Drawn:
+    """Where torch's generators stand: of the CPU, and of an accelerator that has been started."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._accelerator = _accelerator(None)
+        if self._accelerator is not None:
+            self._index = torch.accelerator.current_device_index()
+            self._of_device = getattr(torch, self._accelerator).get_rng_state(self._index)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same numbers are drawn in here; afterwards generators are as they were."""
+        if self._accelerator is None:
+            with torch.random.fork_rng(devices=()):
+                torch.set_rng_state(self._cpu)
+                yield
+            return
+        with torch.random.fork_rng(devices=(self._index,), device_type=self._accelerator):
+            torch.set_rng_state(self._cpu)
+            getattr(torch, self._accelerator).set_rng_state(self._of_device, self._index)
+            yield
+
+
 def _draw_seed() -> int:
     return int(torch.randint(2**_SEED_BITS - 1, (), dtype=torch.int64, device="cpu"))
 

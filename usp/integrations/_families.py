@@ -51,14 +51,6 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
 }
 
-# ends of names of classes that drop whole samples, so that all ranks must drop the same
-OF_SAMPLES = ("DropPath", "StochasticDepth")
-
-
-def drops_samples(module: nn.Module) -> bool:
-    """Whether it is one of those, under whichever library's name."""
-    return type(module).__name__.endswith(OF_SAMPLES)
-
 
 def family(model: nn.Module) -> tuple[Boundary, ...]:
     """The trunks of a model that is known, or of the one part of it that is.

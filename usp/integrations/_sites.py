@@ -1,13 +1,9 @@
-"""What stands in the place of a module's ``forward`` in a model that is parallelized.
-
-Objects and no closures, and no hooks: they copy and pickle with their module, a checkpoint that
-calls the module again comes through them, and taking one away leaves what was there.
-"""
+"""What stands in the place of a module's ``forward`` in a model that is parallelized."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,48 +19,7 @@ from usp.integrations._beside import (
     with_documents,
 )
 from usp.integrations._trunk import Trunk, first_tensor
-
-
-class Site:
-    """A module's ``forward`` as it was.
-
-    Attributes:
-        module, name: Whose it is.
-    """
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-        self._own: Callable[..., Any] | None = None
-
-    def place(self) -> None:
-        """Stand in; before another site of the same module, or an object's own forward."""
-        self._own = self.module.__dict__.get("forward")
-        self.module.forward = self
-
-    def remove(self) -> None:
-        """Leave what was there."""
-        del self.module.forward
-        if self._own is not None:
-            self.module.forward = self._own
-
-    def inner(self, *args: Any, **kwargs: Any) -> Any:
-        """What stood there before."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """For those who look at what a model takes."""
-        if self._own is not None:
-            return inspect.signature(self._own)
-        return inspect.signature(type(self.module).forward.__get__(self.module))
-
-    def described(self) -> str:
-        return f"{self.name or 'the model'} ({type(self.module).__qualname__})"
+from usp.nn.site import Site
 
 
 class Share(torch.autograd.Function):

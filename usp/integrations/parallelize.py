@@ -8,14 +8,14 @@ from typing import TypeVar
 from torch import nn
 
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.integrations._across import reason
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, shortened
 from usp.integrations._cut import Cut, CutTrunk
-from usp.integrations._families import drops_samples, family
+from usp.integrations._families import family
 from usp.integrations._parts import Local, Multihead, Samples
 from usp.integrations._sites import Block, Inside, Site, Whole
 from usp.integrations._trunk import Trunk
+from usp.nn.across import drops_samples, reason
 from usp.nn.multihead.module import check_class
 from usp.planning.layout import Layout, check_layout
 

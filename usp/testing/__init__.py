@@ -1,6 +1,14 @@
-"""What tests judge by: a dense fp64 oracle and a byte counter, which import nothing of usp."""
+"""What tests judge by: a dense fp64 oracle and counters of bytes, which import nothing of usp."""
 
+from usp.testing.memory import StorageBytes
 from usp.testing.oracle import dense_attention, dropout_multiplier, philox, visible_keys
 from usp.testing.wire import WireBytes
 
-__all__ = ["WireBytes", "dense_attention", "dropout_multiplier", "philox", "visible_keys"]
+__all__ = [
+    "StorageBytes",
+    "WireBytes",
+    "dense_attention",
+    "dropout_multiplier",
+    "philox",
+    "visible_keys",
+]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from usp.integrations._across import reason
+from usp.nn.across import reason
 from usp.verification.compare import Comparison, Difference
 from usp.verification.evidence import (
     Evidence,

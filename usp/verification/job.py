@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations import transformers
 from usp.integrations._boundary import Boundary
-from usp.integrations._families import drops_samples
 from usp.integrations._sites import Whole
 from usp.integrations.parallelize import parallelize
+from usp.nn.across import drops_samples
 from usp.planning.layout import Layout
 from usp.verification.drawn import OnRank, drawn
 from usp.verification.record import Record, Recorder, copied, tensors

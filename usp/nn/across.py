@@ -31,3 +31,12 @@ def reason(module: nn.Module) -> str | None:
     if type(module).__module__ == "torch.nn.modules.pooling" and kind.startswith(_POOLS):
         return "it joins tokens"
     return None
+
+
+# ends of names of classes that drop whole samples, so that all ranks must drop the same
+OF_SAMPLES = ("DropPath", "StochasticDepth")
+
+
+def drops_samples(module: nn.Module) -> bool:
+    """Whether it is one of those, under whichever library's name."""
+    return type(module).__name__.endswith(OF_SAMPLES)

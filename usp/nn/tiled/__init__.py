@@ -1,0 +1,1 @@
+"""Modules that treat each token by itself, computed in tiles of tokens."""
