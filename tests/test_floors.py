@@ -25,6 +25,7 @@ DISTRIBUTED = {
     "testing/wire.py": {"unbox", "ProcessGroup"},  # listens to the c10d ops, which is not a call
     "sharding/gradients.py": {"ProcessGroup"},  # a type
     "sharding/loss.py": {"ProcessGroup"},
+    "sharding/tiled_loss.py": {"ProcessGroup"},
     "nn/batch.py": {"ProcessGroup"},
     # a program starts its own world
     "demo/": {"init_process_group", "destroy_process_group", "FileStore"},

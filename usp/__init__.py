@@ -23,6 +23,7 @@ from usp.sharding.loss import cross_entropy
 from usp.sharding.rows import roll, take
 from usp.sharding.sequence import positions, shard_sequence, unshard_sequence
 from usp.sharding.statistics import mean, var, var_mean
+from usp.sharding.tiled_loss import tiled_cross_entropy
 from usp.sharding.whole import held
 from usp.verification.verdict import Verification
 from usp.verification.verify import verify
@@ -54,6 +55,7 @@ __all__ = [
     "shard_sequence",
     "spread_attention",
     "take",
+    "tiled_cross_entropy",
     "tiled_mlp",
     "unshard_sequence",
     "use_kernel",

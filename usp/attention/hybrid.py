@@ -13,7 +13,6 @@ from torch import Tensor
 from usp.attention import block, levels
 from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
-from usp.attention.derivatives import OnceDifferentiable, without_second_derivative
 from usp.attention.gathered import Gathered, gathered_backward, gathered_forward
 from usp.attention.given import Tensors
 from usp.attention.replicas import Replicas, replicas_forward, summed
@@ -21,6 +20,7 @@ from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
+from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 from usp.ops.precision import as_given
 from usp.planning.gathered import make_query_plan, queries_are_less, widths
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads

@@ -23,11 +23,6 @@ from torch import Tensor
 from usp.attention import levels
 from usp.attention.arguments import check
 from usp.attention.bias import scatter_bias
-from usp.attention.derivatives import (
-    OnceDifferentiable,
-    refuse_transforms,
-    without_second_derivative,
-)
 from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import (
     Call,
@@ -44,6 +39,11 @@ from usp.attention.request import agree_on_request
 from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
+from usp.ops.derivatives import (
+    OnceDifferentiable,
+    refuse_transforms,
+    without_second_derivative,
+)
 from usp.planning.heads import split_heads
 from usp.planning.layout import Held
 from usp.planning.problem import state_dtype

@@ -38,6 +38,7 @@ PLACES = (
     "usp.var_mean",
     "usp.held",
     "usp.cross_entropy",
+    "usp.tiled_cross_entropy",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -99,6 +99,13 @@ def pieces(length: int, degree: int) -> tuple[int, ...]:
     return tuple(small + (i < longer) for i in range(degree))
 
 
+def tile_bounds(tokens: int, tiles: int) -> tuple[tuple[int, int], ...]:
+    """Start and length of each tile, as even as they come: at most one a token, so that none is
+    empty, but that no tokens are one tile."""
+    lengths = pieces(tokens, min(tiles, max(tokens, 1)))
+    return tuple(zip(accumulate(lengths[:-1], initial=0), lengths, strict=True))
+
+
 def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
     """Number of tokens of each ring rank's row."""
     if ring_degree == 1 and isinstance(check_layout(layout), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -61,31 +62,60 @@ def cross_entropy(
 
     def check() -> Facts:
         tensor("input", input)
-        tensor("target", target)
-        if target.is_floating_point():
-            raise ValueError(
-                f"target is {target.dtype}, probabilities of classes: which of them count is not "
-                "told by ignore_index; pass class indices (int64)"
-            )
+        check_target("target", target)
         return {"dtype of input": input.dtype, "count": count, "ignore_index": ignore_index}
 
-    check_mesh(mesh)
-    axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
-    if mesh is not None and meets(mesh, None, False):
-        check_on_all_ranks(mesh, "usp.cross_entropy", check, lambda facts: facts)
-    else:
-        check()
+    check_loss(mesh, "usp.cross_entropy", check)
     dtype = torch.promote_types(input.dtype, torch.float32)
     # not reduction="sum", which adds fp16 losses in fp16
     each = F.cross_entropy(
         input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
-    mine = each.sum(dtype=dtype)
     valid = (target != ignore_index).sum()
-    total, divisor = untraced(_totals)(mine.detach(), valid, axes, data_parallel_group)
+    return mean_of_whole(each.sum(dtype=dtype), valid, mesh, data_parallel_group, count)
+
+
+def check_target(name: str, target: Tensor) -> None:
+    """Raises:
+    TypeError: it is no plain tensor.
+    ValueError: it holds no class indices.
+    """
+    tensor(name, target)
+    if target.is_floating_point():
+        raise ValueError(
+            f"{name} is {target.dtype}, probabilities of classes: which of them count is not "
+            "told by ignore_index; pass class indices (int64)"
+        )
+
+
+def check_loss(mesh: SequenceMesh | None, name: str, check: Callable[[], Facts]) -> None:
+    """Let the ranks meet, where they do, and compare what they were given."""
+    check_mesh(mesh)
+    if mesh is not None and meets(mesh, None, False):
+        check_on_all_ranks(mesh, name, check, lambda facts: facts)
+    else:
+        check()
+
+
+def mean_of_whole(
+    mine: Tensor,
+    valid: Tensor,
+    mesh: SequenceMesh | None,
+    group: ProcessGroup | None,
+    count: float | None,
+) -> Tensor:
+    """The sum of all ranks' losses by the number of their labels, with this rank's gradient.
+
+    Args:
+        mine: (), the sum over this rank's tokens.
+        valid: (), labels that count.
+        mesh, group, count: As ``cross_entropy`` has them.
+    """
+    axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
+    total, divisor = untraced(_totals)(mine.detach(), valid, axes, group)
     if count is not None:
         divisor = divisor.new_tensor(count)
-    divisor = divisor.clamp(min=torch.finfo(dtype).tiny)
+    divisor = divisor.clamp(min=torch.finfo(mine.dtype).tiny)
     return cast(Tensor, _Told.apply(mine / divisor, total / divisor))
 
 

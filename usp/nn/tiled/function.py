@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from usp.nn.tiled.given import Given
 from usp.nn.tiled.sums import Joined, Sum
 from usp.nn.tiled.surroundings import Surroundings
+from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def in_tiles(call: Call, parameters: Sequence[Tensor]) -> Tensor:
     return cast(Tensor, _InTiles.apply(call, *call.given.tensors, *parameters))
 
 
-class _InTiles(torch.autograd.Function):
+class _InTiles(OnceDifferentiable):
+    of = "usp.tiled_mlp"
+
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
         out = call.forward(call.given)
@@ -50,19 +52,26 @@ class _InTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        pairs = list(zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True))
-        cut = call.given.cut
-        arguments = [
-            (Joined if is_cut else Sum)(*pair) for pair, is_cut in zip(pairs, cut, strict=False)
-        ]
-        parameters = [Sum(*pair) for pair in pairs[len(cut) :]]
-        with call.surroundings.again():
-            for tile in call.given.tiles:
-                _backward_of(call, tile, arguments, parameters, grad)
-        return None, *(each.result() for each in (*arguments, *parameters))
+        tensors = ctx.saved_tensors
+        with torch.no_grad():
+            found = _gradients(ctx.call, tensors, ctx.needs_input_grad[1:], grad)
+        return None, *without_second_derivative(found, (grad, *tensors), _InTiles.of)
+
+
+def _gradients(
+    call: Call, tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    pairs = list(zip(tensors, needed, strict=True))
+    cut = call.given.cut
+    arguments = [
+        (Joined if is_cut else Sum)(*pair) for pair, is_cut in zip(pairs, cut, strict=False)
+    ]
+    parameters = [Sum(*pair) for pair in pairs[len(cut) :]]
+    with call.surroundings.again():
+        for tile in call.given.tiles:
+            _backward_of(call, tile, arguments, parameters, grad.detach())
+    return [each.result() for each in (*arguments, *parameters)]
 
 
 def _backward_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from usp.planning.kinds import tensor
+from usp.planning.shares import tile_bounds
 
 _HELD = torch.empty(0)  # stands where a tensor was
 
@@ -71,14 +71,6 @@ class Given:
         """For the backward, to which autograd hands them."""
         leaves = tuple(_HELD if isinstance(x, Tensor) else x for x in self._leaves)
         return Given((), self.cut, self.tiles, self.tokens, self.dim, leaves, self._spec)
-
-
-def tile_bounds(tokens: int, tiles: int) -> tuple[tuple[int, int], ...]:
-    """Start and length of each tile: the first ones are a token longer where tokens do not divide,
-    none is empty, and no tokens are one tile."""
-    tiles = min(tiles, max(tokens, 1))
-    lengths = [tokens // tiles + (n < tokens % tiles) for n in range(tiles)]
-    return tuple(zip(accumulate(lengths[:-1], initial=0), lengths, strict=True))
 
 
 def _is_cut(given: Tensor, x: Tensor, dim: int) -> bool:

@@ -1,4 +1,4 @@
-"""What attention is differentiated by, and what it refuses: reverse mode, once."""
+"""What our autograd Functions are differentiated by, and what they refuse: reverse mode, once."""
 
 from __future__ import annotations
 
@@ -10,41 +10,50 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 _FORWARD_MODE = (
-    "attention has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; "
+    "{} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; "
     "torch.autograd.forward_ad): use reverse mode, backward() or torch.autograd.grad"
 )
 _TRANSFORM = (
-    "attention is not differentiated by torch.func (grad, vjp, jacrev): use backward() or "
+    "{} is not differentiated by torch.func (grad, vjp, jacrev): use backward() or "
     "torch.autograd.grad, and torch.func.vmap for a batch"
 )
 _TWICE = (
-    "attention has no second derivative (create_graph=True, a gradient penalty, a Hessian): "
+    "{} has no second derivative (create_graph=True, a gradient penalty, a Hessian): "
     "write it as plain torch operations where you need one"
 )
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """A function of autograd that says what it cannot."""
+    """A function of autograd that says what it cannot.
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise NotImplementedError(_FORWARD_MODE)
+    Attributes:
+        of: What it is called there.
+    """
+
+    of = "attention"
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> NoReturn:
+        raise NotImplementedError(_FORWARD_MODE.format(cls.of))
 
 
 class _Constant(torch.autograd.Function):
     """Gradients that depend on ``origins``, and have no derivative by them."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, of: str, count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.of = of
         return tuple(None if x is None else x.view_as(x) for x in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        raise NotImplementedError(_TWICE)
+        raise NotImplementedError(_TWICE.format(ctx.of))
 
 
 def without_second_derivative(
-    gradients: Sequence[Tensor | None], origins: Sequence[Tensor | None]
+    gradients: Sequence[Tensor | None], origins: Sequence[Tensor | None], of: str = "attention"
 ) -> tuple[Tensor | None, ...]:
     """The results of a backward; where a graph of it is asked for, one that ends in a refusal.
 
@@ -52,10 +61,11 @@ def without_second_derivative(
         gradients: What the backward computed.
         origins: What it depends on, with its history; else autograd would find no way from the
             gradients to the inputs, and say that they do not depend on each other.
+        of: What has none.
     """
     if not torch.is_grad_enabled():
         return tuple(gradients)
-    found = _Constant.apply(len(origins), *origins, *gradients)
+    found = _Constant.apply(of, len(origins), *origins, *gradients)
     return cast("tuple[Tensor | None, ...]", found)
 
 
@@ -69,6 +79,6 @@ def refuse_transforms(tensors: Sequence[Tensor | None]) -> None:
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(x).tangent is not None for x in given
     ):
-        raise NotImplementedError(_FORWARD_MODE)
+        raise NotImplementedError(_FORWARD_MODE.format("attention"))
     if torch._C._are_functorch_transforms_active() and any(x.requires_grad for x in given):
-        raise NotImplementedError(_TRANSFORM)
+        raise NotImplementedError(_TRANSFORM.format("attention"))
