@@ -11,6 +11,7 @@ losses:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import sysconfig
@@ -219,8 +220,8 @@ def start(args: argparse.Namespace) -> Place:
     sizes = tuple(getattr(args, axis) for axis in AXES)
     if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         return Place(torch.device(kind))
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # Starts the processes under Slurm, too, and makes each one's own device the current one.
+    usp.init_mesh(1, math.prod(sizes), device_type=kind)
     whole = init_device_mesh(kind, sizes, mesh_dim_names=AXES)
     return Place(torch.device(kind), whole, usp.SequenceMesh.from_device_mesh(whole))
 

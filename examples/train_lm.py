@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import _common
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import usp
@@ -103,10 +101,8 @@ def train(
     torch.manual_seed(args.seed)
     model = Decoder(args.dim, args.depth, args.heads, args.kv_heads).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    losses = []
-    for step, (tokens, targets, cu_seqlens) in enumerate(packed(args.seq_len)):
-        if step == args.steps:
-            return losses
+    run = _common.Run(args, mesh, model, optimizer)
+    for tokens, targets, cu_seqlens in run.over(packed(args.seq_len)):
         layout = args.layout
         if layout == "document-zigzag":
             layout = usp.DocumentZigzag(cu_seqlens)
@@ -133,67 +129,21 @@ def train(
         loss = usp.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), mesh, ignore_index=IGNORED
         )
-        loss.backward()
-        usp.all_reduce_gradients(model, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        losses.append(float(loss.detach()))
-        if (mesh is None or mesh.rank == 0) and (step + 1) % args.log_every == 0:
-            print(f"step {step + 1:4}  loss {losses[-1]:.6f}", flush=True)
+        run.step(loss)
+        run.losses.append(float(loss.detach()))
+    return run.losses
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ulysses", type=int, default=1)
-    parser.add_argument("--ring", type=int, default=1)
-    parser.add_argument(
-        "--layout",
-        default="document-zigzag",
-        choices=["document-zigzag", "zigzag", "striped", "contiguous"],
-    )
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; by default a GPU for each process, if any")
-    parser.add_argument("--log-every", type=int, default=10)
-    parser.add_argument("--compare", action="store_true", help="then train again on one process")
-    return parser.parse_args(argv)
-
-
-def start(args: argparse.Namespace) -> tuple[usp.SequenceMesh | None, torch.device]:
-    """The mesh of all processes, None for one by itself, and the device of this one."""
-    if args.ulysses * args.ring > 1 or "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        # Makes this process's own device the current one, or says why there is none.
-        mesh = usp.init_mesh(args.ulysses, args.ring, device_type=args.device)
-        return mesh, torch.device(mesh.device_type)
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return None, torch.device(args.device or accelerator)
-
-
-def main() -> int:
-    args = parse()
-    mesh, device = start(args)
-    world = 1 if mesh is None else mesh.size
-    began = time.perf_counter()
-    losses = train(args, mesh, device)
-    status = 0
-    if mesh is None or mesh.rank == 0:
-        print(f"{args.steps} steps on {world} process(es): {time.perf_counter() - began:.1f} s")
-        if args.compare:
-            alone = train(args, None, device)
-            difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
-            print(f"largest difference of the loss from one process: {difference:.1e}")
-            status = int(not difference <= 1e-5)
-    if mesh is not None:
-        dist.destroy_process_group()
-    return status
+    layouts = ["document-zigzag", "zigzag", "striped", "contiguous"]
+    options = _common.parser(__doc__.splitlines()[0], layouts)
+    options.add_argument("--seq-len", type=int, default=2048)
+    options.add_argument("--dim", type=int, default=128)
+    options.add_argument("--depth", type=int, default=2)
+    options.add_argument("--heads", type=int, default=4)
+    options.add_argument("--kv-heads", type=int, default=2)
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_common.main(parse(), train))

@@ -11,18 +11,14 @@ DropPath are on, and one process and many still give the same losses:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Iterator
 
+import _common
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import usp
-
-LAYOUTS = ["contiguous", "zigzag", "striped"]
 
 
 def photograph() -> Tensor:
@@ -33,16 +29,19 @@ def photograph() -> Tensor:
     return (pixels - pixels.mean()) / pixels.std()
 
 
-def windows(pixels: Tensor, rows: int, columns: int, patch: int, seed: int) -> Iterator[Tensor]:
-    """Random windows of the picture as sequences of patches, (rows * columns, 3 * patch**2)."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = rows * patch, columns * patch
+def windows(pixels: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
+    """Random windows of the picture as sequences of patches, (batch, patches, 3 * patch**2)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    height, width = args.rows * args.patch, args.columns * args.patch
     while True:
-        top = int(torch.randint(pixels.shape[0] - height + 1, (), generator=generator))
-        left = int(torch.randint(pixels.shape[1] - width + 1, (), generator=generator))
-        window = pixels[top : top + height, left : left + width]
-        tiles = window.reshape(rows, patch, columns, patch, 3).transpose(1, 2)
-        yield tiles.reshape(rows * columns, -1)
+        batch = []
+        for _ in range(args.batch):
+            top = int(torch.randint(pixels.shape[0] - height + 1, (), generator=generator))
+            left = int(torch.randint(pixels.shape[1] - width + 1, (), generator=generator))
+            window = pixels[top : top + height, left : left + width]
+            tiles = window.reshape(args.rows, args.patch, args.columns, args.patch, 3)
+            batch.append(tiles.transpose(1, 2).flatten(2).flatten(0, 1))
+        yield torch.stack(batch)
 
 
 class DropPath(nn.Module):
@@ -112,11 +111,10 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     seq_len = args.rows * args.columns
     positions = usp.positions(seq_len, mesh, args.layout, device=device)
-    pictures = windows(photograph(), args.rows, args.columns, args.patch, args.seed)
-    losses = []
-    for step in range(args.steps):
+    run = _common.Run(args, mesh, model, optimizer)
+    for batch in run.over(windows(photograph(), args)):
         # The same picture and the same hidden patches on every rank; each keeps its own tokens.
-        batch = torch.stack([next(pictures) for _ in range(args.batch)]).to(device)
+        batch = batch.to(device)
         hidden = (torch.rand(batch.shape[:2]) < 0.5).to(device)
         count = int(hidden.sum()) * batch.shape[-1]
         batch = usp.shard_sequence(batch, mesh, dim=1, layout=args.layout)
@@ -125,71 +123,24 @@ def train(
         # The whole loss is the sum of the ranks' losses: divide by the values of all ranks.
         error = (model(batch, hidden, positions) - batch).square().sum(dim=-1)
         loss = (error * hidden).sum() / count
-        loss.backward()
-        usp.all_reduce_gradients(model, mesh)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        total = loss.detach().clone()
-        if mesh is not None:
-            dist.all_reduce(total)
-        losses.append(float(total))
-        if (mesh is None or mesh.rank == 0) and (step + 1) % args.log_every == 0:
-            print(f"step {step + 1:4}  loss {losses[-1]:.6f}", flush=True)
-    return losses
+        run.step(loss)
+        run.losses.append(float(_common.added(loss, mesh)))
+    return run.losses
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ulysses", type=int, default=1)
-    parser.add_argument("--ring", type=int, default=1)
-    parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=17, help="patches; need not divide by anything")
-    parser.add_argument("--columns", type=int, default=19)
-    parser.add_argument("--patch", type=int, default=8, help="pixels")
-    parser.add_argument("--dim", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--dropout", type=float, default=0.1, help="of attention weights")
-    parser.add_argument("--drop-path", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; by default a GPU for each process, if any")
-    parser.add_argument("--log-every", type=int, default=10)
-    parser.add_argument("--compare", action="store_true", help="then train again on one process")
-    return parser.parse_args(argv)
-
-
-def start(args: argparse.Namespace) -> tuple[usp.SequenceMesh | None, torch.device]:
-    """The mesh of all processes, None for one by itself, and the device of this one."""
-    if args.ulysses * args.ring > 1 or "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        # Makes this process's own device the current one, or says why there is none.
-        mesh = usp.init_mesh(args.ulysses, args.ring, device_type=args.device)
-        return mesh, torch.device(mesh.device_type)
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return None, torch.device(args.device or accelerator)
-
-
-def main() -> int:
-    args = parse()
-    mesh, device = start(args)
-    world = 1 if mesh is None else mesh.size
-    began = time.perf_counter()
-    losses = train(args, mesh, device)
-    status = 0
-    if mesh is None or mesh.rank == 0:
-        print(f"{args.steps} steps on {world} process(es): {time.perf_counter() - began:.1f} s")
-        if args.compare:
-            alone = train(args, None, device)
-            difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
-            print(f"largest difference of the loss from one process: {difference:.1e}")
-            status = int(not difference <= 1e-5)
-    if mesh is not None:
-        dist.destroy_process_group()
-    return status
+    options = _common.parser(__doc__.splitlines()[0], ["contiguous", "zigzag", "striped"])
+    options.add_argument("--batch", type=int, default=2)
+    options.add_argument("--rows", type=int, default=17, help="patches; any number, up to 109")
+    options.add_argument("--columns", type=int, default=19, help="up to 125")
+    options.add_argument("--patch", type=int, default=8, help="pixels")
+    options.add_argument("--dim", type=int, default=96)
+    options.add_argument("--depth", type=int, default=2)
+    options.add_argument("--heads", type=int, default=3)
+    options.add_argument("--dropout", type=float, default=0.1, help="of attention weights")
+    options.add_argument("--drop-path", type=float, default=0.1)
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_common.main(parse(), train))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
-import pool as workers
 import pytest
-import torch
 from launched import launched
 from places import EXAMPLES, ROOT
+
+import examples
+import usp
 
 # train_vit's picture lies in its wheel
 pytest.importorskip("skimage")
@@ -29,32 +33,20 @@ def _options(program, extra=""):
     return [*SIZES[program].split(), "--steps", str(STEPS), *extra.split()]
 
 
-def _module(program):
-    spec = importlib.util.spec_from_file_location(program, EXAMPLES / f"{program}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _train(program, extra, ulysses_degree, ring_degree):
-    module = _module(program)
-    mesh = None
-    if ulysses_degree * ring_degree > 1:
-        mesh = workers.mesh(ulysses_degree, ring_degree)
-    return module.train(module.parse(_options(program, extra)), mesh, torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def alone(pool):
     """The losses of one process, once for each program and option."""
-    return functools.cache(
-        lambda program, extra="": pool.run(_train, program, extra, 1, 1, ranks=1, timeout=200)[0]
-    )
+
+    def losses(program, extra=""):
+        options = _options(program, extra)
+        return pool.run(examples.train, program, options, 1, 1, ranks=1, timeout=200)[0]
+
+    return functools.cache(losses)
 
 
 def _assert_same(losses, expected, steps=STEPS):
     assert len(losses) == steps
-    assert max(abs(a - b) for a, b in zip(losses, expected, strict=False)) <= TOLERANCE
+    assert examples.largest_difference(losses, expected[:steps]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("program", SIZES)
@@ -76,9 +68,28 @@ def test_the_model_learns(alone, program):
     ],
 )
 def test_any_mesh_and_layout_trains_alike(pool, alone, program, extra, shape, steps):
-    args = program, f"{extra} --steps {steps}", *shape
-    for losses in pool.run(_train, *args, ranks=shape[0] * shape[1], timeout=200):
+    options = _options(program, f"{extra} --steps {steps}")
+    ranks = shape[0] * shape[1]
+    for losses in pool.run(examples.train, program, options, *shape, ranks=ranks, timeout=200):
         _assert_same(losses, alone(program), steps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", SIZES)
+def test_training_goes_on_on_another_mesh(pool, alone, program, tmp_path) -> None:
+    """Three ranks save, four go on, one goes on from there, and one finds nothing left to do."""
+    layout = "contiguous" if program == "train_vit" else "document-zigzag"
+    folder = ["--save", str(tmp_path), "--resume", str(tmp_path)]
+    for steps, shape, how in [(4, (1, 3), "zigzag"), (8, (2, 2), layout), (11, (1, 1), "striped")]:
+        options = _options(program, f"--steps {steps} --save-every 3 --layout {how}") + folder
+        ranks = shape[0] * shape[1]
+        for losses in pool.run(examples.train, program, options, *shape, ranks=ranks, timeout=200):
+            _assert_same(losses, alone(program), steps)
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        f"step-{step:06}" for step in (3, 4, 6, 8, 9, 11)
+    ]
+    (losses,) = pool.run(examples.train, program, options, 1, 1, ranks=1, timeout=200)
+    _assert_same(losses, alone(program), 11)
 
 
 # One rank asks the oracle: it takes longer than all the rest.
@@ -135,3 +146,46 @@ def test_every_kind_of_parallelism_at_once():
         losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", printed, re.M)]
         _assert_same(losses[:6], losses[6:], 6)  # those of all processes, and those of one
         assert losses[5] < losses[0] - 0.1
+
+
+# what the scripts find on a cluster: so many tasks of srun, which all run here
+CLUSTER = {
+    "srun": """
+        while [ "$1" != bash ]; do shift; done
+        for ((n = 0; n < SLURM_NTASKS; n++)); do
+          SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks+=($!)
+        done
+        for task in "${tasks[@]}"; do wait "$task" || exit; done""",
+    "scontrol": "echo localhost",
+    "hostname": "echo 127.0.0.1",
+    "module": "true",
+    "activate": "true",
+    "python": f'exec {sys.executable} "$@"',
+}
+
+
+@pytest.mark.long
+def test_batch_scripts_train_and_go_on(alone, tmp_path) -> None:
+    for name, text in CLUSTER.items():
+        file = tmp_path / name
+        file.write_text(f"#!/bin/bash\n{text}\n")
+        file.chmod(0o755)
+    told = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "USP_RUNS": str(tmp_path / "runs")}
+    told |= {"PYTHONPATH": str(Path(usp.__file__).parents[1]), "USP_ENVIRONMENT": "usp"}
+    told |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    told |= {"SLURM_JOB_ID": str(os.getpid()), "CUDA_VISIBLE_DEVICES": ""}
+    printed = ""
+    for script, ranks, steps in (("plain", 2, 3), ("frontier", 1, 5)):
+        command = ["bash", str(EXAMPLES / "slurm" / f"{script}.sh"), str(EXAMPLES / "train_lm.py")]
+        command += _options("train_lm", f"--steps {steps} --ring {ranks} --log-every 1")
+        environment = os.environ | told | {"SLURM_NTASKS": str(ranks)}
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        printed += run.stdout
+    losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", printed, re.M)]
+    _assert_same(losses, alone("train_lm"), 5)
+    assert "going on behind step 3" in printed
+    picture = (tmp_path / "runs" / "train_lm" / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000

@@ -42,6 +42,7 @@ def _run(program: list[str]) -> None:
     if os.environ["RANK"] == "0":
         print(_TITLE + program[0], flush=True)
     sys.argv = program
+    sys.path.insert(0, str(Path(program[0]).parent))  # as python does
     try:
         runpy.run_path(program[0], run_name="__main__")
     except SystemExit as end:
