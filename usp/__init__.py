@@ -1,6 +1,6 @@
 """Exact attention over sequences too long for one device: Ulysses x Ring on one mesh."""
 
-from usp import rng
+from usp import dsp, rng
 from usp._version import __version__
 from usp.attention.functional import long_context_attention
 from usp.backends import backends, use_kernel
@@ -42,6 +42,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "cut_batch",
+    "dsp",
     "held",
     "init_mesh",
     "long_context_attention",

@@ -39,6 +39,8 @@ PLACES = (
     "usp.held",
     "usp.cross_entropy",
     "usp.tiled_cross_entropy",
+    "usp.dsp.switch",
+    "usp.dsp.DynamicShard.of",
 )
 _NUMBERS = 4
 _REFUSALS = {

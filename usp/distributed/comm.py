@@ -268,6 +268,41 @@ def mesh_groups(
     return mine["column"], mine["row"]
 
 
+def group_among(
+    ranks: Sequence[int], gather: Callable[[Any], list[Any]]
+) -> tuple[dist.ProcessGroup, list[int]]:
+    """A process group of just these global ranks, made by all of them together at the first call.
+
+    Args:
+        ranks: This one among them; the same on all.
+        gather: Everyone's small object.
+
+    Returns:
+        The group, which is that of the world where these are all ranks, and its ranks in the
+        order of the group.
+
+    Raises:
+        ValueError: the ranks cannot agree on its name (``_agree_on_names``).
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if len(ranks) == dist.get_world_size():
+        return world, group_ranks(world)
+    wanted = frozenset(ranks)
+    of_world, found = _AMONG.get(wanted, (None, None))
+    if found is None or of_world is not world:
+        counted = dist.distributed_c10d._world
+        groups = gather((len(counted.pg_names), getattr(counted, "group_count", 0)))
+        _agree_on_names(groups, among_some=True)
+        found = dist.new_group(sorted(ranks), use_local_synchronization=True)
+        _AMONG[wanted] = world, found
+    return found, group_ranks(found)
+
+
+# Groups that were made for a few ranks, each with the world that it belongs to.
+_AMONG: dict[frozenset[int], tuple[Any, Any]] = {}
+
+
 def compare_before_groups(
     group: dist.ProcessGroup | None, told: str, own: str | None, error: Exception | None
 ) -> None:

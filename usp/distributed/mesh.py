@@ -62,6 +62,7 @@ class SequenceMesh:
         self.name = f"mesh {next(_NUMBERS)}: ring {ring}, ulysses {ulysses}"
         _BY_NAME[self.name] = self
         self.compared: set[str] = set()
+        self._ranks: tuple[int, ...] | None = None  # of the world; told at the first ``whole``
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -116,6 +117,21 @@ class SequenceMesh:
     def _axis(self, kind: str, size: int, rank: int) -> Axis:
         group = self.device_mesh.get_group(self._names[kind]) if size > 1 else None
         return Axis(size, rank, group)
+
+    @comm.untraced
+    def whole(self) -> tuple[Axis, tuple[int, ...]]:
+        """All ranks as one axis, and which ``rank`` of the mesh stands at each place of it.
+
+        Collective at the first call on a mesh of two axes: the ranks tell each other who they are,
+        and make a process group where they are not the whole world.
+        """
+        if self.ring_degree == 1 or self.ulysses_degree == 1:
+            return self.ulysses if self.ring_degree == 1 else self.ring, tuple(range(self.size))
+        if self._ranks is None:
+            self._ranks = tuple(self.gather_objects(comm.global_rank()))
+        group, order = comm.group_among(self._ranks, self.gather_objects)
+        places = tuple(self._ranks.index(rank) for rank in order)
+        return Axis(self.size, places.index(self.rank), group), places
 
     @comm.untraced
     def gather_objects(self, item: Any) -> list[Any]:

@@ -95,8 +95,7 @@ def summed_length(name: str, held: Sequence[int], layout: Layout, degrees: tuple
 
 def pieces(length: int, degree: int) -> tuple[int, ...]:
     """Sizes of ``degree`` pieces of ``length`` items; the first ``length % degree`` are longer."""
-    small, longer = divmod(length, degree)
-    return tuple(small + (i < longer) for i in range(degree))
+    return tuple((length + degree - 1 - i) // degree for i in range(degree))
 
 
 def tile_bounds(tokens: int, tiles: int) -> tuple[tuple[int, int], ...]:
@@ -108,8 +107,11 @@ def tile_bounds(tokens: int, tiles: int) -> tuple[tuple[int, int], ...]:
 
 def row_lengths(layout: Layout, seq_len: int, ring_degree: int) -> tuple[int, ...]:
     """Number of tokens of each ring rank's row."""
-    if ring_degree == 1 and isinstance(check_layout(layout), str):
-        return (seq_len,)  # without a table, in which torch.compile would have to look
+    # without a table, in which torch.compile would have to look
+    if check_layout(layout) == "contiguous":
+        return pieces(seq_len, ring_degree)
+    if ring_degree == 1 and isinstance(layout, str):
+        return (seq_len,)
     return tuple(len(row) for row in rows(layout, seq_len, ring_degree))
 
 
