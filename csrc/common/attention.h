@@ -48,6 +48,7 @@ struct Attention {
   int64_t B = 0, Lq = 0, Lk = 0, H = 0, G = 0, D = 0, Dv = 0;
   TensorView q, k, v;
   Span span;
+  int64_t num_bands = 1;            // disjoint spans over the same keys, one behind the other
   BiasView<const T*> bias;          // data null: none
   const T* alibi_slopes = nullptr;  // (B|1, H), null: none
   int64_t alibi_batch_stride = 0;
@@ -64,6 +65,13 @@ struct Attention {
 
   USP_HOST_DEVICE int64_t key_head(int64_t h) const {
     return (h + head_offset) / group_size - head_offset / group_size;
+  }
+
+  // A span for each band. Kernels that know one band take num_bands 1 alone.
+  USP_HOST_DEVICE Span band(int64_t i) const {
+    if (span.sees_all()) return span;
+    const int64_t skipped = i * span.num_queries;
+    return {span.first + skipped, span.stop + skipped, span.num_queries, span.num_keys};
   }
 
   // The query heads held here that read key head g.

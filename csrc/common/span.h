@@ -37,6 +37,13 @@ struct Span {
   USP_HOST_DEVICE bool sees_all() const { return first == nullptr; }
 };
 
+// What both span, with what lies between.
+USP_HOST_DEVICE Range hull(Range a, Range b) {
+  if (a.empty()) return b;
+  if (b.empty()) return a;
+  return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
+}
+
 // Keys seen by at least one of `rows`, with what lies between.
 USP_HOST_DEVICE Range visible_keys(const Span& span, Range rows) {
   if (rows.empty()) return {0, 0};

@@ -15,6 +15,7 @@
 //
 // Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -26,23 +27,34 @@ namespace {
 
 // The tiles of query rows that may see the keys held: for the same rows head by head. Where dq is
 // overwritten, all rows pass the first keys.
-struct Passage {
-  Range heads, row_tiles;
-  int64_t num_rows;
+class Passage {
+ public:
+  Range heads;
 
   template <typename T>
   Passage(const Attention<T>& a, int64_t g, Range keys, bool all_rows)
-      : heads(a.query_heads(g)), num_rows(a.Lq) {
-    const Range rows = all_rows ? Range{0, a.Lq} : visible_queries(a.span, keys);
-    row_tiles = {rows.begin / kQueryTile, (rows.end + kQueryTile - 1) / kQueryTile};
+      : heads(a.query_heads(g)), num_rows_(a.Lq) {
+    std::vector<Range> runs;
+    if (all_rows) {
+      runs = {tiles_of({0, a.Lq})};
+    } else {
+      for (int64_t band = 0; band < a.num_bands; ++band) {
+        const Range rows = visible_queries(a.band(band), keys);
+        if (!rows.empty()) runs.push_back(tiles_of(rows));
+      }
+    }
+    add_once_each(runs);
   }
 
-  int64_t count() const { return row_tiles.size() * heads.size(); }
+  int64_t count() const { return num_tiles_ * heads.size(); }
   int64_t head(int64_t t) const { return heads.begin + t % heads.size(); }
 
   Range rows(int64_t t) const {
-    const int64_t begin = (row_tiles.begin + t / heads.size()) * kQueryTile;
-    return {begin, std::min(begin + kQueryTile, num_rows)};
+    int64_t tile = t / heads.size();
+    auto run = runs_.begin();
+    for (; tile >= run->size(); ++run) tile -= run->size();
+    const int64_t begin = (run->begin + tile) * kQueryTile;
+    return {begin, std::min(begin + kQueryTile, num_rows_)};
   }
 
   // Calls before_last() when one tile is left, to say what will be read after it.
@@ -57,6 +69,25 @@ struct Passage {
       walk.pass(head(t), rows(t));
     }
   }
+
+ private:
+  static Range tiles_of(Range rows) {
+    return {rows.begin / kQueryTile, (rows.end + kQueryTile - 1) / kQueryTile};
+  }
+
+  // Bands may share tiles.
+  void add_once_each(std::vector<Range>& runs) {
+    std::sort(runs.begin(), runs.end(), [](Range a, Range b) { return a.begin < b.begin; });
+    for (Range run : runs) {
+      if (!runs_.empty()) run.begin = std::max(run.begin, runs_.back().end);
+      if (run.empty()) continue;
+      runs_.push_back(run);
+      num_tiles_ += run.size();
+    }
+  }
+
+  int64_t num_rows_, num_tiles_ = 0;
+  std::vector<Range> runs_;  // of tiles
 };
 
 // How the work is cut among threads. Axes that dbias is summed over stay in one hand.

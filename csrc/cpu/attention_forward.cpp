@@ -25,7 +25,7 @@ template <typename T>
 struct RowTile {
   int64_t h;
   bool started;         // out holds something
-  Range rows, visible;  // visible: keys
+  Range rows;
   Matrix<T> q_room;     // (few rows, D)
   QueryOperand<T> q;    // (D, rows)
   Matrix<T> out;        // (rows, Dv), not normalised
@@ -131,9 +131,8 @@ class ForwardWorker {
 
   // Takes a tile of query rows in. Those that see nothing only matter to a result.
   void hold(int64_t h, Range rows) {
+    if (first_keys(rows).empty() && state_.result == nullptr) return;
     RowTile<T>& tile = w_.tiles[count_];
-    tile.visible = visible_keys(a_.span, rows);
-    if (tile.visible.empty() && state_.result == nullptr) return;
     tile.h = h;
     tile.rows = rows;
     load_queries(tile);
@@ -142,17 +141,51 @@ class ForwardWorker {
   }
 
   void walk() {
-    Range visible = w_.tiles[0].visible;
-    for (const RowTile<T>& tile : held()) {
-      visible = {std::min(visible.begin, tile.visible.begin),
-                 std::max(visible.end, tile.visible.end)};
-    }
-    for (int64_t begin = visible.begin; begin < visible.end; begin += kKeyTile) {
-      const int64_t end = std::min(begin + kKeyTile, visible.end);
-      look_ahead({end, std::min(end + kKeyTile, visible.end)});
-      add_keys({begin, end});
+    Pace pace = from_band(0);
+    while (!pace.keys.empty()) {
+      const Pace next = after(pace);
+      look_ahead(next.keys);
+      add_keys(a_.band(pace.band), pace.keys);
+      pace = next;
     }
     for (RowTile<T>& tile : held()) store_state(tile);
+  }
+
+  // A tile of the keys that some row held sees in a band.
+  struct Pace {
+    int64_t band;
+    Range keys, visible;
+  };
+
+  Pace after(const Pace& pace) const {
+    const Range rest{pace.keys.end, pace.visible.end};
+    if (rest.empty()) return from_band(pace.band + 1);
+    return {pace.band, first_tile(rest), pace.visible};
+  }
+
+  // The first of this band or of one behind it; without keys where there is none.
+  Pace from_band(int64_t band) const {
+    for (; band < a_.num_bands; ++band) {
+      Range visible;
+      for (int64_t t = 0; t < count_; ++t) {
+        visible = hull(visible, visible_keys(a_.band(band), w_.tiles[t].rows));
+      }
+      if (!visible.empty()) return {band, first_tile(visible), visible};
+    }
+    return {};
+  }
+
+  static Range first_tile(Range keys) {
+    return intersect(keys, {keys.begin, keys.begin + kKeyTile});
+  }
+
+  // That some of the rows see, of the first band in which they see any.
+  Range first_keys(Range rows) const {
+    Range visible;
+    for (int64_t band = 0; band < a_.num_bands && visible.empty(); ++band) {
+      visible = visible_keys(a_.band(band), rows);
+    }
+    return visible;
   }
 
   // To the next keys; after the last, to what the next task begins with.
@@ -163,10 +196,9 @@ class ForwardWorker {
     Range visible;
     division_.for_each_tile(next_share_, [&](int64_t h, Range rows) {
       ahead_.add(a_.q, next_share_.b, h, rows, a_.D);
-      visible = visible_keys(a_.span, rows);
+      visible = first_keys(rows);
     });
-    look_ahead_at_keys(next_share_.b, next_share_.g,
-                       intersect(visible, {visible.begin, visible.begin + kKeyTile}));
+    look_ahead_at_keys(next_share_.b, next_share_.g, first_tile(visible));
   }
 
   void look_ahead_at_keys(int64_t b, int64_t g, Range keys) {
@@ -209,21 +241,21 @@ class ForwardWorker {
     tile.started = true;
   }
 
-  void add_keys(Range keys) {
+  void add_keys(const Span& span, Range keys) {
     bool loaded = false;
     Matrix<const T> k;
     for (RowTile<T>& tile : held()) {
-      const auto visit = [&](Range rows, Range seen, bool masked) {
+      const auto visit = [&](Range rows, Range seen, const Span* mask) {
         if (!loaded) {
           k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
           right_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
           loaded = true;
         }
         const int64_t skipped = seen.begin - keys.begin;
-        add_part(tile, {b_, tile.h, rows, seen, masked}, {k.data + skipped * k.ld, k.ld},
+        add_part(tile, {b_, tile.h, rows, seen, mask}, {k.data + skipped * k.ld, k.ld},
                  {w_.v.data + skipped / kernels_.word * w_.v.ld, w_.v.ld});
       };
-      for_each_part(a_.span, tile.rows, keys, kernels_.word, visit);
+      for_each_part(span, tile.rows, keys, kernels_.word, visit);
     }
   }
 

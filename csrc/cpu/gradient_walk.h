@@ -92,11 +92,11 @@ class GradientWalk {
 
   // A tile of query rows past the keys held: all their gradients but what put_key_gradients puts.
   void pass(int64_t h, Range rows) {
-    const Range visible = intersect(visible_keys(a_.span, rows), keys_);
     const bool first = overwrite_ && keys_.begin == 0;  // of these rows' passes
-    if (!visible.empty() || first) {
+    const bool sees = sees_some_held(rows);
+    if (sees || first) {
       set_zero(w_.dq, rows.size());
-      if (!visible.empty()) add_tiles(h, rows, visible);
+      if (sees) add_tiles(h, rows);
       const int64_t row = (b_ * a_.Lq + rows.begin) * a_.H + h;
       const auto& results = grads_.results;
       put(w_.dq, rows.size(), a_.D, scale(), !first,
@@ -144,12 +144,24 @@ class GradientWalk {
     }
   }
 
-  void add_tiles(int64_t h, Range rows, Range visible) {
+  bool sees_some_held(Range rows) const {
+    for (int64_t band = 0; band < a_.num_bands; ++band) {
+      if (!intersect(visible_keys(a_.band(band), rows), keys_).empty()) return true;
+    }
+    return false;
+  }
+
+  void add_tiles(int64_t h, Range rows) {
     load_queries(h, rows);
-    for (int64_t begin = keys_.begin; begin < visible.end; begin += kKeyTile) {
+    for (int64_t band = 0; band < a_.num_bands; ++band) add_tiles_of(a_.band(band), h, rows);
+  }
+
+  void add_tiles_of(const Span& span, int64_t h, Range rows) {
+    const int64_t end = intersect(visible_keys(span, rows), keys_).end;
+    for (int64_t begin = keys_.begin; begin < end; begin += kKeyTile) {
       const Range keys = intersect({begin, begin + kKeyTile}, keys_);
-      for_each_part(a_.span, rows, keys, kernels_.word, [&](Range some, Range seen, bool masked) {
-        add_part({b_, h, some, seen, masked}, rows);
+      for_each_part(span, rows, keys, kernels_.word, [&](Range some, Range seen, const Span* mask) {
+        add_part({b_, h, some, seen, mask}, rows);
       });
     }
   }

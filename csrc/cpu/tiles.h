@@ -91,27 +91,27 @@ struct TileIndex {
   int64_t h;
   Range rows;
   Range keys;
-  bool masked;  // some row may not see some key
+  const Span* mask;  // null: every row sees every key
 };
 
 // Rows of a tile that an edge of the mask crosses are taken in strips: each sees less than all of
 // them together.
 inline constexpr int64_t kStrip = kPad;
 
-// Calls visit(rows, keys, masked) for the tile or for its strips, with those of `keys` that are
-// seen, in whole words counted from the first.
+// Calls visit(rows, keys, mask) for the tile or for its strips, with those of `keys` that are seen,
+// in whole words counted from the first; mask as in TileIndex.
 template <typename Visit>
 void for_each_part(const Span& span, Range rows, Range keys, int64_t word, const Visit& visit) {
   Range seen = intersect(keys, visible_keys(span, rows));
   if (seen.empty()) return;
   seen.begin -= (seen.begin - keys.begin) % word;
-  if (unmasked_keys(span, rows).contains(seen)) return visit(rows, seen, false);
+  if (unmasked_keys(span, rows).contains(seen)) return visit(rows, seen, nullptr);
   if (rows.size() > kStrip) {
     for (int64_t begin = rows.begin; begin < rows.end; begin += kStrip) {
       for_each_part(span, {begin, std::min(begin + kStrip, rows.end)}, keys, word, visit);
     }
   } else if (sees_any(span, rows, seen)) {
-    visit(rows, seen, true);
+    visit(rows, seen, &span);
   }
 }
 
@@ -158,8 +158,8 @@ void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const Tile
     const T slope = a.alibi_slopes[at.b * a.alibi_batch_stride + at.h * a.alibi_head_stride];
     kernels.add_alibi(s, slope, positions.q_pos, a.k_pos + at.keys.begin);
   }
-  if (at.masked) {
-    kernels.mask(s, {a.span.first + at.rows.begin, a.span.stop + at.rows.begin, at.rows.size(),
+  if (at.mask != nullptr) {
+    kernels.mask(s, {at.mask->first + at.rows.begin, at.mask->stop + at.rows.begin, at.rows.size(),
                      at.keys.begin});
   }
 }

@@ -84,8 +84,8 @@ class ArgumentReader {
     return static_cast<T*>(dense(name, x, dims));
   }
 
-  const int32_t* indices(const char* name, const Tensor& x, const char* dim) {
-    shape(name, x, {dim});
+  const int32_t* indices(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+    shape(name, x, dims);
     dtype(name, x, ScalarType::Int);
     check(x.is_contiguous(), name, " is not contiguous");
     return static_cast<const int32_t*>(x.const_data_ptr());
@@ -108,26 +108,35 @@ BiasView<Pointer> bias_view(Pointer data, const Tensor& x) {
           x.stride(3)};
 }
 
-inline Span span_of(ArgumentReader& args, const OptionalTensors& optional) {
-  check(optional.first.has_value() == optional.stop.has_value(),
-        "first and stop come together: first is ", optional.first ? "given" : "None", ", stop is ",
-        optional.stop ? "given" : "None");
-  Span span{nullptr, nullptr, args["Lq"], args["Lk"]};
-  if (!optional.first) return span;
-  span.first = args.indices("first", *optional.first, "Lq");
-  span.stop = args.indices("stop", *optional.stop, "Lq");
-  if (span.num_queries == 0) return Span{nullptr, nullptr, 0, span.num_keys};
-  if (!optional.first->is_cpu()) return span;  // the host cannot look into it
+inline void check_ends(const Span& span) {
   check(span.first[0] >= 0, "first[0] is ", span.first[0], ", expected at least 0");
   const int32_t last = span.stop[span.num_queries - 1];
   check(last <= span.num_keys, "stop[-1] is ", last, ", but k has Lk = ", span.num_keys);
-  return span;
+}
+
+// first and stop: (Lq,), and on a CPU (bands, Lq) too.
+template <typename T>
+void read_bands(ArgumentReader& args, const OptionalTensors& optional, Attention<T>& a) {
+  check(optional.first.has_value() == optional.stop.has_value(),
+        "first and stop come together: first is ", optional.first ? "given" : "None", ", stop is ",
+        optional.stop ? "given" : "None");
+  a.span = {nullptr, nullptr, a.Lq, a.Lk};
+  if (!optional.first || a.Lq == 0) return;
+  const bool on_cpu = optional.first->is_cpu();  // else the host cannot look into it
+  const bool many = on_cpu && optional.first->dim() == 2;
+  std::vector<DimName> dims{"Lq"};
+  if (many) dims.insert(dims.begin(), "bands");
+  a.span.first = args.indices("first", *optional.first, dims);
+  a.span.stop = args.indices("stop", *optional.stop, dims);
+  if (many) a.num_bands = args["bands"];
+  if (!on_cpu) return;
+  for (int64_t band = 0; band < a.num_bands; ++band) check_ends(a.band(band));
 }
 
 template <typename T>
 void read_optional(ArgumentReader& args, const OptionalTensors& optional, double dropout_p,
                    Attention<T>& a) {
-  a.span = span_of(args, optional);
+  read_bands(args, optional, a);
   if (optional.bias) {
     args.shape("bias", *optional.bias, {"B|1", "H|1", "Lq|1", "Lk"});
     args.dtype("bias", *optional.bias, kScalarType<T>);
@@ -144,8 +153,8 @@ void read_optional(ArgumentReader& args, const OptionalTensors& optional, double
   if (!optional.alibi_slopes && dropout_p == 0) return;
   check(optional.q_pos && optional.k_pos,
         "q_pos and k_pos are needed with alibi_slopes or dropout");
-  a.q_pos = args.indices("q_pos", *optional.q_pos, "Lq");
-  a.k_pos = args.indices("k_pos", *optional.k_pos, "Lk");
+  a.q_pos = args.indices("q_pos", *optional.q_pos, {"Lq"});
+  a.k_pos = args.indices("k_pos", *optional.k_pos, {"Lk"});
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.attention import block
 from usp.attention.given import Tensors
 from usp.attention.ring import samples_heads, saved_of
-from usp.backends import Backend
+from usp.backends import Backend, max_bands
 from usp.distributed.comm import Axis
 from usp.distributed.parcel import Parcel, sent
 from usp.ops.merge import merge_into
@@ -118,7 +118,7 @@ def _pieces(inputs: Tensors, q: Tensor, rank: int, call: Gathered) -> Iterator[t
             bias = hidden.masked_fill_(mask, -torch.inf)[:, None, None]
         slopes = None if slopes is None else samples.of(slopes)
         tensors = samples.of(q), samples.of(inputs.k), samples.of(inputs.v)
-        for visit in load.visits:
+        for visit in load.calls(max_bands(call.backend, q.device)):
             yield load, Block(*tensors, visit, heads, call.scoring, bias, slopes, q_pos, k_pos)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from usp.attention import block
 from usp.attention.given import Tensors
 from usp.attention.ring import Ring, calls
-from usp.backends import Backend
+from usp.backends import Backend, max_bands
 from usp.distributed.comm import Axis
 from usp.distributed.parcel import Parcel, sent
 from usp.ops.merge import merge_into
@@ -54,8 +54,9 @@ def replicas_forward(inputs: Tensors, call: Replicas) -> tuple[Tensor, Tensor]:
     (step,), local = call.local.plan.steps, call.local
     state = block.new_state(inputs.q, inputs.v.shape[-1])
     assert state.out is not None
+    bands = max_bands(local.backend, inputs.q.device)
     own = [[load.samples.of(x) for x in inputs.travelling] for load in step.loads]
-    for _, samples, piece in calls(inputs, step, own, local):
+    for _, samples, piece in calls(inputs, step, own, local, bands):
         part = replace(state, out=samples.of(state.out), lse=samples.of(state.lse))
         block.attention_forward(piece, part, local.backend)
     found = [state.out, state.lse]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from usp.attention import block, levels
 from usp.attention.given import Tensors
-from usp.backends import Backend
+from usp.backends import Backend, max_bands
 from usp.distributed.comm import Axis
 from usp.distributed.transport import Parts, make_transport
 from usp.planning.heads import Heads
@@ -76,7 +76,8 @@ def ring_forward(
         Ring attention: arXiv:2310.01889.
     """
     q, steps, value_dim = inputs.q, ring.plan.steps, inputs.v.shape[-1]
-    left = [sum(len(step.loads[part].visits) for step in steps) for part in range(_parts(ring))]
+    most = _bands_at_once(inputs, ring, large_bias)
+    left = [sum(len(step.loads[part].calls(most)) for step in steps) for part in range(_parts(ring))]
     carried = max(left) > 1 or large_bias
     samples_of = [load.samples for load in steps[0].loads]
     states = [block.new_state(each.of(q), value_dim, carried=carried) for each in samples_of]
@@ -87,7 +88,7 @@ def ring_forward(
     for step, held in zip(
         steps, make_transport(ring.axis, ring.plan.route).blocks(travelling), strict=True
     ):
-        for part, samples, piece in calls(inputs, step, held, ring):
+        for part, samples, piece in calls(inputs, step, held, ring, most):
             left[part] -= 1
             here, pieces = states[part], [piece]
             if level is not None:
@@ -126,7 +127,8 @@ def ring_backward(
     """
     dtype, plan = saved.lse.dtype, ring.plan
     # nothing to sum: a kernel writes the final gradients
-    only = plan.route is None and level is None and _visited_once(plan.steps[0], inputs.q)
+    most = _bands_at_once(inputs, ring, level is not None)
+    only = plan.route is None and level is None and _visited_once(plan.steps[0], inputs.q, most)
     dtypes = (inputs.q.dtype, kv_dtype, kv_dtype) if only else (dtype,) * 3
     make = torch.empty_like if only else torch.zeros_like
     dq, dk, dv = (
@@ -145,7 +147,7 @@ def ring_backward(
     for step, held in zip(plan.steps, blocks, strict=True):
         is_own = step is plan.steps[0]
         gradients = own if is_own else sums.fresh()
-        for part, samples, piece in calls(inputs, step, held, ring):
+        for part, samples, piece in calls(inputs, step, held, ring, most):
             piece_dbias = None
             if dbias is not None and piece.bias is not None:
                 piece_dbias = torch.zeros(piece.bias.shape, dtype=dtype, device=dq.device)
@@ -166,9 +168,14 @@ def _parts(ring: Ring) -> int:
     return len(ring.plan.steps[0].loads)
 
 
-def _visited_once(step: Step, q: Tensor) -> bool:
+def _bands_at_once(inputs: Tensors, ring: Ring, large_bias: bool) -> int:
+    """How many bands of a mask a kernel is given together; levels are found band by band."""
+    return 1 if large_bias else max_bands(ring.backend, inputs.q.device)
+
+
+def _visited_once(step: Step, q: Tensor, bands: int) -> bool:
     """Whether each part has just one visit, which writes all its gradients."""
-    return bool(q.numel()) and all(len(load.visits) == 1 for load in step.loads)
+    return bool(q.numel()) and all(len(load.calls(bands)) == 1 for load in step.loads)
 
 
 def _own(tensors: Sequence[Tensor], ring: Ring) -> Parts:
@@ -192,12 +199,12 @@ def _new_level(inputs: Tensors, ring: Ring) -> Tensor:
     return torch.full(shape, -torch.inf, dtype=state_dtype(inputs.q.dtype), device=bias.device)
 
 
-def calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Call]:
-    """The kernel's view of one step."""
+def calls(inputs: Tensors, step: Step, held: Parts, ring: Ring, bands: int) -> Iterator[Call]:
+    """The kernel's view of one step, in visits of at most so many bands."""
     if not inputs.q.numel():
         return
     for part, (load, (k, v, *mask)) in enumerate(zip(step.loads, held, strict=True)):
-        if not load.visits:
+        if load.seen is None:
             continue
         samples, plan, slopes = load.samples, ring.plan, inputs.alibi_slopes
         q, heads = samples.of(inputs.q), ring.heads
@@ -209,7 +216,7 @@ def calls(inputs: Tensors, step: Step, held: Parts, ring: Ring) -> Iterator[Call
         if ring.scoring.dropout_p:
             heads = samples_heads(heads, samples)
         slopes = None if slopes is None else samples.of(slopes)
-        for visit in load.visits:
+        for visit in load.calls(bands):
             piece = Block(q, k, v, visit, heads, ring.scoring, bias, slopes, q_pos, k_pos)
             yield Call(part, samples, piece)
 

@@ -28,7 +28,8 @@ class Backend(Protocol):
     """One kernel family.
 
     It may have ``PACKAGES``, distributions whose versions matter to what was found out about it;
-    and a **variant**, kernels that take some calls from its others once they were found right:
+    ``MAX_BANDS``, how many bands its kernels take at once by type of device, where not one; and a
+    **variant**, kernels that take some calls from its others once they were found right:
     ``variant(traits)`` names it or is None, in ``only_variant()`` it does what it can, and
     ``use_variant(traits)`` lets it do so from then on.
     """
@@ -109,6 +110,11 @@ def use_kernel(
         download=download,
         device_type=device_type,
     )
+
+
+def max_bands(backend: Backend, device: torch.device) -> int:
+    """How many bands a visit may have that its kernels are given."""
+    return int(getattr(backend, "MAX_BANDS", {}).get(device.type, 1))
 
 
 def check_name(name: str) -> None:

@@ -11,6 +11,7 @@ from usp.planning.problem import Block, Gradients, Saved, State, Traits, state_d
 NAME = "native"
 CARRIES_STATE = True
 OVERWRITES = True
+MAX_BANDS = {"cpu": 16}
 # what the GPU kernels' tiles take (csrc/gpu/tiles.h)
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 _GPU_MAX_HEAD_DIM = 256

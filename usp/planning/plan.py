@@ -7,14 +7,14 @@ keys of one owner, as many of them as come here. No activations and no communica
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usp.planning.layout import Layout, Layouts, Positions, both, rows
-from usp.planning.masks.bands import Bands, joined
+from usp.planning.masks.bands import Bands, joined, without_empty
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
 from usp.planning.reach import needed_rows
@@ -33,13 +33,30 @@ class Load:
         samples: Which of the batch.
         query_offset: Position of their first query among the keys.
         rows: The owner's rows of keys that are here.
-        visits: Calls of a kernel, over disjoint pairs; none where nothing is seen.
+        seen: What they see of these, all bands at once; None where nothing is seen.
     """
 
     samples: Samples
     query_offset: int
     rows: Rows
-    visits: tuple[Visit, ...]
+    seen: Visit | None
+
+    @cached_property
+    def visits(self) -> tuple[Visit, ...]:
+        """Calls of a kernel that knows one band, over disjoint pairs."""
+        return self.calls(1)
+
+    def calls(self, most: int) -> tuple[Visit, ...]:
+        """Calls of a kernel that takes so many bands at once."""
+        if self.seen is None:
+            return ()
+        if most not in self._calls:
+            self._calls[most] = self.seen.split(most)
+        return self._calls[most]
+
+    @cached_property
+    def _calls(self) -> dict[int, tuple[Visit, ...]]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +74,7 @@ class Step:
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs of one sample of each part."""
-        return sum(visit.pairs for load in self.loads for visit in load.visits)
+        return sum(load.seen.pairs for load in self.loads if load.seen is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +195,7 @@ def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) ->
             part.samples,
             part.query_offset,
             here,
-            _visits(keys, here, _reach(part.mask, queries, (keys,), key_len)),
+            _seen(keys, here, _reach(part.mask, queries, (keys,), key_len)),
         )
         for part in masks
     )
@@ -187,16 +204,16 @@ def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) ->
 def _step(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) -> Step:
     both = zip(parts, arrival.cargo, strict=True)
     loads = (
-        Load(part.samples, part.query_offset, here, _visits(keys, here, reach))
+        Load(part.samples, part.query_offset, here, _seen(keys, here, reach))
         for (part, reach), here in both
     )
     return Step(arrival.owner, tuple(loads))
 
 
-def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
-    """What is seen of the rows that are here, in as few calls as the bands allow."""
+def _seen(keys: Positions, here: Rows, reach: Reach) -> Visit | None:
+    """What is seen of the rows that are here, in as few bands as can be."""
     if not reach.num_queries or not len(here):
-        return ()
+        return None
     lowest, highest = keys.ends.tolist()
     seen = []
     for band in reach.bands:
@@ -204,7 +221,7 @@ def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
         if stop_high <= lowest or first_low > highest:
             continue
         if first_high <= lowest and stop_low > highest:
-            return (whole_visit(reach.num_queries, len(here)),)
+            return whole_visit(reach.num_queries, len(here))
         seen.append(band)
     ends = uninitialised(2, len(seen), reach.num_queries, dtype=torch.int32)
     for place, band in enumerate(seen):
@@ -217,8 +234,11 @@ def _visits(keys: Positions, here: Rows, reach: Reach) -> tuple[Visit, ...]:
         )
         for counts, bound, segment in zip(ends[:, place], band.ends, band.segments, strict=True):
             _count_here(keys, here, bound, segment, rows, counts)
-    spans = (Span(*ends) for ends in zip(*joined(Bands(*ends)), strict=True))
-    return tuple(Visit(reach.num_queries, len(here), span) for span in spans if not span.is_empty)
+    first, stop = without_empty(joined(Bands(*ends)))
+    if not len(first):
+        return None
+    span = Span(first, stop) if len(first) > 1 else Span(first[0], stop[0])
+    return Visit(reach.num_queries, len(here), span)
 
 
 def _count_here(

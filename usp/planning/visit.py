@@ -15,7 +15,8 @@ class Span:
     """For each local query row the local keys ``[first, stop)`` it sees.
 
     Attributes:
-        first, stop: (Lq,) int32 on CPU, non-decreasing, first <= stop.
+        first, stop: (Lq,) int32 on CPU, non-decreasing, first <= stop; (bands, Lq) where a visit
+            has several.
     """
 
     first: Tensor
@@ -63,7 +64,8 @@ class Visit:
 
     Attributes:
         num_queries, num_keys: Rows of queries and of keys.
-        span: What each query sees; None where every query sees every key.
+        span: What each query sees; None where every query sees every key. Only kernels that say so
+            are given one of several disjoint bands, and only the pairs of such a visit are known.
     """
 
     num_queries: int
@@ -81,6 +83,15 @@ class Visit:
         if self.span is None:
             return None
         return Span(*transposed(self.span.first, self.span.stop, self.num_keys))
+
+    def split(self, most: int) -> tuple[Visit, ...]:
+        """Visits of at most so many bands each, at least 1."""
+        if self.span is None or self.span.first.dim() == 1:
+            return (self,)
+        starts = range(0, len(self.span.first), most)
+        bands = [slice(i, i + most) if most > 1 else i for i in starts]
+        spans = [Span(self.span.first[at], self.span.stop[at]) for at in bands]
+        return tuple(Visit(self.num_queries, self.num_keys, span) for span in spans)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
