@@ -141,12 +141,15 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
 
 template <typename Words, typename T>
 Matrix<const T> softmax_update(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room) {
-  constexpr int kVectors = 4;
   int64_t i = 0;
-  for (; i + kVectors * kLanes<T> <= s.queries; i += kVectors * kLanes<T>) {
-    softmax_columns<Words, kVectors>(s, rows, multiplier, room, i);
-  }
-  for (; i < s.queries; i += kLanes<T>) softmax_columns<Words, 1>(s, rows, multiplier, room, i);
+  const auto columns = [&]<int kVectors>() {
+    for (; i + kVectors * kLanes<T> <= s.queries; i += kVectors * kLanes<T>) {
+      softmax_columns<Words, kVectors>(s, rows, multiplier, room, i);
+    }
+  };
+  columns.template operator()<4>();
+  columns.template operator()<2>();  // a strip
+  columns.template operator()<1>();
   return Words::by_query(s, room);
 }
 

@@ -98,20 +98,34 @@ struct TileIndex {
 // them together.
 inline constexpr int64_t kStrip = kPad;
 
-// Calls visit(rows, keys, mask) for the tile or for its strips, with those of `keys` that are seen,
-// in whole words counted from the first; mask as in TileIndex.
+// Those of `keys` that every row sees, in whole vectors counted from the first; may be empty.
+inline Range seen_by_all(const Span& span, Range rows, Range keys) {
+  const Range all = intersect(unmasked_keys(span, rows), keys);
+  if (all.empty()) return {keys.end, keys.end};
+  const int64_t begin = keys.begin + round_up(all.begin - keys.begin, kPad);
+  const int64_t end = keys.begin + (all.end - keys.begin) / kPad * kPad;
+  return begin < end ? Range{begin, end} : Range{keys.end, keys.end};
+}
+
+// Calls visit(rows, keys, mask) for the tile, or for its strips and for the keys that all of them
+// see, with those of `keys` that are seen, in whole words counted from the first; mask as in
+// TileIndex.
 template <typename Visit>
 void for_each_part(const Span& span, Range rows, Range keys, int64_t word, const Visit& visit) {
   Range seen = intersect(keys, visible_keys(span, rows));
   if (seen.empty()) return;
   seen.begin -= (seen.begin - keys.begin) % word;
   if (unmasked_keys(span, rows).contains(seen)) return visit(rows, seen, nullptr);
-  if (rows.size() > kStrip) {
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kStrip) {
-      for_each_part(span, {begin, std::min(begin + kStrip, rows.end)}, keys, word, visit);
-    }
-  } else if (sees_any(span, rows, seen)) {
-    visit(rows, seen, &span);
+  if (rows.size() <= kStrip) {
+    if (sees_any(span, rows, seen)) visit(rows, seen, &span);
+    return;
+  }
+  const Range together = seen_by_all(span, rows, seen);
+  if (!together.empty()) visit(rows, together, nullptr);
+  for (int64_t begin = rows.begin; begin < rows.end; begin += kStrip) {
+    const Range strip{begin, std::min(begin + kStrip, rows.end)};
+    for_each_part(span, strip, {seen.begin, together.begin}, word, visit);
+    for_each_part(span, strip, {together.end, seen.end}, word, visit);
   }
 }
 

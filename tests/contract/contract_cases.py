@@ -59,6 +59,8 @@ ROWS: dict[str, Changes] = {
     "dropout": {"dropout_p": 0.3},
     # a union of bands: the same keys come more than once
     "bands": {"span": "bands", "prior_keys": 13},
+    "bands_at_once": {"span": "bands_at_once", "prior_keys": 13},
+    "many_bands": {"span": "many_bands", "lq": 151, "bias": "B11K"},
     # what a first call has left
     "carried_state": {"prior_keys": 200, "span": "random"},
     # sizes
@@ -101,6 +103,7 @@ RESULTS: dict[str, Changes] = {
     "strictly_causal": {},
     "nothing": {},
     "window": {"lq": 101, "lk": 16},
+    "bands_at_once": {"lq": 199},
 }
 
 # Gradients that are written over and not added to.
@@ -114,6 +117,8 @@ OVERWRITTEN: dict[str, Changes] = {
     "dk_in_parts_with_options": {"lq": 37, "lk": 41, "head_dim": 256, "alibi": "1H"},
     "gaps": {"span": "gaps", "lk": 257},
     "unseen_keys": {"span": "window", "lk": 401},
+    "bands_at_once": {"span": "bands_at_once", "lq": 331, "lk": 601},
+    "many_bands": {"span": "many_bands", "lq": 131, "lk": 601},
     "nothing_is_seen": {"lq": 131, "span": "nothing"},
     "no_queries": {"lq": 0},
     "no_keys": {"lk": 0},

@@ -59,7 +59,7 @@ def test_every_row_is_taken_or_has_a_reason() -> None:
         cells = []
         for family in FAMILIES.values():
             subject = COMPLETE if COMPLETE in family else family[0]
-            reason = subject.reason_against(row, subject.case(row, changes))
+            reason = subject.why_not(row, subject.case(row, changes))
             mixture = mixture_with(subject, changes)
             if reason is not None and mixture is not None:
                 cells.append(f"in {mixture}")

@@ -29,6 +29,7 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
     "span dtype": ("stop", lambda s: s.long(), "stop is Long, expected Int"),
     "span below": ("first", lambda f: f - 1, r"first\[0\] is -1, expected at least 0"),
     "span above": ("stop", lambda s: s + 99, r"stop\[-1\] is 166, but k has Lk = 131"),
+    "bands": ("stop", lambda s: s[None], r"stop has 2 dims, expected 1 \(Lq\)"),
     "slopes": ("alibi_slopes", torch.zeros(3, 4), r"alibi_slopes: dim 0 \(B\) is 3"),
     "positions": ("dropout_p", 0.1, "q_pos and k_pos are needed"),
     "dropout": ("dropout_p", 1.0, r"dropout_p is 1, expected \[0, 1\)"),

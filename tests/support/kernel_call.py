@@ -35,6 +35,11 @@ class Call:
     seed: int = 0
 
     @property
+    def bands_at_once(self) -> bool:
+        """Whether its bands are one call; else a call each."""
+        return self.span in ("bands_at_once", "many_bands")
+
+    @property
     def acc(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -100,16 +105,19 @@ def make_span(case: Call, generator: torch.Generator) -> tuple[Tensor | None, Te
     elif case.span == "gaps":  # two far runs of rows, as zigzag with a window makes them
         late = (i >= case.lq // 2).long()
         first, stop = i // 8 + late * (lk * 2 // 3), i // 8 + 3 + late * (lk * 2 // 3)
-    elif case.span == "bands":  # sinks, a window and what lies far ahead: a call each
+    elif case.span in ("bands", "bands_at_once"):  # sinks, a window and what lies far ahead
         window = (i - 11).clamp(0, lk), (i + 6).clamp(0, lk)
         far = torch.maximum(i + 40, window[1]), i + 43
         first = torch.stack((torch.zeros_like(i), window[0], far[0]))
         stop = torch.stack((window[0].clamp(max=5), window[1], far[1]))
+    elif case.span == "many_bands":  # some of them empty for some rows
+        ends = torch.randint(0, lk + 1, (26, case.lq), generator=generator).sort(dim=1).values
+        first, stop = ends.sort(dim=0).values.unflatten(0, (13, 2)).unbind(1)
     else:
         ends = torch.randint(0, lk + 1, (2, case.lq), generator=generator).sort(dim=1).values
         first, stop = torch.minimum(ends[0], ends[1]), torch.maximum(ends[0], ends[1])
     first = first.clamp(0, lk)
-    return first.int(), torch.maximum(first, stop.clamp(0, lk)).int()
+    return first.int().contiguous(), torch.maximum(first, stop.clamp(0, lk)).int()
 
 
 def make_inputs(case: Call) -> Inputs:
@@ -207,9 +215,9 @@ def expected(case: Call, x: Inputs) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), **found}
 
 
-def bands(x: Inputs, masked: bool) -> list[int | None]:
+def bands(case: Call, x: Inputs, masked: bool) -> list[int | None]:
     """The calls for a run of keys: one, or one for each band by its number."""
-    if not masked or x.first is None or x.first.dim() == 1:
+    if not masked or x.first is None or x.first.dim() == 1 or case.bands_at_once:
         return [None]
     return list(range(len(x.first)))
 
@@ -258,7 +266,7 @@ def computed(case: Call, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
     """
     out, lse = new_state(case)
     for keys, masked in blocks(case):
-        for band in bands(x, masked):
+        for band in bands(case, x, masked):
             shared = options(case, x, keys, masked=masked, band=band)
             ops.attention_forward(x.q, x.k[:, keys], x.v[:, keys], *shared, out, lse)
     delta = (x.dout.to(case.acc) * out).sum(-1).transpose(1, 2) - x.dlse
@@ -268,7 +276,7 @@ def computed(case: Call, x: Inputs, ops: Any = torch.ops.usp) -> dict[str, Tenso
         k, v = x.k[:, keys], x.v[:, keys]
         dk, dv = (torch.zeros(t.shape, dtype=case.acc) for t in (k, v))
         dbias = None if x.bias is None else torch.zeros(x.bias[..., keys].shape, dtype=case.acc)
-        for band in bands(x, masked):
+        for band in bands(case, x, masked):
             shared = options(case, x, keys, masked=masked, band=band)
             ops.attention_backward(
                 x.dout, x.q, k, v, delta.contiguous(), lse, *shared, results["dq"], dk, dv, dbias

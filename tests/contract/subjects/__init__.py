@@ -32,6 +32,8 @@ class Subject:
     base: ClassVar[Call] = Call()
     # Session fixtures that it runs on.
     fixtures: ClassVar[tuple[str, ...]] = ()
+    # Whether its kernels take several bands in one call.
+    bands_at_once: ClassVar[bool] = False
     # Whether lse is read where there is no state before.
     lse_is_read: ClassVar[bool] = False
     # One that fills no tile; a multiple of 8 where no other is taken.
@@ -39,7 +41,7 @@ class Subject:
     # Calls of its own, where interpreting is too slow for a call a row.
     mixtures: ClassVar[Mapping[str, Changes]] = {}
     # Spans with which results of their own are looked at, and calls that write gradients over.
-    result_spans: ClassVar[Sequence[str]] = tuple(RESULTS)
+    result_spans: ClassVar[Sequence[str]] = tuple(RESULTS)[:-1]
     overwritten: ClassVar[Mapping[str, Changes]] = {}
 
     @property
@@ -68,6 +70,12 @@ class Subject:
     def reason_against(self, row: str, case: Call) -> str | None:
         """Why it is not held to a row of the table, or None."""
         return None
+
+    def why_not(self, row: str, case: Call) -> str | None:
+        """The same, where the reason is one of all families."""
+        if case.bands_at_once and not self.bands_at_once:
+            return "its kernels take one band in a call"
+        return self.reason_against(row, case)
 
     def dtypes(self, row: str) -> tuple[torch.dtype, ...]:
         """Those in which it is held to a row."""
@@ -116,7 +124,7 @@ def held_to(table: Mapping[str, Changes], subjects: Sequence[Subject]) -> list[A
     found = []
     for number, (row, changes) in enumerate(table.items()):
         for subject in subjects:
-            if subject.reason_against(row, subject.case(row, changes)) is None:
+            if subject.why_not(row, subject.case(row, changes)) is None:
                 for dtype in subject.dtypes(row):
                     case = subject.case(row, changes, dtype)
                     name = f"{row}-{str(dtype).removeprefix('torch.')}"

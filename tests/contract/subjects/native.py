@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import BIASES, HEADS, LAYOUTS, SPANS
+from contract_cases import BIASES, HEADS, LAYOUTS, RESULTS, SPANS
 from hypothesis import strategies as st
 from kernel_call import Call
 
@@ -36,7 +36,7 @@ CALLS = st.builds(
     head_dim=st.integers(1, 70),
     value_head_dim=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES),
-    span=st.sampled_from(SPANS),
+    span=st.sampled_from((*SPANS, "bands_at_once", "many_bands")),
     bias=st.sampled_from([None, *BIASES]),
     bias_holes=st.booleans(),
     alibi=st.sampled_from((None, "1H", "BH")),
@@ -66,7 +66,9 @@ class Native(Subject):
 
     threads: int = 1
 
+    bands_at_once = True
     lse_is_read = True
+    result_spans = tuple(RESULTS)
 
     @property
     def capability(self) -> str:
