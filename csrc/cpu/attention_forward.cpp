@@ -24,11 +24,11 @@ namespace {
 template <typename T>
 struct RowTile {
   int64_t h;
-  bool started;         // out holds something
+  bool started;  // out holds something
   Range rows;
-  Matrix<T> q_room;     // (few rows, D)
-  QueryOperand<T> q;    // (D, rows)
-  Matrix<T> out;        // (rows, Dv), not normalised
+  Matrix<T> q_room;   // (few rows, D)
+  QueryOperand<T> q;  // (D, rows)
+  Matrix<T> out;      // (rows, Dv), not normalised
   SoftmaxRows<T> softmax;
   QueryPositions positions;
 

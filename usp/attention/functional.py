@@ -189,8 +189,10 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first", and
     the seed a tensor, while a graph is made."""
-    q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
-    tensors, options = with_learned_scale(tensors._replace(q=q, k=k, v=v), options)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
+        tensors = tensors._replace(q=q, k=k, v=v)
+    tensors, options = with_learned_scale(tensors, options)
     options = with_placement(tensors, options)
     if options.attn_mask is not None:
         tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)

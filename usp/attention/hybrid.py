@@ -20,7 +20,11 @@ from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
+from usp.ops.derivatives import (
+    OnceDifferentiable,
+    is_differentiated,
+    without_second_derivative,
+)
 from usp.ops.precision import as_given
 from usp.planning.gathered import make_query_plan, queries_are_less, widths
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
@@ -38,6 +42,9 @@ def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | Non
     Returns:
         out: (B, Lq, H, Dv). lse: (B, H, Lq), None unless it was asked for.
     """
+    if not is_differentiated(tensors):
+        given = attention_forward(tensors, call)
+        return given.out, given.lse
     out, lse, _ = cast(Any, _Attention).apply(*tensors, call)
     return out, lse
 

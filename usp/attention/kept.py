@@ -21,6 +21,8 @@ from usp.backends import select
 from usp.planning.problem import Traits
 
 _MOST = 256
+# What has no parts of other types, and is told apart by its own.
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 _KEPT: OrderedDict[Hashable, tuple[Call, Traits]] = OrderedDict()
 
 
@@ -30,10 +32,12 @@ def kind_of(tensors: Tensors, options: Options, validate: object) -> Hashable | 
     Values are told apart by their types too: 1 is no True, and 5.0 no 5.
     """
     values = (*vars(options).values(), validate)
-    if any(isinstance(value, Tensor) for value in values) or drops(options.dropout_p):
+    others = [value for value in values if type(value) not in _PLAIN]
+    if any(isinstance(value, Tensor) for value in others) or drops(options.dropout_p):
         return None
     try:
-        kind = values, tuple(map(_types, values)), tuple(map(_what, tensors))
+        types = tuple(map(type, values)), tuple(map(_types, others))
+        kind = values, types, tuple(map(_what, tensors))
         hash(kind)
     except (TypeError, RuntimeError, AttributeError):  # a list; a nested tensor; none at all
         return None

@@ -77,7 +77,9 @@ def ring_forward(
     """
     q, steps, value_dim = inputs.q, ring.plan.steps, inputs.v.shape[-1]
     most = _bands_at_once(inputs, ring, large_bias)
-    left = [sum(len(step.loads[part].calls(most)) for step in steps) for part in range(_parts(ring))]
+    left = [
+        sum(len(step.loads[part].calls(most)) for step in steps) for part in range(_parts(ring))
+    ]
     carried = max(left) > 1 or large_bias
     samples_of = [load.samples for load in steps[0].loads]
     states = [block.new_state(each.of(q), value_dim, carried=carried) for each in samples_of]

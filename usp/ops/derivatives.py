@@ -23,6 +23,13 @@ _TWICE = (
 )
 
 
+def is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has to hear of what is computed with them, or forward mode to be refused."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 class OnceDifferentiable(torch.autograd.Function):
     """A function of autograd that says what it cannot.
 

@@ -6,6 +6,7 @@ Nobody has run a line of it on a GPU. What its adapters were executed on stands 
 
 from __future__ import annotations
 
+from functools import cache
 from math import inf
 
 import torch
@@ -195,6 +196,7 @@ TRUSTED: dict[str, tuple[str, ...]] = {
 }
 
 
+@cache
 def trusted(architecture: str) -> tuple[str, ...]:
     """Names of libraries for an architecture ("sm_90", "gfx942"), the most trusted first."""
     for start, names in TRUSTED.items():
