@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
-from unittest import mock
 
 import diffusers_models
 import doors
@@ -13,7 +11,6 @@ import pool as workers
 import pytest
 import torch
 from integration_models import random
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import usp
@@ -30,24 +27,13 @@ EVEN: dict[str, dict[str, Any]] = {
 }
 
 
-def enable(model: nn.Module, mesh: tuple[int, int], **options: Any) -> None:
-    """Their own configuration, whose mesh is of CPUs."""
-    library = libraries.library("diffusers")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    door.register()
-    axes = init_device_mesh("cpu", mesh[::-1], mesh_dim_names=("ring", "ulysses"))
-    degrees = {"ulysses_degree": mesh[0], "ring_degree": mesh[1]}
-    config = library.ContextParallelConfig(**degrees, mesh=axes, **options)
-    model.set_attention_backend("usp")
-    with mock.patch("torch.accelerator.device_count", lambda: 1):  # it divides by these
-        model.enable_parallelism(config=config)
-
-
 def _compared(mesh: tuple[int, int], kind: str, sizes: Any, options: Any) -> dict[str, float]:
     model, inputs = diffusers_models.MODELS[kind](**sizes)
     placed = workers.mesh(*mesh)
     with diffusers_models.fp64():
-        return doors.compared(model, inputs, placed, lambda m: enable(m, mesh, **options))
+        return doors.compared(
+            model, inputs, placed, lambda m: diffusers_models.enable(m, mesh, **options)
+        )
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -1,8 +1,16 @@
 """Doors into models that exist, a library each."""
 
-from usp.integrations._boundary import Boundary
+from usp.integrations._boundary import Boundary, Entries, Joint
 from usp.integrations.multihead import replace_attention
 from usp.integrations.parallelize import parallelize, restore
 from usp.integrations.sdpa import spread_attention
 
-__all__ = ["Boundary", "parallelize", "replace_attention", "restore", "spread_attention"]
+__all__ = [
+    "Boundary",
+    "Entries",
+    "Joint",
+    "parallelize",
+    "replace_attention",
+    "restore",
+    "spread_attention",
+]

@@ -15,6 +15,7 @@ from usp.distributed.agreement import check_on_all_ranks, meets
 from usp.distributed.mesh import degrees_and_place
 from usp.nn.spread import Spread
 from usp.planning.kinds import integer
+from usp.planning.layout import Layout
 from usp.planning.shares import shares
 
 
@@ -29,6 +30,11 @@ class Tokens:
         held: Those of this rank.
         cut: Whether the model itself was given this rank's tokens, so that all it makes is of
             these: positions, masks, what its outputs are.
+        parts: Of two streams that attention joins, the tokens of the whole, in their order.
+        ordered: Whether ranks hold these tokens in their order; else nothing may go by positions.
+        each: The layout by which each of two streams was cut by itself.
+        across: Where attention looks at other tokens, which every rank holds whole, how many
+            queries a call may have: all of this rank, or those of a stream.
     """
 
     spread: Spread
@@ -36,6 +42,10 @@ class Tokens:
     shares: tuple[int, ...]
     held: int
     cut: bool = False
+    parts: tuple[int, int] | None = None
+    ordered: bool = True
+    each: Layout | None = None
+    across: frozenset[int] = frozenset()
     _first: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -90,6 +100,8 @@ def answer(
     as_it_is |= {"dropout_p": dropout_p, "enable_gqa": enable_gqa}
     if len(tokens.shares) == 1 and not queries == keys == held:
         return _of_torch(query, key, value, as_it_is)
+    if tokens.across:
+        return _of_others(tokens, query, key, value, as_it_is)
     if keys in whole and (queries in whole or (queries == held and not is_causal)):
         return _of_whole_keys(spread, queries in whole, query, key, value, as_it_is)
     try:
@@ -128,12 +140,16 @@ def _check(
             f"query has {heads[0]} heads, key {heads[1]} and value {heads[2]}, and "
             f"{heads[0]} is no multiple of both"
         )
+    if not tokens.ordered and options["is_causal"]:
+        raise ValueError(_of_order(tokens, "is_causal=True"))
     if mask is None:
         return
     if options["is_causal"]:
         raise ValueError("attn_mask and is_causal=True exclude each other, as in torch")
     rows, keys = (1, *mask.shape)[-2:]
     a_row = rows == 1 and (mask.dim() < 3 or mask.shape[-3] == 1)
+    if not tokens.ordered and not (a_row and keys == held):
+        raise ValueError(_of_order(tokens, f"attn_mask of {tuple(mask.shape)}"))
     if not (a_row and keys == held) and (rows not in (1, held, length) or keys not in (1, length)):
         raise ValueError(_of_mask(tokens, mask))
     if a_row and keys in (1, held) and keys != length and not _one_is_one(tokens):
@@ -142,6 +158,24 @@ def _check(
             f"tokens: of a single token it could not be told whether it is of that token or of "
             f"all; pass all {length} keys"
         )
+
+
+def _of_others(
+    tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Local queries and keys of another sequence, which every rank holds whole."""
+    spread, queries, mask = tokens.spread, query.shape[-2], options["attn_mask"]
+    if queries not in tokens.across or options["is_causal"]:
+        causal = "causal " if options["is_causal"] else ""
+        refusal = (
+            f"{causal}attention of {queries} queries to {key.shape[-2]} keys of another sequence, "
+            f"where this rank holds {sorted(tokens.across)} of {spread.seq_len} tokens: it must be "
+            "of these, and not causal"
+        )
+        refuse(spread, ValueError(refusal))
+    if mask is not None and mask.dim() > 1 and mask.shape[-2] == spread.seq_len:
+        options = options | {"attn_mask": spread.shard(mask, -2)}
+    return _of_whole_keys(spread, False, query, key, value, options)
 
 
 def _of_whole_keys(
@@ -224,6 +258,14 @@ def _of_lengths(tokens: Tokens, queries: int, keys: int) -> str:
         f"spread, of which this rank holds {tokens.held} of {tokens.spread.seq_len} tokens"
         f"{told}: it is no attention among these tokens. Say which lengths every rank holds whole "
         "(whole=), whose keys may be looked at, or leave the module out of the region"
+    )
+
+
+def _of_order(tokens: Tokens, what: str) -> str:
+    return (
+        f"{what} in attention of two streams that were cut each by itself, or of one of them: the "
+        f"{tokens.held} tokens here are not in the order of all {tokens.spread.seq_len}. A mask "
+        "must be one row of this rank's keys"
     )
 
 

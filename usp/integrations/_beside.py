@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from usp.integrations._answer import Tokens, refuse
-from usp.integrations._boundary import Boundary
+from usp.integrations._boundary import Boundary, Entries
+from usp.integrations._streams import cut_both, cut_stream
 
 
 def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any:
@@ -24,17 +25,35 @@ def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any
     if name == boundary.documents and _are_of_several(whole, tokens):
         # one document, this rank's tokens; what is computed again finds the others behind it
         return torch.cat([whole.new_tensor([0, tokens.held]), whole])[:2]
-    if name not in boundary.beside or whole is None:
+    if name not in boundary.beside:
         return whole
+    asked = boundary.beside[name]
+    if isinstance(asked, tuple):
+        if not isinstance(whole, tuple | list) or len(whole) != len(asked):
+            return _cut(tokens, boundary, name, asked[0], whole)
+        pairs = zip(asked, whole, strict=True)
+        return type(whole)(_cut(tokens, boundary, name, each, item) for each, item in pairs)
+    return _cut(tokens, boundary, name, Entries(asked) if isinstance(asked, int) else asked, whole)
+
+
+def _cut(tokens: Tokens, boundary: Boundary, name: str, asked: Entries, whole: Any) -> Any:
     if isinstance(whole, tuple | list):
-        return type(whole)(cut_beside(tokens, boundary, name, item) for item in whole)
-    dim, length = boundary.beside[name], tokens.spread.seq_len
-    entries = whole.shape[dim]
-    if tokens.cut and entries == tokens.held:
+        return type(whole)(_cut(tokens, boundary, name, asked, item) for item in whole)
+    if whole is None or (asked.dims is not None and whole.dim() != asked.dims):
         return whole
-    if entries == length and not tokens.cut:
-        return tokens.spread.shard(whole, dim)
-    if entries < length and not tokens.cut and name in boundary.after_prefix:
+    dim, length, joint = asked.dim, tokens.spread.seq_len, boundary.joint
+    entries = whole.shape[dim]
+    if asked.one and entries == 1:
+        return whole
+    if asked.of is not None and joint is not None and tokens.parts is not None:
+        place = joint.place(asked.of)
+        if entries == (length := tokens.parts[place]):
+            return cut_stream(tokens, whole, dim, place)
+    elif tokens.cut and entries == tokens.held:
+        return whole
+    elif entries == length and not tokens.cut:
+        return cut_both(tokens, whole, dim)
+    elif entries < length and not tokens.cut and name in boundary.after_prefix:
         return _of_the_others(tokens, whole, dim)
     refusal = f"{name} is {tuple(whole.shape)} with {entries} entries along dim {dim}"
     refuse(

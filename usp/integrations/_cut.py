@@ -40,7 +40,7 @@ class CutTrunk(Trunk):
             self._handed.append(spread)
         return tokens
 
-    def begin(self, x: Tensor) -> Tokens | None:
+    def begin(self, x: Tensor, second: Tensor | None = None) -> Tokens | None:
         if not (self.is_open or is_computed_again()):
             self._refuse_gradients()
         return self.current(x)
@@ -48,7 +48,7 @@ class CutTrunk(Trunk):
     def end(self) -> None:
         """What follows has the same tokens."""
 
-    def current(self, x: Tensor | None) -> Tokens | None:
+    def current(self, x: Tensor | None, second: Tensor | None = None) -> Tokens | None:
         """A checkpoint that computes again is given the very tensor, or one that shares its memory:
         by that it is known of which batch it is, for the next may have other documents."""
         if torch.compiler.is_compiling():

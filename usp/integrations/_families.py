@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
-from usp.integrations._boundary import Boundary
+from usp.integrations._boundary import Boundary, Entries, Joint
 
 # what layers of transformers' language models are given beside tokens
 _ROTATED = Boundary(
@@ -17,6 +15,19 @@ _TOWERS = Boundary("text_model.encoder.layers"), Boundary("vision_model.encoder.
 
 # images of all sizes as one sequence, each or each window of one a document
 _PACKED = Boundary("blocks", dim=0, beside={"position_embeddings": 0}, documents="cu_seqlens")
+
+_DIFFUSERS = "diffusers.models.transformers"
+# a text that all ranks hold whole, looked at by a second attention
+_TEXT = {"*.attn2": "encoder_hidden_states"}
+# a text in front of the image, joined with it in attention and returned in front of it
+_IN_FRONT = Joint("encoder_hidden_states")
+_FLUX = Boundary(
+    "transformer_blocks",
+    "*.attn",
+    then=("single_transformer_blocks",),
+    joint=_IN_FRONT,
+    beside={"image_rotary_emb": 0},
+)
 
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
@@ -49,6 +60,62 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": _ROTATED,
     "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Model": _ROTATED,
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
+    f"{_DIFFUSERS}.dit_transformer_2d.DiTTransformer2DModel": Boundary(
+        "transformer_blocks", "*.attn1"
+    ),
+    f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": Boundary(
+        "transformer_blocks", "*.attn1", whole=_TEXT
+    ),
+    f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": Boundary(
+        "blocks",
+        "*.attn1",
+        whole=_TEXT,
+        beside={"rotary_emb": 1, "temb": Entries(1, dims=4)},
+    ),
+    f"{_DIFFUSERS}.transformer_ltx.LTXVideoTransformer3DModel": Boundary(
+        "transformer_blocks",
+        "*.attn1",
+        whole=_TEXT,
+        beside={"image_rotary_emb": 1, "temb": Entries(1, one=True)},
+    ),
+    f"{_DIFFUSERS}.transformer_flux.FluxTransformer2DModel": _FLUX,
+    f"{_DIFFUSERS}.transformer_flux2.Flux2Transformer2DModel": _FLUX,
+    f"{_DIFFUSERS}.transformer_sd3.SD3Transformer2DModel": Boundary(
+        "transformer_blocks",
+        "*.attn",
+        joint=Joint("encoder_hidden_states", behind=True, alone="*.attn2"),
+    ),
+    f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": Boundary(
+        "transformer_blocks",
+        "*.attn1",
+        joint=Joint("encoder_hidden_states", returned=1),
+        beside={"image_rotary_emb": Entries(0, "hidden_states")},
+    ),
+    f"{_DIFFUSERS}.transformer_hunyuan_video.HunyuanVideoTransformer3DModel": Boundary(
+        "transformer_blocks",
+        "*.attn",
+        then=("single_transformer_blocks",),
+        joint=Joint("encoder_hidden_states", behind=True, returned=1, each=True),
+        beside={
+            "freqs_cis": Entries(0, "hidden_states"),
+            "image_rotary_emb": Entries(0, "hidden_states"),
+            "attention_mask": -1,
+        },
+        never=("token_replace_emb",),
+    ),
+    f"{_DIFFUSERS}.transformer_qwenimage.QwenImageTransformer2DModel": Boundary(
+        "transformer_blocks",
+        "*.attn",
+        joint=Joint("encoder_hidden_states", each=True),
+        beside={
+            "image_rotary_emb": (
+                Entries(0, "hidden_states"),
+                Entries(0, "encoder_hidden_states"),
+            ),
+            "encoder_hidden_states_mask": Entries(1, "encoder_hidden_states"),
+            "modulate_index": Entries(1, "hidden_states"),
+        },
+    ),
 }
 
 
@@ -63,7 +130,7 @@ def family(model: nn.Module) -> tuple[Boundary, ...]:
         found = _known(module)
         if found and not any(not n or name.startswith(f"{n}.") for n in known):
             prefix = f"{name}." if name else ""
-            known[name] = tuple(replace(each, trunk=f"{prefix}{each.trunk}") for each in found)
+            known[name] = tuple(each.under(prefix) for each in found)
     if len(known) == 1:
         return next(iter(known.values()))
     if known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from usp import rng
 from usp.integrations._answer import Tokens
 from usp.integrations._sites import Inside, Site
+from usp.integrations._streams import alone, held_of
 from usp.integrations._trunk import Trunk
 from usp.masks import documents
 from usp.nn.multihead.module import MultiheadAttention
@@ -68,6 +70,36 @@ class Multihead(Inside):
         often = {None: "first", True: "always", False: "never"}[spread.validate]
         where = {"mesh": spread.mesh, "layout": spread.layout, "seq_len": spread.seq_len}
         return replace(self._placement, **where, validate=often)
+
+
+class Across(Inside):
+    """Attention to tokens that every rank holds whole, where it is given these."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk, argument: str) -> None:
+        super().__init__(module, name, trunk, True)
+        self._argument = argument
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        if len(tokens.shares) == 1 or given.get(self._argument) is None:
+            return super().run(tokens, args, kwargs)
+        held = {tokens.held} | ({held_of(tokens, n) for n in (0, 1)} if tokens.parts else set())
+        other = replace(tokens, across=frozenset(held))
+        with self.trunk.entered(tokens) as region, region.meaning(other):
+            return super().run(tokens, args, kwargs)
+
+
+class Alone(Inside):
+    """Attention among the first of two streams that others join."""
+
+    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        joint = self.trunk.boundary.joint
+        if joint is None or tokens.parts is None or len(tokens.shares) == 1:
+            return super().run(tokens, args, kwargs)
+        first = alone(tokens, joint.place(""))
+        with self.trunk.entered(tokens) as region, region.meaning(first):
+            return super().run(tokens, args, kwargs)
 
 
 class Local(Site):

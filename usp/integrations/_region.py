@@ -69,6 +69,15 @@ class Region(TorchFunctionMode):
             self._graded = graded
 
     @contextmanager
+    def meaning(self, tokens: Tokens) -> Iterator[None]:
+        """Attention in here is among other tokens."""
+        before, self.tokens = self.tokens, tokens
+        try:
+            yield
+        finally:
+            self.tokens = before
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing in here is answered, or refused."""
         before, self.is_paused = self.is_paused, True

@@ -18,6 +18,7 @@ from usp.integrations._beside import (
     prefix_of_this_rank,
     with_documents,
 )
+from usp.integrations._streams import cut_both, cut_stream, join_both, join_stream
 from usp.integrations._trunk import Trunk, first_tensor
 from usp.nn.site import Site
 
@@ -133,37 +134,46 @@ class Block(Inside):
         self._names = tuple(parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trunk, names = self.trunk, self._names
-        given = dict(zip(names, args, strict=False))
+        trunk, names, boundary = self.trunk, self._names, self.trunk.boundary
+        given = dict(zip(names, args, strict=False)) | kwargs
         x = args[0] if args else kwargs.get(names[0]) if names else None
         if not isinstance(x, Tensor) or x.dim() <= trunk.dim:
             raise TypeError(
                 f"{self.described()} takes tokens along dim {trunk.dim} of its first argument, got "
                 f"{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
-        tokens = trunk.begin(x) if self.is_first else trunk.current(x)
+        second = None if boundary.joint is None else given.get(boundary.joint.argument)
+        tokens = trunk.begin(x, second) if self.is_first else trunk.current(x, second)
         if tokens is None:
             return self.inner(*args, **kwargs)
-        self._check_never(tokens, given | kwargs)
-        boundary = trunk.boundary
-        if self.is_first and not tokens.cut:
-            x = tokens.spread.shard(x, trunk.dim)
-        trunk.check_held(x, tokens, f"what {self.described()} is given")
-        if args:
-            rest = (
-                cut_beside(tokens, boundary, name, given[name]) for name in names[1 : len(args)]
-            )
-            args = (x, *rest, *args[1 + len(names[1 : len(args)]) :])
-        else:
-            kwargs = kwargs | {names[0]: x}
-        cut = {n: cut_beside(tokens, boundary, n, value) for n, value in kwargs.items()}
-        apart = (given | kwargs).get(boundary.documents or "")
-        out = self.run(with_documents(tokens, apart), args, cut)
+        self._check_never(tokens, given)
+        local = {name: self._of_this_rank(tokens, name, given) for name in given}
+        positional = names[: len(args)]
+        args = (*(local[name] for name in positional), *args[len(positional) :])
+        kwargs = {name: local[name] for name in kwargs}
+        apart = given.get(boundary.documents or "")
+        out = self.run(with_documents(tokens, apart), args, kwargs)
         if not self.is_last or tokens.cut:
             trunk.note_local(self.described(), out)
             return out
         trunk.end()
-        return self._joined(tokens, out)
+        return self._joined(tokens, out, second is not None)
+
+    def _of_this_rank(self, tokens: Tokens, name: str, given: Mapping[str, Any]) -> Any:
+        """An argument of the module, with what is here of it."""
+        trunk, joint, x = self.trunk, self.trunk.boundary.joint, given[name]
+        is_stream = name == self._names[0] or (joint is not None and name == joint.argument)
+        if not is_stream or x is None:
+            return cut_beside(tokens, trunk.boundary, name, x)
+        place = None
+        if joint is not None and tokens.parts is not None and given.get(joint.argument) is not None:
+            place = joint.place(name)
+        if self.is_first and not tokens.cut:
+            if place is not None:
+                return cut_stream(tokens, x, trunk.dim, place)
+            x = cut_both(tokens, x, trunk.dim)
+        trunk.check_held(x, tokens, f"{name} that {self.described()} is given", place)
+        return x
 
     def _check_never(self, tokens: Tokens, given: Mapping[str, Any]) -> None:
         kept = [name for name in self.trunk.boundary.never if given.get(name) is not None]
@@ -171,20 +181,41 @@ class Block(Inside):
             refuse(
                 tokens.spread,
                 NotImplementedError(
-                    f"{self.described()} is given {', '.join(kept)}, which would keep "
-                    f"{tokens.held} of {tokens.spread.seq_len} tokens on this rank: call the model "
-                    "without (use_cache=False), on the whole sequence"
+                    f"{self.described()} is given {', '.join(kept)}, which would be of this "
+                    f"rank's {tokens.held} of {tokens.spread.seq_len} tokens alone: call the model "
+                    "without (a cache: use_cache=False), on the whole sequence"
                 ),
             )
 
-    def _joined(self, tokens: Tokens, out: Any) -> Any:
-        trunk = self.trunk
+    def _joined(self, tokens: Tokens, out: Any, streams: bool) -> Any:
+        """What the last module returns, whole.
+
+        Args:
+            streams: Whether it was given two.
+        """
+        joint = self.trunk.boundary.joint
+        if joint is not None and tokens.parts is not None and streams:
+            first, second = joint.place(""), joint.place(joint.argument)
+            if isinstance(out, Tensor):
+                return self._whole(tokens, out, first)
+            pair = (second, first) if joint.returned == 0 else (first, second)
+            if len(out) == 2:
+                return type(out)(
+                    None if x is None else self._whole(tokens, x, place)
+                    for x, place in zip(out, pair, strict=True)
+                )
         x, *others = out if isinstance(out, tuple | list) else (out,)
         if not isinstance(x, Tensor) or first_tensor(others) is not None:
             raise NotImplementedError(
                 f"{self.described()} returns {type(out).__name__} with more tensors than its "
                 "tokens, and which of them are joined is not known: let it return them alone"
             )
-        trunk.check_held(x, tokens, f"what {self.described()} returns")
-        whole = tokens.spread.unshard(x, trunk.dim)
+        whole = self._whole(tokens, x, None)
         return type(out)((whole, *others)) if isinstance(out, tuple | list) else whole
+
+    def _whole(self, tokens: Tokens, x: Tensor, place: int | None) -> Tensor:
+        dim = self.trunk.dim
+        self.trunk.check_held(x, tokens, f"what {self.described()} returns", place)
+        if place is None:
+            return join_both(tokens, x, dim)
+        return join_stream(tokens, x, dim, place)

@@ -14,8 +14,10 @@ from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
 from usp.integrations._boundary import Boundary
 from usp.integrations._region import Region, is_in_reentrant_checkpoint
+from usp.integrations._streams import counts, held_of, two_streams
 from usp.nn.spread import Spread
 from usp.planning.layout import Layout
+from usp.sharding.whole import ask_lengths
 
 
 class Trunk:
@@ -44,11 +46,14 @@ class Trunk:
         self.is_open = False
         self.running: Tokens | None = None
         self.region: Region | None = None
-        self._seen: dict[int, Tokens] = {}
+        self._seen: dict[tuple[int, int | None], Tokens] = {}
         self._left: dict[int, tuple[str, ReferenceType[Tensor]]] = {}
 
-    def begin(self, x: Tensor) -> Tokens | None:
+    def begin(self, x: Tensor, second: Tensor | None = None) -> Tokens | None:
         """The tokens of a whole sequence that comes to the first module; None where it stays whole.
+
+        Args:
+            second: Another stream, which attention joins to it.
 
         Raises:
             RuntimeError: another is on its way; or nobody would divide its gradient by the ranks.
@@ -56,11 +61,10 @@ class Trunk:
         if not (self.is_open or is_computed_again()):
             self._refuse_gradients()
             return None
-        length = x.shape[self.dim]
-        if length not in self._seen:
-            spread = Spread(self.mesh, self.layout, length, validate=self.validate)
-            self._seen[length] = Tokens.of(spread, ())
-        tokens = self._seen[length]
+        lengths = x.shape[self.dim], None if second is None else second.shape[self.dim]
+        if lengths not in self._seen:
+            self._seen[lengths] = self._tokens(*lengths)
+        tokens = self._seen[lengths]
         if not is_computed_again():
             if self.running is not None:
                 raise RuntimeError(
@@ -69,6 +73,13 @@ class Trunk:
                 )
             self.running = tokens
         return tokens
+
+    def _tokens(self, first: int, second: int | None) -> Tokens:
+        spread = Spread(self.mesh, self.layout, first + (second or 0), validate=self.validate)
+        joint = self.boundary.joint
+        if second is None or joint is None:
+            return Tokens.of(spread, ())
+        return two_streams(spread, joint.ordered(first, second), joint.each)
 
     def _refuse_gradients(self) -> None:
         several = self.mesh is not None and self.mesh.size > 1
@@ -120,7 +131,7 @@ class Trunk:
                     "alone (hidden states of inner layers): it has whole ones of the last alone"
                 )
 
-    def current(self, x: Tensor | None) -> Tokens | None:
+    def current(self, x: Tensor | None, second: Tensor | None = None) -> Tokens | None:
         """The tokens of the sequence that local ones are of; None where they are of none.
 
         A checkpoint computes modules again in the backward, when other sequences may have come
@@ -128,35 +139,44 @@ class Trunk:
         another rank, the ranks tell each other what they hold.
 
         Args:
-            x: What the module is given; None where it is not known.
+            x, second: What the module is given, of both streams; None where it is not known.
         """
         if not is_computed_again():
             return self.running
+        if self.region is not None:
+            return self.region.tokens
         if len(self._seen) == 1:
             return next(iter(self._seen.values()))
-        held = x.shape[self.dim] if x is not None and x.dim() > self.dim else None
-        fitting = [tokens for tokens in self._seen.values() if tokens.held == held]
+        return self._again(*(None if y is None or y.dim() <= self.dim else y for y in (x, second)))
+
+    def _again(self, x: Tensor | None, second: Tensor | None) -> Tokens:
+        held = None if x is None else x.shape[self.dim]
+        pair = None if second is None else (held, second.shape[self.dim])
+        told = [counts(tokens, self.boundary.joint) for tokens in self._seen.values()]
+        mine = 0 if self.mesh is None else self.mesh.rank
+        fitting = [one for one in told if one.fits(mine, held, pair)]
         if held is None or not fitting:
             raise NotImplementedError(
                 f"a module inside of {self.boundary.trunk} is computed again in the backward with "
                 f"{held} tokens along dim {self.dim} of its first tensor, and sequences of "
-                f"{sorted(self._seen)} tokens, of which this rank holds "
-                f"{sorted(tokens.held for tokens in self._seen.values())}, have been there: "
-                "checkpoint whole modules of the trunk"
+                f"{sorted(tokens.spread.seq_len for tokens in self._seen.values())} tokens, of "
+                f"which this rank holds {sorted(tokens.held for tokens in self._seen.values())}, "
+                "have been there: checkpoint whole modules of the trunk"
             )
-        if len(fitting) == 1 and not self._is_like_another(fitting[0]):
-            return fitting[0]
+        (one, *more) = fitting
+        if not more and not any(one.is_like(other, pair is None) for other in told):
+            return one.tokens
+        if pair is not None:
+            first, other = (sum(ask_lengths(n, self.mesh)) for n in (held, pair[1]))
+            return self._seen[first, other]
+        if any(one.tokens.parts for one in told):
+            raise NotImplementedError(
+                f"a module inside of {self.boundary.trunk} is computed again in the backward with "
+                f"{held} tokens, and with sequences of two streams of several lengths it cannot be "
+                "told which it is of: checkpoint whole modules of the trunk that take both streams"
+            )
         spread = Spread.infer(held, self.mesh, self.layout, validate=self.validate)
-        return self._seen[spread.seq_len]
-
-    def _is_like_another(self, tokens: Tokens) -> bool:
-        """Whether a rank cannot tell them from those of another length; the same on all ranks."""
-        return any(
-            a == b
-            for other in self._seen.values()
-            if other is not tokens
-            for a, b in zip(tokens.shares, other.shares, strict=True)
-        )
+        return self._seen[spread.seq_len, None]
 
     @contextmanager
     def entered(self, tokens: Tokens) -> Iterator[Region]:
@@ -172,15 +192,17 @@ class Trunk:
             finally:
                 self.region = None
 
-    def check_held(self, x: Tensor, tokens: Tokens, what: str) -> None:
-        """Refuse what has not this rank's share of tokens."""
+    def check_held(self, x: Tensor, tokens: Tokens, what: str, place: int | None = None) -> None:
+        """Refuse what has not this rank's share of tokens, or of a stream's."""
         held = x.shape[self.dim] if x.dim() > self.dim else None
-        if held != tokens.held:
+        share = tokens.held if place is None else held_of(tokens, place)
+        if held != share:
             refuse(
                 tokens.spread,
                 ValueError(
                     f"{what} is {tuple(x.shape)} with {held} tokens along dim {self.dim}, where "
-                    f"this rank holds {tokens.held} of {tokens.spread.seq_len}"
+                    f"this rank holds {share} of "
+                    f"{tokens.spread.seq_len if place is None else (tokens.parts or ())[place]}"
                 ),
             )
 

@@ -12,7 +12,7 @@ from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, shortened
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
-from usp.integrations._parts import Local, Multihead, Samples
+from usp.integrations._parts import Across, Alone, Local, Multihead, Samples
 from usp.integrations._sites import Block, Inside, Site, Whole
 from usp.integrations._trunk import Trunk
 from usp.nn.across import drops_samples, reason
@@ -139,12 +139,17 @@ def _sites(
     _refuse_across(boundary.trunk, inside, trunk.mesh)
     attention = _outermost(boundary.attention, names, inside)
     sites: list[Site] = []
+    across, alone = _of_others(boundary, names, inside)
     for name, module in reversed(inside.items()):
         if isinstance(module, nn.MultiheadAttention):
             _check_multihead(name, module)
             sites.append(Multihead(module, name, trunk))
         elif drops_samples(module):
             sites.append(Samples(module, name, trunk, False))
+        elif name in across:
+            sites.append(Across(module, name, trunk, across[name]))
+        elif name in alone:
+            sites.append(Alone(module, name, trunk, True))
         elif name not in blocks and (name in attention or not _is_of_torch(module)):
             sites.append(Inside(module, name, trunk, name in attention))
     sites += [
@@ -188,6 +193,11 @@ def _check_local(
             "usp.cut_batch(batch, mesh, layout)"
         )
     (boundary,) = boundaries
+    if boundary.joint is not None:
+        raise NotImplementedError(
+            f"{boundary.trunk} has two streams of tokens ({boundary.joint.argument}): a model is "
+            'given one cut sequence where outputs="local"'
+        )
     outside = {n: m for n, m in names.items() if not any_means(boundary.local, n, names)}
     _refuse_across(type(names[""]).__qualname__, outside, mesh)
 
@@ -223,6 +233,20 @@ def _outermost(
             raise ValueError(f"{choice!r} means no module of the trunk: {shortened(among)}")
     meant = {name for name in among if any_means(only, name, names)}
     return [n for n in meant if not any(n.startswith(f"{other}.") for other in meant)]
+
+
+def _of_others(
+    boundary: Boundary, names: Mapping[str, nn.Module], among: Mapping[str, nn.Module]
+) -> tuple[dict[str, str], list[str]]:
+    """Attention that looks at tokens which all hold whole, with the argument that holds these; and
+    that which sees the first of two streams alone. A family's models need not have either."""
+
+    def found(patterns: Only) -> list[str]:
+        there = [p for p in choices(patterns) if any(means(p, name, names) for name in among)]
+        return _outermost(there, names, among) if there else []
+
+    across = {name: boundary.whole[p] for p in boundary.whole for name in found(p)}
+    return across, [] if boundary.joint is None else found(boundary.joint.alone)
 
 
 def _check_multihead(name: str, module: nn.MultiheadAttention) -> None:
