@@ -1,11 +1,17 @@
-"""Training programs whose data lies in wheels: the losses of one process on any mesh, and later."""
+"""Programs whose data lies in wheels: the losses of one process on any mesh, and later."""
 
 from __future__ import annotations
 
+import copy
+import json
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import libraries
 import pytest
+from launched import launched
+from places import EXAMPLES
 
 import examples
 
@@ -43,3 +49,50 @@ def test_any_mesh_trains_alike_and_goes_on_where_another_ended(pool, program, tm
     for steps, layout, shape in [(5, "zigzag", (1, 3)), (STEPS, "contiguous", (2, 2))]:
         for found in losses(f"--steps {steps} --layout {layout} {folder}", *shape):
             assert examples.largest_difference(found, alone[:steps]) <= 1e-5
+
+
+# ---- the scaling study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """What it measured on four processes."""
+    libraries.library("sklearn")
+    libraries.library("matplotlib")
+    file = tmp_path_factory.mktemp("study") / "study.json"
+    small = ["--batch", "8", "--steps", "1", "--dim", "16", "--depth", "1", "--device", "cpu"]
+    launched(4, [[str(EXAMPLES / "scaling_vit.py"), "--json", str(file), *small]])
+    return file
+
+
+def runs_of(told: dict[str, Any], name: str, way: str) -> list[dict[str, Any]]:
+    return [run for run in told["runs"] if (run["study"], run["way"]) == (name, way)]
+
+
+def test_a_scaling_study_has_all_settings_and_one_loss(study) -> None:
+    told = json.loads(study.read_text())
+    assert len(told["runs"]) == 36 and told["processes"] == 4
+    for way in ("ring", "ulysses", "data"):
+        assert [run["ranks"] for run in runs_of(told, "strong", way)] == [1, 2, 4]
+        weak = [run["batch"] * run["tokens"] for run in runs_of(told, "weak", way)]
+        assert [tokens // weak[0] for tokens in weak] == [1, 2, 4]
+        assert [run["batch"] for run in runs_of(told, "batch", way)] == [8, 16, 32]
+        assert [run["parts"] for run in runs_of(told, "accumulation", way)] == [1, 2, 4]
+    assert all(run["seconds"] > 0 for run in told["runs"])
+    module = examples.module("scaling_vit")
+    assert module.spread_of_losses(told["runs"]) < 1e-5
+    assert study.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert study.with_suffix(".md").read_text() == module.table(told)
+
+
+def test_its_table_is_made_of_the_file_alone(study) -> None:
+    module, told = examples.module("scaling_vit"), json.loads(study.read_text())
+    made = copy.deepcopy(told)
+    for run in made["runs"]:  # twice as fast on two, as fast on four
+        run["seconds"] = {1: 1.0, 2: 0.5, 4: 1.0}[run["ranks"]]
+    for run, wanted in zip(runs_of(made, "strong", "ring"), (1.0, 1.0, 0.25), strict=True):
+        assert module.efficiency(run, made["runs"]) == pytest.approx(wanted)
+        row = f"| strong | ring | {run['ranks']} | 8 | 1 | 64 | {run['seconds']:.4f} |"
+        assert f"{row} {8 / run['seconds']:.1f} | {wanted:.2f} |" in module.table(made)
+    made["runs"][0]["losses"][0] += 0.5
+    assert 0.5 <= module.spread_of_losses(made["runs"]) <= 0.5 + 1e-4
