@@ -62,6 +62,8 @@ class Setting:
 
 
 def settings(world: int, batch: int) -> Iterator[Setting]:
+    if batch % (4 * world):
+        raise SystemExit(f"--batch {batch} is no multiple of {4 * world}, four for each process")
     counts = [2**n for n in range(len(PATCHES)) if world % 2**n == 0]
     for way in WAYS:
         for n, ranks in enumerate(counts):

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import example_programs as examples
 import pytest
 from launched import launched
 from places import EXAMPLES, ROOT
 
-import examples
 import usp
 
 # train_vit's picture lies in its wheel

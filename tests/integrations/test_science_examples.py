@@ -8,12 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import example_programs as examples
 import libraries
 import pytest
 from launched import launched
 from places import EXAMPLES
-
-import examples
 
 pytestmark = pytest.mark.library
 
@@ -60,7 +59,7 @@ def study(tmp_path_factory) -> Path:
     libraries.library("sklearn")
     libraries.library("matplotlib")
     file = tmp_path_factory.mktemp("study") / "study.json"
-    small = ["--batch", "8", "--steps", "1", "--dim", "16", "--depth", "1", "--device", "cpu"]
+    small = ["--batch", "16", "--steps", "1", "--dim", "16", "--depth", "1", "--device", "cpu"]
     launched(4, [[str(EXAMPLES / "scaling_vit.py"), "--json", str(file), *small]])
     return file
 
@@ -76,7 +75,7 @@ def test_a_scaling_study_has_all_settings_and_one_loss(study) -> None:
         assert [run["ranks"] for run in runs_of(told, "strong", way)] == [1, 2, 4]
         weak = [run["batch"] * run["tokens"] for run in runs_of(told, "weak", way)]
         assert [tokens // weak[0] for tokens in weak] == [1, 2, 4]
-        assert [run["batch"] for run in runs_of(told, "batch", way)] == [8, 16, 32]
+        assert [run["batch"] for run in runs_of(told, "batch", way)] == [16, 32, 64]
         assert [run["parts"] for run in runs_of(told, "accumulation", way)] == [1, 2, 4]
     assert all(run["seconds"] > 0 for run in told["runs"])
     module = examples.module("scaling_vit")
@@ -92,7 +91,7 @@ def test_its_table_is_made_of_the_file_alone(study) -> None:
         run["seconds"] = {1: 1.0, 2: 0.5, 4: 1.0}[run["ranks"]]
     for run, wanted in zip(runs_of(made, "strong", "ring"), (1.0, 1.0, 0.25), strict=True):
         assert module.efficiency(run, made["runs"]) == pytest.approx(wanted)
-        row = f"| strong | ring | {run['ranks']} | 8 | 1 | 64 | {run['seconds']:.4f} |"
-        assert f"{row} {8 / run['seconds']:.1f} | {wanted:.2f} |" in module.table(made)
+        row = f"| strong | ring | {run['ranks']} | 16 | 1 | 64 | {run['seconds']:.4f} |"
+        assert f"{row} {16 / run['seconds']:.1f} | {wanted:.2f} |" in module.table(made)
     made["runs"][0]["losses"][0] += 0.5
     assert 0.5 <= module.spread_of_losses(made["runs"]) <= 0.5 + 1e-4
