@@ -9,6 +9,7 @@ from usp.integrations import (
     Boundary,
     parallelize,
     replace_attention,
+    replace_mlp,
     restore,
     spread_attention,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "parallelize",
     "positions",
     "replace_attention",
+    "replace_mlp",
     "restore",
     "rng",
     "roll",

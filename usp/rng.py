@@ -12,7 +12,7 @@ nothing behind but that this number was drawn. So ``torch.manual_seed`` makes it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,27 +74,15 @@ def sharded(mesh: SequenceMesh | None = None) -> Iterator[None]:
 
 
 class Drawn:
-    """Where torch's generators stand: of the CPU, and of an accelerator that has been started."""
+    """Random numbers that can be drawn again: of one number of torch's default CPU generator, like
+    the streams above, so that ranks draw alike however many they need."""
 
     def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._accelerator = _accelerator(None)
-        if self._accelerator is not None:
-            self._index = torch.accelerator.current_device_index()
-            self._of_device = getattr(torch, self._accelerator).get_rng_state(self._index)
+        self._seed = _draw_seed()
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """The same numbers are drawn in here; afterwards generators are as they were."""
-        if self._accelerator is None:
-            with torch.random.fork_rng(devices=()):
-                torch.set_rng_state(self._cpu)
-                yield
-            return
-        with torch.random.fork_rng(devices=(self._index,), device_type=self._accelerator):
-            torch.set_rng_state(self._cpu)
-            getattr(torch, self._accelerator).set_rng_state(self._of_device, self._index)
-            yield
+    def again(self) -> AbstractContextManager[None]:
+        """The same numbers each time; afterwards generators are as they were."""
+        return _seeded(self._seed, None)
 
 
 def _draw_seed() -> int:

@@ -97,6 +97,7 @@ class Boundary:
         joint: A second stream of tokens that attention joins to the first.
         never: Arguments of these modules that must be None on several ranks: what they keep (a
             cache) would be of this rank's tokens alone.
+        mlp: Which modules in it are MLPs, that treat each token by itself: ``tiles=`` is for them.
 
     Example:
         >>> usp.Boundary("blocks", "*.attn", beside={"rope": -2})
@@ -114,6 +115,7 @@ class Boundary:
     then: Sequence[str] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     joint: Joint | None = None
+    mlp: Only = ()
 
     def __post_init__(self) -> None:
         if self.joint is not None and (self.after_prefix or self.prefix_count or self.documents):

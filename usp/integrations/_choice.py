@@ -47,6 +47,16 @@ def any_means(only: Only, name: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(means(choice, name, modules) for choice in choices(only))
 
 
+def outermost(names: Iterable[str]) -> list[str]:
+    """Names of modules, without what others of them hold."""
+    meant = dict.fromkeys(names)
+    return [n for n in meant if not any(_holds(other, n) for other in meant)]
+
+
+def _holds(holder: str, name: str) -> bool:
+    return holder != name and (not holder or name.startswith(f"{holder}."))
+
+
 def shortened(names: Iterable[str], most: int = 5) -> str:
     """A list for a message, with a count of what it leaves out."""
     listed = [name or "itself" for name in names]

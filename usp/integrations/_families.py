@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from usp.integrations._boundary import Boundary, Entries, Joint
 
+_MLP = "*.mlp"  # whatever else a library calls its parts
+
 # what layers of transformers' language models are given beside tokens
-_ROTATED = Boundary(
+_OF_EXPERTS = Boundary(
     "layers", beside={"position_embeddings": 1, "position_ids": 1}, never=("cache",)
 )
+_ROTATED = replace(_OF_EXPERTS, mlp=_MLP)
 # of images and of texts, each with a sequence of its own
-_TOWERS = Boundary("text_model.encoder.layers"), Boundary("vision_model.encoder.layers")
+_TOWERS = (
+    Boundary("text_model.encoder.layers", mlp=_MLP),
+    Boundary("vision_model.encoder.layers", mlp=_MLP),
+)
 
 # images of all sizes as one sequence, each or each window of one a document
-_PACKED = Boundary("blocks", dim=0, beside={"position_embeddings": 0}, documents="cu_seqlens")
+_PACKED = Boundary(
+    "blocks", dim=0, beside={"position_embeddings": 0}, documents="cu_seqlens", mlp=_MLP
+)
 
 _DIFFUSERS = "diffusers.models.transformers"
 # a text that all ranks hold whole, looked at by a second attention
@@ -32,23 +42,27 @@ _FLUX = Boundary(
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
-    "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers"),
-    "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn"),
+    "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers", mlp=_MLP),
+    "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn", mlp=_MLP),
     "timm.models.eva.Eva": Boundary(
         "blocks",
         "*.attn",
         beside={"rope": -2},
         after_prefix=("rope",),
         prefix_count="num_prefix_tokens",
+        mlp=_MLP,
     ),
-    "timm.models.beit.Beit": Boundary("blocks", "*.attn"),
-    "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers"),
-    "transformers.models.clip.modeling_clip.CLIPEncoder": Boundary("layers"),
+    "timm.models.beit.Beit": Boundary("blocks", "*.attn", mlp=_MLP),
+    "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers", mlp=_MLP),
+    "transformers.models.clip.modeling_clip.CLIPEncoder": Boundary("layers", mlp=_MLP),
     "transformers.models.clip.modeling_clip.CLIPModel": _TOWERS,
-    "transformers.models.siglip.modeling_siglip.SiglipEncoder": Boundary("layers"),
+    "transformers.models.siglip.modeling_siglip.SiglipEncoder": Boundary("layers", mlp=_MLP),
     "transformers.models.siglip.modeling_siglip.SiglipModel": _TOWERS,
     "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTEncoder": Boundary(
-        "layer", beside={"position_embeddings": -2}, after_prefix=("position_embeddings",)
+        "layer",
+        beside={"position_embeddings": -2},
+        after_prefix=("position_embeddings",),
+        mlp=_MLP,
     ),
     "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": _PACKED,
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl."
@@ -59,7 +73,7 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.gemma2.modeling_gemma2.Gemma2Model": _ROTATED,
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": _ROTATED,
     "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Model": _ROTATED,
-    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _ROTATED,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _OF_EXPERTS,
     f"{_DIFFUSERS}.dit_transformer_2d.DiTTransformer2DModel": Boundary(
         "transformer_blocks", "*.attn1"
     ),
@@ -125,12 +139,7 @@ def family(model: nn.Module) -> tuple[Boundary, ...]:
     Raises:
         ValueError: none is, or several are.
     """
-    known: dict[str, tuple[Boundary, ...]] = {}
-    for name, module in model.named_modules():
-        found = _known(module)
-        if found and not any(not n or name.startswith(f"{n}.") for n in known):
-            prefix = f"{name}." if name else ""
-            known[name] = tuple(each.under(prefix) for each in found)
+    known = known_parts(model)
     if len(known) == 1:
         return next(iter(known.values()))
     if known:
@@ -144,6 +153,17 @@ def family(model: nn.Module) -> tuple[Boundary, ...]:
         'other, and between which tokens are spread, trunk="encoder.layers", or describe it, '
         "trunk=usp.Boundary(...)"
     )
+
+
+def known_parts(model: nn.Module) -> dict[str, tuple[Boundary, ...]]:
+    """The trunks of each part of a model that is known, by the name of the part."""
+    known: dict[str, tuple[Boundary, ...]] = {}
+    for name, module in model.named_modules():
+        found = _known(module)
+        if found and not any(not n or name.startswith(f"{n}.") for n in known):
+            prefix = f"{name}." if name else ""
+            known[name] = tuple(each.under(prefix) for each in found)
+    return known
 
 
 def _known(module: nn.Module) -> tuple[Boundary, ...]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from usp import rng
 from usp.integrations._answer import Tokens
-from usp.integrations._sites import Inside, Site
+from usp.integrations._sites import Inside
 from usp.integrations._streams import alone, held_of
 from usp.integrations._trunk import Trunk
 from usp.masks import documents
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.multihead.placement import Placement
+from usp.nn.site import Site
 from usp.nn.spread import Spread
 
 _MULTIHEAD_NAMES = (

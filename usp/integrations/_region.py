@@ -44,11 +44,12 @@ class Region(TorchFunctionMode):
         answered: Calls that were answered since the region was made; those in graphs of
             ``torch.compile`` are not counted.
         is_paused: Whether nothing is answered or refused just now.
+        owner: Who made it, and finds it again where somebody else enters it a second time.
     """
 
-    def __init__(self, tokens: Tokens, watch: bool = True) -> None:
+    def __init__(self, tokens: Tokens, watch: bool = True, owner: object = None) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.owner = tokens, owner
         self.watch = watch
         self.answered = 0
         self.is_paused = False
@@ -168,6 +169,12 @@ def current_region() -> Region | None:
         if isinstance(mode, Region):
             return None if mode.is_paused else mode
     return None
+
+
+def region_of(owner: object) -> Region | None:
+    """The innermost that is entered of those that somebody made."""
+    found = (m for m in _get_current_function_mode_stack() if isinstance(m, Region))
+    return next((mode for mode in reversed([*found]) if mode.owner is owner), None)
 
 
 def _apart(

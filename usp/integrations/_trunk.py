@@ -13,7 +13,7 @@ from torch import Tensor
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
 from usp.integrations._boundary import Boundary
-from usp.integrations._region import Region, is_in_reentrant_checkpoint
+from usp.integrations._region import Region, is_in_reentrant_checkpoint, region_of
 from usp.integrations._streams import counts, held_of, two_streams
 from usp.nn.spread import Spread
 from usp.planning.layout import Layout
@@ -30,7 +30,6 @@ class Trunk:
         is_open: Whether the model's forward runs.
         running: Tokens of the sequence that is between the first module and the last; None
             elsewhere.
-        region: That which is entered; None outside.
     """
 
     def __init__(
@@ -45,9 +44,16 @@ class Trunk:
         self.boundary, self.dim = boundary, dim
         self.is_open = False
         self.running: Tokens | None = None
-        self.region: Region | None = None
+        self._region: Region | None = None
         self._seen: dict[tuple[int, int | None], Tokens] = {}
         self._left: dict[int, tuple[str, ReferenceType[Tensor]]] = {}
+
+    @property
+    def region(self) -> Region | None:
+        """That which is entered, here or by what computes a part of it again; None outside."""
+        if self._region is not None or not is_computed_again():
+            return self._region
+        return region_of(self)
 
     def begin(self, x: Tensor, second: Tensor | None = None) -> Tokens | None:
         """The tokens of a whole sequence that comes to the first module; None where it stays whole.
@@ -181,16 +187,16 @@ class Trunk:
     @contextmanager
     def entered(self, tokens: Tokens) -> Iterator[Region]:
         """The region of these tokens, which may be entered already."""
-        if self.region is not None:
-            with self.region.entered_again():
-                yield self.region
+        if (region := self.region) is not None:
+            with region.entered_again():
+                yield region
             return
-        with Region(tokens) as region:
-            self.region = region
+        with Region(tokens, owner=self) as region:
+            self._region = region
             try:
                 yield region
             finally:
-                self.region = None
+                self._region = None
 
     def check_held(self, x: Tensor, tokens: Tokens, what: str, place: int | None = None) -> None:
         """Refuse what has not this rank's share of tokens, or of a stream's."""

@@ -9,14 +9,17 @@ from torch import nn
 
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._boundary import Boundary
-from usp.integrations._choice import Only, any_means, choices, means, shortened
+from usp.integrations._choice import Only, any_means, choices, means, outermost, shortened
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
 from usp.integrations._parts import Across, Alone, Local, Multihead, Samples
-from usp.integrations._sites import Block, Inside, Site, Whole
+from usp.integrations._sites import Block, Inside, Whole
+from usp.integrations._tiles import of_trunk, tiled_sites
 from usp.integrations._trunk import Trunk
 from usp.nn.across import drops_samples, reason
 from usp.nn.multihead.module import check_class
+from usp.nn.site import Site
+from usp.nn.tiled.module import Tiled
 from usp.planning.layout import Layout, check_layout
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +33,7 @@ def parallelize(
     layout: Layout = "contiguous",
     outputs: str = "joined",
     validate: bool | None = None,
+    tiles: int | None = None,
 ) -> Model:
     """Spread the tokens of a model over the ranks of a mesh, in place.
 
@@ -54,6 +58,8 @@ def parallelize(
             is theirs, so that no rank ever holds all logits. The gradient rule is the same; the
             loss is this rank's part of the mean over all valid tokens (``usp.cross_entropy``).
         validate: See ``long_context_attention``.
+        tiles: In how many tiles of this rank's tokens the MLPs of the trunk compute; None: in one,
+            which is kept (``usp.tiled_mlp``).
 
     Returns:
         ``model``.
@@ -71,7 +77,7 @@ def parallelize(
             f"layout {layout!r} is made for one length: parallelize takes a rule, as forwards have "
             "a length each"
         )
-    if any(_site(module) for module in model.modules()):
+    if any(_site(m) and not isinstance(_site(m), Tiled) for m in model.modules()):
         raise ValueError(
             f"{type(model).__qualname__} is parallelized, or a part of it is: usp.restore(model) "
             "first"
@@ -93,6 +99,8 @@ def parallelize(
             raise ValueError(f"modules of {boundary.trunk} have tokens along dims {sorted(dims)}")
         kind = CutTrunk if is_local else Trunk
         trunks.append(kind(mesh, layout, validate, boundary, dims.pop()))
+        if tiles is not None:
+            sites += tiled_sites(names, of_trunk(boundary, blocks, names), tiles)
         sites += _sites(trunks[-1], blocks, names)
     first = trunks[0]
     whole = Cut(model, mesh, first) if isinstance(first, CutTrunk) else Whole(model, mesh, trunks)
@@ -104,7 +112,7 @@ def parallelize(
 
 
 def restore(model: Model) -> Model:
-    """Undo ``parallelize``, in place.
+    """Undo ``parallelize`` and ``replace_mlp``, in place.
 
     Args:
         model: A model that was, or one that was not, which stays as it is.
@@ -231,8 +239,7 @@ def _outermost(
     for choice in choices(only):
         if not any(means(choice, name, names) for name in among):
             raise ValueError(f"{choice!r} means no module of the trunk: {shortened(among)}")
-    meant = {name for name in among if any_means(only, name, names)}
-    return [n for n in meant if not any(n.startswith(f"{other}.") for other in meant)]
+    return outermost(name for name in among if any_means(only, name, names))
 
 
 def _of_others(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from usp.nn.tiled.given import Given
+from usp.nn.tiled.given import Given, tile_of
 from usp.nn.tiled.sums import Joined, Sum
 from usp.nn.tiled.surroundings import Surroundings
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
@@ -92,7 +92,7 @@ def _backward_of(
     needed = [each.leaf for each in (*arguments, *parameters) if each.leaf.requires_grad]
     if not tile[0]:
         _check_leaves(call.name, out, needed)
-    torch.autograd.backward(out, grad.narrow(dim, *tile), inputs=needed)
+    torch.autograd.backward(out, tile_of(grad, dim, *tile), inputs=needed)
 
 
 def _check_leaves(name: str, out: Tensor, known: Sequence[Tensor]) -> None:

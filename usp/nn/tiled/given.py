@@ -59,7 +59,7 @@ class Given:
     def parts(self, start: int, length: int) -> list[Tensor]:
         """The tensors of a tile."""
         pairs = zip(self.tensors, self.cut, strict=True)
-        return [x.narrow(self.dim, start, length) if cut else x for x, cut in pairs]
+        return [tile_of(x, self.dim, start, length) if cut else x for x, cut in pairs]
 
     def filled(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
         """The arguments with these in the place of their tensors: args and kwargs."""
@@ -71,6 +71,13 @@ class Given:
         """For the backward, to which autograd hands them."""
         leaves = tuple(_HELD if isinstance(x, Tensor) else x for x in self._leaves)
         return Given((), self.cut, self.tiles, self.tokens, self.dim, leaves, self._spec)
+
+
+def tile_of(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """A part of a tensor; side by side in memory where the whole is, as modules that call ``view``
+    rely on."""
+    part = x.narrow(dim, start, length)
+    return part.contiguous() if x.is_contiguous() else part
 
 
 def _is_cut(given: Tensor, x: Tensor, dim: int) -> bool:

@@ -5,7 +5,7 @@ Mini-sequence training (MsT, arXiv:2407.15892) and ALST (arXiv:2506.13996) do so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,14 +29,15 @@ _CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDr
 def tiled_mlp(module: nn.Module, x: Tensor, tiles: int, *beside: Any, dim: int = -2) -> Tensor:
     """``module(x, *beside)``, computed in tiles of tokens, forward and backward.
 
-    The result is that of the plain call; dropout draws other numbers, the same in both. What is
-    kept between forward and backward is what was given: the forward keeps nothing, and the backward
-    takes tile after tile, computes it again and runs its backward. A parameter's gradient is summed
-    over the tiles in fp32 (fp64 for fp64), rounded once, and handed to autograd once: its hooks,
-    DDP and FSDP see one gradient in a backward. Hooks of the module itself run once, around all
-    tiles; those of what it holds run for each tile, and again in the backward. Autocast, torch's
-    random numbers and modes that answer functions (``usp.spread_attention``) are in the backward as
-    they were. Nothing is communicated: each rank may have its own number of tokens, or of tiles.
+    The result is that of the plain call; dropout draws other numbers, the same in both, and one
+    of torch's default CPU generator a call. What is kept between forward and backward is what was
+    given: the forward keeps nothing, and the backward takes tile after tile, computes it again and
+    runs its backward. A parameter's gradient is summed over the tiles in fp32 (fp64 for fp64),
+    rounded once, and handed to autograd once: its hooks, DDP and FSDP see one gradient in a
+    backward. Hooks of the module itself run once, around all tiles; those of what it holds run for
+    each tile, and again in the backward. Autocast and modes that answer functions
+    (``usp.spread_attention``) are in the backward as they were. Nothing is communicated: each rank
+    may have its own number of tokens, or of tiles.
 
     Args:
         module: Treats each token by itself, and returns one tensor. ``fully_shard`` may have been
@@ -106,26 +107,30 @@ class Tiled(Site):
         self._check_gathered(parameters)
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         inputs = (*given.tensors, *parameters.values())
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-            return self._forward(given)
         around = Surroundings(given.tensors[0].device)
-        call = Call(self._forward, self._body, self.described(), given, tuple(parameters), around)
-        return in_tiles(call, tuple(parameters.values()))
+        with around.drawn.again():
+            if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+                return self._forward(given)
+            name = self.described()
+            call = Call(self._forward, self._body, name, given, tuple(parameters), around)
+            return in_tiles(call, tuple(parameters.values()))
 
     def _forward(self, given: Given) -> Tensor:
         """Tile after tile, each written where it belongs in the whole."""
-        before, whole = self._writes(given), torch.empty(0)
+        whole = torch.empty(0)
         for start, length in given.tiles:
-            args, kwargs = given.filled(given.parts(start, length))
+            parts = given.parts(start, length)
+            args, kwargs = given.filled(parts)
+            before = {} if start else self._writes(parts)
             out = self.inner(*args, **kwargs)
             if not start:
                 self._check_output(out, length, given.dim)
-                self._check_writes(before, self._writes(given))
+                self._check_writes(before, self._writes(parts))
                 shape = list(out.shape)
                 shape[given.dim] = given.tokens
                 whole = out.new_empty(shape)
             whole.narrow(given.dim, start, length).copy_(out)
-            del out, args, kwargs  # or two tiles would be there at a time
+            del out, parts, args, kwargs  # or two tiles would be there at a time
         return whole
 
     def _body(self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -170,9 +175,9 @@ class Tiled(Site):
                 f"{dim}: tiles are joined where a module has one result for each token"
             )
 
-    def _writes(self, given: Given) -> dict[str, tuple[int, int]]:
+    def _writes(self, arguments: Sequence[Tensor]) -> dict[str, tuple[int, int]]:
         """How often each buffer and argument was written to."""
-        kept = {f"argument {n}": x for n, x in enumerate(given.tensors)}
+        kept = {f"argument {n}": x for n, x in enumerate(arguments)}
         kept |= {f"buffer {name}": x for name, x in self.module.named_buffers()}
         return {n: (id(x), x._version) for n, x in kept.items() if not x.is_inference()}
 

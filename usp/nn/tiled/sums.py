@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usp.nn.tiled.given import tile_of
+
 
 class Sum:
     """A tensor that each tile sees whole, and the sum of its gradients.
@@ -51,7 +53,7 @@ class Joined(Sum):
 
     def begin(self, dim: int, start: int, length: int) -> None:
         self._place = dim, start, length
-        self.leaf = self._made(self._x.narrow(dim, start, length))
+        self.leaf = self._made(tile_of(self._x, dim, start, length))
 
     def _add(self, grad: Tensor) -> None:
         if self._total is None:

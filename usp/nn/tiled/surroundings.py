@@ -12,10 +12,14 @@ from usp.rng import Drawn
 
 
 class Surroundings:
-    """Random numbers, autocast, and modes that answer torch's functions, as they are now."""
+    """Random numbers, autocast, and modes that answer torch's functions, as they are now.
+
+    Attributes:
+        drawn: The random numbers: the first time, too, is with these.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._drawn = Drawn()
+        self.drawn = Drawn()
         self._autocast = [
             (
                 kind,
@@ -34,7 +38,7 @@ class Surroundings:
     def again(self) -> Iterator[None]:
         """As they were, and gradients are wanted."""
         with ExitStack() as stack:
-            stack.enter_context(self._drawn.again())
+            stack.enter_context(self.drawn.again())
             for options in self._autocast:
                 stack.enter_context(torch.autocast(*options))
             entered = _get_current_function_mode_stack()
