@@ -8,6 +8,8 @@ import compiling
 import pool as worker
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +23,7 @@ Shape = tuple[int, int, int]  # samples, frames, places
 LONG = pytest.mark.long
 
 
-def given(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """A video, a text and a cotangent."""
     torch.manual_seed(0)
     b, t, s = shape
@@ -61,7 +63,7 @@ def gradients(out: Tensor, leaves: list[Tensor], cotangent: Tensor) -> list[Tens
 
 
 def expected(shape: Shape, lengths: list[int] | None) -> list[Tensor]:
-    x, text, cotangent = given(shape)
+    x, text, cotangent = inputs(shape)
     model, out = blocks(), x.requires_grad_()
     for block in model:
         out = plain(block, out, text.requires_grad_(), lengths)
@@ -76,7 +78,7 @@ def found(
 ) -> list[Tensor]:
     """The whole result, and this rank's part of each gradient."""
     on = None if mesh is None else worker.mesh(*mesh)
-    x, text, cotangent = given(shape)
+    x, text, cotangent = inputs(shape)
     model = blocks()
     shard = dsp.DynamicShard.split(x.requires_grad_(), (1, 2), on)
     for block in model:
@@ -116,10 +118,26 @@ def test_on_a_mesh(pool, mesh: tuple[int, int], shape: Shape) -> None:
     compare(parts, expected(shape, None))
 
 
+@LONG
+@settings(max_examples=settings.default.max_examples // 5)
+@given(
+    st.sampled_from([(2, 1), (1, 3), (2, 2), (5, 1)]),
+    st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6)),
+    st.lists(st.integers(0, 5), min_size=2, max_size=2),
+    st.booleans(),
+)
+def test_any_shape(
+    pool, mesh: tuple[int, int], shape: Shape, lengths: list[int], again: bool
+) -> None:
+    lengths = lengths[: shape[0]]
+    parts = pool.run(found, mesh, shape, lengths, again, ranks=mesh[0] * mesh[1])
+    compare(parts, expected(shape, lengths))
+
+
 def wire() -> tuple[list[int], list[int]]:
     """Bytes of the first block and of the second, forward and backward."""
     mesh = worker.mesh(2, 1)
-    x, text, cotangent = given((1, 5, 7), torch.bfloat16)
+    x, text, cotangent = inputs((1, 5, 7), torch.bfloat16)
     shard = dsp.DynamicShard.split(x.requires_grad_(), (1, 2), mesh, validate=False)
     sent = []
     for block in blocks(torch.bfloat16):
@@ -160,19 +178,17 @@ def test_refusals() -> None:
 def compiled() -> list[str]:
     """What differs from eager."""
     mesh, compiler, wrong = worker.mesh(2, 2), compiling.Counting("aot_eager"), []
-    model = blocks()
+    model = blocks()[0]
 
     def run(x: Tensor, text: Tensor) -> Tensor:
         shard = dsp.DynamicShard.split(x, (1, 2), mesh)
-        for block in model:
-            shard = block(shard, text)
-        return shard.local
+        return model(shard, text).whole(2).local
 
     with compiling.afresh():
         fast = torch.compile(run, fullgraph=True, backend=compiler)
-        x, text, cotangent = given((2, 5, 7))
+        x, text, cotangent = inputs((2, 5, 7))
         leaves = [x.requires_grad_(), text.requires_grad_(), *model.parameters()]
-        mine = dsp.split(cotangent, 2, mesh)
+        mine = dsp.split(cotangent, 1, mesh)
         ours, theirs = (gradients(each(x, text), leaves, mine) for each in (fast, run))
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if not torch.allclose(a, b, rtol=1e-12, atol=1e-12):
@@ -199,7 +215,7 @@ class Video(torch.nn.Module):
 def under_fsdp() -> list[Tensor]:
     """Gradients of the parameters, gathered, of blocks that FSDP cuts over the ranks."""
     mesh = worker.mesh(1, 2)
-    x, text, cotangent = given((2, 5, 7))
+    x, text, cotangent = inputs((2, 5, 7))
     model = Video(blocks())
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh.device_mesh["ring"])
