@@ -297,3 +297,24 @@ def test_without_a_process_group_it_says_what_to_do(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="torchrun"):
         usp.init_mesh(1, 1)
+
+
+def in_another_order(table: list[list[int]], names: tuple[str, str]) -> tuple[int, int] | str:
+    made = DeviceMesh("cpu", table, mesh_dim_names=names)
+    try:
+        mesh = usp.SequenceMesh.from_device_mesh(made)
+    except ValueError as error:
+        return str(error)
+    return mesh.ring_rank, mesh.ulysses_rank
+
+
+@pytest.mark.long
+def test_two_ranks_never_have_one_place(pool) -> None:
+    """torch's groups are in the order of global ranks, whatever that of the mesh is."""
+    names = "ring", "ulysses"
+    found = pool.run(in_another_order, [[0, 2], [1, 3]], names, ranks=4)
+    assert found == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    found = pool.run(in_another_order, [[3, 2], [1, 0]], names[::-1], ranks=4)
+    assert found == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for said in pool.run(in_another_order, [[3, 1], [0, 2]], names, ranks=4):
+        assert "the ranks [[3, 1], [0, 2]] of the device mesh, axes 'ring' x 'ulysses'" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -238,7 +239,32 @@ def _sequence_axes(
             f"both hold ranks {sorted(shared)}, but a rank needs a place of its own on either: "
             "name two axes that do not overlap, or None for a degree of 1"
         )
+    _check_order(device_mesh, [name for name in names.values() if name is not None])
     return found
+
+
+def _check_order(device_mesh: DeviceMesh, names: list[str]) -> None:
+    """Refuse where two ranks would have one place: groups are in the order of global ranks, so
+    that a place in them is no place in a mesh that goes up and down.
+
+    Raises:
+        ValueError: the same on all ranks of the mesh; shows its table.
+    """
+    axes = list(device_mesh.mesh_dim_names or ())
+    if len(names) < 2 or not set(names) <= set(axes):
+        return
+    dims = [axes.index(name) for name in names]
+    own: Sequence[int] = device_mesh.get_coordinate() or ()
+    index = tuple(slice(None) if dim in dims else place for dim, place in enumerate(own))
+    table = device_mesh.mesh[index]
+    table = table.T if dims[0] > dims[1] else table
+    along_ring, along_ulysses = (table.argsort(dim).argsort(dim) for dim in (0, 1))
+    if bool((along_ring != along_ring[:, :1]).any() or (along_ulysses != along_ulysses[:1]).any()):
+        raise ValueError(
+            f"the ranks {table.tolist()} of the device mesh, axes {names[0]!r} x {names[1]!r}, are "
+            "in no order that torch's process groups have, which count up: make the DeviceMesh of "
+            "ranks that count up along both axes"
+        )
 
 
 def init_mesh(
