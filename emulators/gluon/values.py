@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._layouts import DistributedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gluon.machine import Product, running
@@ -28,6 +30,18 @@ TORCH = {
 GLUON = {torch_dtype: dtype for dtype, torch_dtype in TORCH.items()}
 
 
+@dataclass(frozen=True)
+class Reshaped(DistributedLayout):
+    """Where a reshaped tensor's elements lie: where they were."""
+
+    of: Any
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
 class Value:
     """A distributed tensor."""
 
@@ -39,8 +53,15 @@ class Value:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
+    @property
+    def type(self) -> Any:
+        return types.SimpleNamespace(layout=self.layout)
+
     def to(self, dtype: Any) -> Value:
         return Value(self.data.to(TORCH[dtype]), self.layout)
+
+    def reshape(self, shape: list[int]) -> Value:
+        return Value(self.data.reshape(shape), Reshaped(self.layout, tuple(shape)))
 
     def __getitem__(self, index: Any) -> Value:
         dim = next(i for i, part in enumerate(index) if part is None)

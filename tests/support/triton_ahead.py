@@ -140,7 +140,7 @@ def compiled(
 def pipeline(kernel: Any, log: str) -> dict[str, Any]:
     """Of a Hopper kernel: its asynchronous instructions, and what ptxas says about their order."""
     said = disassembled(kernel.asm["cubin"])
-    names = ("HGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL")
+    names = ("HGMMA", "SHFL", "UTMALDG", "USETMAXREG", "LDL", "STL")
     assert "registers" in log, "ptxas has not said what it did"
     return {
         "asynchronous": {name: len(re.findall(rf"\b{name}\b", said)) for name in names},

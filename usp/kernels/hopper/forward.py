@@ -136,7 +136,8 @@ def _consume(
         lse_at = lse + gl.cast(b, gl.int64) * lse_batch + gl.cast(h, gl.int64) * lse_head + i
         held = gl.load(lse_at, mask=i < sizes.q_len, other=0.0)
         seen = (span, ends_of(span, i, sizes.q_len), sizes.k_len, scale)
-        acc, top, total = _visit(acc, held * LOG2E, tiles, barriers, walk, seen, C, S, A)
+        acc, top, parts = _visit(acc, held * LOG2E, tiles, barriers, walk, seen, C, S, A)
+        total = gl.convert_layout(gl.sum(parts, 1), gl.SliceLayout(1, S))
         total = gl.where(total == 0, 1.0, total)
         acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, A))[:, None]
         # what saw nothing keeps its lse to the bit
@@ -156,7 +157,7 @@ def _consume(
 def _visit(
     acc, top, tiles, barriers, walk, seen, C: gl.constexpr, S: gl.constexpr, A: gl.constexpr
 ):  # fmt: skip
-    """Let all keys of the walk into the accumulator, its maximum and its sum.
+    """Let all keys of the walk into the accumulator, its maximum and the parts of its sum.
 
     Turns: consumer 0 begins; who has issued products hands the turn to the other.
     """
@@ -166,7 +167,6 @@ def _visit(
     ROWS: gl.constexpr = q_tiles.shape[3]
     BLOCK_K: gl.constexpr = k_tiles.shape[3]
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
-    total = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
     q = matrix(q_tiles, C)
     mbarrier.wait(q_full.index(C), 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -175,7 +175,7 @@ def _visit(
     mbarrier.arrive(turn.index(1 - C), count=1)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0), count=1)
-    p, top, total, shrink = _softmax(s, top, total, 0, walk, seen, BLOCK_K, S)
+    p, top, total, shrink = _softmax(s, top, None, 0, walk, seen, BLOCK_K, S)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, A))[:, None]
     weights = gl.convert_layout(p.to(v_tiles.dtype), gl.DotOperandLayout(0, A, 2))
     last = visits(walk) - 1
@@ -213,4 +213,20 @@ def _softmax(s, top, total, u, walk, seen, BLOCK_K: gl.constexpr, S: gl.constexp
     level = gl.where(higher == float("-inf"), 0.0, higher)
     p = gl.exp2(s * scale - level[:, None])
     shrink = gl.exp2(top - level)
-    return p, higher, total * shrink + gl.sum(p, 1), shrink
+    return p, higher, _parts(p, total, shrink), shrink
+
+
+@gluon.jit
+def _parts(p, total, shrink):
+    """Sums of rows as far as each of a row's four threads has them: (rows, 4), joined at the end.
+
+    A thread holds two columns in eight. ``total`` None: a sum of 1, in four parts.
+    """
+    ROWS: gl.constexpr = p.shape[0]
+    found = gl.sum(gl.sum(p.reshape([ROWS, p.shape[1] // 8, 4, 2]), 3), 1)
+    by_part = gl.convert_layout(shrink, gl.SliceLayout(1, found.type.layout))[:, None]
+    if total is None:
+        found += 0.25 * by_part
+    else:
+        found += total * by_part
+    return found
