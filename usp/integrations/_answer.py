@@ -118,6 +118,29 @@ def answer(
     return out.reshape(*batch, *out.shape[-min(3, dims) :])
 
 
+def among(
+    tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention among the tokens of the region, with options of ours.
+
+    Args:
+        query, key, value: As torch has them, this rank's tokens.
+
+    Returns:
+        (B, local tokens, heads, head dim), and the LSE where it is asked for.
+
+    Raises:
+        ValueError: they are no such tokens; names the lengths.
+    """
+    given = {"attn_mask": None, "is_causal": False, "enable_gqa": enable_gqa}
+    try:
+        _check(tokens, query, key, value, given)
+    except ValueError as refusal:
+        refuse(tokens.spread, refusal)
+    q, k, v = _heads_behind_tokens(query, key, value, enable_gqa)
+    return tokens.spread.attention(q, k, v, **options)
+
+
 def _check(
     tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> None:

@@ -30,8 +30,9 @@ _SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax))
 _DROPOUT = frozenset((F.dropout, F.alpha_dropout, torch.dropout, torch.alpha_dropout))
 _OTHERS = {
     F.multi_head_attention_forward: "replace it first (usp.replace_attention)",
+    # flex_attention itself is answered (_flex.py)
     getattr(torch.ops.higher_order, "flex_attention", None): (
-        "call usp.long_context_attention, whose mask= takes usp.masks.from_function(mask_mod, ...)"
+        "import torch.nn.attention.flex_attention before the region is made, and call it by name"
     ),
 }
 
@@ -112,6 +113,15 @@ class Region(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.count()
+        return answer(self.tokens, *args, **kwargs)
+
+    def count(self) -> None:
+        """One more call is answered.
+
+        Raises:
+            NotImplementedError: it would not be where a checkpoint computes it again.
+        """
         if not torch.compiler.is_compiling():
             if self._graded and is_in_reentrant_checkpoint():
                 # it computes again when this has ended, with torch's numbers and no error
@@ -120,7 +130,6 @@ class Region(TorchFunctionMode):
                     "has ended: enter it inside of what is checkpointed (usp.parallelize does)"
                 )
             self.answered += 1
-        return answer(self.tokens, *args, **kwargs)
 
     def _dropout(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,6 +12,7 @@ from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, outermost, shortened
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
+from usp.integrations._flex import lead_through
 from usp.integrations._parts import Across, Alone, Local, Multihead, Samples
 from usp.integrations._sites import Block, Inside, Whole
 from usp.integrations._tiles import of_trunk, tiled_sites
@@ -39,10 +40,10 @@ def parallelize(
 
     Its forward takes and returns what it did, the same on every rank; in its trunk, modules that
     follow each other, each rank has its own tokens, and attention is that of the whole sequence:
-    ``nn.MultiheadAttention``, and whatever calls ``F.scaled_dot_product_attention``. The loss stays
-    as it was; the sum over the ranks of the mesh of a parameter's gradients is that of one device:
-    ``usp.all_reduce_gradients(model, mesh)`` after ``backward``, or DDP or FSDP with ``loss *
-    mesh.size``.
+    ``nn.MultiheadAttention``, and whatever calls ``F.scaled_dot_product_attention`` or
+    ``flex_attention``. The loss stays as it was; the sum over the ranks of a parameter's gradients
+    is that of one device: ``usp.all_reduce_gradients(model, mesh)`` after ``backward``, or DDP or
+    FSDP with ``loss * mesh.size``.
 
     Parameters, their names and hooks stay. The model copies and pickles, its modules may be
     checkpointed or compiled; called by themselves, outside of a forward, they are as they were.
@@ -82,6 +83,7 @@ def parallelize(
             f"{type(model).__qualname__} is parallelized, or a part of it is: usp.restore(model) "
             "first"
         )
+    lead_through()
     names = dict(model.named_modules(remove_duplicate=False))
     given = [trunk] if isinstance(trunk, str | Boundary) else trunk
     boundaries = family(model) if given is None else [_boundary(item) for item in given]

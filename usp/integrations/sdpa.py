@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from usp.integrations._answer import Tokens
+from usp.integrations._flex import lead_through
 from usp.integrations._region import Region
 from usp.nn.spread import Spread
 
@@ -32,12 +33,15 @@ def spread_attention(spread: Spread, *, whole: Sequence[int] = (), watch: bool =
         ValueError: ``whole`` names a length that some rank's share has too. In the region: a call
             has other lengths, or a mask that does not hold all keys; on every rank that meets.
         NotImplementedError: in the region, on several ranks: attention that is not seen to mean
-            the whole (``F.multi_head_attention_forward``, FlexAttention, by hand); a reentrant
-            activation checkpoint inside of it, which computes again when it has ended.
+            the whole (``F.multi_head_attention_forward``, by hand); ``flex_attention`` with a
+            ``score_mod`` or a mask of each head; a reentrant activation checkpoint inside of it,
+            which computes again when it has ended.
 
     ``attn_mask`` is bool (True is seen) or float, broadcast over batch, heads and rows: of all
     keys, for the local queries, for one, or for all queries, of which the local rows are taken; or
-    one row of this rank's keys. ``is_causal`` goes by global positions.
+    one row of this rank's keys. ``is_causal`` goes by global positions. The
+    ``block_mask`` of ``flex_attention`` is of the whole sequence, and is taken where
+    ``usp.masks.from_function`` finds few bands in it.
 
     Example:
         >>> spread = usp.Spread(mesh, seq_len=x.shape[1])
@@ -46,4 +50,5 @@ def spread_attention(spread: Spread, *, whole: Sequence[int] = (), watch: bool =
         ...     x = self.blocks(x)                            # as it was
         >>> x = spread.unshard(x)
     """
+    lead_through()
     return Region(Tokens.of(spread, whole), watch)
