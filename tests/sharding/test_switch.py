@@ -88,7 +88,7 @@ def judge(pool, case: Case) -> None:
             assert torch.equal(dx, case.part(case.whole(1), case.src, rank))
 
 
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(cases([(2, 1), (1, 2)]))
 def test_two_ranks(pool, case: Case) -> None:
     judge(pool, case)
