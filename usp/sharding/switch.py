@@ -199,7 +199,8 @@ def _exchanged(x: Tensor, mesh: SequenceMesh, dims: Pair, lengths: Pair) -> Tens
     axis, order = mesh.whole()
     in_order = order == tuple(range(mesh.size))
     x = x.resolve_conj().resolve_neg()
-    pieces = [x.split(of_dst, dst)[rank] for rank in order]
+    of_ranks = x.split(of_dst, dst)
+    pieces = [of_ranks[rank] for rank in order]
     if in_order and prod(x.shape[:dst]) == 1 and x.is_contiguous():
         message = x.flatten().view(torch.uint8)
     else:
@@ -210,7 +211,8 @@ def _exchanged(x: Tensor, mesh: SequenceMesh, dims: Pair, lengths: Pair) -> Tens
     if in_order and prod(shape[:src]) == 1:
         return came.view(x.dtype).view(shape)
     out = x.new_empty(shape)
-    unpack(came, [out.split(of_src, src)[rank] for rank in order])
+    of_ranks = out.split(of_src, src)
+    unpack(came, [of_ranks[rank] for rank in order])
     return out
 
 
