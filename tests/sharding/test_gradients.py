@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import usp
 from usp.distributed.mesh import init_mesh
 from usp.sharding import gradients
 from usp.sharding.gradients import all_reduce_gradients
@@ -181,6 +182,120 @@ def test_fsdp_over_data_ranks_alone(pool):
     expected = whole(range(2))
     for actual in pool.run(_fsdp_over_data_ranks, ranks=4):
         assert_same(actual, expected)
+
+
+class Positions(nn.Module):
+    """A table of positions, attention that gathers all keys, and a head: as in LSS."""
+
+    def __init__(self, mesh, layout):
+        super().__init__()
+        torch.manual_seed(2)
+        self.layout, self.mesh = layout, mesh
+        self.table = nn.Parameter(torch.randn(TOKENS, FEATURES, dtype=torch.float64))
+        self.qkv = nn.Linear(FEATURES, 3 * FEATURES, dtype=torch.float64)
+        self.head = nn.Linear(FEATURES, FEATURES, dtype=torch.float64)
+        if mesh is not None:
+            rows = usp.shard_sequence(self.table.detach(), mesh, 0, layout)
+            self.table = nn.Parameter(rows.clone())
+
+    def forward(self, x):
+        """(local tokens, features) of one sample."""
+        q, k, v = self.qkv(x + self.table)[None, :, None].chunk(3, -1)
+        options = {"layout": self.layout, "transport": "allgather", "seq_len": TOKENS}
+        if self.mesh is None:
+            options = {}
+        out = usp.long_context_attention(q, k, v, self.mesh, causal=True, **options)
+        return self.head(x + out[0, :, 0])
+
+
+def sample_and_target(sample):
+    generator = torch.Generator().manual_seed(sample)
+    return torch.randn(2, TOKENS, FEATURES, generator=generator, dtype=torch.float64)
+
+
+def norm_of(model, mesh):
+    """Of all gradients, those of each rank's own rows among them: docs/training.md has it."""
+    own = model.table.grad.square().sum()
+    if mesh is not None:
+        for axis in (mesh.ulysses, mesh.ring):
+            axis.all_reduce(own)
+    rest = sum(p.grad.square().sum() for p in model.parameters() if p is not model.table)
+    return (own + rest).sqrt()
+
+
+def steps(model, mesh, samples, data=None):
+    """Three clipped ones; the parameters they end at."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        for sample in samples:
+            x, target = sample_and_target(10 * step + sample)
+            if mesh is not None:
+                pair = usp.shard_sequence(torch.stack((x, target)), mesh, 1, model.layout)
+                x, target = pair
+            error = (model(x) - target).square().sum() / (TOKENS * FEATURES)
+            (error / len(samples)).backward()
+        usp.all_reduce_gradients(model, mesh, data, by_position=[model.table])
+        total = norm_of(model, mesh)
+        nn.utils.clip_grads_with_norm_(model.parameters(), 0.3, total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _by_position(sequence_ranks, layout):
+    """Ranks 0, 1, ... share a sequence, then the next ones another; their tables are cut."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sample, part = divmod(rank, sequence_ranks)
+    samples = world // sequence_ranks
+    sequence, data = (
+        dist.new_group(ranks, use_local_synchronization=True)
+        for ranks in (
+            [sample * sequence_ranks + n for n in range(sequence_ranks)],
+            [n * sequence_ranks + part for n in range(samples)],
+        )
+    )
+    mesh = init_mesh(1, sequence_ranks, device_type="cpu", group=sequence)
+    found = steps(Positions(mesh, layout), mesh, [sample], data)
+    found["table"] = usp.unshard_sequence(found["table"], mesh, 0, layout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sequence_ranks", "layout"),
+    [
+        (2, 2, "zigzag"),
+        pytest.param(2, 1, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 2, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 4, "striped", marks=pytest.mark.long),
+    ],
+)
+def test_a_table_of_positions_is_averaged_over_data_ranks_alone(
+    pool, ranks, sequence_ranks, layout
+):
+    expected = steps(Positions(None, layout), None, range(ranks // sequence_ranks))
+    start = Positions(None, layout).table
+    assert (expected["table"] - start).abs().max() > 1e-3
+    for found in pool.run(_by_position, sequence_ranks, layout, ranks=ranks):
+        assert_same(found, expected)
+
+
+def _overflow():
+    mesh = workers.mesh(1, 2)
+    rows, shared = (nn.Parameter(torch.zeros(n, 2)) for n in (3 - mesh.rank, 1))
+    rows.grad, shared.grad = torch.ones_like(rows), torch.ones_like(shared)
+    all_reduce_gradients([rows, shared], mesh, by_position=[rows])
+    kept = rows.grad.clone(), shared.grad.clone()
+    rows.grad[0] = float("inf") if mesh.rank else 1.0
+    all_reduce_gradients([rows, shared], mesh, by_position=[rows])
+    with pytest.raises(ValueError, match=r"\[\(1, 2\)\] that are not among the 1 to reduce"):
+        all_reduce_gradients([rows], mesh, by_position=[shared])
+    return *kept, rows.grad
+
+
+def test_an_overflow_in_rows_of_one_rank_is_seen_on_all(pool):
+    for rank, (rows, shared, spoiled) in enumerate(pool.run(_overflow, ranks=2)):
+        assert rows.tolist() == [[1, 1]] * (3 - rank) and shared.tolist() == [[2, 2]]
+        assert spoiled.isnan().all()
 
 
 def _half(accumulate_in_fp32):

@@ -1,7 +1,8 @@
 """The gradient rule of sequence parallelism, in one helper.
 
 The loss of the whole is the SUM over sequence ranks of each rank's loss. So each rank's parameter
-gradients are partial sums: sequence ranks add, data ranks average.
+gradients are partial sums: sequence ranks add, data ranks average. Rows that each rank holds for
+itself (of a table of positions, cut like the sequence) have whole gradients: data ranks average.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def all_reduce_gradients(
     data_parallel_group: ProcessGroup | None = None,
     *,
     accumulate_in_fp32: bool = True,
+    by_position: nn.Module | Iterable[nn.Parameter] = (),
 ) -> None:
     """Make ``.grad`` of every parameter the gradient of the whole loss, on every rank.
 
@@ -58,21 +60,39 @@ def all_reduce_gradients(
         data_parallel_group: Ranks that hold the same part of other samples.
         accumulate_in_fp32: Add fp16 and bf16 gradients in fp32 and round once at the end, for
             twice the bytes; otherwise in their own dtype.
+        by_position: Those of them that are indexed by position and of which each rank of the mesh
+            holds the rows of its own tokens (``usp.shard_sequence(table, mesh, 0)``): they are
+            averaged over ``data_parallel_group`` alone, whose ranks hold the same rows. This is
+            the double gradient averaging of the LSS Transformer (arXiv:2311.02382). Where one rank
+            has found inf or nan in its rows, the rows of all ranks become nan, so that a
+            ``GradScaler`` skips the step on all.
 
     Raises:
         ValueError: parameters differ between the ranks of the mesh, or a rank is still in a
-            backward; says both.
+            backward; says both. Or one of ``by_position`` is none of those to reduce.
     """
     axes = _axes(check_mesh(mesh), data_parallel_group)
+    parameters, own = _parameters(module_or_parameters), _parameters(by_position)
+    if strange := [tuple(p.shape) for p in own if not any(p is q for q in parameters)]:
+        raise ValueError(
+            f"by_position holds parameters {strange} that are not among the {len(parameters)} "
+            "to reduce"
+        )
     if not axes:
         return
-    parameters = _parameters(module_or_parameters)
+    parameters = [p for p in parameters if not any(p is q for q in own)]
     if mesh is not None and mesh.size > 1:
-        check_on_all_ranks(mesh, "all_reduce_gradients", lambda: parameters, _facts)
+        told = parameters, len(own)
+        check_on_all_ranks(mesh, "all_reduce_gradients", lambda: told, _facts)
     replicas = 1 if data_parallel_group is None else len(comm.group_ranks(data_parallel_group))
+    data = _axes(None, data_parallel_group)
     with torch.no_grad():
         for bucket in _buckets(parameters):
             _reduce(bucket, axes, replicas, accumulate_in_fp32)
+        for bucket in _buckets(own) if data else ():
+            _reduce(bucket, data, replicas, accumulate_in_fp32)
+        if own:
+            _spoil_alike(own, _axes(mesh, None))
 
 
 def _axes(mesh: SequenceMesh | None, data_parallel_group: ProcessGroup | None) -> list[Axis]:
@@ -90,13 +110,15 @@ def _parameters(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> lis
     return [p for p in dict.fromkeys(module_or_parameters) if p.requires_grad]
 
 
-def _facts(parameters: list[nn.Parameter]) -> Facts:
+def _facts(found: tuple[list[nn.Parameter], int]) -> Facts:
+    parameters, own = found
     shapes = [(tuple(_local(p).shape), p.dtype) for p in parameters]
     return {
         "number of parameters": len(parameters),
         "number of their elements": sum(_local(p).numel() for p in parameters),
         "shapes and dtypes of the parameters (a digest)": digest(repr(shapes)),
         "device types of the parameters": {p.device.type for p in parameters},
+        "number of parameters by position": own,
     }
 
 
@@ -138,6 +160,18 @@ def _reduce(bucket: list[nn.Parameter], axes: list[Axis], replicas: int, fp32: b
     for part, parameter, used in zip(parts, bucket, users.tolist(), strict=True):
         if used:
             _write(parameter, part)
+
+
+def _spoil_alike(own: list[nn.Parameter], axes: list[Axis]) -> None:
+    """Let inf and nan in the rows of one rank be seen on all, as they are in sums."""
+    grads = [_local(p.grad) for p in own if p.grad is not None]
+    spoiled = torch.zeros((), device=own[0].device)
+    for grad in grads:
+        spoiled += (grad * 0).sum()  # 0, and nan where one is not finite
+    for axis in axes:
+        axis.all_reduce(spoiled)
+    for grad in grads:
+        grad += spoiled.to(grad.dtype)
 
 
 def _write(parameter: nn.Parameter, total: Tensor) -> None:
