@@ -242,3 +242,21 @@ def test_cpu_vit() -> None:
         benchmark.step(model, torch.ones(1, 5, 48))
     with pytest.raises(SystemExit, match=r"17 tokens: gradients are off .* not timed"):
         benchmark.check("17 tokens", whole, other, "fp32")
+
+
+@pytest.mark.long
+def test_tiles(tmp_path: Path) -> None:
+    benchmark, report = module("tiles"), {"ways": []}
+    sizes = {"tokens": 64, "width": 8, "inner": 32, "classes": 64, "dtype": "fp32", "device": "cpu"}
+    how = {"tiles": [1, 8], "rounds": 3, "seconds": 0.0, "clock": "wall"}
+    for subject in benchmark.SUBJECTS:
+        found = benchmark.measure(subject, argparse.Namespace(**sizes, **how))
+        assert [way["way"] for way in found] == ["plain", "1", "8"]
+        assert found[2]["peak_bytes"] < found[1]["peak_bytes"] and found[2]["peak_over_plain"] < 0.6
+        assert all(way["time_over_plain"] > 0 and len(way["seconds"]) == 3 for way in found)
+        report["ways"] += found
+    with pytest.raises(SystemExit, match=r"loss, 8: gradients are off by 1.0e-03, .* not timed"):
+        benchmark.check("loss, 8", 1e-3, 1e-6)
+    pytest.importorskip("matplotlib")
+    benchmark.draw(report | {"sizes": sizes}, tmp_path / "tiles.png")
+    assert (tmp_path / "tiles.png").stat().st_size > 1000
