@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import diffusers_models
 import doors
 import libraries
 import pool as workers
@@ -162,26 +163,39 @@ OF_TRANSFORMERS = ["ViT", "DINOv3", "CLIP", "SigLIP", "Llama", "Qwen3", "Gemma 2
 OF_TRANSFORMERS += ["DeepSeek-V3"]
 
 
+MLPS = {"mlp", "ff", "ff_context", "ffn", "img_mlp", "txt_mlp"}
+
+
+def library_of(kind: str) -> str:
+    if kind in diffusers_models.MODELS:
+        return "diffusers"
+    return "transformers" if kind in OF_TRANSFORMERS else "timm"
+
+
 def of_library(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     images = {"x": random(2, 3, 40, 40, seed=1)}
     if kind == "torchvision":
         return of_torchvision(), images
     if kind in TIMM:
         return of_timm(kind), images
+    if kind in diffusers_models.MODELS:
+        return diffusers_models.MODELS[kind]()
     return model_of(kind), inputs_of(kind, None)
 
 
+OF_VISION = ["torchvision", "class token", "rotations", "relative positions"]
+
+
 @pytest.mark.library
-@pytest.mark.parametrize(
-    "kind", [*OF_TRANSFORMERS, "torchvision", "class token", "rotations", "relative positions"]
-)
+@pytest.mark.parametrize("kind", [*OF_TRANSFORMERS, *OF_VISION, *diffusers_models.MODELS])
 def test_known_models(kind: str) -> None:
-    libraries.library("transformers" if kind in OF_TRANSFORMERS else "timm")
+    libraries.library(library_of(kind))
     model, inputs = of_library(kind)
     ours = usp.replace_mlp(copy.deepcopy(model), 3)
     mlps = [name for name, module in ours.named_modules() if "forward" in vars(module)]
-    assert len(mlps) in (2, 4) and all(name.endswith(".mlp") for name in mlps)
-    wanted, found = (doors.results(each, inputs) for each in (model, ours))
+    assert mlps and {name.rpartition(".")[2] for name in mlps} <= MLPS
+    with diffusers_models.fp64():
+        wanted, found = (doors.results(each, inputs) for each in (model, ours))
     wrong = doors.errors(wanted, found)
     assert {name: error for name, error in wrong.items() if error > 3e-6} == {}
 
@@ -189,13 +203,14 @@ def test_known_models(kind: str) -> None:
 def _on_ranks(kind: str) -> dict[str, float]:
     mesh = workers.mesh(1, 2)
     model, inputs = of_library(kind)
-    return doors.compared(model, inputs, mesh, lambda m: usp.parallelize(m, mesh, tiles=3))
+    with diffusers_models.fp64():
+        return doors.compared(model, inputs, mesh, lambda m: usp.parallelize(m, mesh, tiles=3))
 
 
 @pytest.mark.library
-@pytest.mark.parametrize("kind", ["Llama", "class token"])
+@pytest.mark.parametrize("kind", ["Llama", "class token", "Flux"])
 def test_known_models_on_ranks(pool, kind: str) -> None:
-    libraries.library("transformers" if kind == "Llama" else "timm")
+    libraries.library(library_of(kind))
     for wrong in pool.run(_on_ranks, kind, ranks=2, timeout=200):
         assert wrong == {}
 

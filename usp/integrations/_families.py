@@ -8,7 +8,8 @@ from torch import nn
 
 from usp.integrations._boundary import Boundary, Entries, Joint
 
-_MLP = "*.mlp"  # whatever else a library calls its parts
+_MLP = "*.mlp"  # in most libraries
+_OF_STREAMS = ("*.ff", "*.ff_context")  # of diffusers: of the image, and of a text beside it
 
 # what layers of transformers' language models are given beside tokens
 _OF_EXPERTS = Boundary(
@@ -37,6 +38,7 @@ _FLUX = Boundary(
     then=("single_transformer_blocks",),
     joint=_IN_FRONT,
     beside={"image_rotary_emb": 0},
+    mlp=_OF_STREAMS,
 )
 
 # by the class of the model, of what it derives from, or of the one part of it that is known
@@ -75,22 +77,24 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Model": _ROTATED,
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _OF_EXPERTS,
     f"{_DIFFUSERS}.dit_transformer_2d.DiTTransformer2DModel": Boundary(
-        "transformer_blocks", "*.attn1"
+        "transformer_blocks", "*.attn1", mlp=_OF_STREAMS
     ),
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": Boundary(
-        "transformer_blocks", "*.attn1", whole=_TEXT
+        "transformer_blocks", "*.attn1", whole=_TEXT, mlp=_OF_STREAMS
     ),
     f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": Boundary(
         "blocks",
         "*.attn1",
         whole=_TEXT,
         beside={"rotary_emb": 1, "temb": Entries(1, dims=4)},
+        mlp="*.ffn",
     ),
     f"{_DIFFUSERS}.transformer_ltx.LTXVideoTransformer3DModel": Boundary(
         "transformer_blocks",
         "*.attn1",
         whole=_TEXT,
         beside={"image_rotary_emb": 1, "temb": Entries(1, one=True)},
+        mlp=_OF_STREAMS,
     ),
     f"{_DIFFUSERS}.transformer_flux.FluxTransformer2DModel": _FLUX,
     f"{_DIFFUSERS}.transformer_flux2.Flux2Transformer2DModel": _FLUX,
@@ -98,12 +102,14 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         "transformer_blocks",
         "*.attn",
         joint=Joint("encoder_hidden_states", behind=True, alone="*.attn2"),
+        mlp=_OF_STREAMS,
     ),
     f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": Boundary(
         "transformer_blocks",
         "*.attn1",
         joint=Joint("encoder_hidden_states", returned=1),
         beside={"image_rotary_emb": Entries(0, "hidden_states")},
+        mlp=_OF_STREAMS,
     ),
     f"{_DIFFUSERS}.transformer_hunyuan_video.HunyuanVideoTransformer3DModel": Boundary(
         "transformer_blocks",
@@ -116,6 +122,7 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
             "attention_mask": -1,
         },
         never=("token_replace_emb",),
+        mlp=_OF_STREAMS,
     ),
     f"{_DIFFUSERS}.transformer_qwenimage.QwenImageTransformer2DModel": Boundary(
         "transformer_blocks",
@@ -129,6 +136,7 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
             "encoder_hidden_states_mask": Entries(1, "encoder_hidden_states"),
             "modulate_index": Entries(1, "hidden_states"),
         },
+        mlp=("*.img_mlp", "*.txt_mlp"),
     ),
 }
 

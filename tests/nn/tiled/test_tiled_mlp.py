@@ -282,9 +282,13 @@ def net(tiles: int | None) -> Net:
 
 
 def trained(model: nn.Module, samples: list[int], wrapped: nn.Module | None = None) -> list[Tensor]:
-    """Gradients that two backwards accumulate."""
+    """Gradients that backwards accumulate; ranks send them in the last."""
     for seed in samples:
-        (wrapped or model)(random(2, 7 + seed, WIDTH, seed=seed)).square().sum().backward()
+        is_last = seed == samples[-1]
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(is_last)
+        with nullcontext() if wrapped is None or is_last else wrapped.no_sync():
+            (wrapped or model)(random(2, 7 + seed, WIDTH, seed=seed)).square().sum().backward()
     grads = [p.grad for p in model.parameters()]
     return [getattr(g, "full_tensor", lambda g=g: g)() for g in grads]
 
