@@ -32,7 +32,8 @@ def enable(model: nn.Module, mesh: tuple[int, int], **options: Any) -> None:
     library = libraries.library("diffusers")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     door.register()
-    axes = init_device_mesh("cpu", mesh[::-1], mesh_dim_names=("ring", "ulysses"))
+    names = ("ring", "ulysses", "fsdp")
+    axes = init_device_mesh("cpu", (*mesh[::-1], 1), mesh_dim_names=names)
     degrees = {"ulysses_degree": mesh[0], "ring_degree": mesh[1]}
     config = library.ContextParallelConfig(**degrees, mesh=axes, **options)
     model.set_attention_backend("usp")
