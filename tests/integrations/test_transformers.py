@@ -69,14 +69,33 @@ def test_a_spread_model_is_the_whole_one(pool, kind, padding, mesh) -> None:
 
 @pytest.mark.parametrize(("kind", "padding"), [case for case in PADDED if case[1] != "right"])
 def test_on_one_device_it_is_what_transformers_computes(kind, padding) -> None:
-    """Eager attention, part of which they compute in fp32."""
+    """Eager attention, part of which they compute in fp32: outputs and every gradient."""
     ours, theirs = model_of(kind), model_of(kind, "eager")
     inputs = inputs_of(kind, padding)
     if padding:  # in fp64 theirs is NaN in rows that see nothing
         ours, theirs = ours.float(), theirs.float()
-    with torch.no_grad():
-        found, wanted = Real(ours)(**inputs), Real(theirs)(**inputs)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    wanted, found = (doors.results(Real(model), inputs) for model in (theirs, ours))
+    assert doors.errors(wanted, found, 1e-5) == {}
+
+
+def _beside_eager(mesh: tuple[int, int], layout: str) -> dict[str, float]:
+    placed, kind = workers.mesh(*mesh), "DeepSeek-V3 at 192 / 128"
+    wanted = doors.results(Real(model_of(kind, "eager")), inputs_of(kind, None))
+    model = Real(model_of(kind))
+    assert model.model.model.layers[0].self_attn.qk_head_dim == 192
+    usp.parallelize(model.model, placed, layout=layout)
+    found = doors.results(
+        model, inputs_of(kind, None), lambda m: usp.all_reduce_gradients(m, placed)
+    )
+    return doors.errors(wanted, found, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_latent_attention_of_full_size_beside_eager(pool, mesh) -> None:
+    libraries.library("transformers")
+    layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
+    for wrong in pool.run(_beside_eager, mesh, layout, ranks=mesh[0] * mesh[1], timeout=250):
+        assert wrong == {}
 
 
 def test_generation_on_one_device_goes_on() -> None:

@@ -37,7 +37,16 @@ TOWERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 20}
         | {"window_size": 16, "fullatt_block_indexes": [1]},
     ),
+    "Qwen3-VL": (  # merges what comes out of the first layer, and of the last
+        "qwen3_vl",
+        "Qwen3VLVisionConfig",
+        "Qwen3VLVisionModel",
+        {"hidden_size": 24, "intermediate_size": 32, "out_hidden_size": 20}
+        | {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]},
+    ),
 }
+EXPERTS = ("qwen3_vl_moe", "Qwen3VLMoeVisionConfig", "Qwen3VLMoeVisionModel")
+TOWERS["Qwen3-VL-MoE"] = (*EXPERTS, TOWERS["Qwen3-VL"][3])
 
 
 class Tower(nn.Module):
@@ -45,9 +54,9 @@ class Tower(nn.Module):
         super().__init__()
         self.tower = tower
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.tower(pixels, grid_thw=GRIDS)
-        return out.last_hidden_state, out.pooler_output
+        return out.last_hidden_state, out.pooler_output, *getattr(out, "deepstack_features", ())
 
 
 def tower(kind: str, implementation: str = "usp") -> nn.Module:
@@ -97,9 +106,8 @@ def test_by_other_means_and_computed_again(pool, implementation, again) -> None:
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_on_one_device_it_is_what_transformers_computes(kind) -> None:
-    with torch.no_grad():
-        found, wanted = tower(kind)(**pixels()), tower(kind, "eager")(**pixels())
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # part of it in fp32
+    wanted, found = (doors.results(tower(kind, how), pixels()) for how in ("eager", "usp"))
+    assert doors.errors(wanted, found, 1e-5) == {}  # part of it in fp32
 
 
 class Whole(nn.Module):
@@ -113,34 +121,43 @@ class Whole(nn.Module):
         ids = torch.randint(1, 50, (1, 40), generator=torch.Generator().manual_seed(1))
         ids[:, 5 : 5 + TOKENS // 4] = 55  # a row of the tower's for each, the images one by one
         given = {"image_grid_thw": GRIDS, "use_cache": False}
+        given["position_ids"] = torch.arange(40).expand(3, 1, -1)
         out = self.model(input_ids=ids, pixel_values=pixels, labels=ids, **given)
         return out.loss, out.logits
 
 
-def _compared_whole(degrees: tuple[int, int]) -> dict[str, float]:
+def _compared_whole(degrees: tuple[int, int], kind: str) -> dict[str, float]:
     library = libraries.library("transformers")
     door.register()
-    vision = PATCHES | TOWERS["Qwen2.5-VL"][3]
-    text = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
-    text |= {"intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0}
+    vision = PATCHES | TOWERS[kind][3]
+    text = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
+    text |= {"intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0, "head_dim": 10}
     text["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": 1e4,
         "mrope_section": [1, 2, 2],
     }
     tokens = {"image_token_id": 55, "video_token_id": 56, "vision_start_token_id": 57}
-    config = library.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    name = library.Qwen2_5_VLForConditionalGeneration
+    prefix = {"Qwen2.5-VL": "Qwen2_5_VL", "Qwen3-VL": "Qwen3VL"}[kind]
+    config = getattr(library, f"{prefix}Config")(text_config=text, vision_config=vision, **tokens)
+    name = getattr(library, f"{prefix}ForConditionalGeneration")
     model = Whole(doors.randomize(name._from_config(config, attn_implementation="usp"))).eval()
     mesh = workers.mesh(*degrees)
     return doors.compared(model, pixels(), mesh, lambda m: usp.parallelize(m, mesh))
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
-def test_the_whole_model_has_its_loss_and_every_gradient(pool, degrees) -> None:
+@pytest.mark.parametrize("kind", ["Qwen2.5-VL", "Qwen3-VL"])
+def test_the_whole_model_has_its_loss_and_every_gradient(pool, kind, degrees) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_compared_whole, degrees, ranks=degrees[0] * degrees[1], timeout=250):
+    ranks = degrees[0] * degrees[1]
+    for wrong in pool.run(_compared_whole, degrees, kind, ranks=ranks, timeout=250):
         assert wrong == {}
+
+
+def test_what_merges_inner_layers_is_refused_where_no_rank_has_the_whole() -> None:
+    with pytest.raises(NotImplementedError, match=r"'\*deepstack_merger_list\.\*'.* no rank has"):
+        usp.parallelize(tower("Qwen3-VL"), None, outputs="local")
 
 
 def _part_again(how: str) -> dict[str, float]:

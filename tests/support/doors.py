@@ -58,8 +58,10 @@ def results(
     return {f"output {n}": x.detach() for n, x in enumerate(found)} | gradients
 
 
-def errors(whole: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """What differs, relative to the largest value of its kind."""
+def errors(
+    whole: dict[str, Tensor], found: dict[str, Tensor], most: float = 1e-9
+) -> dict[str, float]:
+    """What differs by more than ``most``, relative to the largest value of its kind."""
     assert whole.keys() == found.keys(), whole.keys() ^ found.keys()
     wrong = {}
     for name, wanted in whole.items():
@@ -67,7 +69,7 @@ def errors(whole: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, floa
         if wanted.numel():
             scale = max(1.0, wanted.abs().max().item())
             error = ((wanted - found[name]).abs().max() / scale).item()
-            if not error <= 1e-9:
+            if not error <= most:
                 wrong[name] = error
     return wrong
 

@@ -97,6 +97,8 @@ class Boundary:
         joint: A second stream of tokens that attention joins to the first.
         never: Arguments of these modules that must be None on several ranks: what they keep (a
             cache) would be of this rank's tokens alone.
+        reads: Modules outside of the trunk that are given what a module of it returns, and look at
+            several tokens: they get those of all ranks. By name or pattern.
         mlp: Which modules in it are MLPs, that treat each token by itself: ``tiles=`` is for them.
 
     Example:
@@ -115,6 +117,7 @@ class Boundary:
     then: Sequence[str] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     joint: Joint | None = None
+    reads: Only = ()
     mlp: Only = ()
 
     def __post_init__(self) -> None:

@@ -27,6 +27,9 @@ _PACKED = Boundary(
     "blocks", dim=0, beside={"position_embeddings": 0}, documents="cu_seqlens", mlp=_MLP
 )
 
+# what it takes from inner layers it merges, four neighbours to a token
+_STACKED = replace(_PACKED, reads="*deepstack_merger_list.*")
+
 _DIFFUSERS = "diffusers.models.transformers"
 # a text that all ranks hold whole, looked at by a second attention
 _TEXT = {"*.attn2": "encoder_hidden_states"}
@@ -69,6 +72,8 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": _PACKED,
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl."
     "Qwen2_5_VisionTransformerPretrainedModel": _PACKED,
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": _STACKED,
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": _STACKED,
     "transformers.models.bert.modeling_bert.BertEncoder": Boundary("layer", never=("cache",)),
     "transformers.models.llama.modeling_llama.LlamaModel": _ROTATED,
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,

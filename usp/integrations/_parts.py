@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from usp import rng
 from usp.integrations._answer import Tokens
 from usp.integrations._sites import Inside
-from usp.integrations._streams import alone, held_of
+from usp.integrations._streams import alone, held_of, join_both
 from usp.integrations._trunk import Trunk
 from usp.masks import documents
 from usp.nn.multihead.module import MultiheadAttention
@@ -132,3 +132,18 @@ class Samples(Inside):
     def _replicated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with rng.replicated(self.trunk.mesh):
             return self.inner(*args, **kwargs)
+
+
+class Reader(Site):
+    """A module outside of the trunk that looks at what is between two modules of it: the whole."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name)
+        self.trunk = trunk
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trunk, tokens = self.trunk, self.trunk.current(x)
+        if tokens is None or len(tokens.shares) == 1:  # behind the last it is whole
+            return self.inner(x, *args, **kwargs)
+        trunk.check_held(x, tokens, f"what {self.name} is given")
+        return self.inner(join_both(tokens, x, trunk.dim), *args, **kwargs)

@@ -13,7 +13,7 @@ from usp.integrations._choice import Only, any_means, choices, means, outermost,
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
 from usp.integrations._flex import lead_through
-from usp.integrations._parts import Across, Alone, Local, Multihead, Samples
+from usp.integrations._parts import Across, Alone, Local, Multihead, Reader, Samples
 from usp.integrations._sites import Block, Inside, Whole
 from usp.integrations._tiles import of_trunk, tiled_sites
 from usp.integrations._trunk import Trunk
@@ -167,6 +167,8 @@ def _sites(
         for name, module in _named(blocks)
         if any_means(boundary.local, name, names)
     ]
+    reads = outermost(name for name in names if any_means(boundary.reads, name, names))
+    sites += [Reader(names[name], name, trunk) for name in reads]
     last = len(blocks) - 1
     for index, (name, block) in enumerate(blocks.items()):
         must_answer = boundary.attention is None or name in attention
@@ -207,6 +209,11 @@ def _check_local(
         raise NotImplementedError(
             f"{boundary.trunk} has two streams of tokens ({boundary.joint.argument}): a model is "
             'given one cut sequence where outputs="local"'
+        )
+    if boundary.reads:
+        raise NotImplementedError(
+            f"modules beside {boundary.trunk} look at several tokens of what is between its "
+            f'modules ({boundary.reads!r}), and where outputs="local" no rank has them'
         )
     outside = {n: m for n, m in names.items() if not any_means(boundary.local, n, names)}
     _refuse_across(type(names[""]).__qualname__, outside, mesh)
