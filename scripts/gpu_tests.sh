@@ -13,7 +13,8 @@ export OMP_NUM_THREADS=1
 mkdir -p build
 running=()
 for part in $(seq "$parts"); do
-  "$pytest" -m gpu -p no:cacheprovider --part "$part/$parts" tests/gpu/test_gpu.py tests/gpu/test_gpu_libraries.py "$@" \
+  "$pytest" -m gpu -p no:cacheprovider --part "$part/$parts" tests/gpu/test_gpu.py \
+    tests/gpu/test_gpu_libraries.py tests/gpu/test_gpu_tiles.py "$@" \
     >"build/gpu-tests-$part.log" 2>&1 &
   running+=($!)
 done
