@@ -14,6 +14,8 @@ from usp.integrations import (
     spread_attention,
 )
 from usp.nn.batch import cut_batch
+from usp.nn.cache import ShardedCache
+from usp.nn.decoding import decode_attention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
@@ -36,6 +38,7 @@ __all__ = [
     "LongContextAttention",
     "MultiheadAttention",
     "SequenceMesh",
+    "ShardedCache",
     "Spread",
     "Verification",
     "__version__",
@@ -43,6 +46,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "cut_batch",
+    "decode_attention",
     "dsp",
     "held",
     "init_mesh",
@@ -75,6 +79,7 @@ for _public in (
     LongContextAttention,
     MultiheadAttention,
     SequenceMesh,
+    ShardedCache,
     Spread,
     Verification,
 ):

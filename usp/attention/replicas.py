@@ -1,7 +1,8 @@
 """The executor where every rank holds all queries: each computes them against its own keys, and
 what they found is merged on all of them.
 
-A piece of the queries is merged by one rank, which hands it out: all have the same bits.
+A piece of their rows (a head of a query each) is merged by one rank, which hands it out: all have
+the same bits.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def replicas_forward(inputs: Tensors, call: Replicas) -> tuple[Tensor, Tensor]:
     for _, samples, piece in calls(inputs, step, own, local, bands):
         part = replace(state, out=samples.of(state.out), lse=samples.of(state.lse))
         block.attention_forward(piece, part, local.backend)
-    found = [state.out, state.lse]
+    found = [_rows(state.out), _rows(state.lse)]
     for axis in call.axes:
         dtypes = _handed_out(axis, call, inputs.q.dtype), state.lse.dtype
         found = _combined(axis, found, lambda mine, more: merge_into(*mine, *more), dtypes)
-    out, lse = found
+    out, lse = (_of_rows(x, inputs.q.shape[2]) for x in found)
     return out.to(inputs.q.dtype), lse
 
 
@@ -74,11 +75,26 @@ def summed(cotangents: Sequence[Tensor], call: Replicas) -> list[Tensor]:
         cotangents: (B, Lq, H, Dv) of out, and (B, H, Lq) of the LSE where it was returned.
     """
     given = [x.dtype for x in cotangents]
-    found = list(cotangents)
+    found, heads = [_rows(x) for x in cotangents], cotangents[0].shape[2]
     for axis in call.axes:
         dtypes = [_handed_out(axis, call, dtype) for dtype in given]
         found = _combined(axis, found, _add, dtypes)
-    return [x.to(dtype) for x, dtype in zip(found, given, strict=True)]
+    return [_of_rows(x, heads).to(dtype) for x, dtype in zip(found, given, strict=True)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Each head of a query as a query of its own: one query is many pieces, too.
+
+    (B, Lq, H, D) -> (B, Lq H, 1, D), (B, H, Lq) -> (B, 1, Lq H).
+    """
+    return x.flatten(1, 2)[:, :, None] if x.dim() == 4 else x.transpose(1, 2).flatten(1)[:, None]
+
+
+def _of_rows(x: Tensor, heads: int) -> Tensor:
+    """The way back."""
+    if x.dim() == 4:
+        return x[:, :, 0].unflatten(1, (-1, heads))
+    return x[:, 0].unflatten(1, (-1, heads)).transpose(1, 2).contiguous()
 
 
 def _add(mine: Sequence[Tensor], more: Sequence[Tensor]) -> None:

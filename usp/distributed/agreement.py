@@ -41,6 +41,7 @@ PLACES = (
     "usp.tiled_cross_entropy",
     "usp.dsp.switch",
     "usp.dsp.DynamicShard.of",
+    "ShardedCache.extend",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -107,8 +107,9 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
     gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
 
-    Where keys are on every rank nothing is sent. Where queries are, n of N are combined here along
-    each axis of P ranks: ``(N - n) H (Dv + 1)`` fp32 there, ``n (P - 1) H (Dv e + 4)`` back.
+    Where keys are on every rank nothing is sent. Where queries are, n of the N rows (a head of a
+    query each) are combined here along each axis of P ranks: ``(N - n) (Dv + 1)`` fp32 there,
+    ``n (P - 1) (Dv e + 4)`` back.
     """
     layouts = both(place.layout)
     if replicated(layouts):
@@ -166,14 +167,14 @@ def _all_reduced(shape: Shape, place: Place, backward: bool) -> int:
     wide = state_dtype(shape.dtype).itemsize
     lse = wide if shape.return_lse or not backward else 0
     axes = [(place.ulysses_degree, place.ulysses_rank), (place.ring_degree, place.ring_rank)]
-    axes = [axis for axis in axes if axis[0] > 1]
+    axes, rows = [axis for axis in axes if axis[0] > 1], shape.query_len * shape.num_heads
     for i, (degree, rank) in enumerate(axes):
-        mine = pieces(shape.query_len, degree)[rank]
+        mine = pieces(rows, degree)[rank]
         # what is combined is not rounded before the last axis is done
         there = shape.value_head_dim * (dtype if backward and i == 0 else wide) + lse
         back = shape.value_head_dim * (dtype if i == len(axes) - 1 else wide) + lse
-        total += (shape.query_len - mine) * there + mine * (degree - 1) * back
-    return shape.batch * shape.num_heads * total
+        total += (rows - mine) * there + mine * (degree - 1) * back
+    return shape.batch * total
 
 
 def _row(shape: Shape, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from usp.planning.dealt import Dealt, Run
 from usp.planning.kinds import integer
 from usp.planning.masks.bounds import check_cu_seqlens
 from usp.planning.walk import each_of, parts_of, spread_over
@@ -127,7 +129,7 @@ class Replicated:
     seq_len: int
 
 
-Layout = str | DocumentZigzag | Held | Replicated
+Layout = str | DocumentZigzag | Held | Replicated | Dealt
 # One for queries and keys, or one for each.
 Layouts = Layout | tuple[Layout, Layout]
 
@@ -157,6 +159,8 @@ def told(layout: Layout) -> tuple[str, tuple[int, ...] | None]:
         return "held", layout.counts
     if isinstance(layout, Replicated):
         return "replicated", (layout.seq_len,)
+    if isinstance(layout, Dealt):
+        return "dealt", (layout.ranks, layout.seq_len, *chain(*layout.runs))
     return layout, None
 
 
@@ -166,6 +170,9 @@ def from_told(name: str, numbers: Sequence[int] | None) -> Layout:
         return name
     if name == "replicated":
         return Replicated(*numbers)
+    if name == "dealt":
+        runs = tuple(Run(*numbers[i : i + 3]) for i in range(2, len(numbers), 3))
+        return Dealt(numbers[0], numbers[1], runs)
     return (DocumentZigzag if name == "documents" else Held)(tuple(numbers))
 
 
@@ -299,7 +306,7 @@ def check_layout(layout: Layout) -> Layout:
     Raises:
         ValueError: names the layout and those there are.
     """
-    if isinstance(layout, DocumentZigzag | Held | Replicated):
+    if isinstance(layout, DocumentZigzag | Held | Replicated | Dealt):
         return layout
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
@@ -321,6 +328,8 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Positions, ...
         return rows("contiguous", seq_len, 1) * ring_degree
     if isinstance(layout, Held):
         return _held_rows(layout, seq_len, ring_degree)
+    if isinstance(layout, Dealt):
+        return _dealt_rows(layout, seq_len, ring_degree)
     if isinstance(layout, DocumentZigzag):
         return _document_rows(layout, seq_len, ring_degree)
     rule = LAYOUTS[layout]
@@ -345,13 +354,33 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
     )
 
 
-def check_held(layout: Held, seq_len: int) -> None:
-    """Refuse counts of another whole."""
+def check_held(layout: Held | Dealt, seq_len: int) -> None:
+    """Refuse what is of another whole."""
     if seq_len != layout.seq_len:
+        what = " (the sum of its counts)" if isinstance(layout, Held) else ""
         raise ValueError(
-            f"layout Held holds {layout.seq_len} tokens (the sum of its counts), but the sequence "
+            f"layout {type(layout).__name__} holds {layout.seq_len} tokens{what}, but the sequence "
             f"has {seq_len}"
         )
+
+
+def _dealt_rows(layout: Dealt, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
+    """Each run is a segment, in which all ranks but one hold nothing."""
+    check_held(layout, seq_len)
+    if layout.ranks != ring_degree:
+        raise NotImplementedError(
+            f"tokens of a cache are dealt to {layout.ranks} ranks, which are no {ring_degree} rows "
+            "of a mesh: with ulysses_degree above 1, where heads change hands, a cache takes "
+            "queries='replicated' alone (usp.decode_attention)"
+        )
+    runs = layout.runs or (Run(0, 0, 0),)
+    owner, start, stop = torch.tensor(runs, device=_HOST).T
+    bounds = torch.cat((start[1:], start.new_tensor([seq_len])))
+    bounds = torch.cat((start.new_zeros(1), bounds))
+    return tuple(
+        Positions(bounds, start[:, None], torch.where(owner == r, stop, start)[:, None], 1)
+        for r in range(ring_degree)
+    )
 
 
 def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:

@@ -13,6 +13,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from usp.planning.dealt import Dealt
 from usp.planning.kinds import integer
 from usp.planning.layout import (
     Held,
@@ -130,19 +131,19 @@ def row_pieces(
                 f"seq_len says {seq_len}"
             )
         return ((seq_len,) * ulysses_degree,) * ring_degree
-    if not isinstance(layout, Held):
+    if not isinstance(layout, Held | Dealt):
         lengths = row_lengths(layout, seq_len, ring_degree)
         return tuple(pieces(length, ulysses_degree) for length in lengths)
     check_held(layout, seq_len)
-    if len(layout.counts) != ring_degree * ulysses_degree:
+    counts = layout.counts
+    if len(counts) != ring_degree * ulysses_degree:
         raise ValueError(
-            f"layout Held counts the tokens of {len(layout.counts)} ranks, but the mesh has "
-            f"{ring_degree * ulysses_degree} (ring {ring_degree} x ulysses {ulysses_degree}): give "
-            "a count for each of them"
+            f"layout {type(layout).__name__} counts the tokens of {len(counts)} ranks, but the "
+            f"mesh has {ring_degree * ulysses_degree} (ring {ring_degree} x ulysses "
+            f"{ulysses_degree}): "
+            "give a count for each of them"
         )
-    return tuple(
-        layout.counts[r * ulysses_degree : (r + 1) * ulysses_degree] for r in range(ring_degree)
-    )
+    return tuple(counts[r * ulysses_degree : (r + 1) * ulysses_degree] for r in range(ring_degree))
 
 
 def local_row(
@@ -153,6 +154,8 @@ def local_row(
     Args:
         degrees: Of the ring and of Ulysses.
     """
+    if isinstance(layout, Dealt):  # to single ranks, and not to rows of a mesh
+        return rows(layout, seq_len, degrees[0] * degrees[1])[place[0] * degrees[1] + place[1]]
     row = rows(layout, seq_len, degrees[0])[place[0]]
     if isinstance(layout, Replicated):
         return row
