@@ -221,3 +221,33 @@ def test_models_whose_mlp_is_no_module_of_one_tensor(kind: str) -> None:
     libraries.library("transformers")
     with pytest.raises(ValueError, match="is known to be an MLP that returns one tensor"):
         usp.replace_mlp(of_library(kind)[0], 2)
+
+
+def _language_model(kind: str) -> dict[str, float]:
+    """The page's: MLPs and the loss in tiles, of tokens that are cut, against the model's own."""
+    mesh, model = workers.mesh(1, 2), model_of(kind)
+    ids = inputs_of(kind, None)["input_ids"]
+    whole = copy.deepcopy(model)
+    wanted = whole(input_ids=ids, labels=ids).loss
+    wanted.backward()
+    usp.parallelize(model.model, mesh, outputs="local", tiles=3)
+    batch = usp.cut_batch({"input_ids": ids, "labels": ids}, mesh, "zigzag")
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "spread")}
+    hidden = model.model(**given).last_hidden_state
+    options = {"softcap": model.config.final_logit_softcapping} if kind == "Gemma 2" else {}
+    head = model.lm_head.weight
+    loss = usp.tiled_cross_entropy(hidden, head, batch["labels"], mesh, tiles=2, **options)
+    loss.backward()
+    usp.all_reduce_gradients(model, mesh)
+    pairs = zip(whole.named_parameters(), model.parameters(), strict=True)
+    wrong = {name: ((p.grad - q.grad).norm() / p.grad.norm()).item() for (name, p), q in pairs}
+    return wrong | {"loss": abs(loss.item() - wanted.item())}
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("kind", ["Llama", "Gemma 2"])
+def test_a_language_model_in_tiles(pool, kind: str) -> None:
+    """Gemma 2 caps its logits, and its head is its embedding; the libraries' losses are in fp32."""
+    libraries.library("transformers")
+    for wrong in pool.run(_language_model, kind, ranks=2, timeout=200):
+        assert {name: error for name, error in wrong.items() if not error <= 1e-5} == {}

@@ -67,7 +67,7 @@ def gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
     return {name: x.grad for name, x in tensors.items() if x.is_floating_point()}
 
 
-@settings(max_examples=20)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
     tiles=st.none() | st.integers(1, 12),

@@ -68,7 +68,7 @@ def assert_same(found: list[Tensor | None], wanted: list[Tensor | None]) -> None
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(
     batch=st.lists(st.integers(1, 3), max_size=2),
     tokens=st.integers(0, 17),
