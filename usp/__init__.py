@@ -13,9 +13,11 @@ from usp.integrations import (
     restore,
     spread_attention,
 )
+from usp.linear_attention.functional import linear_attention
 from usp.nn.batch import cut_batch
 from usp.nn.cache import ShardedCache
 from usp.nn.decoding import decode_attention
+from usp.nn.linear import LinearAttention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
@@ -35,6 +37,7 @@ __all__ = [
     "Boundary",
     "DocumentZigzag",
     "Held",
+    "LinearAttention",
     "LongContextAttention",
     "MultiheadAttention",
     "SequenceMesh",
@@ -50,6 +53,7 @@ __all__ = [
     "dsp",
     "held",
     "init_mesh",
+    "linear_attention",
     "long_context_attention",
     "mean",
     "parallelize",
@@ -76,6 +80,7 @@ for _public in (
     Boundary,
     DocumentZigzag,
     Held,
+    LinearAttention,
     LongContextAttention,
     MultiheadAttention,
     SequenceMesh,

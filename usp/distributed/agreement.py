@@ -42,6 +42,7 @@ PLACES = (
     "usp.dsp.switch",
     "usp.dsp.DynamicShard.of",
     "ShardedCache.extend",
+    "linear_attention",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -2,6 +2,7 @@
 
 from usp.testing.memory import StorageBytes
 from usp.testing.oracle import dense_attention, dropout_multiplier, philox, visible_keys
+from usp.testing.recurrence import linear_recurrence
 from usp.testing.wire import WireBytes
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "WireBytes",
     "dense_attention",
     "dropout_multiplier",
+    "linear_recurrence",
     "philox",
     "visible_keys",
 ]

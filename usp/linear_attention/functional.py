@@ -1,0 +1,161 @@
+"""The function: checked, put into chunks, and joined over ranks by states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from usp.distributed.agreement import When
+from usp.distributed.comm import untraced
+from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.linear_attention import chunks
+from usp.linear_attention.arguments import Given, Options, Request, agree
+from usp.linear_attention.both_ways import both_ways
+from usp.linear_attention.exchange import Chain
+from usp.linear_attention.states import Meeting, begin, states_before
+from usp.planning.layout import Layout
+from usp.planning.problem import state_dtype
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    *,
+    mesh: SequenceMesh | None = None,
+    method: str = "gather",
+    causal: bool = True,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    layout: Layout = "contiguous",
+    seq_len: int | None = None,
+    validate: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Linear attention over a sequence that is spread over the ranks of a mesh.
+
+    Of each head ``S_t = diag(exp(decay_t)) S_{t-1} + k_t^T v_t`` and ``o_t = q_t S_t``: no softmax,
+    no scale, no feature map and no normaliser, which are the caller's. Cost and memory are linear
+    in the length, and what ranks send does not depend on it: one state each.
+
+    Args:
+        q: (B, L, Hq, D) fp16 | bf16 | fp32 | fp64. This rank's tokens.
+        k: (B, L, Hk, D), dtype and device of q.
+        v: (B, L, Hv, Dv), like k. H, the largest number of heads, is a multiple of the other two,
+            each of whose heads stands for H / of them neighbours.
+        decay: Logs of the factors, natural, 0 or less: (H,) one a head (retention, lightning), (B,
+            L, H) one a token and head (Mamba-2's SSD), (B, L, H, D) one a key channel too (GLA);
+            None is no decay. Any float dtype. -inf forgets all that was before; above 0 grows,
+            and may overflow. The gradient of (H,) is this rank's part of the sum.
+        mesh: The ranks that share the sequence, all of them in its order, whatever the shape of the
+            mesh; None is one device.
+        method: "gather": everyone is told everyone's state and decay, in one collective. "ring":
+            the state is passed from rank to rank. The same result, to the bit.
+        causal: Whether a token sees itself and those before it, or all of its document; then
+            without decay and states, and ranks add their sums up.
+        cu_seqlens: Global boundaries ``(0, ..., total)`` of packed documents, host integers: each
+            but the first begins with an empty state.
+        initial_state: (B, H, D, Dv) before the first token of the whole, the same on every rank.
+            Its gradient is this rank's part of the sum: all of it on the first rank.
+        return_state: Also return the state behind the last token of the whole.
+        layout: "contiguous", or ``usp.Held(counts)``.
+        seq_len: Tokens of the whole; by default what the ranks hold, which they tell each other.
+        validate: Whether the ranks compare their arguments first; see ``long_context_attention``.
+
+    Returns:
+        (B, L, H, Dv) in the dtype of q. With ``return_state`` also (B, H, D, Dv), fp32 (fp64 for
+        fp64), the same on every rank: gradients of it are added up over ranks, and a loss that all
+        ranks compute alike of it is divided by ``mesh.size``.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: arguments do not fit each other, this rank's share, or those of another rank;
+            or a layout that is not in the order of the sequence.
+        NotImplementedError: a tensor is no plain one; or a second derivative, forward mode.
+
+    Source:
+        LASP arXiv:2404.02882, LASP-2 arXiv:2502.07563.
+    """
+    given = Given(q, k, v, decay, initial_state)
+    options = Options(method, causal, cu_seqlens, return_state, layout, seq_len)
+    return attend(given, options, mesh, validate)
+
+
+def attend(
+    given: Given, options: Options, mesh: SequenceMesh | None, validate: When
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``linear_attention`` with its arguments in two parts."""
+    run = (
+        _attend if check_mesh(mesh) is None or mesh is None or mesh.size == 1 else untraced(_attend)
+    )
+    return run(given, options, mesh, validate)
+
+
+def _attend(
+    given: Given, options: Options, mesh: SequenceMesh | None, validate: When
+) -> Tensor | tuple[Tensor, Tensor]:
+    request = agree(given, options, mesh, validate)
+    dtype, heads = state_dtype(given.q.dtype), given.heads
+    q, k, v = (_wide(x, dtype, heads) for x in (given.q, given.k, given.v))
+    chain = Chain.of(mesh, options.method, options.return_state)
+    meeting = Meeting(mesh, request.name)
+    if not options.causal:
+        return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
+    initial = given.initial_state
+    if initial is None:
+        initial = q.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
+    g = _log_decay(given.decay, q, _starts(request))
+    out, final = _causal((q, k, v, g), initial.to(dtype), chain, meeting)
+    out = out.to(given.q.dtype)
+    return out if final is None else (out, final)
+
+
+def _causal(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    initial: Tensor,
+    chain: Chain,
+    meeting: Meeting,
+) -> tuple[Tensor, Tensor | None]:
+    """Chunks see each other through states; what they see of themselves is worked out while the
+    ranks' states are on their way."""
+    length = tensors[0].shape[1]
+    size = chunks.chunk_size(length)
+    q, k, v, g = (chunks.chunked(x, size) for x in tensors)
+    decays, updates = chunks.totals(k, v, g)
+    arrived = begin(decays, updates, initial, chain)
+    out = chunks.within(q, k, v, g)
+    states, final = states_before(decays, updates, initial, chain, arrived, meeting)
+    return chunks.joined(out + chunks.read(q, g, states), length), final
+
+
+def _wide(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """In the dtype of the state, with all heads."""
+    x = x.to(dtype)
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _starts(request: Request) -> list[int]:
+    """Which of this rank's tokens begin with an empty state."""
+    start, stop = request.mine
+    inner = (a for a, _ in pairwise(request.documents[1:]))
+    return sorted({a - start for a in inner if start <= a < stop})
+
+
+def _log_decay(decay: Tensor | None, q: Tensor, starts: list[int]) -> Tensor:
+    """(b, L, h, d) in the dtype of q, -inf where a document starts."""
+    if decay is None:
+        g = q.new_zeros(1, q.shape[1], 1, 1)
+    else:
+        g = decay.to(q.dtype)
+        if g.dim() == 1:
+            g = g.view(1, 1, -1, 1).expand(-1, q.shape[1], -1, -1)
+        g = g if g.dim() == 4 else g[..., None]
+    if not starts:
+        return g
+    is_start = torch.zeros(q.shape[1], dtype=torch.bool, device="cpu")
+    is_start[starts] = True
+    return g.masked_fill(is_start.to(q.device)[None, :, None, None], float("-inf"))
