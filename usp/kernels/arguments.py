@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
@@ -76,7 +78,10 @@ class KernelScoring(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths and heads; query head h reads key head (h + shift) // group."""
+    """Lengths and heads; query head h reads key head (h + shift) // group.
+
+    The keys and values of ``together`` query heads fit a cache.
+    """
 
     q_len: int
     k_len: int
@@ -84,6 +89,7 @@ class Sizes(NamedTuple):
     num_kv_heads: int
     shift: int
     group: int
+    together: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +151,15 @@ class KernelOptions:
         """Low and high half of the seed, as signed 32-bit integers."""
         return _signed(self.dropout_seed), _signed(self.dropout_seed >> 32)
 
-    def sizes(self, q: Tensor, k: Tensor) -> Sizes:
-        shift = self.head_offset % self.group_size
-        return Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2], shift, self.group_size)
+    def sizes(self, q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+        shift, together = self.head_offset % self.group_size, 1
+        if self.first is not None:  # else all tiles take equally long
+            bytes_of_keys = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+            fit = _cached_bytes(q.device) // max(1, bytes_of_keys)
+            together = max(1, min(fit, 1024)) * self.group_size
+        return Sizes(
+            q.shape[1], k.shape[1], q.shape[2], k.shape[2], shift, self.group_size, together
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +197,18 @@ class BackwardInputs:
             "DV": value_dim,
             "BLOCK_DV": padded(value_dim),
         }
+
+
+@cache
+def _cached_bytes(device: torch.device) -> int:
+    """What programs that run side by side may read of the L2: the rest is for what they write.
+
+    Source:
+        FlashAttention-3 counts on 32 of Hopper's 50 MiB (hopper/tile_scheduler.hpp).
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():  # interpreted, or a fake tensor
+        return 2**16
+    return torch.cuda.get_device_properties(device).L2_cache_size * 5 // 8
 
 
 def view_of(x: Tensor) -> TensorView:

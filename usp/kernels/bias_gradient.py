@@ -41,7 +41,7 @@ def bias_gradient(
     bias_gradient_kernel[(cdiv(k_len, config.block_k) * row_tiles * batch * heads,)](
         *(view_of(x) for x in (inputs.dout, q, k, inputs.v)),
         inputs.vectors,
-        options.sizes(q, k),
+        options.sizes(q, k, inputs.v),
         options.span,
         seen_by,
         options.scoring,

@@ -10,24 +10,36 @@ import triton.language as tl
 
 
 @triton.jit
-def program(num_tiles, NUM_XCDS: tl.constexpr, KEYS: tl.constexpr = False):
-    """Tile and sequence (batch and head) of this program; tiles of one sequence run together.
+def program(num_tiles, together, NUM_XCDS: tl.constexpr, KEYS: tl.constexpr = False):
+    """Tile and sequence (batch and head) of this program.
 
     Hardware deals programs out over ``NUM_XCDS`` chiplets in turn: undo that, so that the tiles
     of one head share a chiplet's cache. The longest tiles of a causal mask come first: the last of
-    queries, and where `KEYS` says so the first of keys.
+    queries, and where `KEYS` says so the first of keys; of one sequence, or of all that fit a
+    cache ``together``, so that the last programs to start are short ones.
+
+    Source:
+        FlashAttention-3's order of tiles, hopper/tile_scheduler.hpp.
     """
     pid = tl.program_id(0)
+    total = tl.num_programs(0)
     if NUM_XCDS > 1:
-        total = tl.num_programs(0)
         whole = total // NUM_XCDS
         rest = total % NUM_XCDS
         xcd = pid % NUM_XCDS
         pid = xcd * whole + tl.minimum(xcd, rest) + pid // NUM_XCDS
-    tile = pid % num_tiles
+    if together is None:
+        tile = pid % num_tiles
+        sequence = pid // num_tiles
+    else:
+        first = pid // (num_tiles * together) * together
+        here = tl.minimum(together, total // num_tiles - first)
+        inside = pid - first * num_tiles
+        tile = inside // here
+        sequence = first + inside % here
     if not KEYS:
         tile = num_tiles - 1 - tile
-    return tile, pid // num_tiles
+    return tile, sequence
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def forward_kernel(
     STAGES: gl.constexpr,
 ):
     """q, k, v are descriptors of (1, 1, rows, D) tiles; q's has the rows of one consumer."""
-    tile, sequence = program(gl.cdiv(sizes.q_len, BLOCK_Q), 1)
+    tile, sequence = program(gl.cdiv(sizes.q_len, BLOCK_Q), sizes.together, 1)
     b = sequence // sizes.num_heads
     h = sequence % sizes.num_heads
     start = tile * BLOCK_Q

@@ -88,7 +88,7 @@ def keys_kernel(
 @gluon.jit
 def _place(k_len, num_kv_heads, BLOCK_K: gl.constexpr):
     """Which keys are this program's."""
-    tile, sequence = program(gl.cdiv(k_len, BLOCK_K), 1, KEYS=True)
+    tile, sequence = program(gl.cdiv(k_len, BLOCK_K), None, 1, KEYS=True)
     return sequence // num_kv_heads, sequence % num_kv_heads, tile * BLOCK_K
 
 

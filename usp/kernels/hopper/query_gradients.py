@@ -54,7 +54,7 @@ def queries_kernel(
     STAGES: gl.constexpr,
 ):
     """dout, q, k, v are descriptors of tiles; dout's and q's have the rows of one consumer."""
-    tile, sequence = program(gl.cdiv(sizes.q_len, BLOCK_Q), 1)
+    tile, sequence = program(gl.cdiv(sizes.q_len, BLOCK_Q), None, 1)
     b = sequence // sizes.num_heads
     h = sequence % sizes.num_heads
     start = tile * BLOCK_Q

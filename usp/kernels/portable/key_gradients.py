@@ -41,7 +41,7 @@ def keys_kernel(
 ):
     # the last keys, the shortest tiles of a causal mask, come first: with the other order the loop
     # of sm_90 spills at head dim 128
-    tile, sequence = program(tl.cdiv(sizes.k_len, BLOCK_K), NUM_XCDS)
+    tile, sequence = program(tl.cdiv(sizes.k_len, BLOCK_K), None, NUM_XCDS)
     b = sequence // sizes.num_kv_heads
     g = sequence % sizes.num_kv_heads
     start = tile * BLOCK_K

@@ -47,7 +47,7 @@ def attention_forward(
         lse.stride(0),
         lse.stride(1),
         None if result is None else view_of(result),
-        options.sizes(q, k),
+        options.sizes(q, k, v),
         options.span,
         options.scoring,
         *options.seeds,
@@ -108,7 +108,7 @@ def add_query_gradients(
 def _shared(inputs: BackwardInputs, options: KernelOptions) -> tuple[Any, ...]:
     """The first arguments of both backward kernels."""
     tensors = (view_of(x) for x in (inputs.dout, inputs.q, inputs.k, inputs.v))
-    return *tensors, inputs.vectors, options.sizes(inputs.q, inputs.k)
+    return *tensors, inputs.vectors, options.sizes(inputs.q, inputs.k, inputs.v)
 
 
 def _scales(options: KernelOptions) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def queries_kernel(
     EDGE: tl.constexpr,
     NUM_XCDS: tl.constexpr,
 ):
-    tile, sequence = program(tl.cdiv(sizes.q_len, BLOCK_Q), NUM_XCDS)
+    tile, sequence = program(tl.cdiv(sizes.q_len, BLOCK_Q), sizes.together, NUM_XCDS)
     b = sequence // sizes.num_heads
     h = sequence % sizes.num_heads
     start = tile * BLOCK_Q
