@@ -93,17 +93,26 @@ def with_documents(tokens: Tokens, boundaries: Tensor | None) -> Tokens:
 
 
 @contextmanager
-def prefix_of_this_rank(module: nn.Module, name: str | None, tokens: Tokens) -> Iterator[None]:
-    """While it runs, a module counts the tokens of the prefix that are here."""
-    whole = getattr(module, name, None) if name is not None else None
-    if name is None or whole is None or len(tokens.shares) == 1:
-        yield
-        return
-    setattr(module, name, tokens.count_first(whole))
+def attributes_while(
+    module: nn.Module, boundary: Boundary, tokens: Tokens, is_attention: bool
+) -> Iterator[None]:
+    """While it runs, a module counts the tokens of the prefix that are here, and attention has the
+    attributes that its family says."""
+    found: dict[str, Any] = {}
+    if len(tokens.shares) > 1:
+        name = boundary.prefix_count
+        if name is not None and (whole := getattr(module, name, None)) is not None:
+            found[name] = tokens.count_first(whole)
+        if is_attention and boundary.attributes is not None:
+            found |= boundary.attributes(module)
+    before = {name: getattr(module, name) for name in found}
+    for name, value in found.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, whole)
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 def documents_again(tokens: Tokens, local: Tensor | None) -> Tokens:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -99,6 +99,11 @@ class Boundary:
             cache) would be of this rank's tokens alone.
         reads: Modules outside of the trunk that are given what a module of it returns, and look at
             several tokens: they get those of all ranks. By name or pattern.
+        attributes: Of an attention module, attributes that it has on several ranks while it runs
+            (a flag by which it calls torch's function), by name; raises NotImplementedError for one
+            that would not compute the same with them.
+        states: Whether the module that holds the trunk returns what is between its modules (hidden
+            states): they are joined then, all of them on every rank.
         mlp: Which modules in it are MLPs, that treat each token by itself: ``tiles=`` is for them.
 
     Example:
@@ -118,6 +123,8 @@ class Boundary:
     whole: Mapping[str, str] = field(default_factory=dict)
     joint: Joint | None = None
     reads: Only = ()
+    attributes: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    states: bool = False
     mlp: Only = ()
 
     def __post_init__(self) -> None:

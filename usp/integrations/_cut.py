@@ -77,7 +77,7 @@ class CutTrunk(Trunk):
             self._room = max(1024, 2 * len(self._given))
         self._given[_storage(x)] = StorageWeakRef(x.untyped_storage()), tokens
 
-    def note_local(self, name: str, out: Any) -> None:
+    def note_local(self, name: str, out: Any, tokens: Tokens) -> None:
         """All that the model returns is this rank's."""
 
     def check_outputs(self, leaves: Iterable[Any]) -> None:

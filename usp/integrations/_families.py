@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -44,6 +45,20 @@ _FLUX = Boundary(
     mlp=_OF_STREAMS,
 )
 
+
+def _by_torchs_function(attention: nn.Module) -> dict[str, Any]:
+    """MONAI's attention has a flag by which it calls torch's function, and its models have none;
+    with it, weights are dropped in evaluation, too."""
+    for name in ("rel_positional_embedding", "save_attn", "attention_dtype"):
+        if getattr(attention, name, None):
+            raise NotImplementedError(
+                f"MONAI's {type(attention).__name__} has {name}, with which it computes attention "
+                "by hand, among this rank's own tokens"
+            )
+    rate = attention.dropout_rate if attention.training else 0.0
+    return {"use_flash_attention": True, "dropout_rate": rate}
+
+
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
@@ -58,6 +73,9 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         mlp=_MLP,
     ),
     "timm.models.beit.Beit": Boundary("blocks", "*.attn", mlp=_MLP),
+    "monai.networks.nets.vit.ViT": Boundary(
+        "blocks", "*.attn", attributes=_by_torchs_function, states=True, mlp=_MLP
+    ),
     "transformers.models.vit.modeling_vit.ViTModel": Boundary("layers", mlp=_MLP),
     "transformers.models.clip.modeling_clip.CLIPEncoder": Boundary("layers", mlp=_MLP),
     "transformers.models.clip.modeling_clip.CLIPModel": _TOWERS,

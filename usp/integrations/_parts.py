@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from usp import rng
 from usp.integrations._answer import Tokens
@@ -147,3 +148,19 @@ class Reader(Site):
             return self.inner(x, *args, **kwargs)
         trunk.check_held(x, tokens, f"what {self.name} is given")
         return self.inner(join_both(tokens, x, trunk.dim), *args, **kwargs)
+
+
+class States(Site):
+    """The module that holds the trunk and returns what is between its modules: the whole of it."""
+
+    def __init__(self, module: nn.Module, name: str, trunk: Trunk) -> None:
+        super().__init__(module, name)
+        self.trunk = trunk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph does not know whose outputs it returns
+            return torch.compiler.disable(self._joined)(*args, **kwargs)
+        return self._joined(*args, **kwargs)
+
+    def _joined(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map(self.trunk.whole_of, self.inner(*args, **kwargs))

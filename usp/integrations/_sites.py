@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
 from usp.integrations._beside import (
+    attributes_while,
     cut_beside,
     documents_again,
-    prefix_of_this_rank,
     with_documents,
 )
 from usp.integrations._streams import cut_both, cut_stream, join_both, join_stream
@@ -102,7 +102,7 @@ class Inside(Site):
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.trunk.entered(tokens) as region:
             before = region.answered
-            with prefix_of_this_rank(self.module, self.trunk.boundary.prefix_count, tokens):
+            with attributes_while(self.module, self.trunk.boundary, tokens, self.must_answer):
                 out = self.inner(*args, **kwargs)
             if self.must_answer and region.answered == before:
                 self._refuse_silence(tokens)
@@ -154,7 +154,7 @@ class Block(Inside):
         apart = given.get(boundary.documents or "")
         out = self.run(with_documents(tokens, apart), args, kwargs)
         if not self.is_last or tokens.cut:
-            trunk.note_local(self.described(), out)
+            trunk.note_local(self.described(), out, tokens)
             return out
         trunk.end()
         return self._joined(tokens, out, second is not None)

@@ -14,7 +14,7 @@ from usp.distributed.mesh import SequenceMesh
 from usp.integrations._answer import Tokens, refuse
 from usp.integrations._boundary import Boundary
 from usp.integrations._region import Region, is_in_reentrant_checkpoint, region_of
-from usp.integrations._streams import counts, held_of, two_streams
+from usp.integrations._streams import counts, held_of, join_both, two_streams
 from usp.nn.spread import Spread
 from usp.planning.layout import Layout
 from usp.sharding.whole import ask_lengths
@@ -46,7 +46,7 @@ class Trunk:
         self.running: Tokens | None = None
         self._region: Region | None = None
         self._seen: dict[tuple[int, int | None], Tokens] = {}
-        self._left: dict[int, tuple[str, ReferenceType[Tensor]]] = {}
+        self._left: dict[int, tuple[str, ReferenceType[Tensor], Tokens]] = {}
 
     @property
     def region(self) -> Region | None:
@@ -115,13 +115,20 @@ class Trunk:
                 "never joined: end the trunk where the model does"
             )
 
-    def note_local(self, name: str, out: Any) -> None:
+    def note_local(self, name: str, out: Any, tokens: Tokens) -> None:
         """Remember what a module before the last has returned, while somebody else holds it."""
         several = self.mesh is not None and self.mesh.size > 1
         if several and not torch.compiler.is_compiling() and not is_computed_again():
             for x in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(x, Tensor):
-                    self._left[id(x)] = name, ref(x)
+                    self._left[id(x)] = name, ref(x), tokens
+
+    def whole_of(self, x: Any) -> Any:
+        """What a module before the last has returned, of all ranks; anything else as it is."""
+        _, held, tokens = self._left.get(id(x), ("", None, None))
+        if not isinstance(x, Tensor) or tokens is None or held is None or held() is not x:
+            return x
+        return join_both(tokens, x, self.dim)
 
     def check_outputs(self, leaves: Iterable[Any]) -> None:
         """Refuse outputs of the model that are those of a module before the last.
@@ -130,7 +137,7 @@ class Trunk:
             NotImplementedError: names the module.
         """
         for x in leaves:
-            name, held = self._left.get(id(x), ("", None))
+            name, held, _ = self._left.get(id(x), ("", None, None))
             if isinstance(x, Tensor) and held is not None and held() is x:
                 raise NotImplementedError(
                     f"the model returns what {name} does, {tuple(x.shape)}, which is this rank's "

@@ -13,7 +13,7 @@ from usp.integrations._choice import Only, any_means, choices, means, outermost,
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
 from usp.integrations._flex import lead_through
-from usp.integrations._parts import Across, Alone, Local, Multihead, Reader, Samples
+from usp.integrations._parts import Across, Alone, Local, Multihead, Reader, Samples, States
 from usp.integrations._sites import Block, Inside, Whole
 from usp.integrations._tiles import of_trunk, tiled_sites
 from usp.integrations._trunk import Trunk
@@ -169,6 +169,12 @@ def _sites(
     ]
     reads = outermost(name for name in names if any_means(boundary.reads, name, names))
     sites += [Reader(names[name], name, trunk) for name in reads]
+    if boundary.states:
+        holder = boundary.trunk.rpartition(".")[0]
+        sites.append(States(names[holder], holder, trunk))
+    if boundary.attributes is not None and trunk.mesh is not None and trunk.mesh.size > 1:
+        for name in attention:
+            boundary.attributes(names[name])  # refuses what would be wrong
     last = len(blocks) - 1
     for index, (name, block) in enumerate(blocks.items()):
         must_answer = boundary.attention is None or name in attention
