@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import compiling
 import doors
 import pool as workers
 import pytest
@@ -191,9 +192,7 @@ def _refused(kind: str) -> None:
     model = usp.parallelize(doors.randomize(Model(single=False)), mesh, where)
     if kind == "across":
         tokens = Tokens.of(usp.Spread(mesh, seq_len=9), ())
-        answer(
-            replace(tokens, across=frozenset((tokens.held,))), *(random(1, 3, 3, 4, seed=1),) * 3
-        )
+        answer(replace(tokens, across=(tokens.held,)), *(random(1, 3, 3, 4, seed=1),) * 3)
     model(**given)
 
 
@@ -223,3 +222,27 @@ class Empty(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pairs = nn.ModuleList()
+
+
+def _compiled() -> dict[str, float]:
+    mesh = workers.mesh(1, 2)
+    torch.manual_seed(0)
+    whole = doors.randomize(Model(single=False))
+    ours = usp.parallelize(copy.deepcopy(whole), mesh, boundary(False), layout="zigzag")
+    with compiling.afresh():
+        compiled = torch.compile(ours, backend="aot_eager")
+        given = inputs(11, 5)
+        found = doors.results(compiled, given, lambda m: usp.all_reduce_gradients(m, mesh))
+        found = {name.replace("_orig_mod.", ""): x for name, x in found.items()}
+        wrong = doors.errors(doors.results(whole, given), found)
+        # lengths that have been there are known to a graph
+        one_graph = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        wanted = {"one graph": whole(**given)[1]}
+        wrong |= doors.errors(wanted, {"one graph": one_graph(**given)[1]})
+    return wrong
+
+
+@pytest.mark.long
+def test_compiled(pool) -> None:
+    for wrong in pool.run(_compiled, ranks=2, timeout=200):
+        assert wrong == {}

@@ -15,7 +15,6 @@ from usp.distributed.agreement import check_on_all_ranks, meets
 from usp.distributed.mesh import degrees_and_place
 from usp.nn.spread import Spread
 from usp.planning.kinds import integer
-from usp.planning.layout import Layout
 from usp.planning.shares import shares
 
 
@@ -32,9 +31,10 @@ class Tokens:
             these: positions, masks, what its outputs are.
         parts: Of two streams that attention joins, the tokens of the whole, in their order.
         ordered: Whether ranks hold these tokens in their order; else nothing may go by positions.
-        each: The layout by which each of two streams was cut by itself.
+        each: Whether each of two streams was cut by itself.
         across: Where attention looks at other tokens, which every rank holds whole, how many
             queries a call may have: all of this rank, or those of a stream.
+        streams: What ``_streams`` knows of the two, where there are two.
     """
 
     spread: Spread
@@ -44,8 +44,9 @@ class Tokens:
     cut: bool = False
     parts: tuple[int, int] | None = None
     ordered: bool = True
-    each: Layout | None = None
-    across: frozenset[int] = frozenset()
+    each: bool = False
+    across: tuple[int, ...] = ()
+    streams: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     _first: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod

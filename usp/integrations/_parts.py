@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from usp import rng
 from usp.integrations._answer import Tokens
 from usp.integrations._sites import Inside
-from usp.integrations._streams import alone, held_of, join_both
+from usp.integrations._streams import held_of, join_both, stream
 from usp.integrations._trunk import Trunk
 from usp.masks import documents
 from usp.nn.multihead.module import MultiheadAttention
@@ -82,26 +82,24 @@ class Across(Inside):
         self._argument = argument
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
-    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def among(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         if len(tokens.shares) == 1 or given.get(self._argument) is None:
-            return super().run(tokens, args, kwargs)
-        held = {tokens.held} | ({held_of(tokens, n) for n in (0, 1)} if tokens.parts else set())
-        other = replace(tokens, across=frozenset(held))
-        with self.trunk.entered(tokens) as region, region.meaning(other):
-            return super().run(tokens, args, kwargs)
+            return tokens
+        held = [tokens.held]
+        if tokens.parts is not None:
+            held += [held_of(tokens, 0), held_of(tokens, 1)]
+        return replace(tokens, across=tuple(held))
 
 
 class Alone(Inside):
     """Attention among the first of two streams that others join."""
 
-    def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def among(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
         joint = self.trunk.boundary.joint
         if joint is None or tokens.parts is None or len(tokens.shares) == 1:
-            return super().run(tokens, args, kwargs)
-        first = alone(tokens, joint.place(""))
-        with self.trunk.entered(tokens) as region, region.meaning(first):
-            return super().run(tokens, args, kwargs)
+            return tokens
+        return stream(tokens, joint.place("")).alone
 
 
 class Local(Site):

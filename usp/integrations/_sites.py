@@ -101,12 +101,18 @@ class Inside(Site):
 
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.trunk.entered(tokens) as region:
-            before = region.answered
-            with attributes_while(self.module, self.trunk.boundary, tokens, self.must_answer):
+            before, among = region.answered, self.among(region.tokens, args, kwargs)
+            boundary, must_answer = self.trunk.boundary, self.must_answer
+            changed = attributes_while(self.module, boundary, tokens, must_answer)
+            with changed, region.meaning(among):
                 out = self.inner(*args, **kwargs)
             if self.must_answer and region.answered == before:
                 self._refuse_silence(tokens)
         return out
+
+    def among(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
+        """Those of the attention in here, of the tokens of the region and what the module takes."""
+        return tokens
 
     def _refuse_silence(self, tokens: Tokens) -> None:
         if torch.compiler.is_compiling() or len(tokens.shares) == 1:

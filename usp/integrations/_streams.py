@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,51 +12,26 @@ from usp.distributed.mesh import degrees_and_place
 from usp.integrations._answer import Tokens
 from usp.integrations._boundary import Joint
 from usp.nn.spread import Spread
-from usp.planning.layout import Held, Layout
-from usp.planning.shares import local_positions, shares
+from usp.planning.layout import Held
+from usp.planning.shares import local_positions
 
 
-class Stream(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stream:
     """Who holds what of one of two streams.
 
     Attributes:
         counts: Tokens of each rank of the mesh.
-        places: (n,) int64 in the stream, rank by rank.
-        ordered: Whether these ascend.
+        mine: (n,) int64, what this rank holds of it.
+        back: (tokens of the stream,) int64, where each is when the ranks' are joined one behind the
+            other; None where that is their order.
+        alone: The stream as a sequence of its own.
     """
 
     counts: tuple[int, ...]
-    places: Tensor
-    ordered: bool
-
-
-def stream(tokens: Tokens, place: int) -> Stream:
-    """The first or the second in the order of attention."""
-    assert tokens.parts is not None
-    degrees, _ = degrees_and_place(tokens.spread.mesh)
-    made = torch.compiler.disable(_streams) if torch.compiler.is_compiling() else _streams
-    if tokens.each is not None:
-        return made(tokens.each, tokens.parts, degrees, True)[place]
-    return made(tokens.spread.layout, tokens.parts, degrees, False)[place]
-
-
-@lru_cache(maxsize=64)
-def _streams(
-    layout: Layout, lengths: tuple[int, int], degrees: tuple[int, int], each: bool
-) -> tuple[Stream, Stream]:
-    ranks = [(r, u) for r in range(degrees[0]) for u in range(degrees[1])]
-    if each:
-        held = [[local_positions(layout, n, *degrees, rank) for rank in ranks] for n in lengths]
-    else:
-        front, n = lengths[0], sum(lengths)
-        both = [local_positions(layout, n, *degrees, rank) for rank in ranks]
-        held = [[p[p < front] for p in both], [p[p >= front] - front for p in both]]
-    places = [torch.cat(own) for own in held]
-    first, second = (
-        Stream(tuple(len(p) for p in own), all_of, bool((all_of.diff() > 0).all()))
-        for own, all_of in zip(held, places, strict=True)
-    )
-    return first, second
+    mine: Tensor
+    back: Tensor | None
+    alone: Tokens
 
 
 def two_streams(spread: Spread, lengths: tuple[int, int], each: bool) -> Tokens:
@@ -71,45 +45,72 @@ def two_streams(spread: Spread, lengths: tuple[int, int], each: bool) -> Tokens:
     Raises:
         ValueError: a rank would hold none of a stream where each is cut by itself.
     """
-    if not each:
-        return replace(Tokens.of(spread, ()), parts=lengths)
+    if torch.compiler.is_compiling():
+        return cast(Tokens, torch.compiler.disable(_two_streams)(spread, lengths, each))
+    return _two_streams(spread, lengths, each)
+
+
+def _two_streams(spread: Spread, lengths: tuple[int, int], each: bool) -> Tokens:
     degrees, _ = degrees_and_place(spread.mesh)
-    pair = [shares(spread.layout, n, *degrees) for n in lengths]
-    if 0 in pair[0] + pair[1]:
+    ranks = [(r, u) for r in range(degrees[0]) for u in range(degrees[1])]
+    if not each:
+        both = [local_positions(spread.layout, sum(lengths), *degrees, rank) for rank in ranks]
+        front = [p[p < lengths[0]] for p in both]
+        behind = [p[p >= lengths[0]] - lengths[0] for p in both]
+        streams = _stream(spread, front), _stream(spread, behind)
+        return replace(Tokens.of(spread, ()), parts=lengths, streams=streams)
+    held = [[local_positions(spread.layout, n, *degrees, rank) for rank in ranks] for n in lengths]
+    first, second = (_stream(spread, own) for own in held)
+    if 0 in first.counts + second.counts:
         raise ValueError(
-            f"two streams of {lengths} tokens are cut each by itself, and ranks hold {pair[0]} and "
-            f"{pair[1]} of them, where the model cannot do with none: take fewer ranks, or more "
-            "tokens (padding)"
+            f"two streams of {lengths} tokens are cut each by itself, and ranks hold "
+            f"{first.counts} and {second.counts} of them, where the model cannot do with none: "
+            "take fewer ranks, or more tokens (padding)"
         )
-    counts = tuple(a + b for a, b in zip(*pair, strict=True))
-    own = replace(spread, layout=Held(counts))
-    return replace(Tokens.of(own, ()), parts=lengths, ordered=len(counts) == 1, each=spread.layout)
+    counts = tuple(a + b for a, b in zip(first.counts, second.counts, strict=True))
+    tokens = Tokens.of(replace(spread, layout=Held(counts)), ())
+    return replace(
+        tokens, parts=lengths, ordered=len(ranks) == 1, each=True, streams=(first, second)
+    )
+
+
+def _stream(spread: Spread, held: list[Tensor]) -> Stream:
+    """Of its places that each rank holds."""
+    mesh, places = spread.mesh, torch.cat(held)
+    rank = 0 if mesh is None else mesh.rank
+    ordered = bool((places.diff() > 0).all())
+    counts = tuple(len(own) for own in held)
+    own = Spread(mesh, Held(counts), validate=spread.validate)
+    alone = Tokens(own, frozenset(), counts, counts[rank], ordered=ordered)
+    return Stream(counts, held[rank], None if ordered else places.argsort(), alone)
+
+
+def stream(tokens: Tokens, place: int) -> Stream:
+    """The first or the second in the order of attention."""
+    assert tokens.streams is not None
+    return cast(Stream, tokens.streams[place])
 
 
 def held_of(tokens: Tokens, place: int) -> int:
     """Tokens of a stream that this rank holds."""
-    mesh = tokens.spread.mesh
-    return stream(tokens, place).counts[0 if mesh is None else mesh.rank]
+    return stream(tokens, place).alone.held
 
 
 def cut_stream(tokens: Tokens, x: Tensor, dim: int, place: int) -> Tensor:
     """What this rank holds of a stream, or of entries for its tokens, that all hold whole."""
-    counts, places, _ = stream(tokens, place)
-    mesh = tokens.spread.mesh
-    mine = places.split(counts)[0 if mesh is None else mesh.rank]
-    return x.index_select(dim, mine.to(x.device))
+    return x.index_select(dim, stream(tokens, place).mine.to(x.device))
 
 
 def join_stream(tokens: Tokens, x: Tensor, dim: int, place: int) -> Tensor:
     """A stream whole on every rank; gradients of all copies add up."""
-    _, places, ordered = stream(tokens, place)
-    whole = alone(tokens, place).spread.unshard(x, dim)
-    return whole if ordered else whole.index_select(dim, places.argsort().to(x.device))
+    one = stream(tokens, place)
+    whole = one.alone.spread.unshard(x, dim)
+    return whole if one.back is None else whole.index_select(dim, one.back.to(x.device))
 
 
 def cut_both(tokens: Tokens, x: Tensor, dim: int) -> Tensor:
     """What this rank holds of entries for all tokens, whether of two streams or not."""
-    if tokens.each is None or tokens.parts is None:
+    if not tokens.each or tokens.parts is None:
         return tokens.spread.shard(x, dim)
     two = enumerate(x.split(tokens.parts, dim))
     return torch.cat([cut_stream(tokens, part, dim, place) for place, part in two], dim)
@@ -117,19 +118,10 @@ def cut_both(tokens: Tokens, x: Tensor, dim: int) -> Tensor:
 
 def join_both(tokens: Tokens, x: Tensor, dim: int) -> Tensor:
     """The whole on every rank, whether of two streams or not."""
-    if tokens.each is None or tokens.parts is None:
+    if not tokens.each or tokens.parts is None:
         return tokens.spread.unshard(x, dim)
     two = enumerate(x.split([held_of(tokens, 0), held_of(tokens, 1)], dim))
     return torch.cat([join_stream(tokens, part, dim, place) for place, part in two], dim)
-
-
-def alone(tokens: Tokens, place: int) -> Tokens:
-    """Tokens of one stream, as those of a sequence of its own."""
-    counts, _, ordered = stream(tokens, place)
-    spread = tokens.spread
-    own = Spread(spread.mesh, Held(counts), validate=spread.validate)
-    mine = counts[0 if spread.mesh is None else spread.mesh.rank]
-    return Tokens(own, frozenset(), counts, mine, ordered=ordered)
 
 
 class Counts(NamedTuple):
