@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import usp
 from usp.testing import dense_attention, linear_recurrence
@@ -65,9 +66,12 @@ class Hybrid(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Mixer(kind, method, dense) for kind in KINDS)
 
-    def forward(self, x: Tensor, spread: usp.Spread) -> Tensor:
+    def forward(self, x: Tensor, spread: usp.Spread, again: bool = False) -> Tensor:
         for layer in self.layers:
-            x = x + layer(F.layer_norm(x, (WIDTH,)), spread)
+            y = F.layer_norm(x, (WIDTH,))
+            x = x + (
+                checkpoint(layer, y, spread, use_reentrant=False) if again else layer(y, spread)
+            )
         return x
 
 
@@ -96,7 +100,7 @@ def run(ulysses: int, ring: int, method: str) -> list[Tensor]:
     spread = usp.Spread(mesh, seq_len=LENGTH, cu_seqlens=DOCUMENTS)
     model, (x, cotangent) = made(method), (spread.shard(t) for t in tokens())
     x.requires_grad_()
-    out = model(x, spread)
+    out = model(x, spread, method == "ring")  # and with activation checkpoints
     (out * cotangent).sum().backward()
     usp.all_reduce_gradients(model, mesh)
     whole = [usp.unshard_sequence(t, mesh, 1, seq_len=LENGTH) for t in (out.detach(), x.grad)]

@@ -1,0 +1,242 @@
+"""Linear attention on four processes: states handed on, against gathering the whole sequence.
+
+usp bench linear --quick
+usp bench linear --json result.json        (1024 and 4096 tokens, 2 heads of 64)
+
+Four gloo processes of one thread each, on two cores, run causal linear attention with a decay a
+token and head (Mamba-2's SSD) over one sequence that they share. Four ways: gather and ring are
+usp.linear_attention's; "all-gather" gathers q, k, v and the decays and computes the whole on every
+rank, in the same chunks; "quadratic" gathers k, v and the decays and computes this rank's rows of
+all scores. They run in turn in both orders, a barrier before each; the slowest rank counts. A ratio
+is the median over rounds of time(other) / time(gather). The bytes are those that
+usp.testing.WireBytes counts. Nothing is timed where those of usp are not the formula's, or where
+results or gradients differ from the recurrence, token by token in fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _attention_case import DTYPES, PASSES, differentiated, relative_error
+from _measure import introduce, take_turns, write_report
+from _ring_case import CORES, threads
+from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
+from torch import Tensor
+
+import usp
+from usp.distributed.processes import Tell
+from usp.planning.states import numbers_sent
+from usp.testing import WireBytes, linear_recurrence
+
+MESH = "4 x 1"
+SCHEMES = ("gather", "ring", "all-gather", "quadratic")
+NAMES = ("out", "dq", "dk", "dv", "ddecay")
+# Relative rms error against fp64 above which nothing is timed.
+ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    dtype: str
+    length: int
+    heads: int
+    head_dim: int
+
+    def tensors(self) -> list[Tensor]:
+        """q, k, v, logs of decays, and a cotangent, of the whole sequence."""
+        random = torch.Generator().manual_seed(0)
+        shape = (1, self.length, self.heads, self.head_dim)
+        found = [torch.randn(shape, generator=random).to(DTYPES[self.dtype]) for _ in range(4)]
+        decay = -torch.rand(shape[:3], generator=random) / 10
+        return [*found[:3], decay, found[3]]
+
+    def bytes_sent(self, scheme: str, mesh: usp.SequenceMesh, which: str) -> int:
+        """By this rank, by the formula of a scheme of usp."""
+        state = self.heads * self.head_dim**2
+        sent = numbers_sent(state, self.heads, mesh.size, mesh.rank, scheme)
+        return 4 * (sent.forward + (sent.backward if which == "both" else 0))
+
+
+class Linear:
+    """One rank's view of a case."""
+
+    def __init__(self, case: LinearCase, mesh: usp.SequenceMesh) -> None:
+        self.case, self.mesh = case, mesh
+        parts = [usp.shard_sequence(x, mesh, 1).clone() for x in case.tensors()]
+        self.leaves = [x.requires_grad_() for x in parts[:4]]
+        self.cotangent = parts[4]
+        self.start = int(usp.positions(case.length, mesh)[0])
+
+    def run(self, scheme: str, which: str) -> list[Tensor]:
+        """Result, and for "both" the gradients of q, k, v and the decays."""
+        attend: Callable[..., Tensor] = {
+            "all-gather": self._gathered,
+            "quadratic": self._quadratic,
+        }.get(scheme, partial(self._usp, scheme))
+        return differentiated(attend, self.leaves, self.cotangent, which)
+
+    def _usp(self, method: str, *tensors: Tensor) -> Any:
+        options: dict[str, Any] = {"seq_len": self.case.length, "validate": False}
+        return usp.linear_attention(*tensors, mesh=self.mesh, method=method, **options)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return usp.unshard_sequence(x, self.mesh, 1, "contiguous", self.case.length, validate=False)
+
+    def _gathered(self, *tensors: Tensor) -> Any:
+        out = usp.linear_attention(*[self._whole(x) for x in tensors])
+        return out[:, self.start : self.start + tensors[0].shape[1]]
+
+    def _quadratic(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        k, v, decay = (self._whole(x) for x in (k, v, decay))
+        sums = decay.double().cumsum(1).transpose(1, 2)  # (1, H, all tokens)
+        mine = torch.arange(self.start, self.start + q.shape[1])
+        between = sums[:, :, mine, None] - sums[:, :, None, :]
+        hidden = mine[:, None] < torch.arange(k.shape[1])
+        factors = between.masked_fill(hidden, float("-inf")).exp().float()
+        q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+        out = ((q @ k.mT) * factors) @ v
+        return out.transpose(1, 2).to(self.cotangent.dtype)
+
+
+def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
+    """On each process: every case; the results of rank 0 are those of all."""
+    results = measure(work.args, join(work, rank)[MESH])
+    dist.destroy_process_group()
+    return results
+
+
+def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
+    results = []
+    for dtype in args.dtypes:
+        for length in args.lengths:
+            case = LinearCase(dtype, length, args.heads, args.head_dim)
+            linear = Linear(case, mesh)
+            found = errors(case, linear)
+            check(case, found)
+            for which in PASSES:
+                sent = {scheme: counted(linear, scheme, which) for scheme in SCHEMES}
+                candidates = {scheme: partial(linear.run, scheme, which) for scheme in SCHEMES}
+                times = take_turns(
+                    candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
+                )
+                results.append(
+                    {
+                        **asdict(case),
+                        "pass": which,
+                        "bytes_sent": sent,
+                        "ratios": {s: times.ratio(s, "gather") for s in SCHEMES[1:]},
+                        "errors": found,
+                        "seconds": times.seconds,
+                        "median_seconds": {scheme: times.median(scheme) for scheme in SCHEMES},
+                    }
+                )
+                if dist.get_rank() == 0:
+                    print_rows(results[-1])
+    return results
+
+
+def counted(linear: Linear, scheme: str, which: str) -> int:
+    """Bytes of a pass, of the rank that sends most.
+
+    Raises:
+        ValueError: usp sends something else than the formula says.
+    """
+    with WireBytes() as wire:
+        linear.run(scheme, which)
+    expected = wire.sent
+    if scheme in ("gather", "ring"):
+        expected = linear.case.bytes_sent(scheme, linear.mesh, which)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (wire.sent, expected))
+    for rank, (sent, formula) in enumerate(told):
+        if sent != formula:
+            raise ValueError(
+                f"{scheme}, {which}: rank {rank} sends {sent} bytes, the formula says {formula}: "
+                "not timed"
+            )
+    return max(sent for sent, _ in told)
+
+
+def errors(case: LinearCase, linear: Linear) -> dict[str, dict[str, float]]:
+    """Relative rms errors of each scheme, against the recurrence in fp64; empty but on rank 0."""
+    exact: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        *leaves, cotangent = (x.double() for x in case.tensors())
+        leaves = [x.requires_grad_() for x in leaves]
+        with threads(CORES):
+            results = differentiated(
+                lambda *given: linear_recurrence(*given)[0], leaves, cotangent, "both"
+            )
+        exact = dict(zip(NAMES, results, strict=True))
+    found = {}
+    for scheme in SCHEMES:
+        ours = [linear._whole(x.detach()) for x in linear.run(scheme, "both")]
+        found[scheme] = {
+            name: relative_error(x.double(), exact[name])
+            for name, x in zip(NAMES, ours, strict=True)
+            if exact
+        }
+    return found
+
+
+def check(case: LinearCase, errors: dict[str, dict[str, float]]) -> None:
+    for scheme, found in errors.items():
+        for tensor, error in found.items():
+            if not error <= ALLOWED[case.dtype]:
+                raise ValueError(
+                    f"{case}: {tensor} of {scheme} is off by {error:.2e}, more than "
+                    f"{ALLOWED[case.dtype]:.0e}: not timed"
+                )
+
+
+def print_rows(result: dict[str, Any]) -> None:
+    for scheme, seconds in result["median_seconds"].items():
+        line = f"{result['dtype']:6}{result['length']:<8}{result['pass']:9}{scheme:11}"
+        line += f"{1e3 * seconds:12.1f}{result['bytes_sent'][scheme] / 1e6:9.3f}"
+        if scheme in result["ratios"]:
+            line += f"{result['ratios'][scheme]:14.2f}"
+        print(line, flush=True)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of the whole")
+    add("--heads", type=int, default=2)
+    add("--head-dim", type=int, default=64)
+    add("--dtypes", nargs="+", choices=ALLOWED, default=["fp32", "bf16"])
+    add("--rounds", type=int, default=9, help="of each case, at most")
+    add("--seconds", type=float, default=60.0, help="after which a case gets no further round")
+    add("--quick", action="store_true", help="256 and 1024 tokens, 3 rounds")
+    add("--json", type=Path, help="write every time taken there")
+    args = parser.parse_args(argv)
+    args.meshes = [MESH]
+    if args.quick:
+        args.lengths, args.rounds = [256, 1024], 3
+    if min(args.lengths) < 4:
+        parser.error(f"--lengths {min(args.lengths)} has no token for each of 4 processes")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    about = introduce()
+    print(
+        f"\n{args.heads} heads of {args.head_dim}; MB: that leave a rank\n"
+        "dtype tokens  pass     scheme     milliseconds      MB   time/gather"
+    )
+    results = in_processes(measure_all, args)[0]
+    write_report(args.json, about, cases=results)
+
+
+if __name__ == "__main__":
+    main()
