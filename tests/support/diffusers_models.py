@@ -315,6 +315,34 @@ def hunyuan(text: int = 7, padded: int = 2, **more: Any) -> Made:
     }
 
 
+def stable_audio(length: int = 24, text: int = 7, padded: int = 2) -> Made:
+    model = _model(
+        "StableAudioDiTModel",
+        sample_size=length,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_attention_heads=2,
+        out_channels=4,
+        cross_attention_dim=16,
+        time_proj_dim=8,
+        global_states_input_dim=12,
+        cross_attention_input_dim=16,
+    )
+    mask = torch.ones(2, text, dtype=torch.bool)
+    mask[1, text - padded :] = False
+    return model, {
+        "hidden_states": random(2, 4, length, seed=1),
+        "encoder_hidden_states": random(2, text, 16, seed=2),
+        "global_hidden_states": random(2, 1, 12, seed=3),
+        "encoder_attention_mask": mask,
+        "rotary_embedding": (random(length + 1, 4, seed=4), random(length + 1, 4, seed=5)),
+        "timestep": _steps(),
+        "return_dict": False,
+    }
+
+
 def sana() -> nn.Module:
     return _model(
         "SanaTransformer2DModel",
@@ -335,6 +363,7 @@ def sana() -> nn.Module:
 MODELS: dict[str, Callable[..., Made]] = {
     "DiT": dit,
     "PixArt": pixart,
+    "Stable Audio": stable_audio,
     "Wan": wan,
     "LTX": ltx,
     "Flux": flux,

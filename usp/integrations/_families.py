@@ -105,6 +105,9 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": Boundary(
         "transformer_blocks", "*.attn1", whole=_TEXT, mlp=_OF_STREAMS
     ),
+    f"{_DIFFUSERS}.stable_audio_transformer.StableAudioDiTModel": Boundary(
+        "transformer_blocks", "*.attn1", whole=_TEXT, beside={"rotary_embedding": 0}
+    ),
     f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": Boundary(
         "blocks",
         "*.attn1",
