@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.layout import Layout, Layouts, Positions, both, rows
-from usp.planning.masks.bands import Bands, joined, without_empty
+from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
 from usp.planning.reach import needed_rows
@@ -223,8 +223,8 @@ def _seen(keys: Positions, here: Rows, reach: Reach) -> Visit | None:
         if first_high <= lowest and stop_low > highest:
             return whole_visit(reach.num_queries, len(here))
         seen.append(band)
-    ends = uninitialised(2, len(seen), reach.num_queries, dtype=torch.int32)
-    for place, band in enumerate(seen):
+    ends, used = uninitialised(2, len(seen), reach.num_queries, dtype=torch.int32), 0
+    for band in seen:
         first, stop = band.ends
         # the queries before these see nothing up to the block's first key, those behind them
         # nothing from its last one on
@@ -232,11 +232,12 @@ def _seen(keys: Positions, here: Rows, reach: Reach) -> Visit | None:
             int(torch.searchsorted(stop, lowest, right=True)),
             int(torch.searchsorted(first, highest, right=True)),
         )
-        for counts, bound, segment in zip(ends[:, place], band.ends, band.segments, strict=True):
+        for counts, bound, segment in zip(ends[:, used], band.ends, band.segments, strict=True):
             _count_here(keys, here, bound, segment, rows, counts)
-    first, stop = without_empty(joined(Bands(*ends)))
-    if not len(first):
+        used += not torch.equal(*ends[:, used])  # else the next one takes its place
+    if not used:
         return None
+    first, stop = joined(Bands(*ends[:, :used]))
     span = Span(first, stop) if len(first) > 1 else Span(first[0], stop[0])
     return Visit(reach.num_queries, len(here), span)
 
