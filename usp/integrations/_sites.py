@@ -19,6 +19,7 @@ from usp.integrations._beside import (
     with_documents,
 )
 from usp.integrations._streams import cut_both, cut_stream, join_both, join_stream
+from usp.integrations._transformers_cache import OfMesh, decodes
 from usp.integrations._trunk import Trunk, first_tensor
 from usp.nn.site import Site
 
@@ -47,6 +48,8 @@ class Whole(Site):
         self.nested_tensors: list[nn.TransformerEncoder] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if decodes(kwargs):  # few tokens, which every rank computes
+            return self.inner(*args, **kwargs)
         for trunk in self.trunks:
             trunk.is_open = True
         try:
@@ -182,7 +185,11 @@ class Block(Inside):
         return x
 
     def _check_never(self, tokens: Tokens, given: Mapping[str, Any]) -> None:
-        kept = [name for name in self.trunk.boundary.never if given.get(name) is not None]
+        kept = [
+            name
+            for name in self.trunk.boundary.never
+            if given.get(name) is not None and not isinstance(given[name], OfMesh)
+        ]
         if kept and len(tokens.shares) > 1:
             refuse(
                 tokens.spread,

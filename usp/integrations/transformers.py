@@ -15,8 +15,10 @@ from torch import Tensor
 from usp.attention.functional import long_context_attention
 from usp.integrations._answer import Tokens, answer, refuse
 from usp.integrations._region import Region, current_region
+from usp.integrations._transformers_cache import just_cached, sharded_cache
 from usp.integrations._transformers_masks import Described, describe
 
+__all__ = ["NAME", "attention", "register", "sharded_cache"]
 NAME = "usp"
 
 
@@ -73,6 +75,15 @@ def attention(
     options = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
     region = current_region()
     alone = region is None or len(region.tokens.shares) == 1
+    layer = just_cached(key)
+    if layer is not None:
+        if position_bias is not None:
+            raise NotImplementedError(_OF_BIAS)
+        layer.read(attention_mask, hint)
+        if alone:
+            if region is not None:
+                region.answered += 1
+            return layer.attend(query, options), None
     if region is None or (alone and region.tokens.spread.cu_seqlens is None):
         if region is not None:
             region.answered += 1
