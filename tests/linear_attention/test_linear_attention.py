@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from pool import RemoteError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.flop_counter import FlopCounterMode
 
 import usp
+from usp.linear_attention import slabs
 from usp.linear_attention.both_ways import shared_documents
 from usp.planning.states import numbers_sent, numbers_summed
-from usp.testing import WireBytes, linear_recurrence
+from usp.testing import StorageBytes, WireBytes, linear_recurrence
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SHARED = ("decay of a head", "state")  # the same on every rank, so gradients are parts of a sum
@@ -86,7 +88,11 @@ class Case:
         }
         if self.decay is not None:
             shape = {"heads": (h,), "tokens": (b, n, h), "channels": (b, n, h, d)}[self.decay]
-            logs = -self.strength * torch.rand(shape, generator=random, dtype=torch.float64)
+            logs = -torch.rand(shape, generator=random, dtype=torch.float64)
+            if self.strength == float("inf"):  # some forget everything
+                logs = logs.where(logs > -0.7, -torch.inf)
+            else:
+                logs *= self.strength
             found["decay of a head" if self.decay == "heads" else "decay"] = logs.to(self.dtype)
         if self.states:
             found["state"] = normal(b, h, d, e)
@@ -403,6 +409,31 @@ def test_what_has_no_derivative_says_so() -> None:
     (dx,) = torch.autograd.grad(usp.linear_attention(x, x, x).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="linear attention has no second derivative"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("decay", ["tokens", "channels"])
+def test_cost_and_memory_are_linear_in_the_length(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With backward: products are just twice those of half as many tokens, storages at most."""
+    monkeypatch.setattr(slabs, "SLAB", 2**10)
+    flops, peaks = [], []
+    for length in (128, 256):
+        case = Case(length=length, decay=decay, dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter, StorageBytes() as memory:
+            run_on(None, case)
+        flops.append(counter.get_total_flops())
+        peaks.append(memory.peak)
+    assert flops[1] == 2 * flops[0] > 0
+    assert peaks[1] <= 2 * peaks[0]
+
+
+def test_slabs_of_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(length=300, decay="channels", states=True)
+    whole = run_on(None, case)
+    monkeypatch.setattr(slabs, "SLAB", 1)
+    for name, found in run_on(None, case).items():
+        torch.testing.assert_close(found, whole[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_autocast_rounds_nothing() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from usp.ops.precision import einsum
 
 # Tokens of a chunk, and of a block of it in which a decay a channel is worked out pair by pair.
-CHUNK, BLOCK = 64, 8
+CHUNK, BLOCK = 64, 4
 
 
 def chunk_size(length: int) -> int:
@@ -61,7 +61,7 @@ def totals(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return g.sum(-2).exp()[..., None], einsum("nbhcd,nbhce->nbhde", kept, v)
 
 
-def read(q: Tensor, g: Tensor, states: Tensor) -> Tensor:
+def read(q: Tensor, g: Tensor, states: Tensor) -> tuple[Tensor]:
     """What tokens see of the state before their chunk.
 
     Args:
@@ -70,10 +70,10 @@ def read(q: Tensor, g: Tensor, states: Tensor) -> Tensor:
     Returns:
         (n, B, H, C, Dv).
     """
-    return einsum("nbhcd,nbhde->nbhce", q * g.cumsum(-2).exp(), states)
+    return (einsum("nbhcd,nbhde->nbhce", q * g.cumsum(-2).exp(), states),)
 
 
-def within(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+def within(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor]:
     """What tokens see of their own chunk, themselves among it.
 
     One decay for all channels is a factor of the scores. With one a channel small blocks are
@@ -100,7 +100,7 @@ def within(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
         out = _with_the_earlier(q, k, v, g, out)
         q, k, v, g = (_in_pairs(x).flatten(-3, -2) for x in (q, k, v, g))
         size *= 2
-    return out.flatten(-3, -2)
+    return (out.flatten(-3, -2),)
 
 
 def _with_the_earlier(q: Tensor, k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> Tensor:

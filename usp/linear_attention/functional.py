@@ -15,6 +15,7 @@ from usp.linear_attention import chunks
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
+from usp.linear_attention.slabs import in_slabs
 from usp.linear_attention.states import Meeting, begin, states_before
 from usp.planning.layout import Layout
 from usp.planning.problem import state_dtype
@@ -125,11 +126,12 @@ def _causal(
     length = tensors[0].shape[1]
     size = chunks.chunk_size(length)
     q, k, v, g = (chunks.chunked(x, size) for x in tensors)
-    decays, updates = chunks.totals(k, v, g)
+    decays, updates = in_slabs(chunks.totals, k, v, g)
     arrived = begin(decays, updates, initial, chain)
-    out = chunks.within(q, k, v, g)
+    (out,) = in_slabs(chunks.within, q, k, v, g)
     states, final = states_before(decays, updates, initial, chain, arrived, meeting)
-    return chunks.joined(out + chunks.read(q, g, states), length), final
+    (seen,) = in_slabs(chunks.read, q, g, states)
+    return chunks.joined(out + seen, length), final
 
 
 def _wide(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
