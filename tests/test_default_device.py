@@ -108,6 +108,16 @@ def multihead(shape: tuple[int, int] | None) -> list[Tensor]:
     return [*found, weights.detach(), *(p.grad for p in ours.parameters())]
 
 
+def linear(shape: tuple[int, int] | None) -> list[Tensor]:
+    mesh = None if shape is None else worker.mesh(*shape)
+    torch.manual_seed(1)
+    leaves = tensors(1, 9, 2, 4)
+    q, k, v = (usp.shard_sequence(x, mesh, 1) for x in leaves)
+    out = usp.linear_attention(q, k, v, -k.abs(), mesh=mesh, cu_seqlens=(0, 4, 9))
+    out = out + usp.linear_attention(q, k, v, mesh=mesh, causal=False)
+    return gradients(usp.unshard_sequence(out, mesh, 1), leaves)
+
+
 def random_numbers(shape: tuple[int, int] | None) -> list[Tensor]:
     mesh = None if shape is None else worker.mesh(*shape)
     found = []
@@ -148,7 +158,7 @@ def test_attention(pool, name: str, default: str) -> None:
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
-@pytest.mark.parametrize("function", [multihead, random_numbers])
+@pytest.mark.parametrize("function", [multihead, linear, random_numbers])
 def test_modules_and_random_numbers(pool, function: Callable, default: str) -> None:
     assert all(twice(default, function, None))
     for same in pool.run(twice, default, function, (1, 2), ranks=2):

@@ -436,6 +436,32 @@ def test_slabs_of_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(found, whole[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+def test_a_normaliser_is_one_more_value_channel() -> None:
+    """As docs/linear_attention.md says it, against the quadratic formula."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 67, 2, 3, dtype=torch.float64).exp() for _ in range(3))
+    out = usp.linear_attention(q, k, torch.cat((v, torch.ones_like(v[..., :1])), -1))
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).tril()
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, v)
+    torch.testing.assert_close(out[..., :-1] / out[..., -1:], expected)
+
+
+def test_ssd_with_groups_is_mamba_2s_recurrence() -> None:
+    torch.manual_seed(0)
+    b, length, heads, groups, p, n = 2, 70, 4, 2, 3, 5
+    x, dt = torch.randn(b, length, heads, p), torch.rand(b, length, heads)
+    of_state, of_out = (torch.randn(b, length, groups, n) for _ in range(2))
+    a, state, expected = -torch.rand(heads), torch.zeros(b, heads, p, n), []
+    for t in range(length):
+        write, read = (y[:, t].repeat_interleave(heads // groups, 1) for y in (of_state, of_out))
+        kept = (dt[:, t] * a).exp()[..., None, None] * state
+        state = kept + (dt[:, t, :, None] * x[:, t])[..., None] * write[..., None, :]
+        expected.append((state * read[..., None, :]).sum(-1))
+    out = usp.linear_attention(of_out, of_state, x * dt[..., None], a * dt)
+    torch.testing.assert_close(out, torch.stack(expected, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_rounds_nothing() -> None:
     case = Case(length=70, decay="channels", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
