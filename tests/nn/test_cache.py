@@ -112,7 +112,7 @@ def stories(draw: st.DrawFn) -> Story:
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(story=stories())
 def test_whatever_comes(pool, story) -> None:
     judged(story, pool.run(_lived, story, 1, 2, ranks=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usp.planning.dealt import Dealt, Run
@@ -16,6 +16,7 @@ CHANGES = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 5), CHANGES)
 def test_changes_are_those_of_a_list_of_owners(ranks, page, changes) -> None:
     """A list with the owner of each position, None where it was dropped."""

@@ -196,7 +196,8 @@ class Block(Inside):
                 NotImplementedError(
                     f"{self.described()} is given {', '.join(kept)}, which would be of this "
                     f"rank's {tokens.held} of {tokens.spread.seq_len} tokens alone: call the model "
-                    "without (a cache: use_cache=False), on the whole sequence"
+                    "without (a cache: use_cache=False, or sharded_cache of the door of "
+                    "transformers), on the whole sequence"
                 ),
             )
 
