@@ -188,8 +188,9 @@ def _fault(
     if not queries == keys == tokens.held:
         return ValueError(
             f"attention of {queries} queries and {keys} keys, where this rank holds {tokens.held} "
-            f"of {length} tokens: other sequences are not spread, and of caches sharded_cache(mesh) "
-            "of this door alone; call the model with it or use_cache=False, on the whole sequence"
+            f"of {length} tokens: other sequences are not spread, and of caches this door's "
+            "sharded_cache(mesh) alone; call the model with it or use_cache=False, on the whole "
+            "sequence"
         )
     if isinstance(mask, Tensor):
         if options["softcap"] is not None or options["sinks"] is not None:
