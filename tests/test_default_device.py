@@ -118,6 +118,18 @@ def linear(shape: tuple[int, int] | None) -> list[Tensor]:
     return gradients(usp.unshard_sequence(out, mesh, 1), leaves)
 
 
+def decoded(shape: tuple[int, int] | None) -> list[Tensor]:
+    mesh = None if shape is None else worker.mesh(*shape)
+    q, k, v = (x.detach() for x in tensors(2, 9, 2, 4))
+    cache = usp.ShardedCache(mesh, window=3, first_keys=1, padding=(1, 0), page=1)
+    cache.extend(*(usp.shard_sequence(x, mesh, 1, "zigzag") for x in (k, v)), "zigzag", 9)
+    for i in range(9):
+        cache.append(k[:, i : i + 1], v[:, i : i + 1])
+    cache = cache.select([1, 0])
+    cache.crop(17)
+    return [usp.decode_attention(q[:, :1], cache, mesh), cache.k]
+
+
 def random_numbers(shape: tuple[int, int] | None) -> list[Tensor]:
     mesh = None if shape is None else worker.mesh(*shape)
     found = []
@@ -158,7 +170,7 @@ def test_attention(pool, name: str, default: str) -> None:
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
-@pytest.mark.parametrize("function", [multihead, linear, random_numbers])
+@pytest.mark.parametrize("function", [multihead, linear, decoded, random_numbers])
 def test_modules_and_random_numbers(pool, function: Callable, default: str) -> None:
     assert all(twice(default, function, None))
     for same in pool.run(twice, default, function, (1, 2), ranks=2):
