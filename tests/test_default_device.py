@@ -127,6 +127,7 @@ def decoded(shape: tuple[int, int] | None) -> list[Tensor]:
         cache.append(k[:, i : i + 1], v[:, i : i + 1])
     cache = cache.select([1, 0])
     cache.crop(17)
+    cache.append(k[:, :1], v[:, :1])
     return [usp.decode_attention(q[:, :1], cache, mesh), cache.k]
 
 
