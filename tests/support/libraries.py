@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 
+# scripts/libraries.sh VENV science
+SCIENCE = ROOT / "build" / "science"
 INSTALL = "make test-doors installs it"
 _kept: list[Any] = []
 
@@ -17,6 +20,8 @@ _kept: list[Any] = []
 def library(name: str) -> ModuleType:
     """A library, or the test is skipped."""
     import_torchvision()  # which others import where it is there
+    if str(SCIENCE) not in sys.path:
+        sys.path.append(str(SCIENCE))
     return pytest.importorskip(name, reason=f"{name} is not installed: {INSTALL}")
 
 

@@ -102,6 +102,8 @@ class Boundary:
         attributes: Of an attention module, attributes that it has on several ranks while it runs
             (a flag by which it calls torch's function), by name; raises NotImplementedError for one
             that would not compute the same with them.
+        check: Called with the module that holds the trunk, for several ranks: raises
+            NotImplementedError where what it does between the modules would be wrong.
         states: Whether the module that holds the trunk returns what is between its modules (hidden
             states): they are joined then, all of them on every rank.
         mlp: Which modules in it are MLPs, that treat each token by itself: ``tiles=`` is for them.
@@ -124,6 +126,7 @@ class Boundary:
     joint: Joint | None = None
     reads: Only = ()
     attributes: Callable[[nn.Module], Mapping[str, Any]] | None = None
+    check: Callable[[nn.Module], None] | None = None
     states: bool = False
     mlp: Only = ()
 

@@ -59,6 +59,24 @@ def _by_torchs_function(attention: nn.Module) -> dict[str, Any]:
     return {"use_flash_attention": True, "dropout_rate": rate}
 
 
+def _without_prompts(prithvi: Any) -> None:
+    if prithvi.vpt:
+        raise NotImplementedError(
+            f"{type(prithvi).__name__} puts {prithvi.vpt_n_tokens} prompts behind the first token "
+            "of each rank, and takes as many away (vpt=True)"
+        )
+
+
+def _without_windows(attention: Any) -> dict[str, Any]:
+    """anemoi makes the mask of its windows of the tokens that it is given."""
+    if attention.window_size is not None:
+        raise NotImplementedError(
+            f"anemoi's {type(attention).__name__} has window_size={attention.window_size}, whose "
+            "mask it makes among this rank's own tokens: usp.LongContextAttention has windows"
+        )
+    return {}
+
+
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
@@ -73,6 +91,19 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         mlp=_MLP,
     ),
     "timm.models.beit.Beit": Boundary("blocks", "*.attn", mlp=_MLP),
+    "anemoi.models.layers.processor.TransformerProcessor": Boundary(
+        "proc",
+        "*.attention",
+        dim=0,
+        beside={"cond": 0},
+        never=("model_comm_group",),
+        attributes=_without_windows,
+        mlp=_MLP,
+    ),
+    "physicsnemo.models.dit.dit.DiT": Boundary("blocks", "*.attention"),
+    "terratorch.models.backbones.prithvi_mae.PrithviViT": Boundary(
+        "blocks", "*.attn", check=_without_prompts, states=True, mlp=_MLP
+    ),
     "monai.networks.nets.vit.ViT": Boundary(
         "blocks", "*.attn", attributes=_by_torchs_function, states=True, mlp=_MLP
     ),

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from usp import rng
@@ -31,6 +32,9 @@ _MULTIHEAD_NAMES = (
     "average_attn_weights",
     "is_causal",
 )
+
+
+_COPIES = frozenset((Tensor.clone, torch.clone, Tensor.detach, Tensor.contiguous))
 
 
 class Multihead(Inside):
@@ -161,4 +165,22 @@ class States(Site):
         return self._joined(*args, **kwargs)
 
     def _joined(self, *args: Any, **kwargs: Any) -> Any:
-        return tree_map(self.trunk.whole_of, self.inner(*args, **kwargs))
+        with Copies(self.trunk):
+            out = self.inner(*args, **kwargs)
+        return tree_map(self.trunk.whole_of, out)
+
+
+class Copies(TorchFunctionMode):
+    """What is copied of what a module of the trunk has returned is this rank's alone, too."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _COPIES and args:
+            self.trunk.note_copy(args[0], out)
+        return out

@@ -123,6 +123,12 @@ class Trunk:
                 if isinstance(x, Tensor):
                     self._left[id(x)] = name, ref(x), tokens
 
+    def note_copy(self, x: Any, copy: Tensor) -> None:
+        """Remember that it is of what a module before the last has returned, where it is."""
+        name, held, tokens = self._left.get(id(x), ("", None, None))
+        if tokens is not None and held is not None and held() is x:
+            self.note_local(name, copy, tokens)
+
     def whole_of(self, x: Any) -> Any:
         """What a module before the last has returned, of all ranks; anything else as it is."""
         _, held, tokens = self._left.get(id(x), ("", None, None))

@@ -169,12 +169,15 @@ def _sites(
     ]
     reads = outermost(name for name in names if any_means(boundary.reads, name, names))
     sites += [Reader(names[name], name, trunk) for name in reads]
+    holder = boundary.trunk.rpartition(".")[0]
     if boundary.states:
-        holder = boundary.trunk.rpartition(".")[0]
         sites.append(States(names[holder], holder, trunk))
-    if boundary.attributes is not None and trunk.mesh is not None and trunk.mesh.size > 1:
-        for name in attention:
-            boundary.attributes(names[name])  # refuses what would be wrong
+    if trunk.mesh is not None and trunk.mesh.size > 1:  # refuses what would be wrong
+        if boundary.check is not None:
+            boundary.check(names[holder])
+        if boundary.attributes is not None:
+            for name in attention:
+                boundary.attributes(names[name])
     last = len(blocks) - 1
     for index, (name, block) in enumerate(blocks.items()):
         must_answer = boundary.attention is None or name in attention
