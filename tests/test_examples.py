@@ -112,6 +112,7 @@ print(f"rank {mesh.rank} of {mesh.size} agrees")
 """
 
 
+@pytest.mark.long
 def test_under_torchrun(alone, tmp_path):
     """The README's example as it stands there, and the commands of the examples' README, small.
 

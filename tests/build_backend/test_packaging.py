@@ -67,6 +67,7 @@ def test_installed_metadata() -> None:
             "dev",
             "diffusers",
             "doors",
+            "examples",
             "flash",
             "hub",
             "test",
