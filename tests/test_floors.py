@@ -217,3 +217,9 @@ def test_import_is_pure(blocking: bool, tmp_path: Path) -> None:
         "cuda": False,
         "works": True,
     }
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name, and of two of one name collects neither."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
