@@ -137,7 +137,11 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         "transformer_blocks", "*.attn1", whole=_TEXT, mlp=_OF_STREAMS
     ),
     f"{_DIFFUSERS}.stable_audio_transformer.StableAudioDiTModel": Boundary(
-        "transformer_blocks", "*.attn1", whole=_TEXT, beside={"rotary_embedding": 0}
+        "transformer_blocks",
+        "*.attn1",
+        whole=_TEXT,
+        beside={"rotary_embedding": 0},
+        mlp=_OF_STREAMS,
     ),
     f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": Boundary(
         "blocks",
