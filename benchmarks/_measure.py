@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,21 @@ def take_turns(
         for name in order if index % 2 == 0 else reversed(order):
             taken[name].append(seconds(candidates[name]))
     return Times(taken)
+
+
+def refuse_inexact(case: object, errors: Mapping[str, Mapping[str, float]], allowed: float) -> None:
+    """End where a scheme's result is further from the exact one than it may be, or is NaN.
+
+    Args:
+        errors: Of each scheme, of each of its results.
+    """
+    for scheme, found in errors.items():
+        for tensor, error in found.items():
+            if not error <= allowed:
+                raise ValueError(
+                    f"{case}: {tensor} of {scheme} is off by {error:.2e}, more than "
+                    f"{allowed:.0e}: not timed"
+                )
 
 
 def matmul(dtype: torch.dtype) -> tuple[Callable[[], object], float]:

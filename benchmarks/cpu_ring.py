@@ -24,7 +24,7 @@ from typing import Any
 import _timeline
 import torch.distributed as dist
 from _attention_case import PASSES
-from _measure import Times, introduce, take_turns, write_report
+from _measure import Times, introduce, refuse_inexact, take_turns, write_report
 from _ring_case import ALLOWED, ALONE, CORES, MESHES, PLAIN, PROCESSES, RingAttention, RingCase
 from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 
@@ -35,13 +35,7 @@ TRACED = "1 x 4"
 
 
 def check(case: RingCase, errors: dict[str, dict[str, float]]) -> None:
-    for name, found in errors.items():
-        for tensor, error in found.items():
-            if not error <= ALLOWED[case.dtype]:
-                raise ValueError(
-                    f"{case}: {tensor} of {name} is off by {error:.2e}, more than "
-                    f"{ALLOWED[case.dtype]:.0e}: not timed"
-                )
+    refuse_inexact(case, errors, ALLOWED[case.dtype])
 
 
 def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _attention_case import DTYPES, PASSES, differentiated, relative_error
-from _measure import introduce, take_turns, write_report
+from _measure import introduce, refuse_inexact, take_turns, write_report
 from _ring_case import CORES, threads
 from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 from torch import Tensor
@@ -187,13 +187,7 @@ def errors(case: LinearCase, linear: Linear) -> dict[str, dict[str, float]]:
 
 
 def check(case: LinearCase, errors: dict[str, dict[str, float]]) -> None:
-    for scheme, found in errors.items():
-        for tensor, error in found.items():
-            if not error <= ALLOWED[case.dtype]:
-                raise ValueError(
-                    f"{case}: {tensor} of {scheme} is off by {error:.2e}, more than "
-                    f"{ALLOWED[case.dtype]:.0e}: not timed"
-                )
+    refuse_inexact(case, errors, ALLOWED[case.dtype])
 
 
 def print_rows(result: dict[str, Any]) -> None:

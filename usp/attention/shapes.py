@@ -6,25 +6,11 @@ import torch
 from torch import Tensor
 
 from usp.attention.given import Tensors
-from usp.planning.kinds import integer, tensor
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from usp.planning.kinds import DTYPES, check_kinds, integer, tensor
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, "
-                f"{name} is {x.dtype} on {x.device}"
-            )
+    check_kinds(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"batch sizes differ: q has {q.shape[0]}, {name} has {x.shape[0]}")

@@ -21,12 +21,10 @@ from usp.distributed.agreement import (
 )
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.linear_attention.exchange import METHODS
-from usp.planning.kinds import flag, integer, tensor
+from usp.planning.kinds import DTYPES, check_kinds, flag, integer, tensor
 from usp.planning.layout import Held, Layout
 from usp.planning.masks.bounds import check_cu_seqlens
 from usp.planning.shares import named_lengths, shares, summed_length
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +148,8 @@ def _check(given: Given, options: Options) -> int | None:
 
 def _check_qkv(given: Given) -> None:
     q, k, v = given.q, given.k, given.v
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, "
-                f"{name} is {x.dtype} on {x.device}"
-            )
+    check_kinds(q, k, v)
+    for name, x in (("k", k), ("v", v)):
         if x.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"q, k and v must have the same samples and tokens: q has {tuple(q.shape[:2])}, "

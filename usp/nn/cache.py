@@ -8,13 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from usp.attention.shapes import DTYPES
 from usp.distributed.agreement import Facts
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.masks import Mask, causal, first_keys, window
 from usp.nn.buffer import Buffer
 from usp.planning.dealt import Dealt, Run
-from usp.planning.kinds import integer, tensor
+from usp.planning.kinds import DTYPES, integer, tensor
 from usp.planning.layout import Layout
 from usp.planning.shares import local_row
 from usp.sharding.whole import agree_on_length

@@ -14,6 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+# Of the inputs of kernels.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
     """``value`` as an int: Python's, numpy's or a symbolic one of ``torch.compile``.
@@ -81,6 +84,29 @@ def flag(name: str, value: Any) -> bool:
     if kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {_described(value)}")
+
+
+def check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse what no kernel of ours takes together.
+
+    Raises:
+        TypeError, NotImplementedError: as ``tensor``.
+        ValueError: one has not four dims or no dtype of ours, or dtypes or devices
+            differ; names both.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, "
+                f"{name} is {x.dtype} on {x.device}"
+            )
 
 
 def tensor(name: str, value: Any) -> Tensor:
