@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,9 +19,11 @@ import usp
 from usp import cli, masks
 from usp._version import __version__
 from usp.backends.preference import measured_on, preference
-from usp.cli import bench
+from usp.cli import bench, command, console, info
 from usp.cli.expression import parse_mask
 from usp.cli.picture import colours, draw, in_colours
+from usp.machine import cpu
+from usp.ops import native
 from usp.planning import layout as layouts
 from usp.planning.plan import make_plan
 from usp.planning.samples import masks_of
@@ -53,13 +58,59 @@ def test_info_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_says_whether_the_extension_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "info")[1]
-    try:
-        from usp import _C
-    except ImportError:
+    if native.load_error() is not None:
         assert re.search(r"^extension +not built: \S", out, re.MULTILINE)
     else:
         assert re.search(r"^extension +built for cpu", out, re.MULTILINE)
-        assert re.search(rf"^CPU kernels use +{_C.cpu_capability()}", out, re.MULTILINE)
+        assert re.search(rf"^CPU kernels use +{cpu.level()}", out, re.MULTILINE)
+
+
+def test_info_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info, "find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr(native, "_LOAD_ERROR", "it was not built: no C++ compiler found")
+    found = json.loads(run(capsys, "info", "--json")[1])
+    assert found["command"] == "info" and found["usp"] == __version__
+    assert found["backends"] == usp.backends()
+    assert "no C++ compiler" in found["extension"]["reason"]
+    first, second = found["install"]
+    assert first == "pip install 'usp[demo]'" and second.startswith("apt-get install g++")
+
+
+def test_json_stands_alone_or_beside_the_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = argparse.Namespace(command="x", json="-")
+    console.present(arguments, {"a": float("nan"), "b": (1, tmp_path)}, lambda: "text")
+    alone = capsys.readouterr().out
+    assert json.loads(alone)["a"] is None and json.loads(alone)["b"] == [1, str(tmp_path)]
+    arguments.json = str(tmp_path / "x.json")
+    console.present(arguments, {"a": 1}, lambda: "text")
+    assert capsys.readouterr().out == "text\n"
+    assert json.loads((tmp_path / "x.json").read_text())["a"] == 1
+    arguments.json = str(tmp_path / "gone" / "x.json")
+    with pytest.raises(console.UserError, match="--json: "):
+        console.present(arguments, {"a": 1}, lambda: "text")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completions_know_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    code, script, _ = run(capsys, "completions", shell)
+    assert code == 0 and "--train-steps" in script.replace("-l ", "--")
+    assert all(module.__name__.split(".")[-1] in script for module in command.COMMANDS)
+    if shutil.which(shell):
+        parsed = [shell, "-n"] if shell != "fish" else [shell, "--no-execute"]
+        subprocess.run(parsed, input=script, text=True, check=True, timeout=60)
+
+
+def test_completions_without_shtab_say_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, out, err = run(capsys, "completions", "bash")
+    assert (code, out) == (2, "") and "pip install 'usp[completions]'" in err
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -309,15 +360,6 @@ def test_bench_lists_programs_and_hands_them_their_arguments(
     assert run(capfd, "bench") == (0, "  block  Times one block.\n", "")
     code, out, _ = run(capfd, "bench", "block", "--size", "7")
     assert (code, out) == (3, "['--size', '7']\n")
-
-
-def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    import usp.demo
-
-    got: list[list[str]] = []
-    monkeypatch.setattr(usp.demo, "main", lambda argv: got.append(list(argv)) or 0)
-    assert cli.main(["demo", "--help", "--tokens", "64"]) == 0
-    assert got == [["--help", "--tokens", "64"]]
 
 
 def test_python_m_usp_is_the_same_command(tmp_path: Path) -> None:

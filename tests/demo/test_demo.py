@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from usp.demo import main
+from usp.cli import main as command
 from usp.demo.compare import Difference, difference, differences
 from usp.demo.image import PatchGrid, choose_grid, crop, cut_patches, load_photograph
 from usp.demo.model import PatchTransformer, grid_embedding, hidden_patches, reconstruction_loss
@@ -129,6 +129,10 @@ def test_differences_show_the_worst_parameter_and_miss_nothing():
         difference("x", torch.ones(3), torch.ones(4))
 
 
+def main(options: list[str]) -> int:
+    return command(["demo", *options])
+
+
 def _work(how, rank, tell):
     tell(1, 2)
     if rank == 1 and how == "raise":
@@ -214,7 +218,7 @@ def test_a_difference_beyond_the_tolerance_is_a_failure(tmp_path, capsys, monkey
     code = main([*SMALL, "--ring", "1", "--ulysses", "1", "--out", str(tmp_path / "x.png")])
     printed = capsys.readouterr()
     assert code == 1
-    assert re.search(r"differs by \S+ of its largest value, more than", printed.err)
+    assert re.search(r"wrong: .* differs by \S+ of its largest value, more than", printed.out)
     _check_report(printed.out, something_sent=False)
 
 

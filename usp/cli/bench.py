@@ -7,8 +7,20 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from usp.cli.console import PACKAGE, UserError, table
+
+if TYPE_CHECKING:
+    from usp.cli.console import Commands
+
+
+def add_arguments(commands: Commands) -> argparse.ArgumentParser:
+    """Describe ``usp bench`` to the parser of the command line."""
+    parser = commands.add_parser("bench", help="list the benchmark programs, or run one")
+    parser.add_argument("name", nargs="?", help="the program; none: list them")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
+    return parser
 
 
 def benchmark_folder() -> Path:

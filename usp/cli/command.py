@@ -1,62 +1,53 @@
-"""The ``usp`` command: ``info``, ``plan``, ``verify``, ``tune``, ``bench``, ``demo``."""
+"""The ``usp`` command."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from usp._version import __version__
-from usp.cli import bench, info, plan, tune, verify
-from usp.cli.console import UserError
+from usp.cli import bench, completions, demo, info, plan, tune, verify
+from usp.cli.console import Exit, NoAnswer, UserError
 
-
-def demo(arguments: argparse.Namespace) -> int:
-    from usp.demo import main as run
-
-    return run(arguments.rest)
+# In the order in which a person meets them.
+COMMANDS = (info, demo, verify, plan, tune, bench, completions)
+CODES = (
+    "exit codes: 0 right, 1 something wrong was found, 2 it cannot be done as asked, 3 a process "
+    "died or did not answer in time. docs/command_line.md"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="usp", description="Exact attention over sequences that do not fit one device."
+        prog="usp",
+        description="Exact attention over sequences that do not fit one device.",
+        epilog=CODES,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"usp {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> None:
-        commands.add_parser(name, help=text).set_defaults(run=run)
-
-    add("info", info.run, "version, compiled extension, devices, backends")
-    plan.add_arguments(commands).set_defaults(run=plan.run)
-    verify.add_arguments(commands).set_defaults(run=verify.run)
-    tune.add_arguments(commands).set_defaults(run=tune.run)
-    runner = commands.add_parser("bench", help="list the benchmark programs, or run one")
-    runner.set_defaults(run=bench.run)
-    runner.add_argument("name", nargs="?", help="the program; none: list them")
-    runner.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
-    show = commands.add_parser(
-        "demo", add_help=False, help="four processes against one, on a real image (usp demo --help)"
-    )
-    show.set_defaults(run=demo)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for module in COMMANDS:
+        module.add_arguments(commands).set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = make_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.run is demo:
-        arguments.rest = rest
-    elif rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+    arguments = make_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        return int(arguments.run(arguments) or Exit.RIGHT)
     except UserError as error:
-        print(f"usp: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(Exit.USAGE, error)
+    except NoAnswer as error:
+        return _fail(Exit.NO_ANSWER, error)
     except BrokenPipeError:  # `usp plan --show | head`
         sys.stderr.close()
-        return 141
+        return Exit.BROKEN_PIPE
     except KeyboardInterrupt:
-        return 130
+        return Exit.INTERRUPTED
+
+
+def _fail(code: Exit, error: Exception) -> int:
+    print(f"usp: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

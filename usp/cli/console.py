@@ -1,15 +1,91 @@
-"""What the commands share: a table, an error that the user can mend, where the package lies."""
+"""What the commands share: exit codes, errors, a table, ``--json``, where the package lies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usp._version import __version__
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
+class Exit(IntEnum):
+    """What a command's exit code says (docs/command_line.md)."""
+
+    RIGHT = 0
+    WRONG = 1  # it ran, and found something that is not as it should be
+    USAGE = 2  # it was asked for what cannot be had here
+    NO_ANSWER = 3  # a process died or did not answer in time
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+
 class UserError(Exception):
     """What the user can mend: shown as one line, exit code 2."""
+
+
+class NoAnswer(Exception):
+    """A process died or did not answer: shown as one line, exit code 3."""
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Give a command ``--json [FILE]``, for ``present``."""
+    action = parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the findings as JSON in place of text; into FILE beside the text",
+    )
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]
+
+
+def present(
+    arguments: argparse.Namespace, found: Mapping[str, Any], text: Callable[[], str]
+) -> None:
+    """Show what a command found, as it was asked to.
+
+    Args:
+        arguments: Parsed; ``json`` is None, "-" or a file.
+        found: For a program: strings, numbers, lists and dicts of these; what is no number is
+            written as null, anything else by ``str``.
+        text: Makes what a person reads.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if arguments.json != "-":
+        print(text())
+    if arguments.json is None:
+        return
+    document = {"usp": __version__, "command": arguments.command, **found}
+    written = json.dumps(_plain(document), indent=1, allow_nan=False)
+    if arguments.json == "-":
+        print(written)
+        return
+    try:
+        Path(arguments.json).write_text(written + "\n")
+    except OSError as error:
+        raise UserError(f"--json: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def table(rows: Iterable[Sequence[object]], indent: str = "  ") -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from usp.cli.console import UserError, table
+from usp.cli.console import Exit, UserError, add_json, present, table
+
+if TYPE_CHECKING:
+    from usp.backends import Tuned
+    from usp.cli.console import Commands
 
 
-def add_arguments(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def add_arguments(commands: Commands) -> argparse.ArgumentParser:
+    """Describe ``usp tune`` to the parser of the command line."""
+    parser = commands.add_parser(
         "tune", help="measure every backend here; the fastest comes first from then on"
     )
     parser.add_argument(
@@ -19,6 +24,7 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
         "--seconds", type=float, default=120.0, help="to measure for (default: %(default)s)"
     )
     parser.add_argument("--forget", action="store_true", help="forget what was measured here")
+    add_json(parser)
     return parser
 
 
@@ -29,22 +35,30 @@ def run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     if arguments.forget:
         forget_order(device)
-        print(f"what was measured on {device} is forgotten")
-        return 0
+        said = f"what was measured on {device} is forgotten"
+        present(arguments, {"device": device, "forgotten": True}, lambda: said)
+        return Exit.RIGHT
     if not arguments.seconds > 0:
         raise UserError(f"--seconds must be positive, got {arguments.seconds}")
     try:
         found = tune(device, arguments.seconds)
     except RuntimeError as error:
         raise UserError(str(error)) from error
+    times = dict(zip(found.row.order, found.row.times, strict=True))
+    told = {"cases": found.cases, "times": times, "left_out": found.left_out, "kept": found.kept}
+    present(arguments, {"device": device, **told}, lambda: _text(device, found))
+    return Exit.RIGHT
+
+
+def _text(device: Any, found: Tuned) -> str:
     row = found.row
-    print(f"{device}: attention with its backward, {found.cases} cases, time over the fastest's\n")
-    print(table(zip(row.order, (f"{ratio:.2f}" for ratio in row.times), strict=True)))
+    parts = [
+        f"{device}: attention with its backward, {found.cases} cases, time over the fastest's",
+        table(zip(row.order, (f"{ratio:.2f}" for ratio in row.times), strict=True)),
+    ]
     if found.left_out:
-        print("\nnot measured")
-        print(table(found.left_out.items()))
-    print(f"\n{found.kept}")
-    return 0
+        parts.append("not measured\n" + table(found.left_out.items()))
+    return "\n\n".join([*parts, found.kept])
 
 
 def _device(name: str | None) -> Any:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 import usp
-from usp.cli.console import UserError
+from usp.cli.console import Exit, UserError, add_json, present
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    from usp.cli.console import Commands
 
 
 def add_arguments(commands: Commands) -> argparse.ArgumentParser:
@@ -36,11 +37,12 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="how long the ranks may take (default 60)"
     )
+    add_json(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: the same. 1: not."""
+    """0: the same. 1: not. 3: a rank came no further."""
     given = _made(arguments.factory)
     if arguments.trunk is not None:
         given["trunk"] = arguments.trunk
@@ -53,8 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         found = usp.verify(**(options | given))
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    print(found)
-    return 0 if found else 1
+    present(arguments, asdict(found), lambda: str(found))
+    if found.kind == "hang":
+        return Exit.NO_ANSWER
+    return Exit.RIGHT if found else Exit.WRONG
 
 
 def _made(name: str) -> dict[str, Any]:

@@ -5,6 +5,6 @@ process, and with `usp.MultiheadAttention` on a mesh of processes. A table says 
 lie apart and what each took; a picture shows whom some patches look at.
 """
 
-from usp.demo.command import main
+from usp.demo.command import Findings, Refused, add_options, run_demo
 
-__all__ = ["main"]
+__all__ = ["Findings", "Refused", "add_options", "run_demo"]

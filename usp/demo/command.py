@@ -1,13 +1,13 @@
-"""The command line of the demo: train, run plain, run sharded, compare, report."""
+"""The course of the demo: train, run plain, run sharded, compare, report."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ import torch
 
 from usp.demo import work
 from usp.demo.attention_map import query_patches
-from usp.demo.compare import differences
+from usp.demo.compare import Difference, differences
 from usp.demo.image import choose_grid, load_photograph
 from usp.demo.settings import TOLERANCES, Settings
-from usp.distributed.processes import ProcessFailed, Tell, run
+from usp.distributed.processes import Tell, run
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,12 +28,25 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 Stage = Callable[..., Any]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="usp demo",
-        description="A vision transformer on a real picture: one process with "
-        "nn.MultiheadAttention beside several with usp.MultiheadAttention, same weights.",
-    )
+class Refused(ValueError):
+    """The demo cannot start; says what to change."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the demo found.
+
+    Attributes:
+        told: All of it, for a program.
+        wrong: What differs by more than is allowed; empty where nothing does.
+    """
+
+    told: dict[str, Any]
+    wrong: str
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the demo's options."""
     parser.add_argument("--ulysses", type=int, default=2, help="Ulysses degree (default 2)")
     parser.add_argument("--ring", type=int, default=2, help="ring degree (default 2)")
     parser.add_argument(
@@ -55,32 +68,31 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("usp_demo.png"), help="the picture (default usp_demo.png)"
     )
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo.
+def run_demo(arguments: argparse.Namespace, to_stderr: bool = False) -> Findings:
+    """Train, run plain, run sharded, compare, and say it as it comes.
 
     Args:
-        argv: Arguments after `usp demo`; those of the process by default.
+        arguments: Of ``add_options``.
+        to_stderr: Where to say it; else on stdout.
 
-    Returns:
-        0: both runs agree. 1: they do not, or a process failed. 2: it could not start.
+    Raises:
+        Refused: it cannot start.
+        ProcessFailed: one of its processes raised, died or did not answer.
     """
-    arguments = parser().parse_args(argv)
     missing = [m for m in ("skimage", "matplotlib", "rich") if find_spec(m) is None]
     if missing:
-        return _fail(2, f"the demo needs {', '.join(missing)}: pip install 'usp[demo]'")
+        raise Refused(f"the demo needs {', '.join(missing)}: pip install 'usp[demo]'")
     for name, least in (("ulysses", 1), ("ring", 1), ("tokens", 1), ("train_steps", 0)):
         value = getattr(arguments, name)
         if value < least:
-            option = name.replace("_", "-")
-            return _fail(2, f"--{option} must be {least} or more, got {value}")
+            raise Refused(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    height, width, _ = load_photograph().shape
     try:
-        height, width, _ = load_photograph().shape
         grid = choose_grid(height, width, arguments.tokens)
     except ValueError as error:
-        return _fail(2, str(error))
+        raise Refused(str(error)) from error
     with tempfile.TemporaryDirectory(prefix="usp-demo-") as folder:
         settings = Settings(
             grid=grid,
@@ -91,25 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype_name=arguments.dtype,
             train_steps=arguments.train_steps,
         )
-        try:
-            return _demo(settings, arguments.out)
-        except ProcessFailed as error:
-            print(error.details, file=sys.stderr)
-            return _fail(1, str(error))
+        return _demo(settings, arguments.out, to_stderr)
 
 
-def _fail(code: int, message: str) -> int:
-    print(f"usp demo: {message}", file=sys.stderr)
-    return code
-
-
-def _demo(settings: Settings, out: Path) -> int:
+def _demo(settings: Settings, out: Path, to_stderr: bool) -> Findings:
     from rich.console import Console
 
     from usp.demo.report import cost_table, difference_table, in_words, save_picture
 
     start = time.monotonic()
-    console = Console()
+    console = Console(stderr=to_stderr)
     console.print(_introduction(settings))
     with _progress(console) as stage:
         stage("train the weights", work.train_model, settings, 1)
@@ -126,16 +129,29 @@ def _demo(settings: Settings, out: Path) -> int:
     console.print(difference_table(settings, compared))
     console.print(cost_table(settings, plain_cost, alone_cost, sharded_costs))
     console.print(in_words(settings, plain_cost, alone_cost, sharded_costs))
-    console.print(f"picture: {out}   ({time.monotonic() - start:.0f} s in all)", highlight=False)
-    far = [d for d in compared if not d.relative <= settings.tolerance]
-    if far:
-        worst = max(far, key=lambda d: d.relative)
-        return _fail(
-            1,
-            f"{worst.name} differs by {worst.relative:.1e} of its largest value, "
-            f"more than the {settings.tolerance:.0e} allowed in {settings.dtype_name}",
-        )
-    return 0
+    seconds = time.monotonic() - start
+    console.print(f"picture: {out}   ({seconds:.0f} s in all)", highlight=False)
+    told = {
+        "tokens": settings.grid.tokens,
+        "tolerance": settings.tolerance,
+        "differences": [{**asdict(d), "relative": d.relative} for d in compared],
+        "plain": asdict(plain_cost),
+        "alone": asdict(alone_cost),
+        "sharded": [asdict(cost) for cost in sharded_costs],
+        "picture": out,
+        "seconds": seconds,
+    }
+    return Findings(told, _wrong(settings, compared))
+
+
+def _wrong(settings: Settings, compared: list[Difference]) -> str:
+    worst = max(compared, key=lambda d: d.relative)
+    if worst.relative <= settings.tolerance:
+        return ""
+    return (
+        f"{worst.name} differs by {worst.relative:.1e} of its largest value, "
+        f"more than the {settings.tolerance:.0e} allowed in {settings.dtype_name}"
+    )
 
 
 def _introduction(settings: Settings) -> str:
