@@ -7,12 +7,12 @@ from usp.backends import backends, use_kernel
 from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import (
     Boundary,
-    parallelize,
     replace_attention,
     replace_mlp,
     restore,
     spread_attention,
 )
+from usp.integrations.parallelize import parallelize
 from usp.linear_attention.functional import linear_attention
 from usp.nn.batch import cut_batch
 from usp.nn.cache import ShardedCache
