@@ -18,9 +18,11 @@ from torch import Tensor
 
 from usp.attention import block
 from usp.distributed.comm import Axis
+from usp.distributed.double_ring import DoubleRingTransport
 from usp.distributed.transport import make_transport
+from usp.planning.double_ring import make_double_ring
 from usp.planning.route import TRANSPORTS, make_route
-from usp.planning.rows import Rows, rows_between
+from usp.planning.rows import Rows, all_rows, rows_between
 
 KEYS_MOVE = [name for name in TRANSPORTS if name != "queries"]
 TRANSPORT = pytest.mark.parametrize("transport", KEYS_MOVE)
@@ -46,7 +48,9 @@ def drawn_needs(lengths: list[int], parts: int, seed: int) -> list[list[Runs]]:
     return [[[rows(length) for length in lengths] for _ in lengths] for _ in range(parts)]
 
 
-def route_of(transport: str, lengths: list[int], needs: list[list[Runs]], rank: int):
+def route_of(
+    transport: str, lengths: list[int], needs: list[list[Runs]], rank: int, outer: int = 1
+):
     """The route for such needs, and what comes: owner and rows of each step."""
 
     def rows_of(length: int, held: list[int]) -> Rows:
@@ -56,20 +60,27 @@ def route_of(transport: str, lengths: list[int], needs: list[list[Runs]], rank: 
     table = [
         [[rows_of(*of) for of in zip(lengths, row, strict=True)] for row in part] for part in needs
     ]
-    return make_route(transport, table, lengths, rank)
+    if outer > 1:
+        return make_double_ring(transport, table, lengths, outer, rank)
+    held = [tuple(all_rows(length) for _ in needs) for length in lengths]
+    return make_route(transport, table, held, rank)
 
 
-def travel(transport: str, lengths: list[int], needs: list[list[Runs]]) -> list[Any]:
+def travel(transport: str, lengths: list[int], needs: list[list[Runs]], outer: int) -> list[Any]:
     """What comes to this rank, and what became of its gradients: each user adds 2 ** rank."""
-    axis = worker.mesh(1, len(lengths)).ring
-    route = route_of(transport, lengths, needs, axis.rank)
+    mesh = worker.mesh(1, len(lengths), outer)
+    axis = mesh.ring
+    route = route_of(transport, lengths, needs, axis.rank, outer)
+
+    def made():
+        if outer > 1 and route is not None:
+            return DoubleRingTransport(*mesh.ring_levels, route)
+        return make_transport(axis, route)
+
     own = [contents(axis.rank, lengths[axis.rank]) for _ in needs]
-    blocks = [
-        [[x.clone() for x in part] for part in block]
-        for block in make_transport(axis, route).blocks(own)
-    ]
+    blocks = [[[x.clone() for x in part] for part in block] for block in made().blocks(own)]
     gradients = [[torch.zeros(1, lengths[axis.rank], 3)] for _ in needs]
-    sums = make_transport(axis, route).sums(gradients)
+    sums = made().sums(gradients)
     arrivals = () if route is None else route.arrivals
     for arrival in arrivals:
         fresh = sums.fresh()
@@ -86,15 +97,17 @@ def travel(transport: str, lengths: list[int], needs: list[list[Runs]]) -> list[
 @TRANSPORT
 @settings(max_examples=max(10, settings.default.max_examples // 2))
 @given(
-    lengths=st.lists(st.integers(0, 5), min_size=2, max_size=5),
+    lengths=st.lists(st.integers(0, 5), min_size=2, max_size=6),
     parts=st.integers(1, 2),
     seed=st.integers(0, 2**16),
+    nodes=st.sampled_from([1, 2, 3]),
 )
 def test_rows_come_to_whoever_needs_them_and_gradients_go_home(
-    pool, transport: str, lengths: list[int], parts: int, seed: int
+    pool, transport: str, lengths: list[int], parts: int, seed: int, nodes: int
 ) -> None:
     needs = drawn_needs(lengths, parts, seed)
-    results = pool.run(travel, transport, lengths, needs, ranks=len(lengths))
+    outer = nodes if len(lengths) % nodes == 0 and len(lengths) > nodes else 1
+    results = pool.run(travel, transport, lengths, needs, outer, ranks=len(lengths))
     for rank, (owners, blocks, _) in enumerate(results):
         assert len(blocks) == len(owners) + 1
         for part in range(parts):
@@ -131,7 +144,7 @@ def test_auto_sends_least(lengths: list[int], parts: int, seed: int) -> None:
             len(rows)
             for rank, route in enumerate(routes)
             if route is not None
-            for cargo in route.sent(rank)
+            for _, cargo in route.sent(rank)
             for rows in cargo
         )
 

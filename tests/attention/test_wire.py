@@ -26,7 +26,7 @@ from usp.testing import WireBytes
 
 def counted(case: Case) -> tuple[int, int, int]:
     """Bytes sent in one forward and in its backward, and those of the bias kept between them."""
-    mesh = worker.mesh(case.ulysses, case.ring)
+    mesh = worker.mesh(case.ulysses, case.ring, case.ring_outer)
     t = local(case, dist.get_rank())
     leaves = [x.requires_grad_() for x in (t.q, t.k, t.v)]
     if t.bias is not None and case.seed % 2:
@@ -107,6 +107,7 @@ def by_formula(case: Case, rank: int) -> tuple[int, int, int]:
         layout=layouts,
         mask=masks_of_each(case),
         transport=case.transport,
+        ring_outer_degree=case.ring_outer,
     )
     sent = (bytes_sent(shape, place, backward).total for backward in (False, True))
     held, gradient = bias_held(shape, place)
@@ -178,7 +179,7 @@ def test_the_textbook_formula_where_everything_divides(pool) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    meshes = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (3, 2), (2, 3), (1, 3), (5, 1)]
+    meshes = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (3, 2), (2, 3), (1, 3), (5, 1), (1, 6)]
     ulysses, ring = draw(st.sampled_from(meshes))
     kv_heads, group_size = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     seq_len = draw(st.integers(1, 29))
@@ -186,6 +187,7 @@ def cases(draw: st.DrawFn) -> Case:
     case = Case(
         ulysses=ulysses,
         ring=ring,
+        ring_outer=draw(st.sampled_from([n for n in (1, 2) if ring % n == 0])),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped", "documents", "held"])),
         transport=draw(st.sampled_from(["ring", "direct", "allgather", "queries", "auto"])),
         batch=draw(st.integers(1, 3)),

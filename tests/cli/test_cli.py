@@ -159,6 +159,18 @@ def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[s
         assert numbers(out.splitlines()[-1]) == [0, *expected, sum(expected)], mesh
 
 
+def test_plan_compares_a_double_ring_with_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of 10 tokens, fp32: to the other node once, or by two ranks of a node at each hop."""
+    argv = "plan --seq-len 40 --ring 4 --ring-outer 2 --heads 1 --head-dim 8 --dtype float32 --show"
+    code, out, _ = run(capsys, *argv.split(), "--transport", "ring")
+    double, plain = (numbers(line) for line in out.splitlines()[-2:])
+    block = 10 * 2 * 8 * 4
+    assert double == [2, 3 * block, 4 * 3 * block] and plain[1] > double[1]
+    assert out.count("between nodes: hop 1 from the rank before") == 4
+    code, _, err = run(capsys, *argv.replace("outer 2", "outer 3").split())
+    assert code != 0 and "--ring-outer 3" in err and "--ring 4" in err
+
+
 def test_plan_says_what_moves(capsys: pytest.CaptureFixture[str]) -> None:
     """Few queries move or lie on every rank, or keys do; work and bytes are of just that."""
     argv = "plan --seq-len 6 --key-len 90 --ring 3 --heads 2 --head-dim 8 --dtype float32 --show"

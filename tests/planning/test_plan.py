@@ -143,7 +143,7 @@ def test_bytes_of_a_window_are_those_of_its_halo() -> None:
     window = masks_of(masks.window(512, 512))
     for rank in range(16):
         plan = make_plan(window, "contiguous", (161_280, 161_280), 16, rank)
-        sent = sum(len(rows) for cargo in plan.route.sent(rank) for rows in cargo)
+        sent = sum(len(rows) for _, cargo in plan.route.sent(rank) for rows in cargo)
         assert sent == (512 if rank in (0, 15) else 1024)
         assert sum(len(step.loads[0].rows) for step in plan.steps[1:]) == sent
 

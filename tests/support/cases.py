@@ -25,6 +25,7 @@ class Case:
 
     Attributes:
         on_mesh: With one rank: whether to pass a mesh of size 1 rather than None.
+        ring_outer: Nodes of a double ring.
         layout: A layout's name, "documents" for DocumentZigzag of ``cu_seqlens``, or "held" for
             Held of ``counts``.
         key_layout: Another one of the keys, or None; Held of ``key_counts``.
@@ -49,6 +50,7 @@ class Case:
 
     ulysses: int = 1
     ring: int = 1
+    ring_outer: int = 1
     on_mesh: bool = True
     layout: str = "contiguous"
     transport: str = "ring"

@@ -25,7 +25,7 @@ def run(case: Case) -> dict[str, Tensor]:
     import pool
     import torch.distributed as dist
 
-    mesh = pool.mesh(case.ulysses, case.ring) if case.on_mesh else None
+    mesh = pool.mesh(case.ulysses, case.ring, case.ring_outer) if case.on_mesh else None
     return attend(case, local(case, dist.get_rank()), mesh)
 
 

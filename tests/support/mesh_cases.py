@@ -90,6 +90,7 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     case = Case(
         ulysses=ulysses,
         ring=ring,
+        ring_outer=draw(st.sampled_from([n for n in (1, 2, 3) if ring % n == 0])),
         on_mesh=ulysses * ring > 1 or draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
         transport=draw(st.sampled_from(["auto", "ring", "direct", "allgather", "queries"])),
@@ -171,4 +172,6 @@ CORNERS = [
     Case(ulysses=3, seq_len=7, layout="held", counts=(0, 0, 7), bias="hq", heads=4, kv_heads=2),
     Case(ulysses=2, ring=3, seq_len=3, key_len=31, replicated="queries", return_lse=True),
     Case(ulysses=3, ring=2, seq_len=29, key_len=7, replicated="keys", bias="hq", layout="zigzag"),
+    Case(ring=6, ring_outer=2, seq_len=31, causal=True, window=(9, None), padding=0.3, heads=2),
+    Case(ring=6, ring_outer=3, seq_len=23, layout="striped", bias="hq", return_lse=True),
 ]

@@ -284,8 +284,10 @@ def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
 
 
 @functools.cache
-def mesh(ulysses_degree: int, ring_degree: int) -> Any:
+def mesh(ulysses_degree: int, ring_degree: int, ring_outer_degree: int = 1) -> Any:
     """On a worker: the mesh over its world, made once."""
     import usp
 
-    return usp.init_mesh(ulysses_degree, ring_degree, device_type="cpu")
+    return usp.init_mesh(
+        ulysses_degree, ring_degree, ring_outer_degree=ring_outer_degree, device_type="cpu"
+    )

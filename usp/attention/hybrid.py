@@ -163,7 +163,10 @@ def _executor(
     shared = heads, request.scoring, request.backend
     if moves and ring.size > 1:
         return Gathered(ring, make_query_plan(*what, ring.rank), *shared)
-    return Ring(ring, make_plan(*what, ring.rank, request.transport), *shared)
+    levels = None if mesh is None else mesh.ring_levels
+    outer = 1 if levels is None else levels[0].size
+    plan = make_plan(*what, ring.rank, request.transport, outer)
+    return Ring(ring, plan, *shared, levels)
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:

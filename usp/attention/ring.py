@@ -13,7 +13,9 @@ from usp.attention import block, levels
 from usp.attention.given import Tensors
 from usp.backends import Backend, max_bands
 from usp.distributed.comm import Axis
-from usp.distributed.transport import Parts, make_transport
+from usp.distributed.double_ring import DoubleRingTransport
+from usp.distributed.transport import Parts, Transport, make_transport
+from usp.planning.double_ring import DoubleRing
 from usp.planning.heads import Heads
 from usp.planning.layout import Positions
 from usp.planning.plan import Load, Plan, Step
@@ -32,6 +34,7 @@ class Ring:
         heads: The query heads held here, the same on the whole ring.
         scoring: How scores are made.
         backend: Whose kernels.
+        levels: The outer and the inner axis of a double ring.
     """
 
     axis: Axis
@@ -39,6 +42,16 @@ class Ring:
     heads: Heads
     scoring: Scoring
     backend: Backend
+    levels: tuple[Axis, Axis] | None = None
+
+    @property
+    def transport(self) -> Transport:
+        """How blocks travel in one pass."""
+        route = self.plan.route
+        if isinstance(route, DoubleRing):
+            assert self.levels is not None
+            return DoubleRingTransport(*self.levels, route)
+        return make_transport(self.axis, route)
 
 
 _CONTIGUOUS = torch.contiguous_format
@@ -87,9 +100,7 @@ def ring_forward(
     empty = q.new_empty if min(left) else q.new_zeros
     out = empty((*q.shape[:3], value_dim))
     travelling = _own(inputs.travelling, ring)
-    for step, held in zip(
-        steps, make_transport(ring.axis, ring.plan.route).blocks(travelling), strict=True
-    ):
+    for step, held in zip(steps, ring.transport.blocks(travelling), strict=True):
         for part, samples, piece in calls(inputs, step, held, ring, most):
             left[part] -= 1
             here, pieces = states[part], [piece]
@@ -141,7 +152,7 @@ def ring_backward(
     if bias_gradient:
         assert inputs.attn_bias is not None
         dbias = torch.zeros(inputs.attn_bias.shape, dtype=dtype, device=dq.device)
-    transport = make_transport(ring.axis, plan.route)
+    transport = ring.transport
     own = _own([dk, dv], ring)
     sums = transport.sums(own)
     blocks = transport.blocks(_own(inputs.travelling, ring))

@@ -12,6 +12,7 @@ import torch
 from usp.cli.console import UserError, table
 from usp.cli.expression import parse_mask
 from usp.cli.layouts import FORMS, integers, parse_layout
+from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
 from usp.cli.work import Work, balance, of_keys_that_come, of_queries_that_come
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
@@ -48,6 +49,9 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, required=True, metavar="N", help="all tokens")
     parser.add_argument("--key-len", type=int, metavar="N", help="all keys; default: --seq-len")
     parser.add_argument("--ring", type=int, default=1, metavar="R", help="ring degree")
+    parser.add_argument(
+        "--ring-outer", type=int, default=1, metavar="N", help="nodes of a double ring"
+    )
     parser.add_argument("--ulysses", type=int, default=1, metavar="U", help="Ulysses degree")
     parser.add_argument(
         "--layout",
@@ -119,10 +123,15 @@ def chosen_layouts(arguments: argparse.Namespace) -> tuple[Layout, Layout]:
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what the planner is never asked otherwise: its callers have real meshes."""
     least_of = {"seq_len": 0, "key_len": 0}
-    for name in ("seq_len", "key_len", "ring", "ulysses", "batch", "heads", "kv_heads", "head_dim"):
+    names = "seq_len", "key_len", "ring", "ring_outer", "ulysses", "batch", "heads", "kv_heads"
+    for name in (*names, "head_dim"):
         value, least = getattr(arguments, name), least_of.get(name, 1)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if arguments.ring % arguments.ring_outer:
+        raise ValueError(
+            f"--ring-outer {arguments.ring_outer} does not divide --ring {arguments.ring}"
+        )
     if arguments.kv_heads and arguments.heads % arguments.kv_heads:
         raise ValueError(
             f"--heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}"
@@ -157,7 +166,7 @@ def places(arguments: argparse.Namespace) -> list[Place]:
     mask, layouts = chosen_mask(arguments), chosen_layouts(arguments)
     degrees = arguments.ring, arguments.ulysses
     return [
-        Place(*degrees, *ranks, layouts, mask, arguments.transport)
+        Place(*degrees, *ranks, layouts, mask, arguments.transport, arguments.ring_outer)
         for ranks in product(range(arguments.ring), range(arguments.ulysses))
     ]
 
@@ -172,7 +181,9 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
             for p in places(arguments)
         ]
     return [
-        make_plan(masks, layouts, lengths, arguments.ring, rank, arguments.transport)
+        make_plan(
+            masks, layouts, lengths, arguments.ring, rank, arguments.transport, arguments.ring_outer
+        )
         for rank in range(arguments.ring)
     ]
 
@@ -256,8 +267,9 @@ def report(arguments: argparse.Namespace) -> str:
     works, how = make_works(arguments)
     keys = f", keys {arguments.key_layout}" if arguments.key_layout else ""
     ranks = "rank" if replicated(chosen_layouts(arguments)) else "ring rank"
+    over = f" over {arguments.ring_outer} nodes" if arguments.ring_outer > 1 else ""
     parts = [
-        f"{arguments.seq_len} tokens, ring {arguments.ring} x ulysses {arguments.ulysses} = "
+        f"{arguments.seq_len} tokens, ring {arguments.ring}{over} x ulysses {arguments.ulysses} = "
         f"{arguments.ring * arguments.ulysses} ranks, layout {arguments.layout}{keys}: {how}",
         balance(works, ranks),
     ]
@@ -267,6 +279,8 @@ def report(arguments: argparse.Namespace) -> str:
         if picture is not None:
             parts.append(in_signs(picture))
     parts.append(wire(arguments))
+    if arguments.ring_outer > 1 and not replicated(chosen_layouts(arguments)):
+        parts.append(between_nodes(chosen_shape(arguments), places(arguments)))
     return "\n\n".join(parts)
 
 

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from usp.cli.console import table
+from usp.planning.double_ring import DoubleRing
 from usp.planning.gathered import QueryPlan
 from usp.planning.plan import Load, Plan
 from usp.planning.route import Ring, Route
@@ -62,8 +63,15 @@ def balance(works: Sequence[Work], ranks: str = "ring rank") -> str:
     return table(rows)
 
 
-def ways_of(route: Route) -> list[str]:
+def ways_of(route: Route | DoubleRing) -> list[str]:
     """How each block that comes has come, in the order of ``route.arrivals``."""
+    if isinstance(route, DoubleRing):
+        outside = [] if route.outer is None else ways_of(route.outer)
+        inside = [[] if each is None else ways_of(each) for each in route.inner]
+        lines = inside[0]
+        for come, shown in zip(outside, inside[1:], strict=True):
+            lines = [*lines, f"between nodes: {come}", *shown]
+        return lines
     if not isinstance(route, Ring):
         return ["allgather" if route.gathers else "direct"] * len(route.arrivals)
     each = ([(way.by, hop) for hop in range(1, len(way.hops) + 1)] for way in route.directions)

@@ -43,7 +43,6 @@ PLACES = (
     "usp.dsp.DynamicShard.of",
     "ShardedCache.extend",
     "linear_attention",
-    "usp.causal_conv1d",
 )
 _NUMBERS = 4
 _REFUSALS = {

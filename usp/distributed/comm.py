@@ -248,24 +248,24 @@ def global_rank() -> int:
     return dist.get_rank()
 
 
-def mesh_groups(
-    table: Sequence[Sequence[int]], group: dist.ProcessGroup | None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's column and row of a table of global ranks, as process groups.
+def axis_groups(
+    axes: Sequence[Sequence[Sequence[int]]], group: dist.ProcessGroup | None
+) -> list[dist.ProcessGroup]:
+    """This rank's process group along each axis of a mesh.
 
     Args:
-        table: Ranks of the mesh, row by row.
-        group: Who calls this: the whole world (None), or just the ranks of the table.
+        axes: Of each, the lines of global ranks along it; a rank is in one of them.
+        group: Who calls this: the whole world (None), or just the ranks of the mesh.
     """
-    mine: dict[str, dist.ProcessGroup] = {}
-    for kind, lines in (("column", list(zip(*table, strict=True))), ("row", table)):
+    mine = []
+    for lines in axes:
         for line in lines:
             # All the world makes every group in the same order; a smaller group only its own.
             if group is None or global_rank() in line:
                 made = dist.new_group(list(line), use_local_synchronization=group is not None)
                 if global_rank() in line:
-                    mine[kind] = made
-    return mine["column"], mine["row"]
+                    mine.append(made)
+    return mine
 
 
 def group_among(

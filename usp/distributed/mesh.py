@@ -1,10 +1,10 @@
-"""The topology: a 2-D mesh (ring, ulysses) over torch's ``DeviceMesh``."""
+"""The topology: a mesh (ring, ulysses) over torch's ``DeviceMesh``; a ring may have two levels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import count
+from itertools import combinations, count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -27,11 +27,13 @@ _BY_NAME: WeakValueDictionary[str, SequenceMesh] = WeakValueDictionary()
 class SequenceMesh:
     """The ranks that share one sequence, as ``ring_degree`` rows of ``ulysses_degree``.
 
-    Ulysses is the inner axis: neighbours exchange heads, rows pass blocks of keys. Copies and
-    pickles: it keeps the ``DeviceMesh`` and looks process groups up when they are used.
+    Ulysses is the inner axis: neighbours exchange heads, rows pass blocks of keys; where the ring
+    is a double one, among ``ring_outer_degree`` nodes of as many rows each. Copies and pickles: it
+    keeps the ``DeviceMesh`` and looks process groups up when they are used.
 
     Attributes:
         ulysses_degree, ring_degree, size: Ranks along each axis, and of both.
+        ring_outer_degree: Nodes of a double ring, which divide the ring; 1 for a plain one.
         rank, ring_rank, ulysses_rank: Place of this process;
             ``rank = ring_rank * ulysses_degree + ulysses_rank``.
         device_mesh: The ``DeviceMesh`` below, which may have more axes.
@@ -45,20 +47,28 @@ class SequenceMesh:
         device_mesh: DeviceMesh,
         ring: str | None = "ring",
         ulysses: str | None = "ulysses",
+        ring_outer: str | None = "ring_outer",
     ):
-        names = {"ring": ring, "ulysses": ulysses}
+        names = {"ring_outer": ring_outer, "ring": ring, "ulysses": ulysses}
         found = _sequence_axes(device_mesh, names)
         self.device_mesh = device_mesh
         self._names = {kind: names[kind] for kind, ranks in found.items() if ranks is not None}
         rank = comm.global_rank()
         axes = {kind: ranks or [rank] for kind, ranks in found.items()}
-        self.ring_degree, self.ulysses_degree = len(axes["ring"]), len(axes["ulysses"])
-        self.ring_rank = axes["ring"].index(rank)
+        outer, inner = axes["ring_outer"], axes["ring"]
+        self.ring_outer_degree, self.ulysses_degree = len(outer), len(axes["ulysses"])
+        self.ring_degree = len(outer) * len(inner)
+        self.ring_rank = outer.index(rank) * len(inner) + inner.index(rank)
         self.ulysses_rank = axes["ulysses"].index(rank)
+        self._ring_ranks: tuple[int, ...] = ()
+        if self.ring_levels is not None:
+            self._ring_ranks = tuple(self._gather_along_ring(rank))
+            _check_ring(self._ring_ranks)
+            _ = self.ring  # makes its group, which all must do together
         self._take_name()
 
     def _take_name(self) -> None:
-        ring = f"{self.ring_rank} of {self.ring_degree}"
+        ring = f"{self.ring_rank} of {self.ring_degree} over {self.ring_outer_degree}"
         ulysses = f"{self.ulysses_rank} of {self.ulysses_degree}"
         self.name = f"mesh {next(_NUMBERS)}: ring {ring}, ulysses {ulysses}"
         _BY_NAME[self.name] = self
@@ -75,23 +85,26 @@ class SequenceMesh:
         device_mesh: DeviceMesh,
         ring: str | None = "ring",
         ulysses: str | None = "ulysses",
+        ring_outer: str | None = "ring_outer",
     ) -> SequenceMesh:
         """The sequence axes of a larger mesh (dp, tp, pp axes are left alone).
 
-        An axis that is not there has degree 1: one of the two may be None, or missing where it
-        has the default name.
+        An axis that is not there has degree 1: it may be None, or missing where it has the default
+        name. With ``ring_outer`` beside ``ring`` the ring is a double one over both, and all its
+        ranks call this together: they make a process group.
 
         Args:
             device_mesh: Mesh with named axes, this process in it. Axes that were flattened into
                 one have its name too.
             ring, ulysses: Names of its two sequence axes.
+            ring_outer: Name of the axis among nodes, with ``ring`` inside each.
 
         Raises:
             TypeError: no ``DeviceMesh``, or names that are no strings.
-            ValueError: an axis of that name does not exist, both are the same or overlap, or
+            ValueError: an axis of that name does not exist, two are the same or overlap, or
                 this process is not in the mesh; names the axes that exist.
         """
-        return cls(device_mesh, ring, ulysses)
+        return cls(device_mesh, ring, ulysses, ring_outer)
 
     @property
     def size(self) -> int:
@@ -107,8 +120,32 @@ class SequenceMesh:
 
     @property
     def ring(self) -> Axis:
-        """The axis along which blocks of keys are passed."""
-        return self._axis("ring", self.ring_degree, self.ring_rank)
+        """The axis along which blocks of keys are passed: all ranks of the ring."""
+        if self.ring_levels is None:
+            kind = "ring" if self.ring_outer_degree == 1 else "ring_outer"
+            return self._axis(kind, self.ring_degree, self.ring_rank)
+        group, _ = comm.group_among(self._ring_ranks, self._gather_along_ring)
+        return Axis(self.ring_degree, self.ring_rank, group)
+
+    @property
+    def ring_levels(self) -> tuple[Axis, Axis] | None:
+        """Of a double ring, the axis among nodes and the one inside; else None."""
+        if 1 in (self.ring_outer_degree, self._inner_degree):
+            return None
+        node, place = divmod(self.ring_rank, self._inner_degree)
+        outer = self._axis("ring_outer", self.ring_outer_degree, node)
+        return outer, self._axis("ring", self._inner_degree, place)
+
+    @property
+    def _inner_degree(self) -> int:
+        return self.ring_degree // self.ring_outer_degree
+
+    def _gather_along_ring(self, item: Any) -> list[Any]:
+        """Everyone's small object along both levels, in order of ``ring_rank``."""
+        assert self.ring_levels is not None
+        outer, inner = self.ring_levels
+        nodes = outer.gather_objects(inner.gather_objects(item))
+        return [item for node in nodes for item in node]
 
     @property
     def ulysses(self) -> Axis:
@@ -155,7 +192,10 @@ class SequenceMesh:
         return [tuple(row) for row in flat.view(self.size, len(numbers)).tolist()]
 
     def __repr__(self) -> str:
-        return f"SequenceMesh(ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree})"
+        outer = self.ring_outer_degree
+        double = f", ring_outer_degree={outer}" if outer > 1 else ""
+        degrees = f"ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree}"
+        return f"SequenceMesh({degrees}{double})"
 
 
 def check_mesh(mesh: SequenceMesh | None) -> SequenceMesh | None:
@@ -216,7 +256,7 @@ def _axis_ranks(device_mesh: DeviceMesh, kind: str, name: str | None) -> list[in
 def _sequence_axes(
     device_mesh: DeviceMesh, names: dict[str, str | None]
 ) -> dict[str, list[int] | None]:
-    """Global ranks along each of the two sequence axes, at least one of which is there."""
+    """Global ranks along each of the sequence axes, at least one of which is there."""
     if not hasattr(device_mesh, "mesh_dim_names"):
         raise TypeError(f"device_mesh must be a DeviceMesh, got {type(device_mesh).__name__}")
     if device_mesh.get_coordinate() is None:
@@ -225,22 +265,36 @@ def _sequence_axes(
             f"{device_mesh.mesh.flatten().tolist()} and has no place on it"
         )
     found = {kind: _axis_ranks(device_mesh, kind, name) for kind, name in names.items()}
-    ring, ulysses = found["ring"], found["ulysses"]
-    if ring is None and ulysses is None:
+    if all(ranks is None for ranks in found.values()):
         raise ValueError(
             f"the device mesh has axes {device_mesh.mesh_dim_names}, and none of them is to share "
             "the sequence: name one or two in ring= and ulysses=; one device needs no mesh "
             "(mesh=None)"
         )
-    shared = set(ring or ()) & set(ulysses or ())
-    if names["ring"] == names["ulysses"] or len(shared) > 1:
-        raise ValueError(
-            f"ring axis {names['ring']!r} and ulysses axis {names['ulysses']!r} of the device mesh "
-            f"both hold ranks {sorted(shared)}, but a rank needs a place of its own on either: "
-            "name two axes that do not overlap, or None for a degree of 1"
-        )
+    for one, other in combinations(names, 2):
+        shared = set(found[one] or ()) & set(found[other] or ())
+        if (names[one] == names[other] and names[one] is not None) or len(shared) > 1:
+            raise ValueError(
+                f"{one} axis {names[one]!r} and {other} axis {names[other]!r} of the device mesh "
+                f"both hold ranks {sorted(shared)}, but a rank needs a place of its own on either: "
+                "name axes that do not overlap, or None for a degree of 1"
+            )
     _check_order(device_mesh, [name for name in names.values() if name is not None])
     return found
+
+
+def _check_ring(ranks: tuple[int, ...]) -> None:
+    """Refuse a double ring that is in no order of torch's groups, alike on all its ranks.
+
+    Raises:
+        ValueError: shows the ranks.
+    """
+    if list(ranks) != sorted(ranks):
+        raise ValueError(
+            f"the ring goes over ranks {list(ranks)} of the device mesh, node by node, and torch's "
+            "process groups count up: make the DeviceMesh of ranks that count up along ring_outer, "
+            "then ring"
+        )
 
 
 def _check_order(device_mesh: DeviceMesh, names: list[str]) -> None:
@@ -251,26 +305,29 @@ def _check_order(device_mesh: DeviceMesh, names: list[str]) -> None:
         ValueError: the same on all ranks of the mesh; shows its table.
     """
     axes = list(device_mesh.mesh_dim_names or ())
-    if len(names) < 2 or not set(names) <= set(axes):
+    names = [name for name in names if name in axes]
+    if len(names) < 2:
         return
     dims = [axes.index(name) for name in names]
     own: Sequence[int] = device_mesh.get_coordinate() or ()
     index = tuple(slice(None) if dim in dims else place for dim, place in enumerate(own))
-    table = device_mesh.mesh[index]
-    table = table.T if dims[0] > dims[1] else table
-    along_ring, along_ulysses = (table.argsort(dim).argsort(dim) for dim in (0, 1))
-    if bool((along_ring != along_ring[:, :1]).any() or (along_ulysses != along_ulysses[:1]).any()):
-        raise ValueError(
-            f"the ranks {table.tolist()} of the device mesh, axes {names[0]!r} x {names[1]!r}, are "
-            "in no order that torch's process groups have, which count up: make the DeviceMesh of "
-            "ranks that count up along both axes"
-        )
+    table = device_mesh.mesh[index].permute([sorted(dims).index(dim) for dim in dims])
+    for dim in range(len(dims)):
+        places = table.argsort(dim).argsort(dim).movedim(dim, 0).flatten(1)
+        if bool((places != places[:, :1]).any()):
+            axes_said = " x ".join(map(repr, names))
+            raise ValueError(
+                f"the ranks {table.tolist()} of the device mesh, axes {axes_said}, are in no order "
+                "that torch's process groups have, which count up: make the DeviceMesh of ranks "
+                "that count up along all axes"
+            )
 
 
 def init_mesh(
     ulysses_degree: int,
     ring_degree: int,
     *,
+    ring_outer_degree: int = 1,
     device_type: str | None = None,
     group: ProcessGroup | None = None,
 ) -> SequenceMesh:
@@ -284,6 +341,10 @@ def init_mesh(
     Args:
         ulysses_degree: Ranks that share the heads of a row; neighbours in the group.
         ring_degree: Rows that pass blocks of keys around.
+        ring_outer_degree: Nodes over which these rows lie, as many in each: above 1 the ring is a
+            double one (arXiv:2406.18485), so that a block crosses to each other node once, while
+            the ring inside a node turns. The axes of the mesh are then ``ring_outer``, ``ring``
+            (inside a node) and ``ulysses``.
         device_type: "cpu" or "cuda" (also for AMD); by default the accelerator that is there,
             else the CPU.
         group: The ranks of the mesh, in their order; the whole world by default.
@@ -303,11 +364,13 @@ def init_mesh(
         if started is not None:
             own = choose_device(kind, started)
         degrees = _checked_degrees(ulysses_degree, ring_degree, len(ranks))
+        outer = _checked_outer(ring_outer_degree, degrees[1])
         told = f"ulysses_degree x ring_degree x device_type = {degrees}, {kind}"
+        told += f", ring_outer_degree = {outer}"
     except Exception as refusal:  # the others must not wait for this rank
         error = refusal
     comm.compare_before_groups(group, told, own, error)
-    table = torch.tensor(ranks, device="cpu").view(degrees[1], degrees[0])
+    table = torch.tensor(ranks, device="cpu").view(outer, -1, degrees[0])
     return SequenceMesh(_device_mesh(table, group, kind))
 
 
@@ -323,10 +386,23 @@ def _checked_degrees(ulysses_degree: int, ring_degree: int, ranks: int) -> tuple
     return ulysses_degree, ring_degree
 
 
+def _checked_outer(ring_outer_degree: int, ring_degree: int) -> int:
+    ring_outer_degree = integer("ring_outer_degree", ring_outer_degree, least=1)
+    if ring_degree % ring_outer_degree:
+        raise ValueError(
+            f"ring_outer_degree {ring_outer_degree} does not divide ring_degree {ring_degree}: "
+            "every node of a double ring has as many of its ranks"
+        )
+    return ring_outer_degree
+
+
 def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:
+    """Over ranks (ring_outer, ring, ulysses); a plain ring has no outer axis."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    column, row = comm.mesh_groups(table.tolist(), group)
-    return DeviceMesh.from_group(
-        [column, row], device_type, mesh=table, mesh_dim_names=("ring", "ulysses")
-    )
+    names: tuple[str, ...] = "ring_outer", "ring", "ulysses"
+    if len(table) == 1:
+        table, names = table[0], names[1:]
+    lines = [table.movedim(dim, -1).flatten(0, -2).tolist() for dim in range(table.dim())]
+    groups = comm.axis_groups(lines, group)
+    return DeviceMesh.from_group(groups, device_type, mesh=table, mesh_dim_names=names)

@@ -87,15 +87,15 @@ class TravellingSums:
         hops = ([(chain, hop) for hop in range(len(chain))] for chain in chains)
         # in the order of the arrivals: from both sides in turn
         self._order = [each for pair in zip_longest(*hops) for each in pair if each is not None]
-        self._chains, self._step = chains, 0
+        self._chains = chains
+        self._coming, self._going = iter(self._order), iter(self._order)
 
     def fresh(self) -> Parts:
-        chain, hop = self._order[self._step]
+        chain, hop = next(self._coming)
         return chain.fresh(hop)
 
     def pass_on(self) -> None:
-        chain, hop = self._order[self._step]
-        self._step += 1
+        chain, hop = next(self._going)
         chain.pass_on(hop)
 
     def home(self, own: Parts) -> None:
@@ -109,8 +109,8 @@ class _Chain:
     def __init__(self, axis: Axis, direction: Direction, own: Parts):
         self._axis, self._direction, self._own = axis, direction, own
         self._parcels = [_parcel(own, cargo) for cargo in direction.first]
-        # what was computed last, sums of the owner whose block is next, those of the own block
-        self._computed: tuple[Tensor, Parts] | None = None
+        # what was computed at a hop, sums of the owner whose block is next, those of the own block
+        self._computed: dict[int, tuple[Tensor, Parts]] = {}
         self._coming: Tensor | None = None
         self._home: Tensor | None = None
         self._posted: Wait = _nothing  # what nobody waits for is never sent
@@ -119,8 +119,8 @@ class _Chain:
         return len(self._direction.hops)
 
     def fresh(self, hop: int) -> Parts:
-        self._computed = _zeros(self._own, self._direction.hops[hop].arrival.cargo)
-        return self._computed[1]
+        self._computed[hop] = _zeros(self._own, self._direction.hops[hop].arrival.cargo)
+        return self._computed[hop][1]
 
     def pass_on(self, hop: int) -> None:
         """Rank r, at hop h counted from 1, has just computed with the block of owner r - h."""
@@ -147,8 +147,7 @@ class _Chain:
 
     def _merged(self, hop: int, owner: int) -> Tensor:
         """What was computed here, and what came with the block."""
-        assert self._computed is not None
-        message, computed = self._computed
+        message, computed = self._computed.pop(hop)
         if hop == 0:
             return message
         assert self._coming is not None
@@ -167,7 +166,7 @@ class _Chain:
         if self._home is not None:
             rank = self._axis.rank
             came = _split(self._parcels[rank].read(self._home), own)
-            _add(own, came, self._direction.first[rank])
+            _add(own, came, self._direction.own)
 
 
 class ExchangeTransport:

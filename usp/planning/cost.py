@@ -17,7 +17,7 @@ from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
-from usp.planning.route import Cargo
+from usp.planning.route import Sent
 from usp.planning.samples import Masks, masks_of
 from usp.planning.shares import pieces, row_pieces
 
@@ -95,6 +95,7 @@ class Place:
     layout: Layouts = "contiguous"
     mask: Mask | Sequence[Mask] = field(default_factory=Everything)
     transport: str = "auto"
+    ring_outer_degree: int = 1
 
 
 def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
@@ -118,6 +119,22 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
     blocks, gradients = _moved(shape, place, backward)
     return Bytes(exchange, blocks, gradients, _bias_sent(shape, place, backward))
+
+
+def bytes_between_nodes(shape: Shape, place: Place, nodes: int, backward: bool = False) -> Bytes:
+    """Of what ``bytes_sent`` counts along the ring, what leaves the node of ``place``.
+
+    With n rows of keys on each of R ranks that need all, every rank of a double ring over as many
+    nodes sends ``(nodes - 1) n`` rows; of a plain one the first and the last rank of each node,
+    ``(R - 1) n`` together, and the others none.
+
+    Args:
+        nodes: So many runs of ring ranks, as long as each other, are a node each; exchanges of
+            heads stay inside.
+    """
+    if replicated(both(place.layout)):
+        raise NotImplementedError("what is on every rank is reduced along whole axes, in any order")
+    return Bytes(0, *_moved(shape, place, backward, place.ring_degree // nodes))
 
 
 def bias_held(shape: Shape, place: Place) -> tuple[int, int]:
@@ -225,28 +242,41 @@ def _exchange_back(shape: Shape, place: Place) -> int:
     return shape.batch * (dout + (dlse if shape.return_lse else 0) + dq + dk_dv)
 
 
-def _moved(shape: Shape, place: Place, backward: bool) -> tuple[int, int]:
-    """Along the ring: keys and values or queries, and in a backward their gradients."""
+def _moved(
+    shape: Shape, place: Place, backward: bool, node_size: int | None = None
+) -> tuple[int, int]:
+    """Along the ring: keys and values or queries, and in a backward their gradients.
+
+    Args:
+        node_size: Only what leaves the node, of so many ranks of the ring; None for all.
+    """
     own, kv, _ = _counts(shape, place)
     heads, dims = kv[place.ulysses_rank], (shape.head_dim, shape.value_head_dim)
-    what = _what(shape, place)
+    what, mine = _what(shape, place), place.ring_rank
+
+    def leaves(rank: int) -> bool:
+        return node_size is None or rank // node_size != mine // node_size
+
     if queries_move(shape, place):
-        return _queries(shape, make_query_plan(*what, place.ring_rank), own, backward)
-    plan = make_plan(*what, place.ring_rank, place.transport)
-    if plan.route is None:
+        plan = make_query_plan(*what, mine)
+        owners, readers = (list(filter(leaves, ranks)) for ranks in (plan.owners, plan.readers))
+        return _queries(shape, plan, owners, readers, own, backward)
+    route = make_plan(*what, mine, place.transport, place.ring_outer_degree).route
+    if route is None:
         return 0, 0
     batches = [part.samples.count(shape.batch) for part in what[0]]
 
-    def rows(messages: list[Cargo]) -> int:
+    def rows(messages: Sent) -> int:
         return sum(
             batch * len(some)
-            for cargo in messages
+            for to, cargo in messages
             for batch, some in zip(batches, cargo, strict=True)
+            if leaves(to)
         )
 
     width, mask = heads * sum(dims), 1 if shape.key_padding_mask else 0
-    blocks = rows(plan.route.sent(place.ring_rank)) * (width * shape.dtype.itemsize + mask)
-    back = rows(plan.route.returned(place.ring_rank)) * width * state_dtype(shape.dtype).itemsize
+    blocks = rows(route.sent(mine)) * (width * shape.dtype.itemsize + mask)
+    back = rows(route.returned(mine)) * width * state_dtype(shape.dtype).itemsize
     return blocks, back if backward else 0
 
 
@@ -267,12 +297,19 @@ def queries_move(shape: Shape, place: Place) -> bool:
     return queries_are_less(*_what(shape, place), each, shape.batch)
 
 
-def _queries(shape: Shape, plan: QueryPlan, heads: int, backward: bool) -> tuple[int, int]:
+def _queries(
+    shape: Shape,
+    plan: QueryPlan,
+    owners: list[int],
+    readers: list[int],
+    heads: int,
+    backward: bool,
+) -> tuple[int, int]:
     """Queries there and what was found back, or all that a backward needs and gradients back."""
     (dim, value_dim), size = (shape.head_dim, shape.value_head_dim), shape.dtype.itemsize
     wide = state_dtype(shape.dtype).itemsize
-    there = shape.batch * heads * len(plan.owners) * len(plan.queries[plan.ring_rank])
-    back = shape.batch * heads * sum(len(plan.queries[rank]) for rank in plan.readers)
+    there = shape.batch * heads * len(owners) * len(plan.queries[plan.ring_rank])
+    back = shape.batch * heads * sum(len(plan.queries[rank]) for rank in readers)
     if backward:
         return there * (size * (dim + 2 * value_dim) + 2 * wide), back * wide * dim
     return there * size * dim + back * wide * (value_dim + 1), 0

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from usp.planning.double_ring import DoubleRing, make_double_ring
 from usp.planning.layout import Layout, Layouts, Positions, both, rows
 from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
@@ -91,7 +92,7 @@ class Plan:
     ring_rank: int
     ring_degree: int
     steps: tuple[Step, ...]
-    route: Route | None
+    route: Route | DoubleRing | None
     queries: Positions
     keys: tuple[Positions, ...]
 
@@ -109,6 +110,7 @@ def make_plan(
     ring_degree: int,
     ring_rank: int,
     transport: str = "auto",
+    outer_degree: int = 1,
 ) -> Plan:
     """The plan of one ring rank.
 
@@ -118,14 +120,20 @@ def make_plan(
         lengths: Queries and keys of the whole sequences.
         ring_degree, ring_rank: Size of the ring and the place in it.
         transport: How keys come: "ring", "direct", "allgather", or "auto" for what sends least.
+        outer_degree: Nodes that a double ring goes over, which divide the ring.
     """
     (query_len, key_len), layouts = lengths, both(layout)
     queries = rows(layouts[0], query_len, ring_degree)[ring_rank]
     keys = rows(layouts[1], key_len, ring_degree)
-    route = None
+    route: Route | DoubleRing | None = None
     if ring_degree > 1:
         needs = [needed_rows(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
-        route = make_route(transport, needs, [len(row) for row in keys], ring_rank)
+        owned = [len(row) for row in keys]
+        if 1 < outer_degree < ring_degree:
+            route = make_double_ring(transport, needs, owned, outer_degree, ring_rank)
+        else:
+            held = [tuple(all_rows(length) for _ in masks) for length in owned]
+            route = make_route(transport, needs, held, ring_rank)
     parts = [(part, _reach(part.mask, queries, keys, key_len)) for part in masks]
     own = Arrival(ring_rank, tuple(all_rows(len(keys[ring_rank])) for _ in masks))
     arrivals = (own, *(route.arrivals if route is not None else ()))

@@ -5,7 +5,8 @@ hops; a hop carries the rows that somebody further on still needs. ``direct`` se
 owner to whoever needs them, ``allgather`` all rows to all, both in one exchange.
 
 Cargo of several parts of the batch, each with rows of its own, travels as one message: a tuple of
-``Rows``, one for each part.
+``Rows``, one for each part. A rank may hold just some rows of a block that is not its own, and pass
+these on among others (``planning/double_ring.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
 
 TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries")
 Cargo = tuple[Rows, ...]
+# Messages: to which rank, which rows.
+Sent = list[tuple[int, Cargo]]
 # Of each part of the batch, of each rank, by owner: the owner's rows that the rank sees.
 Needs = Sequence[Sequence[Sequence[Rows]]]
 
@@ -62,12 +65,18 @@ class Direction:
         reach: Of each owner, how many hops its keys are needed; their gradients turn home there.
         first: Of each owner, its rows that are needed by anybody in this direction: gradients are
             summed for these.
+        own: Those of this rank, by their places in what it holds.
     """
 
     by: int
     hops: tuple[Hop, ...]
     reach: tuple[int, ...]
     first: tuple[Cargo, ...]
+    own: Cargo
+
+    @property
+    def degree(self) -> int:
+        return len(self.reach)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +91,25 @@ class Ring:
         each = (direction.hops for direction in self.directions)
         return tuple(hop.arrival for hops in zip_longest(*each) for hop in hops if hop is not None)
 
-    def sent(self, rank: int) -> list[Cargo]:
+    def sent(self, rank: int) -> Sent:
         """Rows of keys in each message that leaves a rank; this is its route."""
-        return [hop.passed for direction in self.directions for hop in direction.hops]
-
-    def returned(self, rank: int) -> list[Cargo]:
-        """Rows of gradients in each message that leaves it in the backward."""
         return [
-            direction.first[hop.arrival.owner]
+            ((rank + direction.by) % direction.degree, hop.passed)
             for direction in self.directions
-            for distance, hop in enumerate(direction.hops, 1)
-            if distance <= direction.reach[hop.arrival.owner]
+            for hop in direction.hops
         ]
+
+    def returned(self, rank: int) -> Sent:
+        """Rows of gradients in each message that leaves it in the backward."""
+        messages = []
+        for way in self.directions:
+            for distance, hop in enumerate(way.hops, 1):
+                owner = hop.arrival.owner
+                if distance <= way.reach[owner]:
+                    last = distance == way.reach[owner]
+                    to = owner if last else (rank + way.by) % way.degree
+                    messages.append((to, way.first[owner]))
+        return messages
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +117,7 @@ class Exchange:
     """Rows sent straight to those who need them.
 
     Attributes:
-        sent_to: For each rank, which of this rank's own rows.
+        sent_to: For each rank, which of this rank's own rows, by their places in what it holds.
         arrivals: From each owner in turn.
         gathers: Whether all ranks get all rows.
     """
@@ -110,42 +126,58 @@ class Exchange:
     arrivals: tuple[Arrival, ...]
     gathers: bool
 
-    def sent(self, rank: int) -> list[Cargo]:
+    def sent(self, rank: int) -> Sent:
         """As of a ring."""
-        return [cargo for other, cargo in enumerate(self.sent_to) if other != rank]
+        return [(to, cargo) for to, cargo in enumerate(self.sent_to) if to != rank]
 
-    def returned(self, rank: int) -> list[Cargo]:
+    def returned(self, rank: int) -> Sent:
         """As of a ring."""
-        return [arrival.cargo for arrival in self.arrivals]
+        return [(arrival.owner, arrival.cargo) for arrival in self.arrivals]
 
 
 Route = Ring | Exchange
 
 
-def make_route(transport: str, needs: Needs, lengths: Sequence[int], rank: int) -> Route | None:
+def make_route(transport: str, needs: Needs, held: Sequence[Cargo], rank: int) -> Route | None:
     """How keys come to a rank and leave it; None where nobody needs those of another rank.
 
     Args:
         transport: Of TRANSPORTS; "auto" is the ring where it sends no row more than direct messages
             do: its buffers are smaller, and more of it is in flight while blocks compute.
         needs: What each rank sees of each owner.
-        lengths: Rows of keys of each owner.
+        held: Rows that each rank has of its block at the beginning: all of them, of its own.
         rank: Whose route.
     """
-    ranks = range(len(lengths))
+    return route_along(choose_way(transport, needs), needs, held, rank)
+
+
+def choose_way(transport: str, needs: Needs) -> Way | str | None:
+    """How rows come to all ranks: along a ring as told, "direct", "allgather", or not at all."""
+    ranks = range(len(needs[0]))
     pairs = [(other, owner) for other in ranks for owner in ranks if other != owner]
     direct = sum(len(part[other][owner]) for part in needs for other, owner in pairs)
     if not direct:
         return None
-    if transport == "allgather":
-        whole = tuple(_whole(needs, length) for length in lengths)
-        return Exchange((whole[rank],) * len(lengths), _around(rank, whole), gathers=True)
-    if transport != "direct":
-        rows, way = _best(_ways(needs), direct)
-        if transport == "ring" or rows == direct:
-            made = (_direction(by, hops, lengths, rank) for by, hops in way.items() if hops)
-            return Ring(tuple(made))
-    sent = tuple(_cargo(needs, other, rank) for other in ranks)
+    if transport in ("direct", "allgather"):
+        return transport
+    rows, way = _best(_ways(needs), direct)
+    return way if transport == "ring" or rows == direct else "direct"
+
+
+def route_along(
+    way: Way | str | None, needs: Needs, held: Sequence[Cargo], rank: int
+) -> Route | None:
+    """The route of one rank; arguments as of ``make_route``."""
+    if way is None:
+        return None
+    ranks = range(len(held))
+    if way == "allgather":
+        whole = tuple(all_rows(len(rows)) for rows in held[rank])
+        return Exchange((whole,) * len(held), _around(rank, held), gathers=True)
+    if not isinstance(way, str):
+        made = (_direction(by, hops, held, rank) for by, hops in way.items() if hops)
+        return Ring(tuple(made))
+    sent = tuple(within(_cargo(needs, other, rank), held[rank]) for other in ranks)
     come = tuple(_cargo(needs, rank, owner) for owner in ranks)
     return Exchange(sent, _around(rank, come), gathers=False)
 
@@ -220,8 +252,9 @@ def _cargo(needs: Needs, rank: int, owner: int) -> Cargo:
     return tuple(part[rank][owner] for part in needs)
 
 
-def _whole(needs: Needs, length: int) -> Cargo:
-    return tuple(all_rows(length) for _ in needs)
+def within(cargo: Cargo, held: Cargo) -> Cargo:
+    """Rows by their places among those that are held."""
+    return tuple(rows.within(those) for rows, those in zip(cargo, held, strict=True))
 
 
 def _around(rank: int, cargo: Sequence[Cargo]) -> tuple[Arrival, ...]:
@@ -230,21 +263,14 @@ def _around(rank: int, cargo: Sequence[Cargo]) -> tuple[Arrival, ...]:
     return tuple(Arrival(owner, cargo[owner]) for owner in owners)
 
 
-def _direction(by: int, hops: list[list[Cargo]], lengths: Sequence[int], rank: int) -> Direction:
-    made = []
+def _direction(by: int, hops: list[list[Cargo]], held: Sequence[Cargo], rank: int) -> Direction:
+    made, degree = [], len(held)
     for index, carried in enumerate(hops):
-        passing, coming = (
-            (rank - by * index) % len(lengths),
-            (rank - by * (index + 1)) % len(lengths),
-        )
-        held = (
-            hops[index - 1][passing]
-            if index
-            else tuple(all_rows(r.total) for r in carried[passing])
-        )
-        pairs = zip(carried[passing], held, strict=True)
-        passed = tuple(rows.within(those) for rows, those in pairs)
-        made.append(Hop(passing, passed, Arrival(coming, carried[coming])))
-    owners = range(len(lengths))
+        passing, coming = (rank - by * index) % degree, (rank - by * (index + 1)) % degree
+        here = hops[index - 1][passing] if index else held[passing]
+        arrival = Arrival(coming, carried[coming])
+        made.append(Hop(passing, within(carried[passing], here), arrival))
+    owners = range(degree)
     reach = tuple(sum(any(map(len, hop[owner])) for hop in hops) for owner in owners)
-    return Direction(by, tuple(made), reach, tuple(hops[0]))
+    own = within(hops[0][rank], held[rank])
+    return Direction(by, tuple(made), reach, tuple(hops[0]), own)
