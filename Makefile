@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
-.PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors lint sanitize clean
+.PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors docs lint sanitize clean
 
 help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-gpu  the tests that need a GPU, and fail without one"
 	@echo "make bench-gpu GPU kernels against others, under 8 minutes: JSON and plots in build/;"
 	@echo "               again: goes on with what there was no time for"
+	@echo "make docs      the documentation as a site in build/site; a warning is an error"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make sanitize  the extension's tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built; keeps $(VENV)"
@@ -56,6 +57,10 @@ bench-gpu:
 	@$(SETUP) --extras test,demo
 	@mkdir -p build
 	@$(VENV)/bin/python benchmarks/gpu_attention.py --json build/gpu_attention.json $(ARGS)
+
+docs:
+	@$(SETUP) --extras docs
+	@scripts/build_site.sh $(VENV)
 
 lint:
 	@$(SETUP) --extras dev,demo

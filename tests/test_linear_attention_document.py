@@ -18,7 +18,7 @@ def test_examples_of_the_document_run() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 2, 3)
     names = {"torch": torch, "usp": usp, "mesh": None, "x": x, "decay": -torch.ones(2)}
-    names |= dict.fromkeys("qkv", x)
+    names |= dict.fromkeys("qkv", x) | {"weight": torch.randn(6, 4), "bias": torch.randn(6)}
     assert len(blocks) == TEXT.count("```python") > 0
     for block in blocks:
         exec(compile(block, "docs/linear_attention.md", "exec"), names)

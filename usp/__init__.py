@@ -7,12 +7,12 @@ from usp.backends import backends, use_kernel
 from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.integrations import (
     Boundary,
-    parallelize,
     replace_attention,
     replace_mlp,
     restore,
     spread_attention,
 )
+from usp.integrations.parallelize import parallelize
 from usp.linear_attention.functional import linear_attention
 from usp.nn.batch import cut_batch
 from usp.nn.cache import ShardedCache
@@ -23,6 +23,7 @@ from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
 from usp.nn.tiled.module import tiled_mlp
 from usp.planning.layout import DocumentZigzag, Held
+from usp.sharding.convolution import causal_conv1d
 from usp.sharding.gradients import all_reduce_gradients
 from usp.sharding.loss import cross_entropy
 from usp.sharding.rows import roll, take
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "all_reduce_gradients",
     "backends",
+    "causal_conv1d",
     "cross_entropy",
     "cut_batch",
     "decode_attention",

@@ -1,8 +1,8 @@
 """The two random streams of a sharded model: equal on all sequence ranks, or different on each.
 
 DropPath drops whole samples, so every rank that holds a part of a sample must drop it alike:
-:func:`replicated`. Dropout of tokens and features must differ, or distant tokens lose the same
-features: :func:`sharded`. (Attention dropout needs neither: it is keyed by global positions.)
+``replicated``. Dropout of tokens and features must differ, or distant tokens lose the same
+features: ``sharded``. (Attention dropout needs neither: it is keyed by global positions.)
 
 No global state: a stream starts from one number of torch's default CPU generator and leaves
 nothing behind but that this number was drawn. So ``torch.manual_seed`` makes it repeatable, and

@@ -37,6 +37,7 @@ class Case:
         heads: Of q, k and v.
         decay: What has one of its own: "heads", "tokens" or "channels"; None for none.
         strength: Factor of the logs, which lie between 0 and 1 of it.
+        delta: Whether it is the delta rule: keys of length 1, and betas between 0 and 2.
         counts: Tokens of each rank, which hold them as they are; None for equal parts.
         states: Whether a state comes in, and the last one is asked for.
     """
@@ -49,6 +50,7 @@ class Case:
     dims: tuple[int, int] = (3, 2)
     decay: str | None = None
     strength: float = 1.0
+    delta: bool = False
     method: str = "gather"
     causal: bool = True
     documents: tuple[int, ...] | None = None
@@ -94,6 +96,10 @@ class Case:
             else:
                 logs *= self.strength
             found["decay of a head" if self.decay == "heads" else "decay"] = logs.to(self.dtype)
+        if self.delta:
+            found["k"] = torch.nn.functional.normalize(found["k"], dim=-1)
+            betas = 2 * torch.rand((b, n, h), generator=random, dtype=torch.float64)
+            found["beta"] = betas.to(self.dtype)
         if self.states:
             found["state"] = normal(b, h, d, e)
         return found, [normal(b, n, h, e), normal(b, h, d, e)]
@@ -108,7 +114,8 @@ class Case:
 def attend(case: Case, tensors: dict[str, Tensor], **more: Any) -> tuple[Tensor, ...]:
     decay = tensors.get("decay", tensors.get("decay of a head"))
     q, k, v = (tensors[name] for name in "qkv")
-    options = case.options | {"initial_state": tensors.get("state")} | more
+    states = {"initial_state": tensors.get("state"), "beta": tensors.get("beta")}
+    options = case.options | states | more
     found = usp.linear_attention(q, k, v, decay, **options)
     return found if isinstance(found, tuple) else (found,)
 
@@ -139,6 +146,7 @@ def oracle(case: Case) -> dict[str, Tensor]:
     q, k, v = (leaves[name] for name in "qkv")
     found = linear_recurrence(
         *(q, k, v, leaves.get("decay", leaves.get("decay of a head"))),
+        beta=leaves.get("beta"),
         causal=case.causal,
         cu_seqlens=case.documents,
         initial_state=leaves.get("state"),
@@ -194,6 +202,7 @@ def cases(draw: st.DrawFn, meshes: list[tuple[int, int]], longest: int) -> Case:
         decay=draw(st.sampled_from([None, "heads", "tokens", "channels"])) if causal else None,
         # of 1000 whatever was before is lost, and differences of sums would be, too
         strength=draw(st.sampled_from([0.1, 3.0, 1000.0, float("inf")])),
+        delta=causal and draw(st.booleans()),
         method=draw(st.sampled_from(["gather", "ring"])),
         causal=causal,
         documents=documents,
@@ -223,6 +232,9 @@ CHUNKS = [
     Case(length=131, decay="channels", strength=500.0, states=True, dtype=torch.float32),
     Case(length=64, decay="channels", documents=(0, 33, 64), batch=2),
     Case(length=65, causal=False, documents=(0, 30, 30, 65)),
+    Case(length=199, delta=True, states=True, dims=(16, 5), documents=(0, 31, 128, 199)),
+    Case(length=137, delta=True, decay="tokens", heads=(1, 1, 2), dims=(8, 8), dtype=torch.float32),
+    Case(length=131, delta=True, decay="channels", strength=500.0, states=True),
 ]
 
 
@@ -247,11 +259,13 @@ def methods(case: Case) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(
     "ranks", [2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format
 )
-def test_both_methods_give_the_same_bits(pool, ranks: int) -> None:
-    case = Case(ranks // 2, 2, decay="tokens", length=13, states=True, dtype=torch.float32)
+def test_both_methods_give_the_same_bits(pool, ranks: int, delta: bool) -> None:
+    options = {"decay": "tokens", "length": 13, "states": True, "dtype": torch.float32}
+    case = Case(ranks // 2, 2, dims=(11, 5), delta=delta, **options)
     for found in pool.run(methods, case, ranks=ranks):
         half = len(found) // 2
         for a, b in zip(found[:half], found[half:], strict=True):
@@ -300,6 +314,8 @@ WIRE = [
     Case(1, 2, length=211, decay="tokens", batch=2, dtype=torch.bfloat16),
     Case(1, 2, length=9, method="ring", decay="channels", states=True),
     Case(1, 2, length=9, causal=False, documents=(0, 2, 6, 8, 9), dtype=torch.float32),
+    Case(1, 2, length=211, delta=True, decay="tokens", batch=2, dtype=torch.bfloat16),
+    Case(2, 1, length=8, delta=True, method="ring", states=True),
 ]
 WIRE += [
     pytest.param(Case(2, 2, length=n, decay=decay, method=method, states=n > 20), marks=[long])
@@ -319,7 +335,8 @@ def test_bytes_are_those_of_the_formula_at_any_length(pool, case: Case) -> None:
     for rank, found in enumerate(pool.run(sent, case, ranks=case.ranks)):
         if case.causal:
             chain = case.ranks, rank, case.method, case.states
-            expected = numbers_sent(state, per[case.decay], *chain)
+            told = case.batch * h * d * d if case.delta else per[case.decay]
+            expected = numbers_sent(state, told, *chain)
         else:
             expected = numbers_summed(state, case.ranks)
         assert found[:2] == tuple(size * n for n in expected)
@@ -369,6 +386,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "decay": ([{"decay": zeros(3)}, {}], r"here \(2,\), \(1, 4, 2\) or .* got \(3,\)"),
     "decay of integers": ([{"decay": zeros(2).int()}, {}], "decay must be floating point"),
     "decay of one rank": ([{"decay": zeros(2)}, {}], "disagree on decay: rank 0 has heads"),
+    "beta": ([{"beta": zeros(1, 4, 1)}, {}], r"beta must be .* \(1, 4, 2\), got \(1, 4, 1\)"),
+    "beta of integers": ([{"beta": zeros(1, 4, 2).int()}, {}], "beta must be floating point"),
+    "beta of one rank": ([{"beta": zeros(1, 4, 2)}, {}], "disagree on beta: rank 0 has True"),
+    "delta without order": ([{"causal": False, "beta": zeros(1, 4, 2)}, {}], "no beta.*1, 4, 2"),
     "state": ([{"initial_state": zeros(1, 2, 3, 4)}, {}], r"= \(1, 2, 3, 3\), got \(1, 2, 3, 4\)"),
     "no order": ([{"causal": False, "decay": zeros(2)}, {}], r"causal=False has no order.*\(2,\)"),
     "no number": ([{"causal": 1}, {}], "causal must be True or False"),
@@ -411,15 +432,16 @@ def test_what_has_no_derivative_says_so() -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("decay", ["tokens", "channels"])
 def test_cost_and_memory_are_linear_in_the_length(
-    decay: str, monkeypatch: pytest.MonkeyPatch
+    decay: str, delta: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With backward: products are just twice those of half as many tokens, storages at most."""
     monkeypatch.setattr(slabs, "SLAB", 2**10)
     flops, peaks = [], []
     for length in (128, 256):
-        case = Case(length=length, decay=decay, dtype=torch.float32)
+        case = Case(length=length, decay=decay, delta=delta, dtype=torch.float32)
         with FlopCounterMode(display=False) as counter, StorageBytes() as memory:
             run_on(None, case)
         flops.append(counter.get_total_flops())
@@ -429,7 +451,7 @@ def test_cost_and_memory_are_linear_in_the_length(
 
 
 def test_slabs_of_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(length=300, decay="channels", states=True)
+    case = Case(length=300, decay="channels", delta=True, states=True)
     whole = run_on(None, case)
     monkeypatch.setattr(slabs, "SLAB", 1)
     for name, found in run_on(None, case).items():
@@ -463,6 +485,6 @@ def test_ssd_with_groups_is_mamba_2s_recurrence() -> None:
 
 
 def test_autocast_rounds_nothing() -> None:
-    case = Case(length=70, decay="channels", dtype=torch.float32)
+    case = Case(length=70, decay="channels", delta=True, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         judge(case, [run_on(None, case)])

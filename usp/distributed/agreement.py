@@ -43,6 +43,7 @@ PLACES = (
     "usp.dsp.DynamicShard.of",
     "ShardedCache.extend",
     "linear_attention",
+    "usp.causal_conv1d",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -32,13 +32,14 @@ class Given:
     """The tensors of a call.
 
     Attributes:
-        q, k, v, decay, initial_state: See ``linear_attention``.
+        q, k, v, decay, beta, initial_state: See ``linear_attention``.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor | None
+    beta: Tensor | None
     initial_state: Tensor | None
 
     @property
@@ -131,13 +132,17 @@ def _check(given: Given, options: Options) -> int | None:
     _check_qkv(given)
     if given.decay is not None:
         _check_decay(given.decay, given)
+    if given.beta is not None:
+        _check_beta(given.beta, given)
     if given.initial_state is not None:
         _check_state(given.initial_state, given)
-    if not causal and (given.decay is not None or given.initial_state is not None or returns):
+    ordered = given.decay, given.beta, given.initial_state
+    if not causal and (returns or any(x is not None for x in ordered)):
+        decay, beta, state = (_shape(x) for x in ordered)
         raise ValueError(
-            "causal=False has no order: it takes no decay and no initial_state, and returns no "
-            f"state, got decay {_shape(given.decay)}, initial_state "
-            f"{_shape(given.initial_state)}, return_state={returns}"
+            "causal=False has no order: it takes no decay, no beta and no initial_state, and "
+            f"returns no state, got decay {decay}, beta {beta}, initial_state {state}, "
+            f"return_state={returns}"
         )
     if options.cu_seqlens is not None:
         check_cu_seqlens(options.cu_seqlens)
@@ -186,6 +191,20 @@ def _check_decay(decay: Tensor, given: Given) -> None:
         )
 
 
+def _check_beta(beta: Tensor, given: Given) -> None:
+    tensor("beta", beta)
+    expected = *given.q.shape[:2], given.heads
+    if tuple(beta.shape) != expected:
+        raise ValueError(
+            f"beta must be (batch, sequence, heads), here {expected}, got {tuple(beta.shape)}"
+        )
+    if beta.dtype not in DTYPES or beta.device != given.q.device:
+        raise ValueError(
+            f"beta must be floating point on the device of q: q is on {given.q.device}, beta is "
+            f"{beta.dtype} on {beta.device}"
+        )
+
+
 def _check_state(state: Tensor, given: Given) -> None:
     tensor("initial_state", state)
     expected = given.q.shape[0], given.heads, given.q.shape[3], given.v.shape[3]
@@ -226,7 +245,7 @@ def _request(
 
 
 def _facts(given: Given, options: Options, length: int | None) -> Facts:
-    tensors = (given.q, given.k, given.v, given.decay, given.initial_state)
+    tensors = (given.q, given.k, given.v, given.decay, given.beta, given.initial_state)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     documents = options.cu_seqlens
     decay = given.decay
@@ -241,13 +260,14 @@ def _facts(given: Given, options: Options, length: int | None) -> Facts:
         "decay": None
         if decay is None
         else ("heads", "tokens", "channels")[max(decay.dim() - 2, 0)],
+        "beta": given.beta is not None,
         "method": options.method,
         "causal": options.causal,
         "cu_seqlens": None if documents is None else check_cu_seqlens(documents),
         "initial_state": given.initial_state is not None,
         "return_state": options.return_state,
         # each exchanges in its backward what it needs, so all must need it
-        "gradients needed of q, k, v, decay, initial_state": needed,
+        "gradients needed of q, k, v, decay, beta, initial_state": needed,
     }
 
 

@@ -76,41 +76,53 @@ def read(q: Tensor, g: Tensor, states: Tensor) -> tuple[Tensor]:
 def within(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor]:
     """What tokens see of their own chunk, themselves among it.
 
-    One decay for all channels is a factor of the scores. With one a channel small blocks are
-    worked out pair by pair, and then blocks are joined two by two: the later sees the earlier
-    through the seam between them.
-
     Args:
         q, k: (n, B, H, C, D). v: (n, B, H, C, Dv). g: (n, b, h, C, d).
 
     Returns:
         (n, B, H, C, Dv).
     """
+    return (einsum("nbhij,nbhje->nbhie", scores(q, k, g), v),)
+
+
+def scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
+    """Of each two tokens of a chunk ``q_i diag(decays behind j, up to i) k_j``, 0 where j is
+    behind i.
+
+    One decay for all channels is a factor of the scores. With one a channel small blocks are
+    worked out pair by pair, and then blocks are joined two by two: the later sees the earlier
+    through the seam between them.
+
+    Args:
+        q, k: (n, B, H, C, D). g: (n, b, h, C, d).
+
+    Returns:
+        (n, B, H, C, C).
+    """
     size = whole = q.shape[-2]
     if g.shape[-1] > 1:
         size = min(BLOCK, whole)
-    q, k, v, g = (_cut(x, size) for x in (q, k, v, g))
+    q, k, g = (_cut(x, size) for x in (q, k, g))
     decays = _between(g).exp()
     if g.shape[-1] > 1:
-        scores = (q[..., :, None, :] * k[..., None, :, :] * decays).sum(-1)
+        found = (q[..., :, None, :] * k[..., None, :, :] * decays).sum(-1)
     else:
-        scores = einsum("nbhmid,nbhmjd->nbhmij", q, k) * decays[..., 0]
-    out = einsum("nbhmij,nbhmje->nbhmie", scores, v)
+        found = einsum("nbhmid,nbhmjd->nbhmij", q, k) * decays[..., 0]
     while size < whole:
-        out = _with_the_earlier(q, k, v, g, out)
-        q, k, v, g = (_in_pairs(x).flatten(-3, -2) for x in (q, k, v, g))
+        found = _with_the_earlier(q, k, g, found)
+        q, k, g = (_in_pairs(x).flatten(-3, -2) for x in (q, k, g))
         size *= 2
-    return (out.flatten(-3, -2),)
+    return found[..., 0, :, :]
 
 
-def _with_the_earlier(q: Tensor, k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> Tensor:
-    """Outputs of blocks twice as long: the later of each two sees the earlier."""
-    q, k, v, g, out = (_in_pairs(x) for x in (q, k, v, g, out))
+def _with_the_earlier(q: Tensor, k: Tensor, g: Tensor, found: Tensor) -> Tensor:
+    """Scores of blocks twice as long: the later of each two sees the earlier."""
+    q, k, g, found = (_in_pairs(x) for x in (q, k, g, found))
     later = q[..., 1, :, :] * g[..., 1, :, :].cumsum(-2).exp()
     earlier = k[..., 0, :, :] * _to_the_end(g[..., 0, :, :]).exp()
-    scores = einsum("nbhmid,nbhmjd->nbhmij", later, earlier)
-    seen = einsum("nbhmij,nbhmje->nbhmie", scores, v[..., 0, :, :])
-    return torch.cat((out[..., 0, :, :], out[..., 1, :, :] + seen), -2)
+    seam = einsum("nbhmid,nbhmjd->nbhmij", later, earlier)
+    above = F.pad(found[..., 0, :, :], (0, seam.shape[-1]))
+    return torch.cat((above, torch.cat((seam, found[..., 1, :, :]), -1)), -2)
 
 
 def _cut(x: Tensor, size: int) -> Tensor:

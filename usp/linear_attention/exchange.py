@@ -1,9 +1,9 @@
 """States over ranks: what stood before this rank's tokens, and backward what came of those behind.
 
-Rank r makes ``decay_r * S + update_r`` of the state S before its tokens. ``gather`` tells everyone
-these two, in one collective, and every rank joins those before its own; ``ring`` passes the state
+Rank r makes ``T_r S + update_r`` of the state S before its tokens. ``gather`` tells everyone these
+two, in one collective, and every rank joins those before its own; ``ring`` passes the state
 itself from rank to rank. Both join in the same order, to the same bits. Backward the gradient of a
-state comes the other way, joined by the same decays.
+state comes the other way, joined by the same transitions T.
 
 Source: LASP arXiv:2404.02882 (ring), LASP-2 arXiv:2502.07563 (gather).
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
+from usp.linear_attention.transitions import moved, moved_back
 
 METHODS = ("gather", "ring")
 _ALONE = Axis(1, 0, None)
@@ -30,12 +31,12 @@ class Arrived(NamedTuple):
     Attributes:
         before: (B, H, D, Dv), the state before this rank's tokens.
         final: That behind the whole sequence, the same on every rank; None where nobody asked.
-        decays: (ranks, b, h, d, 1) of all ranks; with the ring, of this one.
+        transitions: Of all ranks; with the ring, of this one.
     """
 
     before: Tensor
     final: Tensor | None
-    decays: Tensor
+    transitions: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,45 +69,48 @@ class Chain:
     def last(self) -> int:
         return self.axis.size - 1
 
-    def forward(self, decay: Tensor, update: Tensor, initial: Tensor) -> Callable[[], Arrived]:
+    def forward(self, transition: Tensor, update: Tensor, initial: Tensor) -> Callable[[], Arrived]:
         """Begin to find out; nothing of it may change until it is asked what ``Arrived``.
 
         Args:
-            decay: (b, h, d, 1) of this rank's tokens. update: (B, H, D, Dv).
+            transition: Of this rank's tokens; see ``transitions``. update: (B, H, D, Dv).
             initial: (B, H, D, Dv) before the whole sequence.
         """
         if self.method == "ring":
-            return lambda: self._ring_forward(decay, update, initial)
-        wait = self._gather(torch.cat((update.flatten(), decay.flatten())))
+            return lambda: self._ring_forward(transition, update, initial)
+        wait = self._gather(torch.cat((update.flatten(), transition.flatten())))
 
         def arrived() -> Arrived:
             told = wait()
             updates = told[:, : update.numel()].unflatten(1, update.shape)
-            decays = told[:, update.numel() :].unflatten(1, decay.shape)
+            # each lies as on the rank that made it, so that products have the same bits
+            parts = [part.clone().view(transition.shape) for part in told[:, update.numel() :]]
             state = before = initial
             for rank in range(self.axis.size if self.returns else self.rank):
-                state = torch.addcmul(updates[rank], decays[rank], state)
+                state = moved(parts[rank], state, updates[rank])
                 before = state if rank + 1 == self.rank else before
-            return Arrived(before, state if self.returns else None, decays.clone())
+            return Arrived(before, state if self.returns else None, tuple(parts))
 
         return arrived
 
-    def backward(self, gradient: Tensor, final: Tensor | None, decays: Tensor) -> Tensor:
+    def backward(
+        self, gradient: Tensor, final: Tensor | None, transitions: tuple[Tensor, ...]
+    ) -> Tensor:
         """The gradient of the state behind this rank's tokens.
 
         Args:
             gradient: (B, H, D, Dv) of the state before them, by this rank's results.
             final: Of the final state, by what this rank made of it; None where it was not told.
-            decays: As in ``Arrived``.
+            transitions: As in ``Arrived``.
         """
         if self.method == "ring":
-            return self._ring_backward(gradient, final, decays)
+            return self._ring_backward(gradient, final, transitions)
         parts = [gradient] if final is None else [gradient, final]
         told = self._gather(torch.cat([part.flatten() for part in parts]))()
         told = told.unflatten(1, (len(parts), *gradient.shape))
         behind = torch.zeros_like(gradient) if final is None else _in_order(told[:, 1])
         for rank in range(self.last, self.rank, -1):
-            behind = torch.addcmul(told[rank, 0], decays[rank], behind)
+            behind = moved_back(transitions[rank], behind, told[rank, 0])
         return behind
 
     def _gather(self, message: Tensor) -> Callable[[], Tensor]:
@@ -120,9 +124,9 @@ class Chain:
             return lambda: wait().view(size, -1)
         return lambda: wait().view(size, -1)[list(self.places)]
 
-    def _ring_forward(self, decay: Tensor, update: Tensor, initial: Tensor) -> Arrived:
+    def _ring_forward(self, transition: Tensor, update: Tensor, initial: Tensor) -> Arrived:
         before = initial if self.rank == 0 else self._receive(self.rank - 1, initial)
-        behind = torch.addcmul(update, decay, before)
+        behind = moved(transition, before, update)
         if self.rank < self.last:
             self._send([self.rank + 1], behind)
         final = None
@@ -130,9 +134,11 @@ class Chain:
             final = behind if self.rank == self.last else self._receive(self.last, behind)
             if self.rank == self.last:
                 self._send(range(self.last), behind)
-        return Arrived(before, final, decay[None])
+        return Arrived(before, final, (transition,))
 
-    def _ring_backward(self, gradient: Tensor, final: Tensor | None, decays: Tensor) -> Tensor:
+    def _ring_backward(
+        self, gradient: Tensor, final: Tensor | None, transitions: tuple[Tensor, ...]
+    ) -> Tensor:
         if self.rank < self.last:
             if final is not None:
                 self._send([self.last], final.contiguous())
@@ -143,7 +149,7 @@ class Chain:
             parts = [self._receive(rank, gradient) for rank in range(self.last)]
             behind = _in_order(torch.stack([*parts, final]))
         if self.rank > 0:
-            self._send([self.rank - 1], torch.addcmul(gradient, decays[0], behind))
+            self._send([self.rank - 1], moved_back(transitions[0], behind, gradient))
         return behind
 
     def _step(self, rank: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.distributed.agreement import When
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.linear_attention import chunks
+from usp.linear_attention import chunks, delta
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
@@ -27,6 +27,7 @@ def linear_attention(
     v: Tensor,
     decay: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
     mesh: SequenceMesh | None = None,
     method: str = "gather",
     causal: bool = True,
@@ -40,8 +41,10 @@ def linear_attention(
     """Linear attention over a sequence that is spread over the ranks of a mesh.
 
     Of each head ``S_t = diag(exp(decay_t)) S_{t-1} + k_t^T v_t`` and ``o_t = q_t S_t``: no softmax,
-    no scale, no feature map and no normaliser, which are the caller's. Cost and memory are linear
-    in the length, and what ranks send does not depend on it: one state each.
+    no scale, no feature map and no normaliser, which are the caller's. With ``beta`` it is the
+    delta rule: in the place of ``v_t`` stands ``beta_t (v_t - k_t diag(exp(decay_t)) S_{t-1})``.
+    Cost and memory are linear in the length, and what ranks send does not depend on it: a state
+    each, and by the delta rule a matrix of D x D a head.
 
     Args:
         q: (B, L, Hq, D) fp16 | bf16 | fp32 | fp64. This rank's tokens.
@@ -52,9 +55,12 @@ def linear_attention(
             L, H) one a token and head (Mamba-2's SSD), (B, L, H, D) one a key channel too (GLA);
             None is no decay. Any float dtype. -inf forgets all that was before; above 0 grows,
             and may overflow. The gradient of (H,) is this rank's part of the sum.
+        beta: (B, L, H), the strength of each write (DeltaNet, with a decay gated DeltaNet). Any
+            float dtype. A state grows where ``beta |k|^2`` is above 2: keys are mostly normalised.
         mesh: The ranks that share the sequence, all of them in its order, whatever the shape of the
             mesh; None is one device.
-        method: "gather": everyone is told everyone's state and decay, in one collective. "ring":
+        method: "gather": everyone is told everyone's state and decay (by the delta rule the matrix
+            in its place), in one collective. "ring":
             the state is passed from rank to rank. The same result, to the bit.
         causal: Whether a token sees itself and those before it, or all of its document; then
             without decay and states, and ranks add their sums up.
@@ -79,9 +85,9 @@ def linear_attention(
         NotImplementedError: a tensor is no plain one; or a second derivative, forward mode.
 
     Source:
-        LASP arXiv:2404.02882, LASP-2 arXiv:2502.07563.
+        LASP arXiv:2404.02882, LASP-2 arXiv:2502.07563; the delta rule 2406.06484, 2412.06464.
     """
-    given = Given(q, k, v, decay, initial_state)
+    given = Given(q, k, v, decay, beta, initial_state)
     options = Options(method, causal, cu_seqlens, return_state, layout, seq_len)
     return attend(given, options, mesh, validate)
 
@@ -110,13 +116,15 @@ def _attend(
     if initial is None:
         initial = q.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
     g = _log_decay(given.decay, q, _starts(request))
-    out, final = _causal((q, k, v, g), initial.to(dtype), chain, meeting)
+    beta = None if given.beta is None else given.beta.to(dtype)[..., None]
+    out, final = _causal((q, k, v, g), beta, initial.to(dtype), chain, meeting)
     out = out.to(given.q.dtype)
     return out if final is None else (out, final)
 
 
 def _causal(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    beta: Tensor | None,
     initial: Tensor,
     chain: Chain,
     meeting: Meeting,
@@ -126,12 +134,19 @@ def _causal(
     length = tensors[0].shape[1]
     size = chunks.chunk_size(length)
     q, k, v, g = (chunks.chunked(x, size) for x in tensors)
-    decays, updates = in_slabs(chunks.totals, k, v, g)
-    arrived = begin(decays, updates, initial, chain)
+    if beta is not None:
+        (v,) = in_slabs(delta.written, k, v, chunks.chunked(beta, size), g)
+    transitions, updates = in_slabs(chunks.totals, k, v, g)
+    if beta is not None:
+        transitions, updates = delta.transitions(transitions, updates)
+    arrived = begin(transitions, updates, initial, chain)
     (out,) = in_slabs(chunks.within, q, k, v, g)
-    states, final = states_before(decays, updates, initial, chain, arrived, meeting)
-    (seen,) = in_slabs(chunks.read, q, g, states)
-    return chunks.joined(out + seen, length), final
+    states, final = states_before(transitions, updates, initial, chain, arrived, meeting)
+    if beta is not None:
+        (out,) = in_slabs(delta.read, q, g, out, states)
+    else:
+        out = out + in_slabs(chunks.read, q, g, states)[0]
+    return chunks.joined(out, length), final
 
 
 def _wide(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
+from usp.ops.precision import as_given
 
 Function = Callable[..., tuple[Tensor, ...]]
 # Numbers of the largest argument that are taken at a time.
@@ -47,7 +48,8 @@ class _InSlabs(OnceDifferentiable):
     def forward(ctx: Any, function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.function = function
         ctx.save_for_backward(*tensors)
-        found = [function(*(x[slab] for x in tensors)) for slab in _slabs(tensors)]
+        with as_given(tensors[0].device):
+            found = [function(*(x[slab] for x in tensors)) for slab in _slabs(tensors)]
         return tuple(_joined(list(parts)) for parts in zip(*found, strict=True))
 
     @staticmethod
@@ -59,16 +61,13 @@ class _InSlabs(OnceDifferentiable):
                 x[slab].detach().requires_grad_(needs)
                 for x, needs in zip(tensors, needed, strict=True)
             ]
-            with torch.enable_grad():
-                found = ctx.function(*given)
-            # a result that needs none of what is differentiated has no gradient to hand on
-            some = [i for i, x in enumerate(found) if x.requires_grad]
             leaves = [x for x in given if x.requires_grad]
-            of_leaves = iter(
-                torch.autograd.grad(
-                    [found[i] for i in some], leaves, [gradients[i][slab].detach() for i in some]
-                )
-            )
+            with torch.enable_grad(), as_given(tensors[0].device):
+                found = ctx.function(*given)
+                # a result that needs none of what is differentiated has no gradient to hand on
+                some = [i for i, x in enumerate(found) if x.requires_grad]
+                wanted = [gradients[i][slab].detach() for i in some]
+                of_leaves = iter(torch.autograd.grad([found[i] for i in some], leaves, wanted))
             for part, needs in zip(parts, needed, strict=True):
                 if needs:
                     part.append(next(of_leaves))

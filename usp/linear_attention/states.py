@@ -11,6 +11,7 @@ from torch import Tensor
 from usp.distributed.agreement import meet_before_backward
 from usp.distributed.mesh import SequenceMesh
 from usp.linear_attention.exchange import Arrived, Chain
+from usp.linear_attention.transitions import moved, moved_back, of_all, of_transition
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 
 
@@ -30,17 +31,20 @@ class Meeting:
 
 
 @torch.no_grad()
-def begin(decays: Tensor, updates: Tensor, initial: Tensor, chain: Chain) -> Callable[[], Arrived]:
+def begin(
+    transitions: Tensor, updates: Tensor, initial: Tensor, chain: Chain
+) -> Callable[[], Arrived]:
     """Tell the others what all of this rank's chunks do to a state, and go on meanwhile."""
-    total = torch.zeros_like(initial)
+    total, count = torch.zeros_like(initial), 0
     if chain.axis.size > 1 or chain.returns:
-        for decay, update in zip(decays, updates, strict=True):
-            total = torch.addcmul(update, decay, total)
-    return chain.forward(decays.prod(0), total, initial)
+        count = len(transitions)
+        for transition, update in zip(transitions, updates, strict=True):
+            total = moved(transition, total, update)
+    return chain.forward(of_all(transitions[:count]), total, initial)
 
 
 def states_before(
-    decays: Tensor,
+    transitions: Tensor,
     updates: Tensor,
     initial: Tensor,
     chain: Chain,
@@ -50,7 +54,8 @@ def states_before(
     """The state before each chunk of this rank, differentiable.
 
     Args:
-        decays: (n, b, h, d, 1). updates: (n, B, H, D, Dv). Of this rank's chunks.
+        transitions: (n, b, h, d, 1) or (n, B, H, D, D). updates: (n, B, H, D, Dv). Of this rank's
+            chunks.
         initial: (B, H, D, Dv) before the whole sequence. Its gradient arrives at the first rank,
             and is 0 on the others.
         chain: The ranks.
@@ -60,7 +65,7 @@ def states_before(
     Returns:
         (n, B, H, D, Dv), and the final state (B, H, D, Dv) where ``chain.returns``.
     """
-    return cast(Any, _States).apply(decays, updates, initial, chain, arrived, meeting)
+    return cast(Any, _States).apply(transitions, updates, initial, chain, arrived, meeting)
 
 
 class _States(OnceDifferentiable):
@@ -69,7 +74,7 @@ class _States(OnceDifferentiable):
     @staticmethod
     def forward(
         ctx: Any,
-        decays: Tensor,
+        transitions: Tensor,
         updates: Tensor,
         initial: Tensor,
         chain: Chain,
@@ -79,40 +84,46 @@ class _States(OnceDifferentiable):
         found = arrived()
         states = torch.empty_like(updates)
         state = found.before
-        for i, decay in enumerate(decays):
+        for i, transition in enumerate(transitions):
             states[i] = state
-            state = torch.addcmul(updates[i], decay, state)
-        ctx.save_for_backward(decays, states, found.decays)
+            state = moved(transition, state, updates[i])
+        ctx.save_for_backward(transitions, states, *found.transitions)
         ctx.chain, ctx.meeting = chain, meeting
         return states, found.final
 
     @staticmethod
     def backward(ctx: Any, dstates: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        decays, states, of_ranks = ctx.saved_tensors
+        transitions, states, *of_ranks = ctx.saved_tensors
         ctx.meeting()
         with torch.no_grad():
-            found = _backward(dstates, dfinal, decays, states, of_ranks, ctx.chain)
-        origins = (dstates, dfinal, decays, states)
+            behind = _behind(dstates, dfinal, transitions, tuple(of_ranks), ctx.chain)
+            found = _backward(dstates, behind, transitions, states, ctx.chain.rank == 0)
+        origins = (dstates, dfinal, transitions, states)
         return *without_second_derivative(found, origins, _States.of), None, None, None
 
 
-def _backward(
+def _behind(
     dstates: Tensor,
     dfinal: Tensor | None,
-    decays: Tensor,
-    states: Tensor,
-    of_ranks: Tensor,
+    transitions: Tensor,
+    of_ranks: tuple[Tensor, ...],
     chain: Chain,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of decays, updates and the initial state."""
+) -> Tensor:
+    """The gradient of the state behind this rank's tokens."""
     gradient = dstates.new_zeros(dstates.shape[1:])
     if chain.axis.size > 1:
-        for i in reversed(range(len(decays))):
-            gradient = torch.addcmul(dstates[i], decays[i], gradient)
-    gradient = chain.backward(gradient, dfinal, of_ranks)
-    ddecays, dupdates = torch.empty_like(decays), torch.empty_like(states)
-    for i in reversed(range(len(decays))):
+        for i in reversed(range(len(transitions))):
+            gradient = moved_back(transitions[i], gradient, dstates[i])
+    return chain.backward(gradient, dfinal, of_ranks)
+
+
+def _backward(
+    dstates: Tensor, gradient: Tensor, transitions: Tensor, states: Tensor, is_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of transitions, updates and the initial state."""
+    dtransitions, dupdates = torch.empty_like(transitions), torch.empty_like(states)
+    for i in reversed(range(len(transitions))):
         dupdates[i] = gradient
-        ddecays[i] = (gradient * states[i]).sum_to_size(decays[i].shape)
-        gradient = torch.addcmul(dstates[i], decays[i], gradient)
-    return ddecays, dupdates, gradient if chain.rank == 0 else torch.zeros_like(gradient)
+        dtransitions[i] = of_transition(gradient, states[i], transitions[i])
+        gradient = moved_back(transitions[i], gradient, dstates[i])
+    return dtransitions, dupdates, gradient if is_first else torch.zeros_like(gradient)

@@ -68,6 +68,7 @@ class LinearAttention(nn.Module):
         v: Tensor,
         decay: Tensor | None = None,
         *,
+        beta: Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         initial_state: Tensor | None = None,
         seq_len: int | None = None,
@@ -78,6 +79,7 @@ class LinearAttention(nn.Module):
         Args:
             q: (B, L, Hq, D). k: (B, L, Hk, D). v: (B, L, Hv, Dv). This rank's shards.
             decay: (H,), (B, L, H) or (B, L, H, D) logs, in place of that of the constructor.
+            beta: (B, L, H), for the delta rule.
             cu_seqlens, seq_len: In place of those of the constructor.
             initial_state: (B, H, D, Dv) before the first token of the whole.
             spread: In place of mesh, layout, ``seq_len`` and ``cu_seqlens``.
@@ -97,7 +99,7 @@ class LinearAttention(nn.Module):
                 raise ValueError("spread says the length and documents: leave out the others")
             mesh, layout = spread.mesh, spread.layout
             seq_len, cu_seqlens = spread.seq_len, spread.cu_seqlens
-        given = Given(q, k, v, self.decay if decay is None else decay, initial_state)
+        given = Given(q, k, v, self.decay if decay is None else decay, beta, initial_state)
         options = Options(self.method, self.causal, cu_seqlens, self.return_state, layout, seq_len)
         out = attend(given, options, mesh, compares_now(self.validate, self._compared))
         if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing

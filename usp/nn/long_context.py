@@ -26,9 +26,9 @@ class LongContextAttention(nn.Module):
 
     Args:
         mesh: The ranks that share the sequence; None is one device.
-        causal, window_size, prefix_len, layout, seq_len, dropout_p, softcap,
+        causal, window_size, prefix_len, layout, seq_len, softcap: See ``long_context_attention``.
         transport, return_lse, backend, heads, queries, keys: See ``long_context_attention``.
-            ``dropout_p`` is active in training only.
+        dropout_p: The same, active in training only.
         softmax_scale, sinks: A ``nn.Parameter`` is one of the module's, to be learned.
         cu_seqlens, mask, query_offset, alibi_slopes: Defaults of the arguments of ``forward``.
         validate: When ranks compare their arguments, so that a difference is an error on every

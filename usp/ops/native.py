@@ -2,7 +2,7 @@
 
 Their schemas stand in ``csrc/torch/ops.cpp``, what they compute in
 ``docs/contract.md``. All update tensors in place and return nothing. A missing or
-broken library is no error here: :func:`load_error` says what is wrong, the native backend gives
+broken library is no error here: ``load_error`` says what is wrong, the native backend gives
 that as its reason, and who moves or joins does so with torch's own ops.
 """
 

@@ -24,7 +24,8 @@ def numbers_sent(
 
     Args:
         state: B H D Dv.
-        decay: How many decays a state has: 1 without decay, H, B H, or B H D.
+        decay: How many decays a state has: 1 without decay, H, B H, or B H D; by the delta rule
+            B H D D.
         ranks, rank: Of the mesh, in the order of the sequence.
         method: "gather" or "ring".
         returns: Whether the final state is returned.

@@ -66,7 +66,7 @@ def dense_attention(
         q: (B, Sq, H, D), any float dtype.
         k: (B, Sk, G, D), H a multiple of G.
         v: (B, Sk, G, Dv).
-        causal, window_size, cu_seqlens, prefix_len: see :func:`visible_keys`.
+        causal, window_size, cu_seqlens, prefix_len: see ``visible_keys``.
         query_offset: Position of the first query among the keys, for all or (B,).
         attn_mask: (B|1, H|1, Sq|1, Sk) bool, True where a query may see a key.
         softmax_scale: Dimensionless, default ``D ** -0.5``.

@@ -14,16 +14,21 @@ def linear_recurrence(
     v: Tensor,
     decay: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
     causal: bool = True,
     cu_seqlens: Sequence[int] | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``S_t = diag(exp(decay_t)) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t`` in fp64, differentiable.
 
+    The delta rule, with ``beta``, puts ``beta_t (v_t - k_t diag(exp(decay_t)) S_{t-1})`` in the
+    place of ``v_t``.
+
     Args:
         q, k: (B, L, Hq | Hk, D), whole sequences. v: (B, L, Hv, Dv). H, the most of these, is a
             multiple of the others.
         decay: Logs: (H,), (B, L, H) or (B, L, H, D).
+        beta: (B, L, H).
         causal: Else a token sees the state at the end of its document.
         cu_seqlens: Where documents begin, all but the first with an empty state.
         initial_state: (B, H, D, Dv).
@@ -46,7 +51,11 @@ def linear_recurrence(
     states = []
     for t in range(length):
         before = empty if t in starts else factors[:, t, :, :, None] * state
-        state = before + k[:, t, :, :, None] * v[:, t, :, None, :]
+        value = v[:, t]
+        if beta is not None:
+            expected = (k[:, t, :, :, None] * before).sum(-2)
+            value = beta[:, t, :, None].double() * (value - expected)
+        state = before + k[:, t, :, :, None] * value[:, :, None, :]
         states.append(state)
     if not causal:
         ends = [0, length] if cu_seqlens is None else list(cu_seqlens)

@@ -41,7 +41,7 @@ class ExtraKeys:
         Args:
             out: (N, L, H, D) attention over the tokens.
             lse: (N, H, L) natural log of the sum of exp(score) over the tokens, -inf for none.
-            scores: (N, H, L, E) from :meth:`scores`.
+            scores: (N, H, L, E) from ``scores``.
             keep: (N, H, L, E) dropout factors of the extra weights, or None.
 
         Returns:

@@ -99,7 +99,7 @@ def weights(call: Projected, placement: Placement, extra: ExtraKeys | None) -> T
     """(N, H, L, all keys + E) in the dtype of q; a collective on a mesh.
 
     Raises:
-        NotImplementedError: they do not fit; see :func:`check_weights`.
+        NotImplementedError: they do not fit; see ``check_weights``.
     """
     q, keys = call.q, call.whole[1]
     mask = placement.whole_mask(call.causal)

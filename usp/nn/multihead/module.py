@@ -36,10 +36,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     device. A query that may attend to nothing gets 0 where torch gives NaN.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
-        device, dtype: As in ``torch.nn.MultiheadAttention``. What ``dropout`` (below 1) drops
-            depends on global positions and one number of torch's default CPU generator: see
-            ``long_context_attention``.
+        embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first: As in
+            ``torch.nn.MultiheadAttention``.
+        dropout: As there, below 1. What it drops depends on global positions and one number of
+            torch's default CPU generator: see ``long_context_attention``.
+        device, dtype: As in ``torch.nn.MultiheadAttention``.
         mesh: The ranks that share the sequence; None is one device.
         layout: Which tokens this rank holds, or (of queries, of keys): see
             ``long_context_attention``.
