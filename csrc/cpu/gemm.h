@@ -18,7 +18,7 @@ void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __re
     Vec<T> right[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * ldb + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const T left = kTransposed ? a[p * lda + r] : a[r * lda + p];
 #pragma GCC unroll 8
@@ -27,7 +27,7 @@ void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __re
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -55,6 +55,12 @@ void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, i
   }
 }
 
+// Rows of a block: narrow ones have more, for each sum waits for its own last product.
+template <int kVectors>
+inline constexpr int kGemmRows =
+    kVectors * 12 <= USP_GEMM_ROWS * USP_GEMM_VECTORS ? 12
+                                                      : USP_GEMM_ROWS * USP_GEMM_VECTORS / kVectors;
+
 // Panels of at most kVectors vectors, about equally wide.
 template <typename Words, typename T, int kVectors, bool kTransposed>
 void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix<const T> b,
@@ -63,8 +69,8 @@ void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix
   while (n > 0) {
     const int64_t panels = (n + kWidth - 1) / kWidth;
     if (n <= panels * (kWidth - kLanes<T>)) break;  // narrower ones suffice
-    gemm_panel<Words, T, USP_GEMM_ROWS, kVectors, kTransposed>(m, words, a.data, a.ld, b.data, b.ld,
-                                                               c.data, c.ld, alpha, accumulate);
+    gemm_panel<Words, T, kGemmRows<kVectors>, kVectors, kTransposed>(
+        m, words, a.data, a.ld, b.data, b.ld, c.data, c.ld, alpha, accumulate);
     b.data += kWidth;
     c.data += kWidth;
     n -= kWidth;
