@@ -18,14 +18,6 @@ def test_names_in_the_readme_exist(name: str) -> None:
     assert hasattr(usp, name)
 
 
-def test_plan_command_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    from usp import cli
-
-    (line,) = re.findall(r"^usp (plan .*)$", OPTIONS, re.MULTILINE)
-    assert cli.main(line.split()) == 0
-    assert "ring rank 7" in capsys.readouterr().out
-
-
 def test_layouts_picture() -> None:
     """The table of who holds which token is what the layouts say."""
     from usp.planning.layout import rows
