@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 
-.PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors docs lint sanitize clean
+.PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors docs lint sanitize wheel clean
 
 help:
 	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
@@ -20,6 +20,9 @@ help:
 	@echo "make docs      the documentation as a site in build/site; a warning is an error"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make sanitize  the extension's tests under AddressSanitizer and UBSan"
+	@echo "make wheel     sdist and wheel for every Python and torch that usp supports, into dist/;"
+	@echo "               ARGS=--test installs it into a bare environment and tests it there,"
+	@echo "               USP_BUILD=cuda or hip has the kernels of these GPUs, too"
 	@echo "make clean     remove what was built; keeps $(VENV)"
 	@echo "PYTHON=$(PYTHON) and VENV=$(VENV) can be set."
 
@@ -69,6 +72,10 @@ lint:
 sanitize:
 	@$(SETUP) --extras dev,demo
 	@PATH="$(abspath $(VENV))/bin:$$PATH" scripts/sanitize.sh
+
+wheel:
+	@$(SETUP) --extras dev,demo
+	@$(VENV)/bin/python scripts/build_wheel.py --venv $(VENV) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info usp/_build.json usp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

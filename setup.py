@@ -1,6 +1,7 @@
 """Everything static stands in pyproject.toml; this adds the compiled extension."""
 
 from setuptools import setup
-from usp_build.command import BuildNative, extensions
+from usp_build.command import BuildNative, TagForEveryPython, extensions
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+COMMANDS = {"build_ext": BuildNative, "bdist_wheel": TagForEveryPython}
+setup(ext_modules=extensions(), cmdclass=COMMANDS)

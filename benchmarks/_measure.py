@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -113,8 +112,7 @@ def introduce(**more: Any) -> dict[str, Any]:
     missing = native.unavailable()
     if missing is not None:
         sys.exit(f"nothing to measure: {missing}")
-    extension = importlib.import_module("usp._C")
-    about = {**environment(), "cpu_capability": extension.cpu_capability(), **more}
+    about = {**environment(), "cpu_capability": cpu.level(), **more}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     return about
 

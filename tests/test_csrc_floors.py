@@ -12,7 +12,7 @@ SOURCES = sorted(path for path in CSRC.rglob("*.*") if path.suffix in {".h", ".c
 TABLE = re.findall(r"\|\s*(\d)\s*\|\s*`csrc/(\w+)/`", (ROOT / "docs" / "design.md").read_text())
 FLOORS = {folder: int(floor) for floor, folder in TABLE}
 # What only csrc/torch may see, and those to whom the emulated GPU is one more device.
-BINDINGS = re.compile(r"<(torch|ATen|c10|pybind11)/|<Python\.h>")
+BINDINGS = re.compile(r"<(torch|ATen|c10)/|<Python\.h>")
 DEVICES = {"gpu/gpu.h", "gpu/instructions.h"}
 
 

@@ -154,7 +154,7 @@ PROBE = """
 import importlib.abc, json, os, sys
 
 blocked = ("numpy", "triton", "flash_attn", "torchvision", "timm", "transformers", "diffusers",
-           "matplotlib", "skimage", "scipy", "rich", "tqdm", "pybind11")
+           "matplotlib", "skimage", "scipy", "rich", "tqdm")
 
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 from . import native, toolchains
@@ -20,16 +21,21 @@ RECORD = "_build.json"
 
 def extensions() -> list[Extension]:
     """What setuptools needs to know: names, so that wheels carry the right tag."""
-    return [Extension(f"usp.{name}", []) for name in ("_ops", "_C")] if choose().names else []
+    return [Extension("usp._ops", [])] if choose().names else []
+
+
+class TagForEveryPython(bdist_wheel):
+    """Nothing here is compiled against Python: one wheel of a platform serves all versions."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 class BuildNative(build_ext):
     """Compiles with ninja instead of one file at a time, and may end in pure Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.split(".")[-1] == "_ops":  # no Python module: torch loads it by its path
-            return str(Path("usp", "_ops.so"))
-        return str(super().get_ext_filename(fullname))
+        return str(Path(*fullname.split("."))) + ".so"  # no module: torch loads it by its path
 
     def build_extensions(self) -> None:
         targets = choose()
@@ -60,11 +66,8 @@ class BuildNative(build_ext):
             raise native.BuildFailed(f"{REQUIREMENT} is not installed, and its headers are needed")
         compiler = native.find_compiler()
         device = self._device_toolchain(names)
-        libraries = [
-            native.ops_library(ROOT, torch, device),
-            native.python_module(ROOT, self.distribution.get_version(), device),
-        ]
-        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch-{torch.version}"
+        libraries = [native.ops_library(ROOT, torch, device)]
+        tag = f"{sysconfig.get_platform()}-torch-{torch.version}"
         native.compile_libraries(ROOT, compiler, libraries, ROOT / "build" / f"native-{tag}", out)
         record = {"targets": list(names), "reason": None, "torch": torch.version}
         record["compiler"] = native.compiler_version(compiler)

@@ -57,6 +57,6 @@ def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     # A build that ends in pure Python must not leave the last one's libraries in the tree.
-    for leftover in [*ROOT.glob("usp/_ops.so"), *ROOT.glob("usp/_C*.so"), ROOT / "usp" / RECORD]:
+    for leftover in [ROOT / "usp" / "_ops.so", ROOT / "usp" / RECORD]:
         leftover.unlink(missing_ok=True)
     return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)

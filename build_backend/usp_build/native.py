@@ -1,4 +1,4 @@
-"""Compiles `csrc/` with ninja: the torch ops (stable ABI) and the pybind11 module."""
+"""Compiles `csrc/` with ninja: the torch ops, on the stable ABI."""
 
 from __future__ import annotations
 
@@ -80,25 +80,6 @@ def ops_library(root: Path, torch: TorchInstall, device: Toolchain | None = None
     units.append(Unit(csrc / "torch" / "ops.cpp", torch_flags))
     units += [Unit(source) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     return Library("_ops.so", tuple(units), tuple(link_flags))
-
-
-def python_module(root: Path, version: str, device: Toolchain | None = None) -> Library:
-    """The pybind11 module `usp._C`."""
-    import pybind11
-
-    flags = [
-        f"-I{sysconfig.get_path('include')}",
-        f"-isystem{pybind11.get_include()}",
-        f'-DUSP_VERSION="{version}"',
-    ]
-    if device is not None:
-        flags.append(f"-DUSP_WITH_{device.kind.upper()}")
-        flags.append(f'-DUSP_GPU_ARCHITECTURES="{" ".join(device.architectures)}"')
-    units = [
-        Unit(root / "csrc" / "torch" / "module.cpp", tuple(flags)),
-        Unit(root / "csrc" / "cpu" / "capability.cpp"),
-    ]
-    return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", tuple(units))
 
 
 def _quote(text: object) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from places import CSRC
 from usp_build import native
 
-from usp.ops import native as ops
-
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx"]
+from usp.machine import cpu, library
 
 
 def load_error_with(library: Path) -> str:
@@ -49,27 +49,31 @@ def test_a_package_without_the_library_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("USP_OPS_LIBRARY", raising=False)
-    monkeypatch.setattr(ops, "_PACKAGE", tmp_path)
-    assert ops.library_path() is None
-    assert ops._load() == "it was not built"
+    monkeypatch.setattr(library, "PACKAGE", tmp_path)
+    load = library.load.__wrapped__  # what is loaded stays loaded
+    assert library.path() is None
+    assert load() == "it was not built"
     (tmp_path / "_build.json").write_text('{"reason": "no C++ compiler found"}')
-    assert ops._load() == "it was not built: no C++ compiler found"
+    assert load() == "it was not built: no C++ compiler found"
 
 
-def test_the_module_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = pytest.importorskip("usp._C")
-    info = extension.build_info()
-    assert info["targets"]["cpu"] is True and info["compiler"] and info["version"] != "unknown"
-    built = extension.cpu_capabilities_built()
-    assert built == CAPABILITIES[: len(built)]
+def test_the_level_is_the_highest_or_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.load() is not None:
+        pytest.skip(f"compiled ops: {library.load()}")
     monkeypatch.delenv("USP_CPU_CAPABILITY", raising=False)
-    machine = extension.cpu_capability()
-    assert machine in built
-    for wanted in CAPABILITIES:
+    machine = cpu.level()
+    for wanted in cpu.LEVELS:
         monkeypatch.setenv("USP_CPU_CAPABILITY", wanted)
         needed = "avx512_bf16" if wanted == "amx_emulated" else wanted
-        there = CAPABILITIES.index(needed) <= CAPABILITIES.index(machine) and wanted in built
-        assert extension.cpu_capability() == (wanted if there else machine)
+        there = cpu.LEVELS.index(needed) <= cpu.LEVELS.index(machine)
+        assert cpu.level() == (wanted if there else machine)
     monkeypatch.setenv("USP_CPU_CAPABILITY", "sse9")
     with pytest.raises(RuntimeError, match="'sse9'; expected default, avx2"):
-        extension.cpu_capability()
+        cpu.level()
+
+
+def test_the_levels_are_those_of_the_sources() -> None:
+    text = (CSRC / "cpu" / "capability.h").read_text()
+    named = dict(re.findall(r'case Capability::(k\w+):\s+return "(\w+)";', text))
+    order = re.findall(r"k\w+", re.search(r"enum class Capability {(.*?)}", text)[1])
+    assert tuple(named.get(name, "default") for name in order) == cpu.LEVELS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from usp.backends import in_order, order_of
 from usp.backends.preference import measured_on
 from usp.cli.console import PACKAGE, Exit, add_json, present, table
 from usp.kernels import architecture
-from usp.machine import cpu
+from usp.machine import cpu, library
 from usp.machine.verdicts import kept_of
 from usp.ops import native
 
@@ -75,13 +74,11 @@ def machine() -> dict[str, Any]:
 
 def extension() -> dict[str, Any]:
     """What is known of the compiled ops: as the build recorded it, and what runs here."""
-    file = PACKAGE / "_build.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    error = native.load_error()
+    record, error = library.record(), native.load_error()
     if error is not None:
         said = record.get("reason") or f"{error} (USP_BUILD=none, or run from plain sources)"
         return {**record, "targets": [], "reason": said}
-    of_bf16 = native.cpu_level(torch.bfloat16)
+    of_bf16 = cpu.level_of(torch.bfloat16)
     return {**record, "reason": None, "cpu_level": cpu.level(), "cpu_level_of_bf16": of_bf16}
 
 

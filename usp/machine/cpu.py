@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from usp.machine import library
+
+# The instruction sets of the compiled kernels, in the order of ``csrc/cpu/capability.h``.
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx")
 # The names that makers go by, and what machines say of themselves.
 _SIGNS = {"Intel": ("Intel",), "AMD": ("AuthenticAMD", "AMD")}
 
@@ -51,10 +56,19 @@ def level() -> str:
 
 @cache
 def _level(_: str | None) -> str:
-    try:
-        return str(importlib.import_module("usp._C").cpu_capability())
-    except ImportError:
-        return "none"
+    return "none" if library.load() is not None else level_of(torch.float32)
+
+
+def level_of(dtype: torch.dtype) -> str:
+    """The instruction set that computes inputs of a dtype here; the compiled ops must be there.
+
+    For bf16 it is the fastest of those that the machine has, which the first call finds out; or
+    the one that ``USP_CPU_CAPABILITY`` says.
+
+    Raises:
+        RuntimeError: ``USP_CPU_CAPABILITY`` names none; lists them.
+    """
+    return LEVELS[torch.ops.usp.cpu_level(torch.empty(0, dtype=dtype, device="cpu"))]
 
 
 def kind() -> str:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from kernel_call import Call
 
 from subjects import Result, Subject
+from usp.machine import cpu
 from usp.ops import native as ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx")
+CAPABILITIES = cpu.LEVELS
 # They differ from what is below in bf16 alone, of which they round weights and gradients of scores.
 BF16_ONLY = CAPABILITIES[3:]
 # Half-precision inputs are exact in fp32, where all arithmetic happens: one tolerance for all. Only
@@ -111,9 +112,7 @@ class Native(Subject):
 def of_this_machine() -> tuple[str, ...]:
     if ops.load_error() is not None:
         return ("default",)
-    from usp import _C
-
-    machine = _C.cpu_capability()
+    machine = cpu.level()
     below = CAPABILITIES[: 1 + CAPABILITIES.index(machine)]
     return (*below, "amx_emulated") if machine == "avx512_bf16" else below
 
