@@ -116,7 +116,7 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     if replicated(layouts):
         of_queries = isinstance(layouts[0], Replicated)
         return Bytes(0, _all_reduced(shape, place, backward) if of_queries else 0)
-    exchange = _exchange_back(shape, place) if backward else _exchange(shape, place)
+    exchange = exchange_sent(shape, place, backward)
     blocks, gradients = _moved(shape, place, backward)
     return Bytes(exchange, blocks, gradients, _bias_sent(shape, place, backward))
 
@@ -135,6 +135,11 @@ def bytes_between_nodes(shape: Shape, place: Place, nodes: int, backward: bool =
     if replicated(both(place.layout)):
         raise NotImplementedError("what is on every rank is reduced along whole axes, in any order")
     return Bytes(0, *_moved(shape, place, backward, place.ring_degree // nodes))
+
+
+def exchange_sent(shape: Shape, place: Place, backward: bool = False) -> int:
+    """The part of ``bytes_sent`` that the head exchange is."""
+    return _exchange_back(shape, place) if backward else _exchange(shape, place)
 
 
 def bias_held(shape: Shape, place: Place) -> tuple[int, int]:

@@ -1,0 +1,162 @@
+"""What is to be trained, and one way of spreading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from usp.planning.choose.attention import Way
+from usp.planning.choose.cluster import Cluster
+from usp.planning.choose.model import Model
+from usp.planning.choose.network import Group
+from usp.planning.choose.steps import CAUSAL, EVERYTHING
+from usp.planning.cost import Shape
+from usp.planning.masks.mask import Mask
+
+TILES = ("none", "loss", "mlp+loss")
+CHECKPOINTING = ("none", "attention", "full")
+OFFLOAD = ("none", "inputs", "states")
+# Bytes of each logit that live at a time: in bf16 with its softmax in fp32 and its gradient, as
+# Megatron's loss does; all three in bf16, as torch's does; with a kernel that keeps no softmax.
+LOSSES = {"fp32": 8, "bf16": 6, "kernel": 4}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of each weight's states, and what computes.
+
+    Attributes:
+        weights, gradients, optimizer: Bytes; AdamW beside bf16 weights has 12.
+        element: Bytes of an activation.
+        matrix: The dtype of matrix products, of ``Cluster.peak``. Attention is in 16 bits.
+        loss: Of ``LOSSES``.
+    """
+
+    weights: int = 2
+    gradients: int = 4
+    optimizer: int = 12
+    element: int = 2
+    matrix: str = "bf16"
+    loss: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its batches and the devices for it.
+
+    Attributes:
+        model: Its shape.
+        seq_len: Tokens of a sequence.
+        batch: Sequences of a step, all devices together.
+        cluster, devices: Where.
+        mask: Who sees whom; by default as the model is causal or not.
+        precision: Bytes and dtypes.
+        zero: What ``Choice.fsdp`` ranks share: 1 the optimizer's state, 2 gradients too, 3 (FSDP)
+            weights too.
+        backward: Whether it trains.
+
+    Raises:
+        ValueError: numbers below 1, or a mask that does not fit.
+    """
+
+    model: Model
+    seq_len: int
+    batch: int
+    cluster: Cluster
+    devices: int
+    mask: Mask | None = None
+    precision: Precision = Precision()
+    zero: int = 3
+    backward: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch", "devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.mask is not None:
+            self.mask.refuse_lengths(self.seq_len, self.seq_len)
+
+    @property
+    def who_sees(self) -> Mask:
+        if self.mask is not None:
+            return self.mask
+        return CAUSAL if self.model.causal else EVERYTHING
+
+    def dtype(self) -> torch.dtype:
+        return {8: torch.float64, 4: torch.float32}.get(self.precision.element, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way of spreading a job: degrees, and what saves memory.
+
+    Attributes:
+        dp: Ranks that have samples of their own.
+        fsdp: Ranks that share weights and states, out of dp x ring x ulysses; 1 is none.
+        ring, ulysses, tp, pp: Ranks along these axes. Neighbours are along tp, then ulysses, ring,
+            dp, pp.
+        layout, transport: Of attention.
+        tiles: "loss": a fused head and loss; "mlp+loss": the MLPs in tiles, too.
+        checkpointing: "attention" computes all but attention again, "full" everything.
+        offload: "inputs": those that checkpoints keep lie on the host; "states": weights and
+            optimizer, too.
+        micro: Samples at a time on the ranks of a sequence.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    pp: int = 1
+    layout: str = "contiguous"
+    transport: str = "ring"
+    tiles: str = "none"
+    checkpointing: str = "none"
+    offload: str = "none"
+    micro: int = 1
+
+    @property
+    def sp(self) -> int:
+        return self.ring * self.ulysses
+
+    @property
+    def devices(self) -> int:
+        return prod((self.dp, self.ring, self.ulysses, self.tp, self.pp))
+
+    @property
+    def way(self) -> Way:
+        """How a sequence lies: Ulysses on neighbours, the ring over its rows."""
+        ring = Group(self.ring, self.tp * self.ulysses)
+        return Way(ring, Group(self.ulysses, self.tp), self.layout, self.transport)
+
+    @property
+    def sharing(self) -> Group:
+        """The ranks that share states."""
+        return Group(self.fsdp, self.tp)
+
+    @property
+    def replicas(self) -> Group:
+        """The ranks that hold the same part of the states and add their gradients."""
+        return Group(self.dp * self.sp // self.fsdp, self.tp * self.fsdp)
+
+
+def shape_of(job: Job, choice: Choice) -> Shape:
+    """The attention of one layer for the samples computed at a time."""
+    model, lengths = job.model, (job.seq_len, job.seq_len)
+    heads, kv_heads = model.heads // choice.tp, model.kv_heads // choice.tp
+    dim = model.head_dim
+    return Shape(choice.micro, *lengths, heads, kv_heads, dim, dim, job.dtype())
+
+
+def micro_batches(job: Job, choice: Choice) -> int:
+    """How often a rank computes before it steps."""
+    return job.batch // (choice.dp * choice.micro)
+
+
+def tokens_of(job: Job, choice: Choice) -> int:
+    """Of a rank and its tensor-parallel neighbours, at a time: of the rank with most."""
+    row = -(-job.seq_len // choice.ring)
+    return choice.micro * -(-row // choice.ulysses)

@@ -1,0 +1,104 @@
+"""What a model is made of, as far as its memory and its time need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer of equal layers.
+
+    Attributes:
+        name: Of these numbers.
+        layers, hidden, heads, kv_heads, mlp: L, h, H, G and the inner width f.
+        vocabulary: Classes of the loss of each token; 0 where no token has one (a ViT).
+        patch: Pixels of a side of a patch; 0 where tokens are words.
+        gated: Whether the MLP has three matrices (SwiGLU) or two.
+        causal: Whether its attention is.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int = 0
+    patch: int = 0
+    gated: bool = True
+    causal: bool = True
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def attention_weights(self) -> int:
+        """Of a layer's projections: q and out, k and v."""
+        return 2 * self.hidden**2 + 2 * self.hidden * self.kv_heads * self.head_dim
+
+    @property
+    def mlp_weights(self) -> int:
+        return (3 if self.gated else 2) * self.hidden * self.mlp
+
+    @property
+    def layer_weights(self) -> int:
+        return self.attention_weights + self.mlp_weights
+
+    @property
+    def ends(self) -> int:
+        """Weights in front of the layers and behind them: embedding and head, or patches."""
+        return 2 * self.vocabulary * self.hidden + 3 * self.patch**2 * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """P, without biases and norms."""
+        return self.layers * self.layer_weights + self.ends
+
+
+_ROPE = "arXiv:2307.09288"
+_LLAMA3 = "arXiv:2407.21783"
+_VIT = "arXiv:2010.11929"
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("llama2-7b", 32, 4096, 32, 32, 11008, 32000, source=_ROPE),
+        Model("llama3-8b", 32, 4096, 32, 8, 14336, 128256, source=_LLAMA3),
+        Model("llama3-70b", 80, 8192, 64, 8, 28672, 128256, source=_LLAMA3),
+        Model("burst-14b", 40, 5120, 40, 40, 13824, 120000, source="BurstEngine, arXiv:2509.19836"),
+        Model("vit-l", 24, 1024, 16, 16, 4096, 0, 16, gated=False, causal=False, source=_VIT),
+        Model("vit-h", 32, 1280, 16, 16, 5120, 0, 14, gated=False, causal=False, source=_VIT),
+        Model(
+            "vit-22b",
+            *(48, 6144, 48, 48, 24576, 0, 14),
+            gated=False,
+            causal=False,
+            source="arXiv:2302.05442",
+        ),
+        Model(
+            "vit-10b",
+            *(48, 4096, 32, 32, 16384, 0, 16),
+            gated=False,
+            causal=False,
+            source="shape assumed; the size is that of arXiv:2405.15780",
+        ),
+        Model(
+            "dit-xl",
+            *(28, 1152, 16, 16, 4608, 0, 2),
+            gated=False,
+            causal=False,
+            source="arXiv:2212.09748",
+        ),
+    )
+}

@@ -1,0 +1,239 @@
+"""Every way of spreading a job, ranked by its predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from usp.planning.choose.job import Choice, Job
+from usp.planning.choose.memory import Memory, memory_of
+from usp.planning.choose.network import spans_nodes
+from usp.planning.choose.steps import EVERYTHING
+from usp.planning.choose.time import StepTime, model_flops, step_time
+from usp.planning.choose.traffic import Sent, bytes_of
+
+# What saves memory, by the time it costs: the first that fits is taken.
+SAVERS = tuple(
+    (tiles, checkpointing, offload)
+    for offload, checkpointing, tiles in (
+        ("none", "none", "none"),
+        ("none", "none", "loss"),
+        ("none", "none", "mlp+loss"),
+        ("none", "attention", "none"),
+        ("none", "attention", "loss"),
+        ("none", "full", "loss"),
+        ("inputs", "attention", "loss"),
+        ("inputs", "full", "loss"),
+        ("inputs", "full", "mlp+loss"),
+        ("states", "full", "loss"),
+        ("states", "full", "mlp+loss"),
+    )
+)
+
+
+_REFINED = 48
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A choice and what it comes to.
+
+    Attributes:
+        choice: The degrees.
+        time: Seconds of a step.
+        memory: Bytes of a rank.
+        fits: Whether that is what a device has.
+    """
+
+    choice: Choice
+    time: StepTime
+    memory: Memory
+    fits: bool
+    job: Job = field(repr=False)
+
+    @property
+    def sent(self) -> Sent:
+        return bytes_of(self.job, self.choice)
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s of a device, counted as ``model_flops``."""
+        return model_flops(self.job) / self.time.total / self.choice.devices
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.job.batch * self.job.seq_len / self.time.total
+
+    @property
+    def limit(self) -> str:
+        """What keeps it from being faster: the part that takes longest beside arithmetic, if that
+        is a tenth of the step, else arithmetic; memory where less would fit without savers."""
+        parts = dict(self.time.parts)
+        arithmetic = parts.pop("matrix"), parts.pop("attention")
+        name = max(parts, key=lambda part: parts[part])
+        if not self.fits:
+            return "out of memory"
+        if parts[name] > 0.1 * self.time.total:
+            return name
+        return "attention" if arithmetic[1] > arithmetic[0] else "matrix"
+
+
+def predict(job: Job, choice: Choice) -> Predicted:
+    """One choice.
+
+    Raises:
+        ValueError: its degrees are not those of the job; both numbers.
+    """
+    _check(job, choice)
+    memory = memory_of(job, choice)
+    fits = memory.total <= job.cluster.memory
+    return Predicted(choice, step_time(job, choice), memory, fits, job)
+
+
+def _check(job: Job, choice: Choice) -> None:
+    model, parallel = job.model, choice.dp * choice.sp
+    pairs = (
+        ("devices", job.devices, "dp x ring x ulysses x tp x pp", choice.devices),
+        ("heads", model.heads, "tp", choice.tp),
+        ("kv_heads", model.kv_heads, "tp", choice.tp),
+        ("layers", model.layers, "pp", choice.pp),
+        ("batch", job.batch, "dp x micro", choice.dp * choice.micro),
+        ("dp x ring x ulysses", parallel, "fsdp", choice.fsdp),
+    )
+    for name, whole, by, part in pairs:
+        if whole % part or (name == "devices" and whole != part):
+            relation = "is not" if name == "devices" else "is not a multiple of"
+            raise ValueError(f"{name} {whole} {relation} {by} {part}")
+
+
+def search(
+    job: Job, degrees: Iterable[Choice] | None = None, limit: Sequence[str] = ()
+) -> list[Predicted]:
+    """What fits, the fastest first, each with the cheapest saver that makes it fit.
+
+    All meshes, layouts and transports are compared with one sample at a time and states shared by
+    all ranks; of the fastest also the other ways of sharing and larger micro batches.
+
+    Args:
+        job: What is to be trained.
+        degrees: Ask about these meshes alone.
+        limit: Names of degrees ("tp", "pp", "ring", "ulysses") that must be 1.
+
+    Raises:
+        ValueError: nothing fits; says what needs least.
+    """
+    asked = meshes(job, limit) if degrees is None else degrees
+    tried = list(asked)
+    found = [one for one in (_fitted(job, choice) for choice in tried) if one is not None]
+    if not found:
+        raise ValueError(_nothing_fits(job, tried))
+    found.sort(key=_order)
+    for index, one in enumerate(found[:_REFINED]):
+        others = (_fitted(job, choice) for choice in _refined(job, one.choice))
+        found[index] = min([one, *(other for other in others if other is not None)], key=_order)
+    return sorted(found, key=_order)
+
+
+def _order(one: Predicted) -> tuple[float, float]:
+    return one.time.total, one.memory.total
+
+
+def _fitted(job: Job, choice: Choice) -> Predicted | None:
+    """With the first saver of which its memory is enough."""
+    for tiles, checkpointing, offload in _savers(job):
+        tried = replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
+        memory = memory_of(job, tried)
+        if memory.total <= job.cluster.memory:
+            return Predicted(tried, step_time(job, tried), memory, True, job)
+    return None
+
+
+def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
+    said = (
+        f"nothing fits {job.devices} devices of {job.cluster.name} with "
+        f"{job.cluster.memory / 2**30:.1f} GiB each"
+    )
+    if not tried:
+        return f"no mesh divides {job.devices} devices, batch {job.batch}, {job.model.heads} heads"
+    tiles, checkpointing, offload = SAVERS[-1]
+    least = min(
+        memory_of(
+            job, replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
+        ).total
+        for choice in tried
+    )
+    return f"{said}: {least / 2**30:.1f} GiB is the least that any mesh takes"
+
+
+def _savers(job: Job) -> Iterator[tuple[str, str, str]]:
+    for tiles, checkpointing, offload in SAVERS:
+        if not job.backward and checkpointing != "none":
+            continue
+        if not job.model.vocabulary and tiles == "loss" and checkpointing == "none":
+            continue
+        yield tiles, checkpointing, offload
+
+
+def meshes(job: Job, limit: Sequence[str] = ()) -> Iterator[Choice]:
+    """Every mesh of a job's devices, with each layout and transport."""
+    model, devices = job.model, job.devices
+    most = min(devices, job.cluster.node)
+    for tp in _divisors(model.kv_heads, 1 if "tp" in limit else most):
+        for pp in _divisors(model.layers, 1 if "pp" in limit else devices):
+            if devices % (tp * pp):
+                continue
+            for sp in _divisors(devices // (tp * pp), devices):
+                dp = devices // (tp * pp * sp)
+                if job.batch % dp or sp > job.seq_len:
+                    continue
+                for ulysses in _divisors(sp, 1 if "ulysses" in limit else model.heads):
+                    ring = sp // ulysses
+                    if "ring" in limit and ring > 1:
+                        continue
+                    degrees = Choice(dp, 1, ring, ulysses, tp, pp)
+                    yield from _ways(job, degrees)
+
+
+def _ways(job: Job, degrees: Choice) -> Iterator[Choice]:
+    layouts = ["contiguous"]
+    transports = ["ring"]
+    if degrees.ring > 1:
+        if job.who_sees != EVERYTHING:
+            layouts.append("zigzag")
+        transports.append("allgather")
+        if job.mask is not None and degrees.ring <= 64:
+            transports.append("direct")
+    for layout, transport in product(layouts, transports):
+        yield replace(degrees, layout=layout, transport=transport, fsdp=degrees.dp * degrees.sp)
+
+
+def _refined(job: Job, choice: Choice) -> Iterator[Choice]:
+    """The same mesh with other numbers of ranks that share states, and of samples at a time."""
+    for fsdp, micro in product(_shares(job, choice), _micros(job, choice)):
+        yield replace(choice, fsdp=fsdp, micro=micro)
+
+
+def _shares(job: Job, degrees: Choice) -> list[int]:
+    """Over how many ranks states are shared: none, those of a few nodes, all."""
+    ranks = degrees.dp * degrees.sp
+    found = {1, ranks}
+    for nodes in (1, 4, 16):
+        inside = nodes * job.cluster.node // degrees.tp
+        if inside and not ranks % inside:
+            found.add(inside)
+    return sorted(found)
+
+
+def _micros(job: Job, degrees: Choice) -> list[int]:
+    each = job.batch // degrees.dp
+    return [n for n in (1, 2, 4, 8) if not each % n]
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if not number % n]
+
+
+def crosses_nodes(job: Job, choice: Choice) -> bool:
+    """Whether the ring goes over nodes."""
+    return spans_nodes(job.cluster, choice.way.ring)
