@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -111,14 +112,16 @@ def _all_pairs(mask: Mask, queries: int, keys: int) -> float:
 
 
 def _planned(plan: Plan) -> Steps:
-    def rows(messages: list[Cargo]) -> int:
+    def rows(messages: Iterable[Cargo]) -> int:
         return sum(len(some) for cargo in messages for some in cargo)
 
     pairs = tuple(float(step.pairs) for step in plan.steps)
     if plan.route is None:
         return Steps(pairs, (), len(plan.queries), 0, 0, 0)
     come = tuple(float(rows([arrival.cargo])) for arrival in plan.route.arrivals)
-    sent = plan.route.sent(plan.ring_rank)
-    back = plan.route.returned(plan.ring_rank)
+    sent, back = (
+        [cargo for _, cargo in told(plan.ring_rank)]
+        for told in (plan.route.sent, plan.route.returned)
+    )
     messages = 1 if isinstance(plan.route, Exchange) else len(sent)
     return Steps(pairs, come, len(plan.queries), rows(sent), rows(back), messages)
