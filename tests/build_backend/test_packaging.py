@@ -63,6 +63,7 @@ def test_installed_metadata() -> None:
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.10"]
     assert set(installed.metadata.get_all("Provides-Extra") or []) == {
         *(
+            "bench",
             "completions",
             "demo",
             "dev",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import usp
 from usp import cli, masks
 from usp._version import __version__
 from usp.backends.preference import measured_on, preference
+from usp.bench import PROGRAMS
 from usp.cli import bench, command, console, info
 from usp.cli.expression import parse_mask
 from usp.cli.picture import colours, draw, in_colours
@@ -363,15 +365,29 @@ def test_what_argparse_refuses_is_exit_code_2(
 def test_bench_lists_programs_and_hands_them_their_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    (folder / "block.py").write_text(
+    """Those of the package wherever it is installed, and those of a source tree."""
+    monkeypatch.setattr(bench, "PACKAGE", tmp_path / "site-packages" / "usp")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capfd, "bench")
+    assert code == 0 and re.findall(r"^  (\S+)", out, re.MULTILINE) == list(PROGRAMS)
+    monkeypatch.setitem(sys.modules, "usp.bench.kernels", mock.Mock(main=lambda argv: argv))
+    assert bench.run(argparse.Namespace(name="kernels", rest=["--size", "7"])) == ["--size", "7"]
+    assert "more come with the sources" in run(capfd, "bench", "block")[2]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "benchmarks" / "block.py").write_text(
         '"""Times one block.\n\nMore."""\nimport sys\nprint(sys.argv[1:])\nsys.exit(3)\n'
     )
-    monkeypatch.setattr(bench, "benchmark_folder", lambda: folder)
-    assert run(capfd, "bench") == (0, "  block  Times one block.\n", "")
+    assert run(capfd, "bench")[1].endswith("of the source tree\n  block  Times one block.\n")
     code, out, _ = run(capfd, "bench", "block", "--size", "7")
     assert (code, out) == (3, "['--size', '7']\n")
+
+
+def test_every_program_of_bench_is_there_and_explains_itself() -> None:
+    for name in PROGRAMS:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["bench", name, "--help"])
+        assert end.value.code == 0, name
 
 
 def test_python_m_usp_is_the_same_command(tmp_path: Path) -> None:

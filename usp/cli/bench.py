@@ -1,4 +1,4 @@
-"""``usp bench``: list the benchmark programs of the source tree, or run one."""
+"""``usp bench``: list the programs that measure, or run one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from usp.bench import PROGRAMS
+from usp.bench import run as run_program
 from usp.cli.console import PACKAGE, UserError, table
 
 if TYPE_CHECKING:
@@ -17,33 +19,39 @@ if TYPE_CHECKING:
 
 def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     """Describe ``usp bench`` to the parser of the command line."""
-    parser = commands.add_parser("bench", help="list the benchmark programs, or run one")
+    parser = commands.add_parser("bench", help="measure: kernels, rings, links; no NAME: list them")
     parser.add_argument("name", nargs="?", help="the program; none: list them")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
     return parser
 
 
-def benchmark_folder() -> Path:
-    """`benchmarks/` of the source tree that this usp, or the current folder, belongs to."""
+def source_programs() -> dict[str, Path]:
+    """Those of ``benchmarks/``, where this usp, or the current folder, is a source tree."""
     for root in (PACKAGE.parent, Path.cwd()):
         if (root / "benchmarks").is_dir() and (root / "pyproject.toml").is_file():
-            return root / "benchmarks"
-    raise UserError("no benchmarks/ folder here: it comes with the sources, run usp bench there")
+            paths = sorted((root / "benchmarks").glob("[a-z]*.py"))
+            return {path.stem: path for path in paths if path.stem not in PROGRAMS}
+    return {}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    programs = {path.stem: path for path in sorted(benchmark_folder().glob("[a-z]*.py"))}
+    """Those of the package run here, those of the source tree in a process of their own."""
+    if arguments.name in PROGRAMS:
+        return run_program(arguments.name, arguments.rest)
+    programs = source_programs()
     if arguments.name is None:
-        if not programs:
-            raise UserError("benchmarks/ holds no programs yet")
-        documented = {
-            name: ast.get_docstring(ast.parse(p.read_text())) for name, p in programs.items()
-        }
-        print(table((name, (text or "").partition("\n")[0]) for name, text in documented.items()))
+        print(table(PROGRAMS.items()))
+        if programs:
+            print("\nof the source tree")
+            print(table((name, _first_line(path)) for name, path in programs.items()))
         return 0
     if arguments.name not in programs:
-        raise UserError(
-            f"no benchmark {arguments.name!r}: there are {', '.join(programs) or 'none'}"
-        )
+        names = ", ".join((*PROGRAMS, *programs))
+        more = "" if programs else "; more come with the sources"
+        raise UserError(f"no benchmark {arguments.name!r}: there are {names}{more}")
     command = [sys.executable, str(programs[arguments.name]), *arguments.rest]
     return subprocess.run(command, check=False).returncode
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# What a process does: (settings, rank, tell) -> its result; tell(done, total) reports progress.
+# What a process does: (settings, rank, tell) -> its result; what it tells the caller hears at once.
 Work = Callable[..., Any]
-Tell = Callable[[int, int], None]
+Tell = Callable[..., None]
 
 
 class ProcessFailed(Exception):
@@ -36,7 +36,7 @@ def run(
     """`work(settings, rank, tell)` in `count` fresh processes: their results by rank.
 
     Fresh means forked from a process that has imported torch and run nothing: each has its own
-    threads and peak memory. Progress of rank 0 goes to `tell`.
+    threads and peak memory. What rank 0 tells goes to `tell`.
 
     Args:
         seconds: How long they may take together; None is any time.
@@ -64,9 +64,9 @@ def run(
 
 
 def _child(work: Work, settings: Any, rank: int, pipe: Connection) -> None:
-    def tell(done: int, total: int) -> None:
+    def tell(*news: Any) -> None:
         if rank == 0:
-            pipe.send(("progress", (done, total)))
+            pipe.send(("progress", news))
 
     try:
         answer = ("result", work(settings, rank, tell))

@@ -1,0 +1,242 @@
+"""``usp bench kernels``, ``ring`` and ``comm``: what they compare is right, what is wrong is not
+timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+
+from usp import bench
+from usp.backends import native
+from usp.bench import attention, comm, ring, rivals
+from usp.bench.attention import Problem
+from usp.bench.case import Case
+from usp.bench.exact import relative_error
+from usp.bench.peers import PEERS, peer
+from usp.bench.records import read
+from usp.bench.world import World
+from usp.testing import dense_attention
+
+needs_kernels = pytest.mark.skipif(
+    native.unavailable() is not None, reason="the compiled extension was not built"
+)
+
+
+def named(records: list[dict[str, Any]], what: str) -> set[str]:
+    return {r["candidate"] for r in records if r["record"] == "time" and r["what"] == what}
+
+
+@needs_kernels
+def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "kernels.json"
+    assert bench.run("kernels", ["--quick", "--dtypes", "fp32", "--json", str(file)]) == 0
+    report = read(file)
+    assert report.header["program"] == "kernels" and report.header["arguments"]["quick"]
+    assert report.of("roofline")[0]["flops_per_s"]["fp32"] > 0
+    for what in ("forward", "backward"):
+        assert named(report.records, what) >= {"usp native", "usp sdpa", "sdpa", "matmul"}
+    assert named(report.records, "ring step") >= {"usp native, no state", "cpu + fused merge"}
+    for what in ("exchange, scatter", "exchange, gather", "merge"):
+        assert named(report.records, what) >= {"usp native", "torch", "copy"}
+    for record in report.of("time"):
+        assert len(record["seconds"]) == 3 and record["p20"] <= record["median"] <= record["p80"]
+        assert record["candidate"] in ("matmul", "copy") or record["of_roof"] > 0
+    assert "roofline" not in capsys.readouterr().out
+
+
+@needs_kernels
+def test_a_wrong_kernel_is_not_timed_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = native.attention_forward
+    monkeypatch.setattr(
+        native, "attention_forward", lambda b, s: (right(b, s), s.result.add_(0.01))[0]
+    )
+    argv = "--quick --what forward --dtypes fp32 --candidates native sdpa --json"
+    assert bench.run("kernels", argv.split()) == 1
+    said = capsys.readouterr()
+    records = [json.loads(line) for line in said.out.splitlines()]
+    assert named(records, "forward") == {"usp sdpa", "sdpa", "matmul"}
+    assert {r["candidate"] for r in records if r.get("wrong")} == {"usp native"}
+    assert "WRONG: usp native, forward: out is off by" in said.err
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("mask", ["causal", "full", "window", "documents"])
+def test_every_rival_is_given_the_same_mask(mask: str) -> None:
+    case = Case("fp32", 2, 48, 4, 2, 16, mask, window=11)
+    others = {
+        "sdpa": rivals.sdpa(case, "cpu"),
+        "flex": rivals.flex_attention(case, "cpu", compiled=False),
+    }
+    own = attention.own(torch.float32, 16, "cpu")
+    problem = Problem(case, "cpu", own, others)
+    for name in problem.candidates:
+        errors = problem.errors(name, backward=name != "flex")
+        assert max(errors.values()) < 2e-6, name
+    assert set(rivals.rivals(case, "cpu", False)) == {"sdpa"}
+    assert rivals.not_installed("cpu", False)["sdpa cudnn"] == "it is for GPUs"
+
+
+def tell_nothing(*news: Any) -> None:
+    pass
+
+
+def ring_records(argv: str) -> list[dict[str, Any]]:
+    """On a worker: what rank 0 tells."""
+    args = ring.arguments(argv.split())
+    told: list[dict[str, Any]] = []
+
+    def tell(news: Any) -> None:
+        if not isinstance(news, str):
+            told.extend(news)
+
+    ring.measure_cases(World(args, args.processes, 2, "cpu", ""), tell)
+    return told
+
+
+@needs_kernels
+def test_ring(pool: Pool) -> None:
+    argv = "--quick --seq-len 64 --heads 4 --kv-heads 4 --dtypes bf16 --peers plain"
+    argv += " --masks full window --window 20 --seconds 0"
+    records, *others = pool.run(ring_records, argv, ranks=4)
+    meshes = {"usp 2 x 2", "usp 1 x 4", "usp 4 x 1"}
+    for which in ("forward", "both"):
+        found = [r for r in records if r["what"] == which and r["case"]["mask"] == "full"]
+        assert named(found, which) == meshes | {"usp, one process", "plain torch ring"}
+        window = [r for r in records if r["what"] == which and r["case"]["mask"] == "window"]
+        assert named(window, which) == meshes | {"usp, one process"}
+        (out,) = [r for r in window if r["record"] == "not_timed"]
+        assert out["why"] == "it knows no window" and not out["wrong"]
+    # 16 tokens of K and V of 4 x 64 elements: 3 hops in each pass, and of fp32 gradients
+    block = 2 * 16 * 4 * 64
+    sent = {
+        (r["what"], r["candidate"]): r["bytes_sent"]
+        for r in records
+        if r["record"] == "time" and r["case"]["mask"] == "full"
+    }
+    assert sent["forward", "usp 1 x 4"] == block * 3 * 2
+    assert sent["both", "usp 1 x 4"] == block * (3 * 2 + 3 * 2 + 3 * 4)
+    # the field's ring sends K and V home, too
+    assert sent["both", "plain torch ring"] == block * (3 * 2 + 3 * 2 + 4 * 4)
+    assert sent["both", "usp, one process"] == 0
+    seconds = [r["seconds"] for r in records if r["record"] == "time"]
+    assert all([r["seconds"] for r in o if r["record"] == "time"] == seconds for o in others)
+
+
+def plain_errors(length: int, dtype: str, mask: str, size: int) -> dict[str, float]:
+    """On a worker: of the plain ring, against the oracle; {} but on rank 0."""
+    from usp.bench import world as worlds
+    from usp.bench.ring_case import differentiated
+
+    case, rank, plain = Case(dtype, 2, length, 3, 3, 16, mask), worlds.axis().rank, peer("plain")
+    generator = torch.Generator().manual_seed(3)
+    whole = [
+        torch.randn(2, length, 3, 16, generator=generator).to(attention.DTYPES[dtype])
+        for _ in range(4)
+    ]
+    index = plain.positions(case, rank, size)
+    *leaves, dout = (x[:, index] for x in whole)
+    leaves = [x.requires_grad_() for x in leaves]
+    found = worlds.rows_of_all(index, differentiated(plain.make(case), leaves, dout, "both"))
+    if rank > 0:
+        return {}
+    exact = [x.double().requires_grad_() for x in whole[:3]]
+    out, _ = dense_attention(*exact, causal=case.is_causal)
+    wanted = [out.detach(), *torch.autograd.grad(out, exact, whole[3].double())]
+    pairs = zip(("out", "dq", "dk", "dv"), found, wanted, strict=True)
+    return {name: relative_error(x, right) for name, x, right in pairs}
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize(("dtype", "allowed"), [("fp32", 3e-6), ("bf16", 2e-2)])
+def test_the_plain_ring_is_exact_attention(
+    pool: Pool, dtype: str, allowed: float, mask: str
+) -> None:
+    errors = pool.run(plain_errors, 2 * 4 * 13, dtype, mask, 4, ranks=4)[0]
+    assert set(errors) == {"out", "dq", "dk", "dv"} and max(errors.values()) < allowed
+
+
+def test_peers_say_why_they_are_not_there_and_what_they_cannot() -> None:
+    case = Case("fp32", 1, 100, 8, 2, 16, "documents")
+    for name in PEERS:
+        module = peer(name)
+        said = module.unavailable()
+        assert said is None or "pip install" in said
+        assert module.reason_against(case, 4)
+    assert "do not divide by 8" in peer("plain").reason_against(
+        Case("fp32", 1, 100, 2, 2, 16, "full"), 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "argv", "said"),
+    [
+        ("ring", "--mesh 2x2 1x3", r"--mesh has \[3, 4\] processes"),
+        ("ring", "--mesh 2by2", "'2by2' is no ULYSSESxRING"),
+        ("ring", "--heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),
+        ("comm", "--processes 1", "--processes must be 2 or more, got 1"),
+        ("comm", "--sizes 8", "--sizes must be 32 or more for 4 ranks, got 8"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    program: str, argv: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    with pytest.raises(SystemExit) as end:
+        bench.run(program, argv.split())
+    assert end.value.code == 2 and re.search(said, capsys.readouterr().err)
+
+
+def comm_records(argv: str) -> list[dict[str, Any]]:
+    """On a worker: what rank 0 tells."""
+    args = comm.arguments(argv.split())
+    told: list[dict[str, Any]] = []
+
+    def tell(news: Any) -> None:
+        if not isinstance(news, str):
+            told.extend(news)
+
+    comm.measure_verbs(World(args, args.processes, 2, "cpu", ""), tell)
+    return told
+
+
+def test_comm(pool: Pool) -> None:
+    records = pool.run(comm_records, "--quick --processes 3 --sizes 96 960", ranks=3)[0]
+    assert {r["record"] for r in records} == {"time"}, records
+    links = named(records, "link")
+    assert links == {f"{a} to {b}" for a in range(3) for b in range(3) if a != b}
+    sent = {(r["what"], r["case"]["bytes"]): r["sent"] for r in records}
+    assert sent["all_gather", 960] == 2 * 960 and sent["all_to_all", 960] == 2 * 320
+    assert sent["all_reduce", 96] == 4 * 32 and sent["shift", 96] == sent["link", 96] == 96
+    fits = comm.fits(records)
+    assert len(fits) == len(links) + 4 and all(r["values"]["latency_s"] >= 0 for r in fits)
+
+
+def test_a_line_through_times_finds_what_made_them() -> None:
+    points = [(float(n), 1e-5 + n / 2e9) for n in (1e3, 1e5, 1e7)]
+    latency, each = comm.line_through(points)
+    assert latency == pytest.approx(1e-5) and 1 / each == pytest.approx(2e9)
+    assert comm.line_through([(10.0, 2e-5), (100.0, 1e-5)])[1] == 0.0  # noise is no speed
+
+
+@needs_kernels
+@pytest.mark.long
+def test_ring_in_processes_of_its_own(tmp_path: Path) -> None:
+    """And the timeline of one pass."""
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "ring.json", tmp_path / "timeline.png"
+    argv = "--quick --mesh 1x2 --dtypes fp32 --masks causal --passes both --peers plain --json"
+    assert bench.run("ring", [*argv.split(), str(file)]) == 0
+    assert len(read(file).of("time")) == 3
+    assert bench.run("ring", [*argv.split(), str(file), "--trace", str(picture)]) == 0
+    for record in read(file).of("value"):
+        values = record["values"]
+        assert 0 < values["hidden_s"] <= values["computing_s"] < values["pass_s"]
+    assert picture.stat().st_size > 1000

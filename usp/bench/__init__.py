@@ -1,0 +1,30 @@
+"""``usp bench``: programs that measure, each a module with ``main(argv) -> exit code``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+# By name, with what is said of each in a list.
+PROGRAMS: dict[str, str] = {
+    "kernels": "attention forward and backward, ring step, head exchange, merge, on one device",
+    "ring": "whole distributed attention on any mesh, beside others in the same processes",
+    "comm": "each link between processes and each collective: bytes a second, cost of a message",
+}
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """Run a program.
+
+    Args:
+        name: One of ``PROGRAMS``.
+        argv: Its arguments.
+
+    Returns:
+        The exit code: 0, or 1 where a result of usp was wrong.
+
+    Raises:
+        SystemExit: the arguments are none (2), or help was asked for (0).
+    """
+    found: int = importlib.import_module(f"usp.bench.{name}").main(argv)
+    return found

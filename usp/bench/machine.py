@@ -1,0 +1,132 @@
+"""Where and when something was measured, and with what."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import usp
+from usp.kernels import architecture
+from usp.machine import cpu, place
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FORMAT = 1
+
+
+def environment() -> dict[str, Any]:
+    """Date, commit, CPU, versions, load."""
+    capability = cpu.level()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **commit(),
+        "usp": usp.__version__,
+        "cpu": cpu.model(),
+        "cpu_vendor": cpu.vendor(),
+        "cpu_capability": capability,
+        "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": load(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def load() -> list[float] | None:
+    """Average over 1, 5 and 15 minutes, where the system knows it."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def commit() -> dict[str, Any]:
+    """Of the sources, if this is their folder: another repository around it is not theirs."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        return {"commit": None}
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    found = git("rev-parse", "HEAD") or None
+    return {"commit": found, "uncommitted_changes": bool(git("status", "--porcelain"))}
+
+
+def of_device(device: str) -> dict[str, Any]:
+    """A GPU: name, architecture, driver, and the libraries that torch runs on it."""
+    if device != "cuda":
+        return {"device": device}
+    return {
+        "device": device,
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": torch.cuda.device_count(),
+        "architecture": architecture(torch.device(device)),
+        "driver": place.driver(torch.device(device)),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
+    }
+
+
+def header(program: str, device: str, arguments: dict[str, Any], clock: str) -> dict[str, Any]:
+    """The first record of a file."""
+    told = {name: value for name, value in arguments.items() if _is_plain(value)}
+    return {
+        "record": "header",
+        "format": FORMAT,
+        "program": program,
+        **environment(),
+        **of_device(device),
+        "clock": clock,
+        "arguments": told,
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def in_words(header: dict[str, Any]) -> str:
+    """The machine, in a line."""
+    where = header.get("gpu") or f"{header['cpu']}, {header['cpu_capability']}"
+    threads = "" if header.get("gpu") else f", {header['threads']} threads"
+    return (
+        f"{where}{threads}; torch {header['torch']}, Python {header['python']}, "
+        f"usp {header.get('usp', '')} {(header.get('commit') or 'of no commit')[:12]}"
+    )
+
+
+def warnings(header: dict[str, Any]) -> list[str]:
+    """What speaks against keeping the figures."""
+    found = []
+    average = header.get("load_average")
+    if average and average[0] > 0.5 and header["clock"] == "wall":
+        found.append(
+            f"others use this machine (load {average[0]:.1f}): wall times are worth a look alone"
+        )
+    if header.get("uncommitted_changes"):
+        found.append("the sources hold changes that are not committed")
+    if header["device"] == "cpu" and header["cpu_capability"] == "none":
+        found.append("the compiled kernels are not there: usp info says why")
+    return found
+
+
+def is_interactive() -> bool:
+    return sys.stderr.isatty()
