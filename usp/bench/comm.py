@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from usp.bench import world as worlds
-from usp.bench.options import BenchError, begin, finish, parse, parser
+from usp.bench.options import NO_ANSWER, BenchError, begin, finish, parse, parser
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.world import World
 from usp.distributed.comm import Axis
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     except BenchError as error:
         run.show.say(str(error))
         finish(run)
-        return 1
+        return NO_ANSWER
     run.add(fits(run.sink.records))
     return finish(run)
 

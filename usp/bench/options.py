@@ -16,8 +16,11 @@ from usp.bench.show import Show, stream_of
 from usp.bench.timing import CLOCKS, LEAST_ROUNDS
 
 
+NO_ANSWER = 3  # the exit code where a process died or did not answer
+
+
 class BenchError(Exception):
-    """What the user can mend."""
+    """What the user can mend, or why there is no answer."""
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -109,7 +112,11 @@ def begin(program: str, args: argparse.Namespace) -> Run:
     show.say(machine.in_words(head))
     for text in machine.warnings(head):
         show.say(f"note: {text}")
-    return Run(settings, Roof(settings, args.quick), Sink(args.json, head), show)
+    try:
+        sink = Sink(args.json, head)
+    except OSError as error:
+        raise BenchError(f"--json: {error}") from error
+    return Run(settings, Roof(settings, args.quick), sink, show)
 
 
 def finish(run: Run) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from usp.bench import PROGRAMS
 from usp.bench import run as run_program
+from usp.bench.options import BenchError
 from usp.cli.console import PACKAGE, UserError, table
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def source_programs() -> dict[str, Path]:
 def run(arguments: argparse.Namespace) -> int:
     """Those of the package run here, those of the source tree in a process of their own."""
     if arguments.name in PROGRAMS:
-        return run_program(arguments.name, arguments.rest)
+        try:
+            return run_program(arguments.name, arguments.rest)
+        except BenchError as error:
+            raise UserError(str(error)) from error
     programs = source_programs()
     if arguments.name is None:
         print(table(PROGRAMS.items()))
