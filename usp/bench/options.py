@@ -15,7 +15,6 @@ from usp.bench.records import Record, Sink
 from usp.bench.show import Show, stream_of
 from usp.bench.timing import CLOCKS, LEAST_ROUNDS
 
-
 NO_ANSWER = 3  # the exit code where a process died or did not answer
 
 

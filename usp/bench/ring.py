@@ -27,7 +27,17 @@ from usp.bench import world as worlds
 from usp.bench.case import MASKS, Case
 from usp.bench.device import DTYPES
 from usp.bench.exact import wrong
-from usp.bench.options import NO_ANSWER, BenchError, Run, add_dtypes, begin, dtypes, finish, parse, parser
+from usp.bench.options import (
+    NO_ANSWER,
+    BenchError,
+    Run,
+    add_dtypes,
+    begin,
+    dtypes,
+    finish,
+    parse,
+    parser,
+)
 from usp.bench.peers import PEERS, present
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.ring_case import RingAttention, name_of
