@@ -99,6 +99,11 @@ def readme(names: Names) -> Iterator[str | None]:
     yield None
 
 
+@page("docs/tutorial.md", (2, 2))
+def tutorial(names: Names) -> Iterator[str | None]:
+    yield None
+
+
 # ---- attention
 
 
