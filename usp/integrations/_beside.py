@@ -39,7 +39,9 @@ def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any
 def _cut(tokens: Tokens, boundary: Boundary, name: str, asked: Entries, whole: Any) -> Any:
     if isinstance(whole, tuple | list):
         return type(whole)(_cut(tokens, boundary, name, asked, item) for item in whole)
-    if whole is None or (asked.dims is not None and whole.dim() != asked.dims):
+    if whole is None:
+        return whole
+    if asked.dims is not None and not (isinstance(whole, Tensor) and whole.dim() == asked.dims):
         return whole
     dim, length, joint = asked.dim, tokens.spread.seq_len, boundary.joint
     entries = whole.shape[dim]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from usp.integrations._boundary import Boundary, Entries, Joint
+from usp.integrations._recurrences import check_linear_layers
 
 _MLP = "*.mlp"  # in most libraries
 _OF_STREAMS = ("*.ff", "*.ff_context")  # of diffusers: of the image, and of a text beside it
@@ -17,6 +18,13 @@ _OF_EXPERTS = Boundary(
     "layers", beside={"position_embeddings": 1, "position_ids": 1}, never=("cache",)
 )
 _ROTATED = replace(_OF_EXPERTS, mlp=_MLP)
+# with layers of gated DeltaNet, whose convolution is called as a function, with its weight
+_HYBRID = replace(
+    _OF_EXPERTS,
+    local="*.linear_attn.conv1d",
+    beside=dict(_OF_EXPERTS.beside) | {"attention_mask": Entries(1, dims=2)},
+    check=check_linear_layers,
+)
 # of images and of texts, each with a sequence of its own
 _TOWERS = (
     Boundary("text_model.encoder.layers", mlp=_MLP),
@@ -130,6 +138,9 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": _ROTATED,
     "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Model": _ROTATED,
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssModel": _OF_EXPERTS,
+    "transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextModel": _HYBRID,
+    "transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5TextModel": replace(_HYBRID, mlp=_MLP),
+    "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeTextModel": _HYBRID,
     f"{_DIFFUSERS}.dit_transformer_2d.DiTTransformer2DModel": Boundary(
         "transformer_blocks", "*.attn1", mlp=_OF_STREAMS
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class OfMesh:
     """
 
     waiting: Layer | None = None
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises:
+        NotImplementedError: a linear layer asks first for this.
+        """
+        raise NotImplementedError(
+            "a layer of linear attention keeps states, and a sharded cache keys: generate with "
+            "transformers' own cache, on one device (usp.restore(model))"
+        )
 
 
 class Layer:

@@ -1,0 +1,262 @@
+"""Models of transformers with layers of gated DeltaNet beside softmax: Qwen3-Next and Qwen3.5."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import doors
+import libraries
+import pool as workers
+import pytest
+import torch
+import torch.nn.functional as F
+from pool import RemoteError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import usp
+from usp.integrations import transformers as door
+
+pytestmark = pytest.mark.library
+MESHES = [(2, 1), (1, 2), (2, 2)]
+TOKENS = 27
+DOCUMENTS = (0, 10, 11, 20, TOKENS)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "intermediate_size": 40}
+SIZES |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6}
+SIZES |= {"linear_value_head_dim": 5, "use_cache": False}
+SIZES["layer_types"] = ["linear_attention", "full_attention", "linear_attention"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS |= {"shared_expert_intermediate_size": 24}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Qwen3-Next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", SIZES | EXPERTS),
+    "Qwen3.5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", SIZES),
+    "Qwen3.5 MoE": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", SIZES | EXPERTS),
+}
+
+
+class Doubled(TorchFunctionMode):
+    """In fp64 all that these models compute in fp32, theirs and ours alike."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {n: torch.float64 if x is torch.float32 else x for n, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def model_of(kind: str) -> nn.Module:
+    library = libraries.library("transformers")
+    door.register()
+    config, name, options = MODELS[kind]
+    torch.manual_seed(0)
+    config = getattr(library, config)(**options)
+    model = getattr(library, name)._from_config(config, attn_implementation="usp")
+    model = doors.randomize(model, 0.3)
+    if "num_experts" in options:
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def inputs_of(padding: str | None) -> dict[str, Tensor]:
+    ids = torch.randint(1, 61, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    if padding is None:
+        return {"input_ids": ids}
+    real = torch.ones(2, TOKENS, dtype=torch.int64)
+    real[1, slice(20, None) if padding == "right" else slice(5)] = 0
+    return {"input_ids": ids, "attention_mask": real}
+
+
+class Real(nn.Module):
+    """The outputs at tokens that are no padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        logits, real = self.model(**inputs).logits, inputs.get("attention_mask")
+        return logits if real is None else logits[real.bool()]
+
+
+def _compared(degrees: tuple[int, int], kind: str, padding: str | None) -> dict[str, float]:
+    mesh, model = workers.mesh(*degrees), Real(model_of(kind))
+
+    def spread(wrapped: nn.Module) -> None:
+        usp.parallelize(wrapped.model, mesh, tiles=3 if kind == "Qwen3.5" else None)
+
+    with Doubled():
+        return doors.compared(model, inputs_of(padding), mesh, spread)
+
+
+CASES = [("Qwen3-Next", mesh, padding) for mesh in MESHES for padding in (None, "left")]
+CASES += [
+    ("Qwen3-Next", (2, 2), "right"),
+    ("Qwen3.5", (2, 2), "left"),
+    ("Qwen3.5 MoE", (1, 2), None),
+]
+
+
+@pytest.mark.parametrize(("kind", "mesh", "padding"), CASES)
+def test_a_spread_model_is_the_whole_one(pool, kind, mesh, padding) -> None:
+    """Beside transformers' own functions, in fp64: outputs and every gradient."""
+    libraries.library("transformers")
+    ranks = mesh[0] * mesh[1]
+    for wrong in pool.run(_compared, mesh, kind, padding, ranks=ranks, timeout=250):
+        assert wrong == {}
+
+
+def _again(how: str) -> dict[str, float]:
+    """Beside the same model on the same mesh, that computes nothing again."""
+    mesh, model = workers.mesh(1, 2), Real(model_of("Qwen3-Next")).train()
+    usp.parallelize(model.model, mesh)
+    wanted = doors.results(model, inputs_of("left"))
+    model.model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    return doors.errors(wanted, doors.results(model, inputs_of("left")))
+
+
+@pytest.mark.parametrize("how", ["reentrant", "other"])
+def test_checkpoints_compute_again(pool, how) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_again, how, ranks=2, timeout=250):
+        assert wrong == {}
+
+
+def _in_a_region() -> dict[str, float]:
+    """A linear layer alone, on tokens that were cut by hand."""
+    mesh, layer = workers.mesh(1, 2), model_of("Qwen3-Next").model.layers[0].linear_attn
+    spread = usp.Spread(mesh, seq_len=TOKENS)
+    x = torch.randn(2, TOKENS, 32, generator=torch.Generator().manual_seed(1)).double()
+    with Doubled():
+        wanted = layer(x)
+        with usp.spread_attention(spread):
+            found = layer(spread.shard(x))
+    return doors.errors({"": wanted.detach()}, {"": spread.unshard(found).detach()})
+
+
+def test_a_layer_in_a_region(pool) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_in_a_region, ranks=2, timeout=250):
+        assert wrong == {}
+
+
+# Outputs that stay cut ----------------------------------------------------------------------------
+
+
+def batch_of(what: str) -> dict[str, Tensor]:
+    batch = inputs_of("left" if what == "padding" else None)
+    batch["labels"] = batch["input_ids"].clone()
+    if what == "padding":
+        batch["labels"][1, :14] = -100  # ranks without a label
+    if what == "documents":
+        pieces = [torch.arange(b - a) for a, b in itertools.pairwise(DOCUMENTS)]
+        batch["position_ids"] = torch.cat(pieces).expand(2, -1).contiguous()
+        batch["labels"][:, list(DOCUMENTS[:-1])] = -100  # as their collator does it
+    return batch
+
+
+def whole_loss(model: nn.Module, batch: dict[str, Tensor], what: str) -> Tensor:
+    """Documents one by one: theirs parts none without kernels of others."""
+    ends = DOCUMENTS if what == "documents" else (0, TOKENS)
+    given = {n: x for n, x in batch.items() if n in ("input_ids", "attention_mask")}
+    logits = [
+        model(**{n: x[:, a:b] for n, x in given.items()}).logits
+        for a, b in itertools.pairwise(ends)
+    ]
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(torch.cat(logits, 1).flatten(0, 1), labels.flatten())
+
+
+def _local(degrees: tuple[int, int] | None, what: str) -> dict[str, float]:
+    mesh = None if degrees is None else workers.mesh(*degrees)
+    model, batch = model_of("Qwen3-Next").train(), batch_of(what)
+    ours = usp.parallelize(copy.deepcopy(model), mesh, outputs="local")
+    with Doubled():
+        wanted = whole_loss(model, batch, what)
+        wanted.backward()
+        cut = usp.cut_batch(batch, mesh)
+        out = ours(**cut)
+        value = out.loss.detach().double()
+        out.loss.backward()
+    usp.all_reduce_gradients(ours, mesh)
+    if mesh is not None:
+        torch.distributed.all_reduce(value)
+        assert out.logits.shape[1] == cut["spread"].local_seq_len
+    gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (model, ours)]
+    wrong = doors.errors(*gradients)
+    return wrong if abs(value - wanted) < 1e-9 else wrong | {"loss": (value - wanted).item()}
+
+
+LOCAL = [(mesh, what) for mesh in ((2, 2), None) for what in ("plain", "padding", "documents")]
+
+
+@pytest.mark.parametrize(("mesh", "what"), [*LOCAL, ((2, 1), "padding"), ((1, 2), "documents")])
+def test_local_outputs_have_every_gradient_of_the_whole(pool, mesh, what) -> None:
+    libraries.library("transformers")
+    if mesh is None:
+        assert _local(None, what) == {}
+        return
+    for wrong in pool.run(_local, mesh, what, ranks=mesh[0] * mesh[1], timeout=250):
+        assert wrong == {}
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def _refused(case: str) -> None:
+    mesh, model = workers.mesh(1, 2), model_of("Qwen3-Next")
+    inputs: dict[str, Any] = inputs_of(None)
+    if case == "local":
+        usp.parallelize(model, mesh, outputs="local")
+        model(**usp.cut_batch({"input_ids": inputs["input_ids"][:, :3]}, mesh))
+    usp.parallelize(model, mesh, layout="zigzag" if case == "zigzag" else "contiguous")
+    if case == "cache":
+        inputs["use_cache"] = True
+    elif case == "documents":
+        inputs["cu_seq_lens_q"] = torch.tensor(DOCUMENTS)
+    elif case == "generation":
+        cache = door.sharded_cache(mesh)
+        inputs |= {"past_key_values": cache, "max_new_tokens": 2, "do_sample": False}
+        model.generate(**inputs)
+    model(**inputs)
+
+
+REFUSED = {
+    "zigzag": "by the order of the sequence: layout must be 'contiguous'.* got 'zigzag'",
+    "cache": r"model\.layers\.0 \(Qwen3NextDecoderLayer\) is given cache",
+    "documents": "say which documents there are to usp.cut_batch",
+    "generation": "keeps states, and a sharded cache keys",
+    "local": r"ranks hold \(2, 1\) tokens.*no padding from a linear layer of a single one",
+}
+
+
+@pytest.mark.parametrize(("case", "message"), REFUSED.items())
+def test_what_cannot_be_right_is_refused(pool, case, message) -> None:
+    libraries.library("transformers")
+    for outcome in pool.outcomes(_refused, case, ranks=2, timeout=100):
+        assert isinstance(outcome, RemoteError), outcome
+        assert outcome.kind in ("ValueError", "NotImplementedError"), outcome.message
+        assert re.search(message, outcome.message), outcome.message
+
+
+def _of_another_transformers() -> None:
+    models = libraries.library("transformers.models.qwen3_next.modeling_qwen3_next")
+    model = model_of("Qwen3-Next")
+    forward = models.Qwen3NextGatedDeltaNet.forward
+    try:
+        models.Qwen3NextGatedDeltaNet.forward = lambda self, x, **_: self.conv1d(x)
+        usp.parallelize(model, workers.mesh(1, 2))
+    finally:
+        models.Qwen3NextGatedDeltaNet.forward = forward
+
+
+def test_layers_that_call_something_else_are_refused(pool) -> None:
+    libraries.library("transformers")
+    with pytest.raises(RemoteError, match="does not call causal_conv1d_fn"):
+        pool.run(_of_another_transformers, ranks=2, timeout=100)
