@@ -144,7 +144,7 @@ def cases(draw: st.DrawFn) -> Case:
         ring=ring,
         ring_outer=nodes,
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
-        transport=draw(st.sampled_from(["ring", "direct", "queries", "auto"])),
+        transport=draw(st.sampled_from(["ring", "direct", "queries", "query_ring", "auto"])),
         batch=draw(st.integers(1, 2)),
         seq_len=draw(st.integers(1, 31)),
         heads=kv_heads * draw(st.integers(1, 2)),

@@ -24,7 +24,7 @@ from usp.planning.double_ring import make_double_ring
 from usp.planning.route import TRANSPORTS, make_route
 from usp.planning.rows import Rows, all_rows, rows_between
 
-KEYS_MOVE = [name for name in TRANSPORTS if name != "queries"]
+KEYS_MOVE = [name for name in TRANSPORTS if "quer" not in name]
 TRANSPORT = pytest.mark.parametrize("transport", KEYS_MOVE)
 Runs = list[list[int]]
 

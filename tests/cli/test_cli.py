@@ -153,7 +153,9 @@ def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[s
     for mesh, expected in {
         "": [0, 0, 0, 0, 0],
         "--ulysses 2": [whole, 0, whole, 0, 0],  # a quarter of q, k, v and out each
-        "--ring 2": [0, whole, 0, whole, 2 * whole],  # half of k and v; their gradients in fp32
+        # half of k and v; half of q and dout, lse and delta in fp32, and back dq in fp32
+        "--ring 2": [0, whole, 0, whole + 2 * 500 * 8 * 4, whole],
+        "--ring 2 --transport ring": [0, whole, 0, whole, 2 * whole],
         "--ring 2 --transport allgather": [0, whole, 0, whole, 2 * whole],
     }.items():
         code, out, _ = run(capsys, *argv.split(), *mesh.split())

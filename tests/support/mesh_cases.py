@@ -9,6 +9,7 @@ from cases import Case
 from hypothesis import strategies as st
 
 import usp
+from usp.planning.route import TRANSPORTS
 
 MESHES = [(u, r) for u in range(1, 7) for r in range(1, 7) if u * r <= 6]
 LENGTHS = st.one_of(
@@ -93,7 +94,7 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         ring_outer=draw(st.sampled_from([n for n in (1, 2, 3) if ring % n == 0])),
         on_mesh=ulysses * ring > 1 or draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
-        transport=draw(st.sampled_from(["auto", "ring", "direct", "allgather", "queries"])),
+        transport=draw(st.sampled_from(TRANSPORTS)),
         backend=draw(st.sampled_from(BACKENDS)),
         batch=draw(st.integers(1, 4)),
         seq_len=seq_len,
@@ -127,7 +128,7 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     if case.replicated == "queries":  # which takes no bias
         case = replace(case, bias=None, bias_dtype=None, bias_hides=0.0)
         filled = False
-    if case.transport == "queries" and (case.bias is not None or case.unions == "table"):
+    if "quer" in case.transport and (case.bias is not None or case.unions == "table"):
         case = replace(case, transport="auto")  # on a mesh a table is a bias, which does not move
     if case.backend == "sdpa":
         return replace(case, backend="auto") if filled else for_sdpa(case)

@@ -96,9 +96,10 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_qkv(tensors.q, tensors.k, tensors.v)
     check_extras(tensors)
     refuse_placement(tensors, options)
-    if options.transport == "queries" and tensors.attn_bias is not None:
+    if options.transport in ("queries", "query_ring") and tensors.attn_bias is not None:
         raise NotImplementedError(
-            "transport='queries' moves no attn_bias with its queries: leave transport='auto'"
+            f"transport={options.transport!r} moves no attn_bias with its queries: leave "
+            "transport='auto'"
         )
     if options.attn_mask is not None:
         refuse_attn_mask(options.attn_mask)

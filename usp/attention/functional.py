@@ -112,9 +112,10 @@ def long_context_attention(
             nothing. Its gradient is this rank's part of the sum.
         transport: "ring" passes blocks of keys from rank to rank, "direct" sends rows straight to
             those who see them, "allgather" gathers all in one collective, "queries" sends queries
-            to the keys that they see and merges what is found there (without ``attn_bias``).
-            "auto" takes what sends least: "queries" where these are few, else the ring where it
-            sends no row more than "direct" would, else "direct".
+            to the keys that they see and merges what is found there; "query_ring" passes keys
+            as "ring" does, and in the backward queries in their place (both without
+            ``attn_bias``). "auto" takes what sends least, of keys and queries in each pass, and
+            for these the ring where it sends no row more than "direct" would.
         return_lse: Also return the LSE.
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
         heads: (first, total): which of how many query heads these are, where others are

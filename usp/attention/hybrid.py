@@ -13,8 +13,9 @@ from torch import Tensor
 from usp.attention import block, levels
 from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
-from usp.attention.gathered import Gathered, gathered_backward, gathered_forward
+from usp.attention.gathered import gathered_forward
 from usp.attention.given import Tensors
+from usp.attention.query_ring import QueryRing, query_ring_backward
 from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
@@ -26,13 +27,15 @@ from usp.ops.derivatives import (
     without_second_derivative,
 )
 from usp.ops.precision import as_given
-from usp.planning.gathered import make_query_plan, queries_are_less, widths
+from usp.planning.gathered import Sizes, which_move
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.layout import Replicated, replicated
 from usp.planning.plan import make_local_plan, make_plan
+from usp.planning.query_ring import make_query_steps
+from usp.planning.route import of_keys, of_query_steps
 
 _ALONE = Axis(1, 0, None)
-Executor = Ring | Gathered | Replicas
+Executor = Ring | QueryRing | Replicas
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
@@ -82,6 +85,7 @@ class Call:
         heads: Query heads of each rank of the row, of those of this call.
         request: The arguments.
         bias_cut: How the bias changes hands, if there is one.
+        back: Where queries travel in the backward, how.
     """
 
     ulysses: Axis
@@ -89,6 +93,7 @@ class Call:
     heads: tuple[Heads, ...]
     request: Request
     bias_cut: BiasCut | None
+    back: QueryRing | None = None
 
     @cached_property
     def query_cut(self) -> Cut:
@@ -130,43 +135,43 @@ def prepare(
     held = heads[ulysses.rank]
     if request.all_heads != request.num_heads:
         held = replace(held, offset=held.offset + request.first_head, total=request.all_heads)
-    make = _local_executor if replicated(request.layouts) else _executor
-    executor = make(mesh, held, tensors, request)
-    return tensors, Call(ulysses, executor, heads, request, bias_cut)
+    make = _local_executor if replicated(request.layouts) else _executors
+    executor, back = make(mesh, held, tensors, request)
+    return tensors, Call(ulysses, executor, heads, request, bias_cut, back)
 
 
 def _local_executor(
     mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> Executor:
+) -> tuple[Executor, None]:
     """Where one side is on every rank, nothing moves but results for queries that are."""
     lengths = request.query_len, request.key_len
     plan = make_local_plan(request.masks, request.layouts, lengths, *degrees_and_place(mesh))
     local = Ring(_ALONE, plan, heads, request.scoring, request.backend)
     axes = () if mesh is None else tuple(x for x in (mesh.ulysses, mesh.ring) if x.size > 1)
     if axes and isinstance(request.layouts[0], Replicated):
-        return Replicas(local, axes)
-    return local
+        return Replicas(local, axes), None
+    return local, None
 
 
-def _executor(
+def _executors(
     mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> Executor:
-    """Whether keys move or queries, and how."""
-    ring = _ALONE if mesh is None else mesh.ring
+) -> tuple[Ring | QueryRing, QueryRing | None]:
+    """Whether keys move or queries, and how; the second where queries do in the backward."""
+    ring, levels = (_ALONE, None) if mesh is None else (mesh.ring, mesh.ring_levels)
     what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
-    moves = request.transport == "queries"
-    if request.transport == "auto" and ring.size > 1 and tensors.attn_bias is None:
-        kv = heads.kv_range[1] - heads.kv_range[0]
-        dims = tensors.q.shape[3], tensors.v.shape[3]
-        each = widths(heads.count, kv, dims, tensors.q.dtype)
-        moves = queries_are_less(*what, each, tensors.q.shape[0])
+    kv, transport = heads.kv_range[1] - heads.kv_range[0], request.transport
+    dims = tensors.q.shape[3], tensors.v.shape[3]
+    sizes = Sizes(tensors.q.shape[0], heads.count, kv, *dims, tensors.q.dtype)
+    moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
     shared = heads, request.scoring, request.backend
-    if moves and ring.size > 1:
-        return Gathered(ring, make_query_plan(*what, ring.rank), *shared)
-    levels = None if mesh is None else mesh.ring_levels
-    outer = 1 if levels is None else levels[0].size
-    plan = make_plan(*what, ring.rank, request.transport, outer)
-    return Ring(ring, plan, *shared, levels)
+    outer, back = 1 if levels is None else levels[0].size, None
+    if moves.backward:
+        steps = make_query_steps(*what, ring.rank, of_query_steps(transport), outer)
+        back = QueryRing(ring, steps, *shared, levels)
+    if moves.forward:
+        return QueryRing(ring, make_query_steps(*what, ring.rank, "direct"), *shared), back
+    plan = make_plan(*what, ring.rank, of_keys(transport), outer)
+    return Ring(ring, plan, *shared, levels), back
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
@@ -181,7 +186,7 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
         bias, large_bias = levels.prepared(inputs.attn_bias)
         inputs = inputs._replace(attn_bias=bias)
     with as_given(tensors.q.device):
-        if isinstance(call.ring, Gathered):
+        if isinstance(call.ring, QueryRing):
             held = Results(*gathered_forward(inputs, call.ring), None)
         elif isinstance(call.ring, Replicas):
             held = Results(*replicas_forward(inputs, call.ring), None)
@@ -250,9 +255,10 @@ def attention_backward(
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, ring.backend)
-        if isinstance(ring, Gathered):
-            grads = gathered_backward(inputs, saved, ring, kv_dtype)
+        if call.back is not None:
+            grads = query_ring_backward(inputs, saved, call.back, kv_dtype)
         else:
+            assert isinstance(ring, Ring)
             grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)
     dq, dk, dv = grads.dq, grads.dk, grads.dv
     if call.ulysses.size > 1:

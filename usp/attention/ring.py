@@ -13,9 +13,8 @@ from usp.attention import block, levels
 from usp.attention.given import Tensors
 from usp.backends import Backend, max_bands
 from usp.distributed.comm import Axis
-from usp.distributed.double_ring import DoubleRingTransport
-from usp.distributed.transport import Parts, Transport, make_transport
-from usp.planning.double_ring import DoubleRing
+from usp.distributed.double_ring import transport_along
+from usp.distributed.transport import Parts, Transport
 from usp.planning.heads import Heads
 from usp.planning.layout import Positions
 from usp.planning.plan import Load, Plan, Step
@@ -47,11 +46,7 @@ class Ring:
     @property
     def transport(self) -> Transport:
         """How blocks travel in one pass."""
-        route = self.plan.route
-        if isinstance(route, DoubleRing):
-            assert self.levels is not None
-            return DoubleRingTransport(*self.levels, route)
-        return make_transport(self.axis, route)
+        return transport_along(self.axis, self.plan.route, self.levels)
 
 
 _CONTIGUOUS = torch.contiguous_format

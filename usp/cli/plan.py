@@ -16,12 +16,12 @@ from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
 from usp.cli.work import Work, balance, of_keys_that_come, of_queries_that_come
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
-from usp.planning.gathered import make_query_plan
 from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Plan, make_local_plan, make_plan
-from usp.planning.route import TRANSPORTS
+from usp.planning.query_ring import make_query_steps
+from usp.planning.route import TRANSPORTS, of_keys
 from usp.planning.samples import masks_of
 
 COLUMNS, LINES = 64, 64  # of a picture in a terminal
@@ -180,10 +180,9 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
             make_local_plan(masks, layouts, lengths, degrees, (p.ring_rank, p.ulysses_rank))
             for p in places(arguments)
         ]
+    transport = of_keys(arguments.transport)
     return [
-        make_plan(
-            masks, layouts, lengths, arguments.ring, rank, arguments.transport, arguments.ring_outer
-        )
+        make_plan(masks, layouts, lengths, arguments.ring, rank, transport, arguments.ring_outer)
         for rank in range(arguments.ring)
     ]
 
@@ -191,20 +190,23 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
 def keys_come(arguments: argparse.Namespace) -> bool:
     """Whether each rank sees all keys of its own queries, which a picture can show."""
     is_here = isinstance(chosen_layouts(arguments)[0], Replicated)
-    return not is_here and not queries_move(chosen_shape(arguments), places(arguments)[0])
+    return not is_here and not queries_move(chosen_shape(arguments), places(arguments)[0]).forward
 
 
 def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
     """What every rank does, and how it comes to it."""
     place, shape = places(arguments)[0], chosen_shape(arguments)
     layouts = chosen_layouts(arguments)
-    if queries_move(shape, place):
+    moves = queries_move(shape, place)
+    if moves.forward:
         what = masks_of(chosen_mask(arguments)), layouts, (shape.query_len, shape.key_len)
-        plans = (make_query_plan(*what, arguments.ring, rank) for rank in range(arguments.ring))
+        ring = arguments.ring
+        plans = (make_query_steps(*what, ring, rank, "direct") for rank in range(ring))
         return [of_queries_that_come(plan) for plan in plans], "queries move to the keys they see"
     works = [of_keys_that_come(plan) for plan in make_plans(arguments)]
     if not replicated(layouts):
-        return works, "keys move to the queries that see them"
+        back = ", and in the backward queries to the keys" if moves.backward else ""
+        return works, f"keys move to the queries that see them{back}"
     if isinstance(layouts[0], Replicated):
         return works, "queries are on every rank, results are merged"
     return works, "keys are on every rank, nothing moves"

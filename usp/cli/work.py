@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from usp.cli.console import table
 from usp.planning.double_ring import DoubleRing
-from usp.planning.gathered import QueryPlan
 from usp.planning.plan import Load, Plan
+from usp.planning.query_ring import QuerySteps
 from usp.planning.route import Ring, Route
 
 Row = tuple[object, ...]
@@ -40,16 +40,15 @@ def of_keys_that_come(plan: Plan) -> Work:
     return Work(len(plan.queries), [step.pairs for step in plan.steps], rows)
 
 
-def of_queries_that_come(plan: QueryPlan) -> Work:
+def of_queries_that_come(plan: QuerySteps) -> Work:
     """Each step the queries of one rank against the keys here."""
     rows: list[Row] = [("step", "queries of", "queries", "keys", "sees", "visible pairs")]
-    pairs, mine = [], plan.ring_rank
-    for index, rank in enumerate([mine, *plan.readers]):
-        (load,) = plan.loads[rank]
-        pairs.append(sum(visit.pairs for visit in load.visits))
-        what = len(plan.queries[rank]), len(plan.keys), sees(load), pairs[-1]
-        rows.append((index, rank, *what))
-    return Work(len(plan.queries[mine]), pairs, rows)
+    for index, step in enumerate(plan.steps):
+        (load,) = step.loads
+        what = len(load.rows) if index else len(plan.queries[step.owner]), len(plan.keys)
+        rows.append((index, step.owner, *what, sees(load), step.pairs))
+    pairs = [step.pairs for step in plan.steps]
+    return Work(len(plan.queries[plan.ring_rank]), pairs, rows)
 
 
 def balance(works: Sequence[Work], ranks: str = "ring rank") -> str:

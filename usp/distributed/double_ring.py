@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from usp.distributed.comm import Axis
-from usp.distributed.transport import Parts, Sums, make_transport
+from usp.distributed.transport import Parts, Sums, Transport, make_transport
 from usp.planning.double_ring import DoubleRing
+from usp.planning.route import Route
 
 Verb = Callable[[], object]
 
@@ -68,6 +69,16 @@ class DoubleRingSums:
     def home(self, own: Parts) -> None:
         self._settle()
         self._outer.home(own)
+
+
+def transport_along(
+    axis: Axis, route: Route | DoubleRing | None, levels: tuple[Axis, Axis] | None = None
+) -> Transport:
+    """How blocks travel along a ring of one level, or of two."""
+    if isinstance(route, DoubleRing):
+        assert levels is not None
+        return DoubleRingTransport(*levels, route)
+    return make_transport(axis, route)
 
 
 def _nothing() -> None:

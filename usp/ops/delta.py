@@ -27,3 +27,21 @@ def row_products(dout: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
         products = dout[:, rows].to(dtype) * out[:, rows].to(dtype)
         found[:, :, rows] = products.sum(-1).transpose(1, 2)
     return found
+
+
+def with_products(dout: Tensor, delta: Tensor) -> Tensor:
+    """Rows whose products with those of ``dout`` are ``delta``: the shortest there are.
+
+    Args:
+        dout: (B, L, H, Dv).
+        delta: (B, H, L).
+
+    Returns:
+        (B, L, H, Dv), dtype of delta; 0 where dout is.
+    """
+    wide = dout.to(delta.dtype)
+    # by their largest, that no square is lost
+    largest = wide.abs().amax(-1, keepdim=True) if wide.shape[-1] else wide.sum(-1, keepdim=True)
+    unit = wide / torch.where(largest > 0, largest, 1)
+    length = torch.where(largest > 0, largest * unit.square().sum(-1, keepdim=True), 1)
+    return unit * (delta.transpose(1, 2)[..., None] / length)

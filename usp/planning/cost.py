@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from usp.planning.gathered import QueryPlan, make_query_plan, queries_are_less, widths
+from usp.planning.double_ring import DoubleRing
+from usp.planning.gathered import Moves, Sizes, which_move
 from usp.planning.heads import kv_heads_shared, split_heads
 from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
-from usp.planning.route import Sent
+from usp.planning.query_ring import make_query_steps
+from usp.planning.route import Route, Sent, of_keys, of_query_steps
 from usp.planning.samples import Masks, masks_of
 from usp.planning.shares import pieces, row_pieces
 
@@ -105,6 +107,8 @@ def bytes_sent(shape: Shape, place: Place, backward: bool = False) -> Bytes:
     the exchange sends ``n_q (H - H_u) D`` of q, ``n_k sum_{j != u} G_j (D + Dv)`` of k and v and
     ``(N_q - n_q) H_u Dv`` of out; a message of n rows of keys ``n G_u (D + Dv)``. The backward
     mirrors the exchange, sends the same rows again, and fp32 gradients of those that came home.
+    Where queries move, n rows are ``n H_u D`` there and fp32 ``n H_u (Dv + 1)`` back; in a backward
+    ``n H_u (D + Dv)`` and fp32 ``2 n H_u`` there, and fp32 ``n H_u D`` back.
     Of a bias with rows and heads, for S keys, the exchange sends ``n_q (H - H_u) S`` and of its
     gradient ``(N_q - n_q) H_u S``; without heads it goes whole to every rank of the row.
 
@@ -255,18 +259,17 @@ def _moved(
     Args:
         node_size: Only what leaves the node, of so many ranks of the ring; None for all.
     """
-    own, kv, _ = _counts(shape, place)
-    heads, dims = kv[place.ulysses_rank], (shape.head_dim, shape.value_head_dim)
     what, mine = _what(shape, place), place.ring_rank
-
-    def leaves(rank: int) -> bool:
-        return node_size is None or rank // node_size != mine // node_size
-
-    if queries_move(shape, place):
-        plan = make_query_plan(*what, mine)
-        owners, readers = (list(filter(leaves, ranks)) for ranks in (plan.owners, plan.readers))
-        return _queries(shape, plan, owners, readers, own, backward)
-    route = make_plan(*what, mine, place.transport, place.ring_outer_degree).route
+    sizes, outer = _sizes(shape, place), place.ring_outer_degree
+    moves = queries_move(shape, place)
+    route: Route | DoubleRing | None
+    if moves.backward if backward else moves.forward:
+        width, mask = sizes.of_queries(backward), 0
+        name = of_query_steps(place.transport) if backward else "direct"
+        route = make_query_steps(*what, mine, name, outer if backward else 1).route
+    else:
+        width, mask = sizes.of_keys(backward), 1 if shape.key_padding_mask else 0
+        route = make_plan(*what, mine, of_keys(place.transport), outer).route
     if route is None:
         return 0, 0
     batches = [part.samples.count(shape.batch) for part in what[0]]
@@ -276,13 +279,13 @@ def _moved(
             batch * len(some)
             for to, cargo in messages
             for batch, some in zip(batches, cargo, strict=True)
-            if leaves(to)
+            if node_size is None or to // node_size != mine // node_size
         )
 
-    width, mask = heads * sum(dims), 1 if shape.key_padding_mask else 0
-    blocks = rows(route.sent(mine)) * (width * shape.dtype.itemsize + mask)
-    back = rows(route.returned(mine)) * width * state_dtype(shape.dtype).itemsize
-    return blocks, back if backward else 0
+    there, back = rows(route.sent(mine)) * (width.there + mask), 0
+    if width.back:
+        back = rows(route.returned(mine)) * width.back
+    return (there, back) if backward else (there + back, 0)
 
 
 def _what(shape: Shape, place: Place) -> tuple[Masks, tuple[Layout, Layout], tuple[int, int], int]:
@@ -290,31 +293,15 @@ def _what(shape: Shape, place: Place) -> tuple[Masks, tuple[Layout, Layout], tup
     return masks_of(place.mask), both(place.layout), lengths, place.ring_degree
 
 
-def queries_move(shape: Shape, place: Place) -> bool:
-    """Whether queries move along the ring and not keys."""
-    if place.ring_degree == 1 or replicated(both(place.layout)):
-        return False
-    if place.transport != "auto" or shape.bias is not None:
-        return place.transport == "queries"
+def _sizes(shape: Shape, place: Place) -> Sizes:
     own, kv, _ = _counts(shape, place)
     dims = shape.head_dim, shape.value_head_dim
-    each = widths(own, kv[place.ulysses_rank], dims, shape.dtype)
-    return queries_are_less(*_what(shape, place), each, shape.batch)
+    return Sizes(shape.batch, own, kv[place.ulysses_rank], *dims, shape.dtype)
 
 
-def _queries(
-    shape: Shape,
-    plan: QueryPlan,
-    owners: list[int],
-    readers: list[int],
-    heads: int,
-    backward: bool,
-) -> tuple[int, int]:
-    """Queries there and what was found back, or all that a backward needs and gradients back."""
-    (dim, value_dim), size = (shape.head_dim, shape.value_head_dim), shape.dtype.itemsize
-    wide = state_dtype(shape.dtype).itemsize
-    there = shape.batch * heads * len(owners) * len(plan.queries[plan.ring_rank])
-    back = shape.batch * heads * sum(len(plan.queries[rank]) for rank in readers)
-    if backward:
-        return there * (size * (dim + 2 * value_dim) + 2 * wide), back * wide * dim
-    return there * size * dim + back * wide * (value_dim + 1), 0
+def queries_move(shape: Shape, place: Place) -> Moves:
+    """Whether queries move along the ring and not keys."""
+    if place.ring_degree == 1 or replicated(both(place.layout)):
+        return Moves(False, False)
+    sizes, has_bias = _sizes(shape, place), shape.bias is not None
+    return which_move(place.transport, _what(shape, place), sizes, has_bias)

@@ -1,98 +1,100 @@
-"""Plans where queries move and keys stay: few queries over many keys.
+"""Whether queries move along the ring and not keys, in a forward and in its backward.
 
-A rank computes the queries of all ranks that see its keys; each rank merges what the others found
-for its own. Latents, pooling by attention and decoding send that much less.
+Few queries over many keys (latents, pooling by attention, decoding) move both times: each rank
+computes the queries of all that see its keys, and what was found is merged at home. In a backward
+they may travel alone (``planning/query_ring.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from usp.planning.layout import Layout, Positions, rows
-from usp.planning.plan import Load, loads_of
+from usp.planning.layout import Layout, rows
 from usp.planning.problem import state_dtype
-from usp.planning.reach import needed_rows
+from usp.planning.reach import needed_queries, needed_rows
+from usp.planning.route import rows_moved
 from usp.planning.samples import Masks
 
 Layouts = tuple[Layout, Layout]
 
 
-@dataclass(frozen=True, eq=False)
-class QueryPlan:
-    """What one ring rank computes for all of them.
+@dataclass(frozen=True)
+class Width:
+    """Bytes of one row of the heads that a ring holds: what goes, and what comes back of it."""
 
-    Attributes:
-        queries: Every rank's row of queries.
-        keys: This rank's row of keys.
-        loads: Of each rank's queries, what they see of these keys; one for each part of the batch.
-        sees: Of each rank, by owner, whether its queries see keys of that owner.
-    """
-
-    ring_rank: int
-    ring_degree: int
-    queries: tuple[Positions, ...]
-    keys: Positions
-    loads: tuple[tuple[Load, ...], ...]
-    sees: tuple[tuple[bool, ...], ...]
+    there: int
+    back: int
 
     @property
-    def readers(self) -> list[int]:
-        """Other ranks whose queries see keys of this one."""
-        others = range(self.ring_degree)
-        return [r for r in others if r != self.ring_rank and self.sees[r][self.ring_rank]]
-
-    @property
-    def owners(self) -> list[int]:
-        """Other ranks of whose keys the queries of this one see some."""
-        mine = self.ring_rank
-        return [owner for owner, seen in enumerate(self.sees[mine]) if seen and owner != mine]
-
-
-@lru_cache(maxsize=32)
-def make_query_plan(
-    masks: Masks, layouts: Layouts, lengths: tuple[int, int], ring_degree: int, ring_rank: int
-) -> QueryPlan:
-    """The plan of one ring rank; arguments as in ``make_plan``."""
-    queries, keys = (
-        rows(layout, length, ring_degree) for layout, length in zip(layouts, lengths, strict=True)
-    )
-    mine = keys[ring_rank]
-    loads = tuple(loads_of(masks, row, mine, lengths[1]) for row in queries)
-    needs = [needed_rows(part.mask, layouts, lengths, ring_degree) for part in masks]
-    ranks = range(ring_degree)
-    sees = tuple(
-        tuple(any(len(part[rank][owner]) for part in needs) for owner in ranks) for rank in ranks
-    )
-    return QueryPlan(ring_rank, ring_degree, queries, mine, loads, sees)
+    def both(self) -> int:
+        return self.there + self.back
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Bytes of one token in a forward with its backward, where its keys move or its queries.
+class Sizes:
+    """What moves along a ring.
 
     Attributes:
-        query, key: Of all heads that a ring holds.
+        batch: Samples.
+        num_heads, num_kv_heads: Those that the ring holds.
+        head_dim, value_head_dim: D and Dv.
+        dtype: Of q, k and v.
     """
 
-    query: int
-    key: int
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+
+    def of_queries(self, backward: bool) -> Width:
+        """q there and (out, lse) back; or q, dout, lse, delta there and dq back."""
+        size, wide = self.dtype.itemsize, state_dtype(self.dtype).itemsize
+        dim, value_dim = self.head_dim, self.value_head_dim
+        there = size * (dim + value_dim) + 2 * wide if backward else size * dim
+        back = wide * (dim if backward else value_dim + 1)
+        return Width(self.num_heads * there, self.num_heads * back)
+
+    def of_keys(self, backward: bool) -> Width:
+        """K and V there, and in a backward dK and dV back."""
+        width = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        back = width * state_dtype(self.dtype).itemsize if backward else 0
+        return Width(width * self.dtype.itemsize, back)
 
 
-def widths(
-    num_heads: int, num_kv_heads: int, head_dims: tuple[int, int], dtype: torch.dtype
-) -> Widths:
-    """Of the heads that a ring holds.
+class Moves(NamedTuple):
+    """Whether queries move."""
+
+    forward: bool
+    backward: bool
+
+
+def which_move(
+    transport: str,
+    what: tuple[Masks, Layouts, tuple[int, int], int],
+    sizes: Sizes,
+    has_bias: bool,
+) -> Moves:
+    """What moves, worked out alike on every rank of a ring.
 
     Args:
-        head_dims: D and Dv.
+        transport: Of TRANSPORTS.
+        what: Masks, layouts of queries and keys, both lengths, and ranks of the ring.
+        sizes: Of tensors; all ranks of a ring hold the same heads.
+        has_bias: Its rows lie with the queries, and stay.
     """
-    (dim, value_dim), size, wide = head_dims, dtype.itemsize, state_dtype(dtype).itemsize
-    # q there; out, lse back; q, dout, out, lse, delta there; dq back
-    query = num_heads * ((2 * dim + 2 * value_dim) * size + (value_dim + 1 + 2 + dim) * wide)
-    return Widths(query, num_kv_heads * (dim + value_dim) * (2 * size + wide))
+    if what[-1] == 1:
+        return Moves(False, False)
+    if transport != "auto" or has_bias:
+        return Moves(transport == "queries", transport in ("queries", "query_ring"))
+    if queries_are_less(*what, sizes, False):
+        return Moves(True, True)  # a backward favours queries more, whatever the head dims
+    return Moves(False, queries_are_less(*what, sizes, True) or queries_go_back(*what, sizes))
 
 
 @lru_cache(maxsize=64)
@@ -101,10 +103,11 @@ def queries_are_less(
     layouts: Layouts,
     lengths: tuple[int, int],
     ring_degree: int,
-    widths: Widths,
-    batch: int,
+    sizes: Sizes,
+    backward: bool,
 ) -> bool:
-    """Whether moving queries sends less than moving the keys that they see, over all ranks."""
+    """Whether moving all queries that see something sends less in one pass than moving the keys
+    that they see, over all ranks."""
     keys = 0
     seen: set[tuple[int, int]] = set()
     for part in masks:
@@ -112,8 +115,29 @@ def queries_are_less(
         for rank, row in enumerate(table):
             for owner, needed in enumerate(row):
                 if rank != owner and len(needed):
-                    keys += part.samples.count(batch) * len(needed)
+                    keys += part.samples.count(sizes.batch) * len(needed)
                     seen.add((rank, owner))
     queries = rows(layouts[0], lengths[0], ring_degree)
-    moved = batch * sum(len(queries[rank]) for rank, _ in seen)
-    return moved * widths.query < keys * widths.key
+    moved = sizes.batch * sum(len(queries[rank]) for rank, _ in seen)
+    query, key = sizes.of_queries(backward), sizes.of_keys(backward)
+    return moved * query.both < keys * key.both
+
+
+@lru_cache(maxsize=64)
+def queries_go_back(
+    masks: Masks, layouts: Layouts, lengths: tuple[int, int], ring_degree: int, sizes: Sizes
+) -> bool:
+    """Whether a backward sends less where queries travel, over all ranks.
+
+    Rows are counted where a row of queries is narrower than one of keys: that few queries see many
+    keys is what ``queries_are_less`` looks for.
+    """
+    query, key = sizes.of_queries(True), sizes.of_keys(True)
+    if query.both >= key.both:
+        return False
+    counts, total = [part.samples.count(sizes.batch) for part in masks], []
+    for needed, width in ((needed_queries, query), (needed_rows, key)):
+        needs = [needed(part.mask, layouts, lengths, ring_degree) for part in masks]
+        sent, returned = rows_moved("auto", needs, counts)
+        total.append(sent * width.there + returned * width.back)
+    return total[0] < total[1]

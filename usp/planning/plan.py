@@ -19,7 +19,7 @@ from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
 from usp.planning.reach import needed_rows
-from usp.planning.route import Arrival, Route, make_route
+from usp.planning.route import Arrival, Needs, Route, make_route
 from usp.planning.rows import Rows, all_rows
 from usp.planning.samples import Masks, Part, Samples
 from usp.planning.shares import local_row
@@ -129,16 +129,28 @@ def make_plan(
     if ring_degree > 1:
         needs = [needed_rows(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         owned = [len(row) for row in keys]
-        if 1 < outer_degree < ring_degree:
-            route = make_double_ring(transport, needs, owned, outer_degree, ring_rank)
-        else:
-            held = [tuple(all_rows(length) for _ in masks) for length in owned]
-            route = make_route(transport, needs, held, ring_rank)
+        route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
     parts = [(part, _reach(part.mask, queries, keys, key_len)) for part in masks]
     own = Arrival(ring_rank, tuple(all_rows(len(keys[ring_rank])) for _ in masks))
     arrivals = (own, *(route.arrivals if route is not None else ()))
     steps = tuple(_step(arrival, keys[arrival.owner], parts) for arrival in arrivals)
     return Plan(ring_rank, ring_degree, steps, route, queries, keys)
+
+
+def make_any_route(
+    transport: str, needs: Needs, lengths: list[int], outer_degree: int, rank: int
+) -> Route | DoubleRing | None:
+    """A rank's route along a ring of one level, or of two.
+
+    Args:
+        transport, needs, rank: As of ``make_route``.
+        lengths: Rows of each owner.
+        outer_degree: As of ``make_plan``.
+    """
+    if 1 < outer_degree < len(lengths):
+        return make_double_ring(transport, needs, lengths, outer_degree, rank)
+    held = [tuple(all_rows(length) for _ in needs) for length in lengths]
+    return make_route(transport, needs, held, rank)
 
 
 @lru_cache(maxsize=64)

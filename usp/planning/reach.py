@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,38 @@ def needed_rows(
     return tuple(map(tuple, table))
 
 
+@lru_cache(maxsize=32)
+def needed_queries(
+    mask: Mask, layouts: tuple[Layout, Layout], lengths: tuple[int, int], ring_degree: int
+) -> tuple[tuple[Rows, ...], ...]:
+    """Of each rank, by each owner of queries, the rows of these that see keys of the rank.
+
+    Arguments as in ``needed_rows``; stretches are counted whole.
+    """
+    query_len, key_len = lengths
+    queries = rows(layouts[0], query_len, ring_degree)
+    keys = rows(layouts[1], key_len, ring_degree)
+    seen = _by_stretches(mask, queries, key_len)
+    first, stop = (torch.cat([getattr(s, end) for s in seen], 1) for end in ("first", "stop"))
+    # places of the stretches among the queries of their row
+    places = [
+        (_count_below(row, each.low), _count_below(row, each.high) + 1)
+        for row, each in zip(queries, seen, strict=True)
+    ]
+    counts, table = [len(each.low) for each in seen], []
+    for owned in keys:
+        low, high = (_count_below(owned, end.flatten()).view_as(end) for end in (first, stop))
+        held = (high > low).any(0).split(counts)
+        here = zip(queries, places, held, strict=True)
+        table.append(
+            tuple(
+                Rows(len(row), *merged(start[some], stop[some]))
+                for row, (start, stop), some in here
+            )
+        )
+    return tuple(table)
+
+
 def _count_below(owned: Positions, positions: Tensor) -> Tensor:
     """``Positions.count_below`` for positions in any order."""
     if not len(positions) or not len(owned):
@@ -65,6 +98,24 @@ def _count_below(owned: Positions, positions: Tensor) -> Tensor:
 
 def _seen(mask: Mask, table: Sequence[Positions], key_len: int) -> list[tuple[Tensor, Tensor]]:
     """Of each row, the runs of global key positions that its queries see, ascending, apart."""
+    return [_seen_runs(each.first, each.stop) for each in _by_stretches(mask, table, key_len)]
+
+
+class _Stretches(NamedTuple):
+    """Of a row: stretches of its queries, and what they see.
+
+    Attributes:
+        low, high: (stretches,) first and last position.
+        first, stop: (bands, stretches) of each band what they see of it.
+    """
+
+    low: Tensor
+    high: Tensor
+    first: Tensor
+    stop: Tensor
+
+
+def _by_stretches(mask: Mask, table: Sequence[Positions], key_len: int) -> list[_Stretches]:
     stretches = [_stretches(row) for row in table]
     for start, width in mask.seams:
         stretches = [_cut(*ends, start, width) for ends in stretches]
@@ -74,8 +125,11 @@ def _seen(mask: Mask, table: Sequence[Positions], key_len: int) -> list[tuple[Te
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device="cpu"))
     bands = mask.bands(ends, key_len, trim=False)
     low, high = place.tensor_split(2)
-    each = zip(low.split(counts), high.split(counts), strict=True)
-    return [_seen_runs(each_of(bands.first, low), each_of(bands.stop, high)) for low, high in each]
+    each = zip(stretches, low.split(counts), high.split(counts), strict=True)
+    return [
+        _Stretches(*ends, each_of(bands.first, low), each_of(bands.stop, high))
+        for ends, low, high in each
+    ]
 
 
 def _seen_runs(first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from operator import lt
 
 from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
 
-TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries")
+TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries", "query_ring")
 Cargo = tuple[Rows, ...]
+
 # Messages: to which rank, which rows.
 Sent = list[tuple[int, Cargo]]
 # Of each part of the batch, of each rank, by owner: the owner's rows that the rank sees.
@@ -138,6 +139,16 @@ class Exchange:
 Route = Ring | Exchange
 
 
+def of_keys(transport: str) -> str:
+    """How keys travel where they do."""
+    return "ring" if transport == "query_ring" else transport
+
+
+def of_query_steps(transport: str) -> str:
+    """How queries travel in a backward where they do."""
+    return {"queries": "direct", "query_ring": "ring"}.get(transport, transport)
+
+
 def make_route(transport: str, needs: Needs, held: Sequence[Cargo], rank: int) -> Route | None:
     """How keys come to a rank and leave it; None where nobody needs those of another rank.
 
@@ -180,6 +191,28 @@ def route_along(
     sent = tuple(within(_cargo(needs, other, rank), held[rank]) for other in ranks)
     come = tuple(_cargo(needs, rank, owner) for owner in ranks)
     return Exchange(sent, _around(rank, come), gathers=False)
+
+
+def rows_moved(transport: str, needs: Needs, counts: Sequence[int]) -> tuple[int, int]:
+    """Rows that all ranks send together, and rows of gradients that go home.
+
+    Args:
+        transport, needs: As of ``make_route``.
+        counts: Samples of each part of the batch.
+    """
+    way, ranks = choose_way(transport, needs), range(len(needs[0]))
+
+    def size(cargo: Cargo) -> int:
+        return sum(count * len(rows) for count, rows in zip(counts, cargo, strict=True))
+
+    if way is None or isinstance(way, str):
+        pairs = [(rank, owner) for rank in ranks for owner in ranks if rank != owner]
+        total = sum(size(_cargo(needs, *pair)) for pair in pairs)
+        return total, total
+    carried = [hops for hops in way.values() if hops]
+    sent = sum(size(cargo) for hops in carried for hop in hops for cargo in hop)
+    returned = sum(_reach(hops, r) * size(hops[0][r]) for hops in carried for r in ranks)
+    return sent, returned
 
 
 # Of each direction, of each hop, by owner: its rows that a rank so far away or further needs.
@@ -263,6 +296,10 @@ def _around(rank: int, cargo: Sequence[Cargo]) -> tuple[Arrival, ...]:
     return tuple(Arrival(owner, cargo[owner]) for owner in owners)
 
 
+def _reach(hops: list[list[Cargo]], owner: int) -> int:
+    return sum(any(map(len, hop[owner])) for hop in hops)
+
+
 def _direction(by: int, hops: list[list[Cargo]], held: Sequence[Cargo], rank: int) -> Direction:
     made, degree = [], len(held)
     for index, carried in enumerate(hops):
@@ -271,6 +308,6 @@ def _direction(by: int, hops: list[list[Cargo]], held: Sequence[Cargo], rank: in
         arrival = Arrival(coming, carried[coming])
         made.append(Hop(passing, within(carried[passing], here), arrival))
     owners = range(degree)
-    reach = tuple(sum(any(map(len, hop[owner])) for hop in hops) for owner in owners)
+    reach = tuple(_reach(hops, owner) for owner in owners)
     own = within(hops[0][rank], held[rank])
     return Direction(by, tuple(made), reach, tuple(hops[0]), own)

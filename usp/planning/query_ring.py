@@ -1,0 +1,81 @@
+"""Plans where queries travel and keys stay: backwards, and forwards of few queries.
+
+What a query brings, ``q, dout, lse, delta``, and dq that goes back are fewer numbers than K, V, dK
+and dV of a key where nearly as many key heads as query heads are held: for equal head dims in 16
+bits where H < 1.5 G. RingX (2025) and BurstAttention (arXiv:2403.09347) do it; here by a route of
+rows of queries (``planning/route.py``), so that it is trimmed, goes both ways and ends early as
+that of keys does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from usp.planning.double_ring import DoubleRing
+from usp.planning.layout import Layout, Positions, rows
+from usp.planning.plan import Load, Step, loads_of, make_any_route
+from usp.planning.reach import needed_queries
+from usp.planning.route import Arrival, Route
+from usp.planning.samples import Masks
+
+Layouts = tuple[Layout, Layout]
+
+
+@dataclass(frozen=True, eq=False)
+class QuerySteps:
+    """What one ring rank computes for all of them.
+
+    Attributes:
+        steps: The own queries first, then those that come: ``rows`` of their loads are the rows of
+            their owner's queries that are here, each against all keys here.
+        route: How they come; None where nobody's queries see another rank's keys.
+        queries: Every rank's row of queries.
+        keys: The row of keys of this rank, ``ring_rank``.
+    """
+
+    steps: tuple[Step, ...]
+    route: Route | DoubleRing | None
+    queries: tuple[Positions, ...]
+    keys: Positions
+    ring_rank: int
+
+
+@lru_cache(maxsize=32)
+def make_query_steps(
+    masks: Masks,
+    layouts: Layouts,
+    lengths: tuple[int, int],
+    ring_degree: int,
+    ring_rank: int,
+    transport: str,
+    outer_degree: int = 1,
+) -> QuerySteps:
+    """The plan of one ring rank; arguments as in ``make_plan``."""
+    queries, keys = (
+        rows(layout, length, ring_degree) for layout, length in zip(layouts, lengths, strict=True)
+    )
+    mine, route = keys[ring_rank], None
+    if ring_degree > 1:
+        needs = [needed_queries(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
+        owned = [len(row) for row in queries]
+        route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
+    steps = [Step(ring_rank, loads_of(masks, queries[ring_rank], mine, lengths[1]))]
+    for arrival in () if route is None else route.arrivals:
+        whole = loads_of(masks, queries[arrival.owner], mine, lengths[1])
+        steps.append(_step(arrival, whole))
+    return QuerySteps(tuple(steps), route, queries, mine, ring_rank)
+
+
+def _step(arrival: Arrival, whole: tuple[Load, ...]) -> Step:
+    """Loads of all queries of an owner, for those that are here."""
+    loads = (
+        Load(
+            load.samples,
+            load.query_offset,
+            here,
+            None if load.seen is None else load.seen.of_rows(here.index),
+        )
+        for load, here in zip(whole, arrival.cargo, strict=True)
+    )
+    return Step(arrival.owner, tuple(loads))
