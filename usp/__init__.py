@@ -5,6 +5,7 @@ from usp._version import __version__
 from usp.attention.functional import long_context_attention
 from usp.backends import backends, use_kernel
 from usp.distributed.mesh import SequenceMesh, init_mesh
+from usp.distributed.submeshes import submeshes
 from usp.integrations import (
     Boundary,
     replace_attention,
@@ -17,11 +18,13 @@ from usp.linear_attention.functional import linear_attention
 from usp.nn.batch import cut_batch
 from usp.nn.cache import ShardedCache
 from usp.nn.decoding import decode_attention
+from usp.nn.documents import DocumentSchedule, schedule_documents
 from usp.nn.linear import LinearAttention
 from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
 from usp.nn.tiled.module import tiled_mlp
+from usp.planning.degrees import DocumentCost
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.convolution import causal_conv1d
 from usp.sharding.gradients import all_reduce_gradients
@@ -36,6 +39,8 @@ from usp.verification.verify import verify
 
 __all__ = [
     "Boundary",
+    "DocumentCost",
+    "DocumentSchedule",
     "DocumentZigzag",
     "Held",
     "LinearAttention",
@@ -65,8 +70,10 @@ __all__ = [
     "restore",
     "rng",
     "roll",
+    "schedule_documents",
     "shard_sequence",
     "spread_attention",
+    "submeshes",
     "take",
     "tiled_cross_entropy",
     "tiled_mlp",
@@ -80,6 +87,8 @@ __all__ = [
 # Where users find them, and what their pickles name, whatever file they live in.
 for _public in (
     Boundary,
+    DocumentCost,
+    DocumentSchedule,
     DocumentZigzag,
     Held,
     LinearAttention,

@@ -44,6 +44,7 @@ PLACES = (
     "ShardedCache.extend",
     "linear_attention",
     "usp.causal_conv1d",
+    "usp.schedule_documents",
 )
 _NUMBERS = 4
 _REFUSALS = {

@@ -374,6 +374,21 @@ def init_mesh(
     return SequenceMesh(_device_mesh(table, group, kind))
 
 
+def mesh_of_ranks(
+    ranks: Sequence[int], ulysses_degree: int, group: ProcessGroup | None, device_type: str
+) -> SequenceMesh:
+    """A mesh of some ranks of ``group``, who make their process groups among themselves.
+
+    Args:
+        ranks: Global ranks, this one among them, in the order of ``mesh.rank``.
+        ulysses_degree: Divides how many they are.
+        group: Has compared already; no other of its ranks need call this.
+        device_type: "cpu" or "cuda".
+    """
+    table = torch.tensor(ranks, device="cpu").view(1, -1, ulysses_degree)
+    return SequenceMesh(_device_mesh(table, group, device_type))
+
+
 def _checked_degrees(ulysses_degree: int, ring_degree: int, ranks: int) -> tuple[int, int]:
     ulysses_degree = integer("ulysses_degree", ulysses_degree, least=1)
     ring_degree = integer("ring_degree", ring_degree, least=1)

@@ -1,0 +1,73 @@
+"""Degrees for documents: each has its place, and loads are what they say."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usp.planning.degrees import Degrees, DocumentCost, choose_degrees, nested_degrees
+
+SIZES = st.tuples(st.integers(1, 12), st.integers(1, 6)).map(lambda shape: nested_degrees(*shape))
+COSTS = st.builds(DocumentCost, *(st.sampled_from([0.0, 1e-9, 1e-6, 1e-3]) for _ in range(4)))
+
+
+def recounted(found: Degrees, lengths: list[int], ranks: int, cost: DocumentCost) -> list[float]:
+    """Seconds of each rank, from where the documents are."""
+    loads, groups = [0.0] * ranks, set()
+    for n, (degree, group) in zip(lengths, found.placed, strict=True):
+        for rank in range(group * degree, (group + 1) * degree):
+            loads[rank] += cost.of_document(n, degree) if n else 0.0
+        groups |= {(degree, group)} if n else set()
+    for degree, group in groups:
+        for rank in range(group * degree, (group + 1) * degree):
+            loads[rank] += cost.of_group(degree)
+    return loads
+
+
+@given(SIZES, st.lists(st.integers(0, 5000), max_size=30), COSTS)
+def test_all_documents_have_places_and_loads_are_theirs(sizes, lengths, cost):
+    degrees = [ring * ulysses for ring, ulysses in sizes]
+    assert all(a % b == 0 and a > b for a, b in pairwise(degrees))
+    found = choose_degrees(lengths, degrees, cost)
+    assert all(d in degrees and (g + 1) * d <= degrees[0] for d, g in found.placed)
+    expected = recounted(found, lengths, degrees[0], cost)
+    assert [seconds for seconds, _ in found.loads] == pytest.approx(expected)
+    spread = sum(cost.of_document(n, degrees[0]) for n in lengths if n)
+    assert found.makespan <= (spread + cost.of_group(degrees[0])) * (1 + 1e-9)  # all on all ranks
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=20), st.integers(50, 2000))
+def test_no_rank_holds_more_than_it_has_room_for(lengths, room):
+    cost = DocumentCost(1e-6, 1e-8, 1e-7, 1e-4)
+    try:
+        found = choose_degrees(lengths, [8, 4, 2, 1], cost, room)
+    except ValueError as refusal:
+        assert str(room) in str(refusal)
+        assert sum(-(-n // 8) for n in lengths) > room  # all over all ranks would not fit either
+        return
+    held = [0] * 8
+    for n, (degree, group) in zip(lengths, found.placed, strict=True):
+        for rank in range(group * degree, (group + 1) * degree):
+            held[rank] += -(-n // degree)
+    assert max(held) <= room
+    assert held == [tokens for _, tokens in found.loads]
+
+
+def test_a_long_tail_is_spread_and_the_short_stay_whole():
+    drawn = random.Random(1)
+    lengths = [64 + int(400 * drawn.random()) for _ in range(60)] + [9000]
+    found = choose_degrees(lengths, [4, 2, 1], DocumentCost.of_layer(256, 1024, latency=1e-3))
+    assert found.placed[-1].degree == 4
+    assert all(at.degree == 1 for at in found.placed[:-1])
+    assert found.makespan < 1.1 * sum(seconds for seconds, _ in found.loads) / 4
+
+
+def test_costs_that_are_none_are_refused():
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"DocumentCost.pair must be 0 or more seconds"):
+            DocumentCost(1.0, wrong)

@@ -1,0 +1,239 @@
+"""A degree for every document: how many ranks share it, and which, so that all are done soon.
+
+A long document needs many ranks; a short one, cut over many, is mostly messages. Ranks form groups
+inside groups, the whole mesh, its halves, and so on to single ranks. A document is given to one of
+these groups. All groups work off their documents from the largest degree down, so a rank waits for
+no one but the ranks that it computes with.
+
+Sources: FlexSP (arXiv:2412.01523) and ByteScale (arXiv:2502.21231), which choose degrees for the
+sequences of a batch by a cost model; the search here is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import product
+from typing import NamedTuple
+
+_THRESHOLDS = 48  # tried for when a document is cut
+_ROUNDS = 64  # of moving single documents of the rank that is done last
+
+
+@dataclass(frozen=True)
+class DocumentCost:
+    """Seconds of one layer, forward and backward; only their ratios matter.
+
+    Attributes:
+        token: Of a token, in all that sees tokens one by one: projections, MLP, norms.
+        pair: Of a query and a key that it sees.
+        sent: Of a token whose key and value pass from rank to rank.
+        hop: Of one message, however short, times the ranks it passes.
+    """
+
+    token: float
+    pair: float
+    sent: float = 0.0
+    hop: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, seconds in vars(self).items():
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"DocumentCost.{name} must be 0 or more seconds, got {seconds}")
+
+    @classmethod
+    def of_layer(
+        cls,
+        hidden: int,
+        mlp: int,
+        *,
+        kv_hidden: int | None = None,
+        flops: float = 1e12,
+        bandwidth: float = 1e10,
+        latency: float = 2e-5,
+        bytes_per_number: int = 2,
+    ) -> DocumentCost:
+        """Of a transformer's layer, training.
+
+        Args:
+            hidden: Features of a token, those of all query heads together.
+            mlp: Features inside the MLP, of two matrices.
+            kv_hidden: Those of all key heads together; ``hidden`` by default.
+            flops: That a rank reaches in a second.
+            bandwidth: Bytes that a rank sends in a second.
+            latency: Seconds of a short message.
+            bytes_per_number: Of a key or a value.
+        """
+        kv = hidden if kv_hidden is None else kv_hidden
+        weights = 2 * hidden * (hidden + kv) + 2 * hidden * mlp
+        # forward: 2 FLOP a weight and a number of a pair; backward twice that, 2.5 times in pairs
+        return cls(
+            token=3 * 2 * weights / flops,
+            pair=3.5 * 4 * hidden / flops,
+            sent=3 * 2 * kv * bytes_per_number / bandwidth,
+            hop=3 * latency,
+        )
+
+    def of_document(self, tokens: int, degree: int) -> float:
+        """Seconds of each of so many ranks, causal; the pairs are balanced over them."""
+        pairs = tokens * (tokens + 1) / 2
+        travels = tokens * (degree - 1) / degree
+        return (self.token * tokens + self.pair * pairs) / degree + self.sent * travels
+
+    def of_group(self, degree: int) -> float:
+        """Seconds of a group's messages, whatever it holds."""
+        return self.hop * (degree - 1)
+
+
+class Placed(NamedTuple):
+    """Where a document is: on the ranks ``[group * degree, (group + 1) * degree)``."""
+
+    degree: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Where all documents are.
+
+    Attributes:
+        placed: Of each document.
+        loads: Seconds of each rank by the cost model, and its tokens, rounded up.
+    """
+
+    placed: tuple[Placed, ...]
+    loads: tuple[tuple[float, int], ...]
+
+    @property
+    def makespan(self) -> float:
+        return max(seconds for seconds, _ in self.loads)
+
+
+def nested_degrees(ring: int, ulysses: int) -> list[tuple[int, int]]:
+    """(ring, ulysses) of the mesh and of ever smaller ones inside, to one rank."""
+    found = [(ring, ulysses)]
+    while ring * ulysses > 1:
+        if ring > 1:
+            ring //= _smallest_prime(ring)
+        else:
+            ulysses //= _smallest_prime(ulysses)
+        found.append((ring, ulysses))
+    return found
+
+
+def _smallest_prime(number: int) -> int:
+    return next(p for p in range(2, number + 1) if number % p == 0)
+
+
+def choose_degrees(
+    lengths: Sequence[int],
+    degrees: Sequence[int],
+    cost: DocumentCost,
+    most_tokens: int | None = None,
+) -> Degrees:
+    """A degree and a place for each document, for a short makespan.
+
+    A threshold of seconds gives each document the least degree at which it stays below; documents
+    then go one by one, longest first, to the group that is done first. The best of many thresholds
+    is improved by single moves. Deterministic: ranks that know the lengths agree.
+
+    Args:
+        lengths: Tokens of each document.
+        degrees: Sizes of the nested groups, falling from all ranks to 1, each dividing the last.
+        cost: Of one layer.
+        most_tokens: That a rank has room for.
+
+    Raises:
+        ValueError: the tokens have no room; says both numbers.
+    """
+    ranks, total = degrees[0], sum(lengths)
+    if most_tokens is not None and total > ranks * most_tokens:
+        raise ValueError(
+            f"{total} tokens do not fit {ranks} ranks of {most_tokens} tokens (most_tokens): take "
+            "fewer documents at once, or more ranks"
+        )
+    rising = sorted(degrees)
+
+    def least(tokens: int, seconds: float) -> int:
+        fits = (d for d in rising if cost.of_document(tokens, d) <= seconds)
+        return next(fits, ranks)
+
+    distinct = set(lengths)
+    seconds = [cost.of_document(n, d) for n, d in product(distinct, rising)]
+    high = max(seconds, default=0.0)
+    tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
+    best: Degrees | None = None
+    for threshold in sorted(tried, reverse=True):
+        chosen = {n: least(n, threshold) for n in distinct}
+        found = _place(lengths, [chosen[n] for n in lengths], degrees, cost, most_tokens)
+        if found is not None and (best is None or found.makespan < best.makespan):
+            best = found
+    if best is None:
+        raise ValueError(
+            f"{len(lengths)} documents of {total} tokens, the longest of {max(lengths)}, do not "
+            f"fit {ranks} ranks of {most_tokens} tokens (most_tokens) whole: leave more room"
+        )
+    return _improved(best, lengths, degrees, cost, most_tokens)
+
+
+def _place(
+    lengths: Sequence[int],
+    chosen: Sequence[int],
+    degrees: Sequence[int],
+    cost: DocumentCost,
+    most_tokens: int | None,
+) -> Degrees | None:
+    """Documents of these degrees in groups, the largest groups first; None without room."""
+    loads = [(0.0, 0)] * degrees[0]
+    placed = [Placed(1, 0)] * len(lengths)
+    for degree in degrees:
+        own = [i for i, each in enumerate(chosen) if each == degree and lengths[i]]
+        if not own:
+            continue
+        # inside a group all ranks are equal yet: only larger degrees have been placed
+        groups = [(*loads[g * degree], g) for g in range(degrees[0] // degree)]
+        heapify(groups)
+        started = set()
+        for i in sorted(own, key=lambda i: -lengths[i]):
+            seconds, tokens, group = heappop(groups)
+            if group not in started:
+                started.add(group)
+                seconds += cost.of_group(degree)
+            seconds += cost.of_document(lengths[i], degree)
+            tokens += -(-lengths[i] // degree)
+            if most_tokens is not None and tokens > most_tokens:
+                return None
+            heappush(groups, (seconds, tokens, group))
+            placed[i] = Placed(degree, group)
+        for seconds, tokens, group in groups:
+            loads[group * degree : (group + 1) * degree] = [(seconds, tokens)] * degree
+    return Degrees(tuple(placed), tuple(loads))
+
+
+def _improved(
+    best: Degrees,
+    lengths: Sequence[int],
+    degrees: Sequence[int],
+    cost: DocumentCost,
+    most_tokens: int | None,
+) -> Degrees:
+    """Documents of the rank that is done last to the next degrees, as long as that helps."""
+    for _ in range(_ROUNDS):
+        seconds = [load for load, _ in best.loads]
+        last = seconds.index(best.makespan)
+        of_last = [i for i, at in enumerate(best.placed) if last // at.degree == at.group]
+        longest = sorted((i for i in of_last if lengths[i]), key=lambda i: -lengths[i])[:4]
+        found = best
+        for i in longest:
+            at = degrees.index(best.placed[i].degree)
+            for degree in degrees[max(0, at - 1) : at + 2]:
+                chosen = [placed.degree for placed in best.placed]
+                chosen[i] = degree
+                moved = _place(lengths, chosen, degrees, cost, most_tokens)
+                if moved is not None and moved.makespan < found.makespan:
+                    found = moved
+        if found is best:
+            return best
+        best = found
+    return best
