@@ -13,7 +13,7 @@ from pool import Pool
 
 from usp import bench
 from usp.backends import native
-from usp.bench import attention, comm, ring, rivals
+from usp.bench import attention, comm, documents, ring, rivals
 from usp.bench.attention import Problem
 from usp.bench.case import Case
 from usp.bench.exact import relative_error
@@ -217,6 +217,23 @@ def test_comm(pool: Pool) -> None:
     assert sent["all_reduce", 96] == 4 * 32 and sent["shift", 96] == sent["link", 96] == 96
     fits = comm.fits(records)
     assert len(fits) == len(links) + 4 and all(r["values"]["latency_s"] >= 0 for r in fits)
+
+
+def documents_records(argv: str) -> list[dict[str, Any]]:
+    """On a worker: what rank 0 tells."""
+    args = documents.arguments(argv.split())
+    told: list[dict[str, Any]] = []
+    documents.measure_dtypes(World(args, args.processes, 2, "cpu", ""), told.extend)
+    return told
+
+
+def test_documents(pool: Pool) -> None:
+    argv = "--quick --processes 2 --tokens 900 --longest 300 --dtypes fp32"
+    records = pool.run(documents_records, argv, ranks=2)[0]
+    assert named(records, "layer, both") == {"usp scheduled", "usp zigzag", "usp contiguous"}
+    first = records[0]
+    assert sum(first["degrees"].values()) == first["case"]["documents"] > 3
+    assert first["cost"]["token"] > 0 and first["tokens_per_s"] > 0
 
 
 def test_a_line_through_times_finds_what_made_them() -> None:

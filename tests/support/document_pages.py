@@ -297,6 +297,16 @@ def tiles(names: Names) -> Iterator[str | None]:
     yield "library: transformers; tests/integrations/test_replace_mlp.py"
 
 
+@page("docs/degrees.md", (1, 4))
+def degrees(names: Names) -> Iterator[str | None]:
+    x, cuts, qkv = torch.randn(1, 301, 512), (0, 250, 260, 301), nn.Linear(512, 3 * 512)
+    names.update(x=x, target=x, qkv=qkv, cu_seqlens=cuts)
+    yield None
+    q, k, v = qkv(x).unflatten(-1, (3, 8, 64)).unbind(2)
+    out = usp.long_context_attention(q, k, v, causal=True, cu_seqlens=cuts).flatten(2)
+    same(names["schedule"].unshard(names["x"], 1), x + out)
+
+
 # ---- run elsewhere
 
 

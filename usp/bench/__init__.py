@@ -10,6 +10,7 @@ PROGRAMS: dict[str, str] = {
     "kernels": "attention forward and backward, ring step, head exchange, merge, on one device",
     "ring": "whole distributed attention on any mesh, beside others in the same processes",
     "comm": "each link between processes and each collective: bytes a second, cost of a message",
+    "documents": "documents of many lengths: a degree for each, beside one mesh for all",
 }
 
 

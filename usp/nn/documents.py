@@ -91,7 +91,8 @@ class DocumentSchedule:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """This rank's documents, by the mesh that shares them, the largest first."""
-        found, stop = [], 0
+        found: list[Part] = []
+        stop = 0
         for place, mesh in enumerate(self.meshes):
             layout, cuts, own = self._part(place, self._rank)
             start, stop = stop, stop + len(own)
