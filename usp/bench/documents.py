@@ -22,7 +22,6 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import usp
@@ -119,7 +118,7 @@ class Batch:
         self.x = torch.randn(1, self.cuts[-1], args.hidden).to(dtype)
         self.cotangent = torch.randn(self.x.shape).to(dtype)
         self.exact = None
-        if dist.get_rank() == 0:
+        if worlds.axis().rank == 0:
             alone = Layer(args).double()
             alone.load_state_dict(self.layer.state_dict())
             whole = usp.schedule_documents(self.cuts, (None,), usp.DocumentCost(1, 1))
@@ -155,7 +154,7 @@ class Batch:
         out, *gradients = found
         whole = worlds.rows_of_all(index, [out])
         for gradient in gradients:
-            dist.all_reduce(gradient)
+            worlds.axis().all_reduce(gradient)
         if self.exact is None:
             return {}
         ours, exact = (_flat(x) for x in (gradients, self.exact[1:]))
@@ -198,23 +197,14 @@ def measured_cost(args: argparse.Namespace, dtype: torch.dtype, device: str) -> 
 
 def _message(size: int, device: str) -> float:
     """Seconds in which every rank passes so many bytes on."""
-    x, rank, ranks = torch.zeros(size, dtype=torch.uint8, device=device), *_place()
+    x, axis = torch.zeros(size, dtype=torch.uint8, device=device), worlds.axis()
     room = torch.empty_like(x)
 
-    def pass_on() -> None:
-        ops = [
-            dist.P2POp(dist.isend, x, (rank + 1) % ranks),
-            dist.P2POp(dist.irecv, room, (rank - 1) % ranks),
-        ]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+    def pass_on() -> Tensor:
+        return axis.shift(x, room)()
 
     pass_on()
     return min(worlds.slowest_seconds(pass_on) for _ in range(5))
-
-
-def _place() -> tuple[int, int]:
-    return dist.get_rank(), dist.get_world_size()
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
