@@ -113,7 +113,7 @@ def test_ring(pool: Pool) -> None:
         assert named(window, which) == meshes | {"usp, one process"}
         (out,) = [r for r in window if r["record"] == "not_timed"]
         assert out["why"] == "it knows no window" and not out["wrong"]
-    # 16 tokens of K and V of 4 x 64 elements: 3 hops in each pass, and of fp32 gradients
+    # 16 tokens of K and V of 4 x 64 elements: 3 hops
     block = 2 * 16 * 4 * 64
     sent = {
         (r["what"], r["candidate"]): r["bytes_sent"]
@@ -121,7 +121,9 @@ def test_ring(pool: Pool) -> None:
         if r["record"] == "time" and r["case"]["mask"] == "full"
     }
     assert sent["forward", "usp 1 x 4"] == block * 3 * 2
-    assert sent["both", "usp 1 x 4"] == block * (3 * 2 + 3 * 2 + 3 * 4)
+    # back queries travel: q and dout, lse and delta in fp32, and dq in fp32, half as wide
+    back = block * 2 + 2 * 16 * 4 * 4 + block // 2 * 4
+    assert sent["both", "usp 1 x 4"] == 3 * (block * 2 + back)
     # the field's ring sends K and V home, too
     assert sent["both", "plain torch ring"] == block * (3 * 2 + 3 * 2 + 4 * 4)
     assert sent["both", "usp, one process"] == 0

@@ -122,7 +122,9 @@ def test_cpu_ring(pool: Pool) -> None:
     # 16 tokens of K and V of 4 x 64 elements: 3 hops in each pass, and of fp32 gradients
     block = 2 * 16 * 4 * 64
     assert results[0]["bytes_sent"]["1 x 4"] == block * 3 * 2
-    assert results[1]["bytes_sent"]["1 x 4"] == block * (3 * 2 + 3 * 2 + 3 * 4)
+    # back queries travel: q and dout, lse and delta in fp32, and dq in fp32, half as wide
+    back = block * 2 + 2 * 16 * 4 * 4 + block // 2 * 4
+    assert results[1]["bytes_sent"]["1 x 4"] == 3 * (block * 2 + back)
     assert all(theirs[1]["seconds"] == results[1]["seconds"] for theirs in others)
 
 
