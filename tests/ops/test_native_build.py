@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from places import CSRC
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from usp_build import native
 
 from usp.machine import cpu, library
@@ -70,6 +72,27 @@ def test_the_level_is_the_highest_or_the_one_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setenv("USP_CPU_CAPABILITY", "sse9")
     with pytest.raises(RuntimeError, match="'sse9'; expected default, avx2"):
         cpu.level()
+
+
+class Heard(TorchFunctionMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_mode_sees_how_the_level_is_found() -> None:
+    if library.load() is not None:
+        pytest.skip(f"compiled ops: {library.load()}")
+    cpu._level.cache_clear()
+    with Heard() as heard, FakeTensorMode():
+        assert cpu.level() in cpu.LEVELS
+    assert not heard.calls
 
 
 def test_the_levels_are_those_of_the_sources() -> None:

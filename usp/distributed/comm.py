@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -211,23 +212,53 @@ def ensure_initialised() -> Launch | None:
     return launch
 
 
-def join_locally(store: str, rank: int, size: int, seconds: float) -> None:
-    """Start the default process group, of gloo among processes of this machine.
+def join_locally(
+    store: str, rank: int, size: int, seconds: float, backend: str | None = "gloo"
+) -> None:
+    """Start the default process group, among processes of this machine.
 
     Args:
         store: A path by which they find each other.
         seconds: How long a rank waits for another.
+        backend: Of torch's; None is what torch takes for the devices that are there.
     """
     loopback = {"Linux": "lo", "Darwin": "lo0"}.get(platform.system())
     if loopback:  # gloo would look up this machine's name to find an address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, size),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=seconds),
     )
+
+
+def has_begun() -> bool:
+    """Whether this process has a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def post(key: str, text: str) -> None:
+    """Leave a word that other ranks find by ``posted``, without a collective."""
+    _words().set(key, text)
+
+
+def posted(keys: Sequence[str], seconds: float) -> list[str | None]:
+    """Words that other ranks have left, each waited for until so many seconds are over."""
+    store, end = _words(), time.monotonic() + seconds
+    found: list[str | None] = []
+    for key in keys:
+        while not store.check([key]) and time.monotonic() < end:
+            time.sleep(0.02)
+        found.append(store.get(key).decode() if store.check([key]) else None)
+    return found
+
+
+def _words() -> Any:
+    """A connection of our own: a thread that hangs may hold that of the process group."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def axis_ranks(device_mesh: DeviceMesh, name: str) -> list[int] | None:

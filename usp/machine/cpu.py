@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from usp.machine import library
 
@@ -68,7 +69,9 @@ def level_of(dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: ``USP_CPU_CAPABILITY`` names none; lists them.
     """
-    return LEVELS[torch.ops.usp.cpu_level(torch.empty(0, dtype=dtype, device="cpu"))]
+    # asked in the middle of what a mode records or fakes
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        return LEVELS[torch.ops.usp.cpu_level(torch.empty(0, dtype=dtype, device="cpu"))]
 
 
 def kind() -> str:
