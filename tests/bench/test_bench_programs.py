@@ -4,6 +4,7 @@ timed."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pool import Pool
 
 from usp import bench
 from usp.backends import native
-from usp.bench import attention, comm, documents, ring, rivals
+from usp.bench import attention, comm, documents, memory, model, ring, rivals, scaling
 from usp.bench.attention import Problem
 from usp.bench.case import Case
 from usp.bench.exact import relative_error
@@ -83,20 +84,19 @@ def test_every_rival_is_given_the_same_mask(mask: str) -> None:
     assert rivals.not_installed("cpu", False)["sdpa cudnn"] == "it is for GPUs"
 
 
-def tell_nothing(*news: Any) -> None:
-    pass
+PROGRAMS = {"ring": ring, "comm": comm, "model": model, "memory": memory, "scaling": scaling}
 
 
-def ring_records(argv: str) -> list[dict[str, Any]]:
-    """On a worker: what rank 0 tells."""
-    args = ring.arguments(argv.split())
+def told_by(program: str, argv: str) -> list[dict[str, Any]]:
+    """On a worker: the records of a program whose processes are those of the pool."""
+    args = PROGRAMS[program].arguments(argv.split())
     told: list[dict[str, Any]] = []
 
     def tell(news: Any) -> None:
         if not isinstance(news, str):
             told.extend(news)
 
-    ring.measure_cases(World(args, args.processes, 2, "cpu", ""), tell)
+    PROGRAMS[program].measure_cases(World(args, args.processes, 2, "cpu", ""), tell)
     return told
 
 
@@ -104,7 +104,7 @@ def ring_records(argv: str) -> list[dict[str, Any]]:
 def test_ring(pool: Pool) -> None:
     argv = "--quick --seq-len 64 --heads 4 --kv-heads 4 --dtypes bf16 --peers plain"
     argv += " --masks full window --window 20 --seconds 0"
-    records, *others = pool.run(ring_records, argv, ranks=4)
+    records, *others = pool.run(told_by, "ring", argv, ranks=4)
     meshes = {"usp 2 x 2", "usp 1 x 4", "usp 4 x 1"}
     for which in ("forward", "both"):
         found = [r for r in records if r["what"] == which and r["case"]["mask"] == "full"]
@@ -182,6 +182,12 @@ def test_peers_say_why_they_are_not_there_and_what_they_cannot() -> None:
         ("ring", "--mesh 2x2 1x3", r"--mesh has \[3, 4\] processes"),
         ("ring", "--mesh 2by2", "'2by2' is no ULYSSESxRING"),
         ("ring", "--heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),
+        ("model", "--batch 3", "--batch 3 does not divide by 2 data ranks"),
+        ("model", "--mesh 8x1", "vit has 6 heads, a Ulysses degree of 8 needs as many"),
+        ("model", "--mesh 1x0x2", r"'1x0x2' is no \[DPx\]ULYSSESxRING"),
+        ("memory", "--layers 0", "--layers must be 1 or more, got 0"),
+        ("scaling", "--processes 1", "--processes must be 2 or more, got 1"),
+        ("scaling", "--batch 4 --accumulate 2", "--batch 4 must divide by 8: data ranks times"),
         ("comm", "--processes 1", "--processes must be 2 or more, got 1"),
         ("comm", "--sizes 8", "--sizes must be 32 or more for 4 ranks, got 8"),
     ],
@@ -189,28 +195,13 @@ def test_peers_say_why_they_are_not_there_and_what_they_cannot() -> None:
 def test_what_cannot_be_measured_is_refused(
     program: str, argv: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     with pytest.raises(SystemExit) as end:
         bench.run(program, argv.split())
     assert end.value.code == 2 and re.search(said, capsys.readouterr().err)
 
 
-def comm_records(argv: str) -> list[dict[str, Any]]:
-    """On a worker: what rank 0 tells."""
-    args = comm.arguments(argv.split())
-    told: list[dict[str, Any]] = []
-
-    def tell(news: Any) -> None:
-        if not isinstance(news, str):
-            told.extend(news)
-
-    comm.measure_verbs(World(args, args.processes, 2, "cpu", ""), tell)
-    return told
-
-
 def test_comm(pool: Pool) -> None:
-    records = pool.run(comm_records, "--quick --processes 3 --sizes 96 960", ranks=3)[0]
+    records = pool.run(told_by, "comm", "--quick --processes 3 --sizes 96 960", ranks=3)[0]
     assert {r["record"] for r in records} == {"time"}, records
     links = named(records, "link")
     assert links == {f"{a} to {b}" for a in range(3) for b in range(3) if a != b}
@@ -243,6 +234,43 @@ def test_a_line_through_times_finds_what_made_them() -> None:
     latency, each = comm.line_through(points)
     assert latency == pytest.approx(1e-5) and 1 / each == pytest.approx(2e9)
     assert comm.line_through([(10.0, 2e-5), (100.0, 1e-5)])[1] == 0.0  # noise is no speed
+
+
+def test_model(pool: Pool) -> None:
+    argv = "--quick --models llm --seq-len 24 --mesh 1x2 2x1x1"
+    records = pool.run(told_by, "model", argv + " --dtypes fp32", ranks=2)[0]
+    assert {r["record"] for r in records} == {"time"}, records
+    everyone = {"torch, one process", "usp, one process", "usp 1 x 2", "usp dp 2, 1 x 1"}
+    assert named(records, "step") == everyone
+    assert all(r["errors"]["gradients"] < 1e-6 for r in records)
+
+
+def test_memory_is_the_planners_formula(pool: Pool) -> None:
+    """Of a ViT, whose loss holds no logits: within a fifth, as its messages are not in it."""
+    argv = "--seq-len 512 --layers 2 --models vit --mesh 1x1 2x1 1x2 --peers plain"
+    records = pool.run(told_by, "memory", argv + " --dtypes fp32", ranks=2)[0]
+    steps = {r["candidate"]: r["values"] for r in records if r["what"] == "step"}
+    assert set(steps) == {
+        *("torch, one process", "usp, one process", "usp 1 x 1", "usp 2 x 1", "usp 1 x 2")
+    }
+    assert steps["usp 1 x 1"]["of_formula"] == pytest.approx(1.0, abs=0.05)
+    assert all(0.9 < values["of_formula"] < 1.25 for values in steps.values()), steps
+    attention = {r["candidate"]: r["values"] for r in records if r["what"] == "attention"}
+    assert 0 < attention["usp 1 x 2"]["both"] < attention["plain torch ring"]["both"]
+
+
+def test_scaling(pool: Pool) -> None:
+    argv = "--quick --seq-len 16 --processes 2 --models vit --accumulate 2"
+    records = pool.run(told_by, "scaling", argv + " --dtypes fp32", ranks=2)[0]
+    assert {r["record"] for r in records} == {"time"}, records
+    for kind in ("strong", "weak"):
+        found = {r["candidate"]: r for r in records if r["what"] == kind}
+        assert set(found) == {"usp 1 x 1", "usp 1 x 2", "usp dp 2, 1 x 1"}
+        assert found["usp 1 x 1"]["efficiency"] == pytest.approx(1.0)
+        sizes = {n: (r["processes"], r["length"], r["samples"]) for n, r in found.items()}
+        weak = kind == "weak"
+        assert sizes["usp 1 x 2"] == (2, 32 if weak else 16, 4)
+        assert sizes["usp dp 2, 1 x 1"] == (2, 16, 8 if weak else 4)
 
 
 @needs_kernels

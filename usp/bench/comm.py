@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from usp.bench import world as worlds
-from usp.bench.options import NO_ANSWER, BenchError, begin, finish, parse, parser
+from usp.bench.options import parse, parser
+from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.world import World
 from usp.distributed.comm import Axis
@@ -51,34 +51,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
-    run = begin("comm", args)
-    size = args.processes
-
-    def hear(news: Any) -> None:
-        if isinstance(news, str):
-            run.show.begin(news)
-        else:
-            run.add(news)
-            run.show.done()
-
-    try:
-        with run.show.progress(len(args.verbs) * len(args.sizes)):
-            worlds.in_processes(measure_all, args, size, hear)
-    except BenchError as error:
-        run.show.say(str(error))
-        finish(run)
-        return NO_ANSWER
-    run.add(fits(run.sink.records))
-    return finish(run)
+    every = len(args.verbs) * len(args.sizes)
+    return run_in_processes("comm", args, measure_all, every, lambda run: fits(run.sink.records))
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
     """On each process: every verb with every size."""
     with worlds.joined(world, rank):
-        measure_verbs(world, tell)
+        measure_cases(world, tell)
 
 
-def measure_verbs(world: World, tell: Tell) -> None:
+def measure_cases(world: World, tell: Tell) -> None:
     """Every verb with every size, on every rank."""
     for verb in world.args.verbs:
         for size in world.args.sizes:

@@ -21,16 +21,14 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from usp.bench import world as worlds
 from usp.bench.case import MASKS, Case
-from usp.bench.device import DTYPES
+from usp.bench.device import DTYPES, default_device
 from usp.bench.exact import wrong
 from usp.bench.options import (
     NO_ANSWER,
     BenchError,
-    Run,
     add_dtypes,
     begin,
     dtypes,
@@ -39,8 +37,10 @@ from usp.bench.options import (
     parser,
 )
 from usp.bench.peers import PEERS, present
+from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.ring_case import RingAttention, name_of
+from usp.bench.show import stream_of
 from usp.bench.timeline import traced
 from usp.bench.world import World
 from usp.distributed.processes import Tell
@@ -89,38 +89,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
-    run = begin("ring", args)
+    args.device = args.device or default_device()
     args.dtypes = dtypes(args)
-    try:
-        if args.trace is not None:
+    if args.trace is not None:
+        run = begin("ring", args)
+        try:
             run.add(traced(args, args.processes, next(iter(cases(args)))))
-        else:
-            measure_here(run, args, args.processes)
-    except BenchError as error:
-        run.show.say(str(error))
-        finish(run)
-        return NO_ANSWER
-    return finish(run)
-
-
-def measure_here(run: Run, args: argparse.Namespace, size: int) -> None:
-    """Start the processes and take what rank 0 tells."""
-    every = len(list(cases(args))) * len(args.passes)
-
-    def hear(news: Any) -> None:
-        if isinstance(news, str):
-            run.show.begin(news)
-        else:
-            run.add(news)
-            run.show.done()
-
+        except BenchError as error:
+            run.show.say(str(error))
+            return NO_ANSWER
+        return finish(run)
     for name, why in present(args.peers)[1].items():
-        run.show.say(f"left out: {name}: {why}")
-    device = worlds.device_for(size, args.device)
-    if device != args.device:
-        run.show.say(f"note: {size} processes have no GPU each: they run on the CPU")
-    with run.show.progress(every):
-        worlds.in_processes(measure_all, args, size, hear)
+        print(f"left out: {name}: {why}", file=stream_of(args.json))
+    every = len(list(cases(args))) * len(args.passes)
+    return run_in_processes("ring", args, measure_all, every)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:

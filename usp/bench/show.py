@@ -93,6 +93,8 @@ def row(record: Record) -> str:
         text += f"  {record['bytes_per_s'] / 1e9:8.2f} GB/s"
     if "of_roof" in record:
         text += f"  {100 * record['of_roof']:5.1f} % of {record['roof']}"
+    if "efficiency" in record:
+        text += f"  efficiency {record['efficiency']:.2f}"
     if "errors" in record:
         worst = max(record["errors"], key=lambda tensor: record["errors"][tensor])
         text += f"  {worst} off by {record['errors'][worst]:.1e}"

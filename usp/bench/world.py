@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from usp.bench.timing import Times, take_turns
 from usp.distributed import comm, processes
 from usp.distributed.comm import Axis
 from usp.distributed.processes import ProcessFailed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MINUTES = 30  # that a rank waits for another
 
@@ -118,6 +122,15 @@ def axis() -> Axis:
     return Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
 
 
+def device_mesh(shape: Sequence[int], names: tuple[str, ...], device: str) -> DeviceMesh | None:
+    """A mesh of the first ranks, which every rank asks for; None on those that are not in it."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(math.prod(shape)).view(*shape)
+    made = DeviceMesh(device, ranks, mesh_dim_names=names)
+    return None if made.get_coordinate() is None else made
+
+
 def mesh(shape: tuple[int, int], device: str) -> usp.SequenceMesh:
     """(Ulysses, ring) degrees of all processes."""
     return usp.init_mesh(*shape, device_type=device)
@@ -141,9 +154,9 @@ def as_first_rank_says(wish: bool) -> bool:
     return bool(said)
 
 
-def turns(candidates: dict[str, Callable[[], object]], rounds: int, seconds: float) -> Times:
+def turns(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> Times:
     """``timing.take_turns`` of all ranks together: the slowest counts."""
-    return take_turns(candidates, rounds, seconds, slowest_seconds, as_first_rank_says)
+    return take_turns(dict(candidates), rounds, seconds, slowest_seconds, as_first_rank_says)
 
 
 def everyone(item: Any) -> list[Any]:
@@ -161,7 +174,7 @@ def at_first(item: Any) -> list[Any]:
 
 
 def tried_together(
-    runs: dict[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], Any]],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What each gives on this rank; why the others give nothing on some rank."""
     found: dict[str, Any] = {}
