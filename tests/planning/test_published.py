@@ -132,7 +132,7 @@ def test_c3_what_a_contiguous_causal_ring_loses(
 
 def usp_job(model: str, seq_len: int, batch: int, devices: int) -> Job:
     """arXiv:2405.07719, section 5: A800, ZeRO-1 over data and sequence, no recomputation."""
-    return Job(MODELS[model], seq_len, batch, CLUSTERS["a800"], devices, zero=1)
+    return Job(MODELS[model], seq_len, batch, CLUSTERS["a800"], devices, zero=1, as_usp=False)
 
 
 def usp_choice(devices: int, ulysses: int = 1, ring: int = 1, tp: int = 1, dp: int = 1) -> Choice:
@@ -271,9 +271,14 @@ def test_c8_ulysses_inside_nodes() -> None:
 
 def burst(tokens: int, devices: int, tiles: str = "loss") -> tuple[Job, Choice]:
     """BurstEngine's 14B: 16 bytes a weight, saved attention outputs, the sequence over all."""
-    precision = Precision(gradients=2, loss="bf16")
     job = Job(
-        MODELS["burst-14b"], tokens * K, 1, CLUSTERS["a800-4ib"], devices, precision=precision
+        MODELS["burst-14b"],
+        tokens * K,
+        1,
+        CLUSTERS["a800-4ib"],
+        devices,
+        precision=Precision(gradients=2, loss="bf16"),
+        as_usp=False,
     )
     ulysses = min(8, devices)
     layout = "zigzag" if devices > 8 else "contiguous"

@@ -1,4 +1,4 @@
-"""``usp plan``: what each ring rank computes, in which order, and what it sends."""
+"""``usp plan``: what each ring rank computes and sends, or which degrees to choose."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from usp.cli import calibrate, choose
 from usp.cli.console import UserError, table
 from usp.cli.expression import parse_mask
 from usp.cli.layouts import FORMS, integers, parse_layout
 from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
 from usp.cli.work import Work, balance, of_keys_that_come, of_queries_that_come
+from usp.planning.choose.model import MODELS
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
 from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
@@ -45,8 +47,12 @@ def dims(text: str) -> str:
 
 def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     """Describe ``usp plan`` to the parser of the command line."""
-    parser = commands.add_parser("plan", help="what each ring rank computes, and what it sends")
-    parser.add_argument("--seq-len", type=int, required=True, metavar="N", help="all tokens")
+    parser = commands.add_parser(
+        "plan",
+        help="which degrees to choose for a model and a cluster; or, without --model, what each "
+        "ring rank computes and sends",
+    )
+    parser.add_argument("--seq-len", type=int, metavar="N", help="all tokens")
     parser.add_argument("--key-len", type=int, metavar="N", help="all keys; default: --seq-len")
     parser.add_argument("--ring", type=int, default=1, metavar="R", help="ring degree")
     parser.add_argument(
@@ -81,7 +87,9 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--show", action="store_true", help="every step of every ring rank, and what it sees"
     )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="the picture of --show as a PNG")
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="the picture of --show, or of --simulate, as a PNG"
+    )
     wire = parser.add_argument_group("for the bytes on the wire")
     wire.add_argument("--batch", type=int, default=1, metavar="B", help="default: %(default)s")
     wire.add_argument("--transport", default="auto", choices=TRANSPORTS)
@@ -102,6 +110,7 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
         choices=("float64", "float32", "bfloat16", "float16"),
         help="default: %(default)s",
     )
+    choose.add_arguments(parser)
     return parser
 
 
@@ -122,6 +131,11 @@ def chosen_layouts(arguments: argparse.Namespace) -> tuple[Layout, Layout]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what the planner is never asked otherwise: its callers have real meshes."""
+    if arguments.seq_len is None:
+        raise UserError("give --seq-len, all tokens; with --model, which degrees to choose for it")
+    for name in ("devices", "only", "simulate", "json"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} needs --model")
     least_of = {"seq_len": 0, "key_len": 0}
     names = "seq_len", "key_len", "ring", "ring_outer", "ulysses", "batch", "heads", "kv_heads"
     for name in (*names, "head_dim"):
@@ -159,6 +173,20 @@ def chosen_mask(arguments: argparse.Namespace) -> Mask:
     mask = shifted(mask, arguments.query_offset)
     mask.refuse_lengths(arguments.seq_len, key_len(arguments))
     return mask
+
+
+def asked_mask(arguments: argparse.Namespace) -> Mask | None:
+    """The mask of ``--model``: None where that of the model is meant. A causal model's others are
+    causal too."""
+    model = None if arguments.model is None else MODELS.get(arguments.model)
+    others = *arguments.window, arguments.cu_seqlens, arguments.prefix_len, arguments.mask
+    is_causal = model is not None and model.causal
+    if all(other is None for other in others) and (model is None or is_causal >= arguments.causal):
+        return None
+    if arguments.seq_len is None:
+        return None
+    arguments.causal = arguments.causal or is_causal
+    return chosen_mask(arguments)
 
 
 def places(arguments: argparse.Namespace) -> list[Place]:
@@ -310,6 +338,10 @@ def save_picture(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or refuse as the planner does."""
     try:
+        if arguments.calibrate:
+            return calibrate.run(arguments)
+        if arguments.model is not None or arguments.sources:
+            return choose.run(arguments, asked_mask(arguments))
         said = report(arguments)
         if arguments.png is not None:
             save_picture(arguments)

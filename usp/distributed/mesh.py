@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import combinations, count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 
 from usp.distributed import comm
 from usp.distributed.comm import Axis
+from usp.distributed.degrees import checked_degrees, checked_outer
 from usp.distributed.launch import choose_device, default_device_type
-from usp.planning.kinds import integer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
+
+    from usp.planning.choose.auto import Attention
 
 _NUMBERS = count()
 # A graph holds text and numbers: a mesh is found by its name, as long as somebody holds it.
@@ -324,12 +327,13 @@ def _check_order(device_mesh: DeviceMesh, names: list[str]) -> None:
 
 
 def init_mesh(
-    ulysses_degree: int,
-    ring_degree: int,
+    ulysses_degree: int | Literal["auto"],
+    ring_degree: int | None = None,
     *,
     ring_outer_degree: int = 1,
     device_type: str | None = None,
     group: ProcessGroup | None = None,
+    **attention: Unpack[Attention],
 ) -> SequenceMesh:
     """Make the mesh of the ranks that share one sequence.
 
@@ -338,8 +342,12 @@ def init_mesh(
     ``srun`` (``MASTER_ADDR`` and ``MASTER_PORT`` count where they are set), and makes this rank's
     accelerator the current one: that of its local rank, or the only one it can see.
 
+    ``init_mesh("auto", seq_len=131072, heads=32)`` takes the degrees that the planner predicts to
+    be the fastest for one attention (docs/planner.md).
+
     Args:
-        ulysses_degree: Ranks that share the heads of a row; neighbours in the group.
+        ulysses_degree: Ranks that share the heads of a row; neighbours in the group. "auto": the
+            planner says, of all degrees that make up the group.
         ring_degree: Rows that pass blocks of keys around.
         ring_outer_degree: Nodes over which these rows lie, as many in each: above 1 the ring is a
             double one (arXiv:2406.18485), so that a block crosses to each other node once, while
@@ -348,11 +356,16 @@ def init_mesh(
         device_type: "cpu" or "cuda" (also for AMD); by default the accelerator that is there,
             else the CPU.
         group: The ranks of the mesh, in their order; the whole world by default.
+        **attention: Of "auto" alone: ``seq_len`` and ``heads``, and ``kv_heads``, ``head_dim``
+            (128), ``causal`` (False) and ``cluster`` (what was measured, or what the device is
+            called) where they are others.
 
     Raises:
-        TypeError: a degree is no integer.
-        ValueError: the degrees do not make up the group or differ between its ranks, this process
-            is not in it, there is no process group to begin with, or no device for this rank.
+        TypeError: a degree is no integer, or an argument of "auto" is not known, or is there
+            without it.
+        ValueError: "auto" lacks seq_len or heads, the degrees do not make up the group or differ
+            between its ranks, this process is not in it, there is no process group to begin with,
+            or no device for this rank.
     """
     started = comm.ensure_initialised()
     ranks, rank = comm.group_ranks(group), comm.global_rank()
@@ -363,8 +376,8 @@ def init_mesh(
         kind = torch.device(device_type or default_device_type()).type
         if started is not None:
             own = choose_device(kind, started)
-        degrees = _checked_degrees(ulysses_degree, ring_degree, len(ranks))
-        outer = _checked_outer(ring_outer_degree, degrees[1])
+        degrees = checked_degrees((ulysses_degree, ring_degree), len(ranks), attention, kind)
+        outer = checked_outer(ring_outer_degree, degrees[1])
         told = f"ulysses_degree x ring_degree x device_type = {degrees}, {kind}"
         told += f", ring_outer_degree = {outer}"
     except Exception as refusal:  # the others must not wait for this rank
@@ -387,28 +400,6 @@ def mesh_of_ranks(
     """
     table = torch.tensor(ranks, device="cpu").view(1, -1, ulysses_degree)
     return SequenceMesh(_device_mesh(table, group, device_type))
-
-
-def _checked_degrees(ulysses_degree: int, ring_degree: int, ranks: int) -> tuple[int, int]:
-    ulysses_degree = integer("ulysses_degree", ulysses_degree, least=1)
-    ring_degree = integer("ring_degree", ring_degree, least=1)
-    if ulysses_degree * ring_degree != ranks:
-        raise ValueError(
-            f"ulysses_degree {ulysses_degree} x ring_degree {ring_degree} is "
-            f"{ulysses_degree * ring_degree} ranks, but the group has {ranks}: change a degree, "
-            "pass group=, or build a larger DeviceMesh and use SequenceMesh.from_device_mesh"
-        )
-    return ulysses_degree, ring_degree
-
-
-def _checked_outer(ring_outer_degree: int, ring_degree: int) -> int:
-    ring_outer_degree = integer("ring_outer_degree", ring_outer_degree, least=1)
-    if ring_degree % ring_outer_degree:
-        raise ValueError(
-            f"ring_outer_degree {ring_outer_degree} does not divide ring_degree {ring_degree}: "
-            "every node of a double ring has as many of its ranks"
-        )
-    return ring_outer_degree
 
 
 def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:

@@ -49,6 +49,7 @@ class Cluster:
         memory_rate: Bytes/s.
         levels: From the innermost; the last one has ``ranks`` 0 where there are several nodes.
         matrix_share, attention_share: Of ``peak`` that large products and attention reach.
+        host: Bytes of a device's part of its host.
         host_rate: Bytes/s between a device and its host.
         launch: Seconds that each call of a kernel costs beside its work.
         contention: Of the time of a message that computation hides, the share that computation
@@ -64,6 +65,7 @@ class Cluster:
     levels: tuple[Link, ...]
     matrix_share: float = 0.6
     attention_share: float = 0.6
+    host: float = 128 * GIB
     host_rate: float = 25 * GB
     launch: float = 10 * US
     contention: float = 0.2
@@ -173,6 +175,7 @@ CLUSTERS = {
             ),
             matrix_share=0.45,
             attention_share=0.35,
+            host=64 * GIB,
             host_rate=36 * GB,
             source=f"a node of 4 MI250X, 8 GCDs: {_OLCF}; between nodes RCCL's rates as "
             "jqyin/ringX-attention measured them; shares of the peak assumed",
@@ -194,6 +197,7 @@ CLUSTERS = {
             "laptop",
             *(4, {"bf16": 0.4e12, "fp32": 0.2e12}, 8 * GIB, 40 * GB),
             levels=(Link(0, 1.5 * GB, 50 * US, hop=50 * US),),
+            host=0,
             contention=1.0,
             launch=20 * US,
             source="4 processes of a CPU with AVX2, gloo: assumed; cluster 'here' measures",

@@ -56,6 +56,9 @@ class Job:
         zero: What ``Choice.fsdp`` ranks share: 1 the optimizer's state, 2 gradients too, 3 (FSDP)
             weights too.
         backward: Whether it trains.
+        as_usp: Whether a row of several Ulysses ranks saves what usp does: beside its result that
+            of its own heads, and under a checkpoint of all but attention all that was exchanged.
+            Formulas of others count neither.
 
     Raises:
         ValueError: numbers below 1, or a mask that does not fit.
@@ -70,6 +73,7 @@ class Job:
     precision: Precision = Precision()
     zero: int = 3
     backward: bool = True
+    as_usp: bool = True
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch", "devices"):
@@ -138,9 +142,13 @@ class Choice:
         return Group(self.fsdp, self.tp)
 
     @property
-    def replicas(self) -> Group:
-        """The ranks that hold the same part of the states and add their gradients."""
-        return Group(self.dp * self.sp // self.fsdp, self.tp * self.fsdp)
+    def reduced(self) -> tuple[Group, ...]:
+        """Along which ranks gradients are added at the end: one axis after the other, as
+        ``usp.all_reduce_gradients`` does, or over the ranks that hold the same part of them."""
+        if self.fsdp == 1:
+            ring, ulysses = self.way.ring, self.way.ulysses
+            return ulysses, ring, Group(self.dp, self.tp * self.sp)
+        return (Group(self.dp * self.sp // self.fsdp, self.tp * self.fsdp),)
 
 
 def shape_of(job: Job, choice: Choice) -> Shape:

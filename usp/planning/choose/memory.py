@@ -16,12 +16,14 @@ class Memory:
         states: Weights, gradients and the optimizer's, with what is gathered of them for a while.
         kept: Activations that wait for the backward.
         working: The most that lives beside them, and ``moment`` when.
+        host: On its host.
     """
 
     states: float
     kept: float
     working: float
     moment: str
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -34,7 +36,25 @@ def memory_of(job: Job, choice: Choice) -> Memory:
     kept = kept_in_layers(job, choice)
     moments = _moments(job, choice)
     moment = max(moments, key=lambda name: moments[name])
-    return Memory(_states(job, choice), kept, max(0.0, moments[moment]), moment)
+    working = max(0.0, moments[moment])
+    return Memory(_states(job, choice), kept, working, moment, _on_host(job, choice))
+
+
+def fits(job: Job, memory: Memory) -> bool:
+    """Whether a device and its part of the host have as much."""
+    return memory.total <= job.cluster.memory and memory.host <= job.cluster.host
+
+
+def _on_host(job: Job, choice: Choice) -> float:
+    if choice.offload == "none":
+        return 0.0
+    inputs = job.model.hidden * job.precision.element * _tokens(job, choice)
+    size = inputs * job.model.layers / choice.pp
+    if choice.offload == "states":
+        precision = job.precision
+        each = precision.weights + precision.gradients + precision.optimizer
+        size += weights_here(job, choice) * each / choice.fsdp
+    return size
 
 
 def _states(job: Job, choice: Choice) -> float:
@@ -46,7 +66,7 @@ def _states(job: Job, choice: Choice) -> float:
     size = sum(here * n / (choice.fsdp if job.zero >= stage else 1) for n, stage in parts)
     if choice.offload == "states":
         size = 0.0
-    if job.zero == 3 and choice.fsdp > 1:
+    if job.zero == 3 and (choice.fsdp > 1 or choice.offload == "states"):
         # a layer that computes and the next one, a layer's gradient, what is in front and behind
         layer, ends = model.layer_weights / choice.tp, model.ends / choice.tp
         size += layer * (2 * precision.weights + precision.gradients) + ends * precision.weights
@@ -64,9 +84,23 @@ def _per_token(job: Job, choice: Choice) -> tuple[float, float]:
     """Bytes that a whole layer saves for its backward, in front of its MLP and in it."""
     model, element = job.model, job.precision.element
     attention = (6 + 2 * model.kv_heads / model.heads) * model.hidden
-    lse = 4 * model.heads
+    if choice.ulysses > 1 and job.as_usp:
+        attention += model.hidden
     mlp = 0 if choice.tiles == "mlp+loss" else (3 if model.gated else 2) * model.mlp
-    return element * attention + lse, float(element * mlp)
+    return element * attention + _lse(job), float(element * mlp)
+
+
+def _lse(job: Job) -> float:
+    return state_dtype(job.dtype()).itemsize * job.model.heads
+
+
+def _saved_of_attention(job: Job, choice: Choice) -> float:
+    """Bytes a token of what a checkpoint that computes no attention again keeps of it."""
+    model, element = job.model, job.precision.element
+    tensors = 1.0
+    if choice.ulysses > 1 and job.as_usp:
+        tensors += 2 + 2 * model.kv_heads / model.heads
+    return element * tensors * model.hidden + _lse(job)
 
 
 def _tokens(job: Job, choice: Choice) -> float:
@@ -81,11 +115,9 @@ def kept_in_layers(job: Job, choice: Choice) -> float:
     model, element = job.model, job.precision.element
     if choice.checkpointing == "none":
         each = sum(_per_token(job, choice))
-    elif choice.offload != "none":
-        each = 0.0 if choice.checkpointing == "full" else element * model.hidden + 4 * model.heads
     else:
-        each = element * model.hidden
-        each += element * model.hidden + 4 * model.heads if choice.checkpointing != "full" else 0
+        each = 0.0 if choice.offload != "none" else float(element * model.hidden)
+        each += _saved_of_attention(job, choice) if choice.checkpointing == "attention" else 0.0
     under_way = min(choice.pp, micro_batches(job, choice))
     return each * _tokens(job, choice) * model.layers / choice.pp * under_way
 

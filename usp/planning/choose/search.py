@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from usp.planning.choose.job import Choice, Job
-from usp.planning.choose.memory import Memory, memory_of
+from usp.planning.choose.memory import Memory, fits, memory_of
 from usp.planning.choose.network import spans_nodes
 from usp.planning.choose.steps import EVERYTHING
 from usp.planning.choose.time import StepTime, model_flops, step_time
@@ -32,7 +32,7 @@ SAVERS = tuple(
 )
 
 
-_REFINED = 48
+_REFINED = 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Predicted:
         choice: The degrees.
         time: Seconds of a step.
         memory: Bytes of a rank.
-        fits: Whether that is what a device has.
+        fits: Whether a device and its host have as much.
     """
 
     choice: Choice
@@ -87,8 +87,7 @@ def predict(job: Job, choice: Choice) -> Predicted:
     """
     _check(job, choice)
     memory = memory_of(job, choice)
-    fits = memory.total <= job.cluster.memory
-    return Predicted(choice, step_time(job, choice), memory, fits, job)
+    return Predicted(choice, step_time(job, choice), memory, fits(job, memory), job)
 
 
 def _check(job: Job, choice: Choice) -> None:
@@ -144,7 +143,7 @@ def _fitted(job: Job, choice: Choice) -> Predicted | None:
     for tiles, checkpointing, offload in _savers(job):
         tried = replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
         memory = memory_of(job, tried)
-        if memory.total <= job.cluster.memory:
+        if fits(job, memory):
             return Predicted(tried, step_time(job, tried), memory, True, job)
     return None
 
@@ -157,13 +156,15 @@ def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
     if not tried:
         return f"no mesh divides {job.devices} devices, batch {job.batch}, {job.model.heads} heads"
     tiles, checkpointing, offload = SAVERS[-1]
-    least = min(
-        memory_of(
-            job, replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
-        ).total
+    ways = (
+        replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
         for choice in tried
     )
-    return f"{said}: {least / 2**30:.1f} GiB is the least that any mesh takes"
+    least = min((memory_of(job, way) for way in ways), key=lambda memory: memory.total)
+    return (
+        f"{said}: {least.total / 2**30:.1f} GiB is the least that any mesh takes, with "
+        f"{least.host / 2**30:.1f} of {job.cluster.host / 2**30:.1f} GiB on the host"
+    )
 
 
 def _savers(job: Job) -> Iterator[tuple[str, str, str]]:

@@ -178,7 +178,8 @@ def _once(job: Job, choice: Choice, one: dict[str, float]) -> dict[str, float]:
     if job.zero < 3 and choice.fsdp > 1:
         gradients += gather(cluster, choice.sharing, here * precision.gradients)
         gradients += gather(cluster, choice.sharing, here * precision.weights)
-    gradients += all_reduce(cluster, choice.replicas, shared * precision.gradients)
+    size = shared * precision.gradients
+    gradients += sum(all_reduce(cluster, group, size) for group in choice.reduced)
     states = 2 * (precision.optimizer + precision.gradients + precision.weights)
     offload, optimizer = 0.0, states * shared / cluster.memory_rate
     if choice.offload == "states":

@@ -55,7 +55,7 @@ def _states(job: Job, choice: Choice) -> int:
         sent += micro * here * precision.gradients * others if job.backward else 0
     elif job.backward:
         sent += here * (precision.gradients + precision.weights) * others
-    replicas = choice.replicas.size
     if job.backward:
-        sent += 2 * here / ranks * precision.gradients * (replicas - 1) / replicas
+        for group in choice.reduced:
+            sent += 2 * here / ranks * precision.gradients * (group.size - 1) / group.size
     return round(sent)

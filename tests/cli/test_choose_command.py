@@ -1,0 +1,207 @@
+"""``usp plan --model``: the ranking, the scaling, the code to paste, the machine at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+from torch import nn
+
+from usp import cli
+from usp.cli import calibrate
+from usp.cli.paste import code_of
+from usp.planning.choose import here
+from usp.planning.choose.cluster import CLUSTERS
+from usp.planning.choose.job import Choice, Job, Precision
+from usp.planning.choose.model import Model
+from usp.planning.choose.search import predict
+
+PLAN = "plan --model llama3-8b --seq-len 131072 --cluster h100 --devices 64 --batch 8"
+
+
+def run(capsys: pytest.CaptureFixture[str], argv: str) -> tuple[int, str, str]:
+    code = cli.main(argv.split())
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_ranking_is_by_time_and_names_bytes_and_limits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = run(capsys, f"{PLAN} --top 5 --json")
+    assert code == 0
+    found = json.loads(out)
+    choices = found["choices"]
+    assert len(choices) == 5 < found["meshes"]
+    assert [c["seconds"] for c in choices] == sorted(c["seconds"] for c in choices)
+    for choice in choices:
+        degrees = [choice[name] for name in ("dp", "ring", "ulysses", "tp", "pp")]
+        assert torch.tensor(degrees).prod() == 64
+        assert sum(choice["seconds_of"].values()) == pytest.approx(choice["seconds"])
+        assert sum(choice["bytes_of"].values()) == pytest.approx(choice["bytes"])
+        assert choice["bytes"] <= 80 * 2**30 and choice["limit"] and choice["sent"]["total"] > 0
+    code, out, _ = run(capsys, f"{PLAN} --top 2")
+    assert code == 0
+    for said in ("8.03e9 weights", "meshes fit", "attention", "GiB", "usp.LongContextAttention("):
+        assert said in out
+
+
+def test_only_some_meshes_and_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, f"{PLAN} --only tp=1,pp=1,ring=8 --json")[1])
+    assert {(c["tp"], c["pp"], c["ring"]) for c in found["choices"]} == {(1, 1, 8)}
+    window = json.loads(run(capsys, f"{PLAN} --only tp=1,pp=1,ring=8 --window 4096 none --json")[1])
+    assert "causal" in window["job"]["mask"] and "window" in window["job"]["mask"]
+    less = (w["choices"][0]["seconds_of"]["attention"] for w in (window, found))
+    assert next(less) < next(less) / 10
+    fp8 = json.loads(run(capsys, f"{PLAN} --fp8 --forward --json")[1])
+    assert fp8["choices"][0]["seconds"] < found["choices"][0]["seconds"] / 3
+
+
+def test_ones_own_model(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = "layers=4,hidden=64,heads=4,mlp=128"
+    argv = f"plan --model {numbers} --seq-len 4096 --cluster laptop --dtype float32 --json"
+    model = json.loads(run(capsys, argv)[1])["job"]["model"]
+    assert (model["kv_heads"], model["causal"], model["gated"]) == (4, False, False)
+
+
+def test_simulated_scaling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "scaling.png"
+    argv = "plan --model vit-10b --seq-len 65536 --cluster frontier --devices 64 --batch 8"
+    argv += " --only tp=1,pp=1 --simulate 256"
+    found = json.loads(run(capsys, f"{argv} --json")[1])["scaling"]
+    weak, strong = found["weak"], found["strong"]
+    assert [point["devices"] for point in weak] == [64, 128, 256]
+    assert [point["batch"] for point in weak] == [8, 16, 32]
+    assert 0.85 < weak[-1]["efficiency"] < 0.99 and weak[0]["efficiency"] == 1
+    assert strong[-1]["efficiency"] < weak[-1]["efficiency"]
+    pytest.importorskip("matplotlib")
+    code, out, _ = run(capsys, f"{argv.replace('256', '128')} --png {file}")
+    assert code == 0 and re.search(r"^ +128 +16 .* #+ +dp ", out, re.MULTILINE)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "plan --sources")[1]
+    assert all(cluster.source in out for cluster in CLUSTERS.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--model llama9 --seq-len 8", "unknown model 'llama9': there are llama2-7b"),
+        ("--model layers=4,hidden=8 --seq-len 8", "--model lacks heads, mlp"),
+        ("--model llama2-7b --cluster h100", "--model needs --seq-len"),
+        ("--model llama2-7b --seq-len 8 --cluster moon", "unknown cluster 'moon'"),
+        ("--model llama2-7b --seq-len 8", "cluster here was not measured yet: usp plan --cal"),
+        ("--model llama2-7b --seq-len 0 --cluster h100", "seq_len must be 1 or more, got 0"),
+        ("--model llama2-7b --seq-len 8 --cluster h100 --top 0", "--top must be 1 or more, got 0"),
+        ("--model llama2-7b --seq-len 8 --cluster h100 --only size=2", "--only takes dp, fsdp"),
+        ("--model llama2-7b --seq-len 64 --cluster h100 --only ring=3", "no mesh of 8 devices has"),
+        (
+            "--model llama2-7b --seq-len 64 --cluster h100 --simulate 4",
+            "--simulate 4 is below the 8 devices",
+        ),
+        (
+            "--model llama2-7b --seq-len 64 --cluster h100 --dtype float32",
+            "h100 has no rate for fp32: it has bf16, fp8",
+        ),
+        ("--model llama3-70b --seq-len 64 --cluster l20 --devices 1", "nothing fits 1 devices"),
+        ("--seq-len 8 --simulate 64", "--simulate needs --model"),
+        ("--calibrate --devices 1", "--devices must be 2 or more, got 1"),
+    ],
+)
+def test_refusals_are_one_line(
+    argv: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code, out, err = run(capsys, f"plan {argv}")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"usp: error: .*{re.escape(said)}.*\n", err), err
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (4, 2))
+        return x + self.mlp(self.attention(q, q, q).flatten(-2))
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+TINY = Model("tiny", 2, 8, 4, 4, 16, gated=False, causal=True)
+CHOICES = [
+    Choice(ring=2, ulysses=2, layout="zigzag", transport="allgather", tiles="mlp+loss"),
+    Choice(dp=2, fsdp=4, ulysses=2, checkpointing="attention"),
+    Choice(dp=2, fsdp=2, ring=2, layout="zigzag", checkpointing="full", offload="inputs"),
+]
+
+
+def job_of_tiny() -> Job:
+    fp32 = Precision(4, 4, 8, 4, "fp32")
+    return Job(TINY, 32, 2, CLUSTERS["laptop"], 4, precision=fp32)
+
+
+def pasted(number: int) -> int:
+    """On a rank: run the code of a choice, and a step with what it makes."""
+    torch.manual_seed(0)
+    choice = CHOICES[number]
+    names: dict[str, Any] = {"model": Tiny()}
+    exec(code_of(predict(job_of_tiny(), choice)), names)
+    mesh = names["mesh"]
+    assert (mesh.ring_degree, mesh.ulysses_degree) == (choice.ring, choice.ulysses)
+    import usp
+
+    x = usp.shard_sequence(torch.randn(1, 32, 8), mesh, dim=1, layout=choice.layout)
+    names["model"](x).square().sum().backward()
+    return mesh.size
+
+
+@pytest.mark.parametrize("number", range(len(CHOICES)))
+def test_the_code_runs(pool: Pool, number: int) -> None:
+    assert pool.run(pasted, number, ranks=4) == [CHOICES[number].sp] * 4
+
+
+@pytest.mark.long
+def test_calibration_is_kept_and_planned_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code, out, err = run(capsys, "plan --calibrate --devices 2 --json")
+    assert (code, err) == (0, "")
+    cluster = here.measured_here()
+    assert cluster is not None and cluster.node == 2
+    assert json.loads(out)["cluster"]["source"] == cluster.source
+    argv = "plan --model vit-l --seq-len 256 --dtype float32"
+    assert "2 x here" in run(capsys, argv)[1]
+    here.file().write_text('{"here": {"node": 3}}')  # of another version
+    assert here.measured_here() is None
+
+
+def test_rates_come_out_of_times() -> None:
+    times = {"products": 0.1, "layer": 0.15, "attention": 0.2, "launch": 1e-5}
+    for name in ("gather", "hop", "all_to_all"):
+        times |= {f"{name} small": 1e-4, f"{name} large": 1e-2}
+    cluster = here.cluster_from(calibrate._as_cluster(times, 4))
+    assert cluster.attention_rate == pytest.approx(14 * 1024**2 * 512 / 0.2)
+    assert cluster.levels[0].of_flow == pytest.approx((2**23 - 2**14) / (1e-2 - 1e-4))

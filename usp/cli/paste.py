@@ -1,0 +1,131 @@
+"""A choice as code."""
+
+from __future__ import annotations
+
+from usp.planning.choose.job import Choice
+from usp.planning.choose.search import Predicted
+
+_AXES = ("pp", "dp", "ring", "ulysses", "tp")
+
+
+def code_of(one: Predicted) -> str:
+    """What makes the mesh and wraps a model whose blocks are ``model.layers``, each with an
+    ``attention`` of q, k, v and an ``mlp``."""
+    choice, job = one.choice, one.job
+    device = "cpu" if job.cluster.name in ("here", "laptop") else "cuda"
+    nodes, node = job.cluster.nodes(job.devices), min(job.cluster.node, job.devices)
+    parts = [
+        f"# torchrun --nnodes {nodes} --nproc-per-node {node} train.py",
+        *_imports(choice),
+        "",
+        *_mesh(choice, device),
+        *_attention(one),
+        *_savers(choice),
+        *_sharing(choice, device),
+        *_step(choice),
+    ]
+    return "\n".join(parts)
+
+
+def _imports(choice: Choice) -> list[str]:
+    lines = ["import usp"]
+    if choice.checkpointing == "attention":
+        lines.insert(0, "from functools import partial")
+        lines.insert(1, "import torch")
+    if choice.checkpointing != "none":
+        names = ", create_selective_checkpoint_contexts" * (choice.checkpointing == "attention")
+        lines.append(f"from torch.utils.checkpoint import checkpoint{names}")
+    if choice.devices > choice.sp or choice.fsdp > 1:
+        lines.append("from torch.distributed.device_mesh import init_device_mesh")
+    if choice.fsdp > 1:
+        policy = "CPUOffloadPolicy, " if choice.offload == "states" else ""
+        lines.append(f"from torch.distributed.fsdp import {policy}fully_shard")
+    return lines
+
+
+def _mesh(choice: Choice, device: str) -> list[str]:
+    if choice.devices == choice.sp and choice.fsdp == 1:
+        return [
+            f"mesh = usp.init_mesh(ulysses_degree={choice.ulysses}, ring_degree={choice.ring}, "
+            f'device_type="{device}")'
+        ]
+    names = [name for name in _AXES if getattr(choice, name) > 1 or name in ("ring", "ulysses")]
+    sizes = ", ".join(str(getattr(choice, name)) for name in names)
+    return [
+        f"names = {_quoted(names)}",
+        f'world = init_device_mesh("{device}", ({sizes}), mesh_dim_names=names)',
+        "mesh = usp.SequenceMesh.from_device_mesh(world)",
+    ]
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _attention(one: Predicted) -> list[str]:
+    choice, job = one.choice, one.job
+    mask = f"mask=usp.masks.{job.mask!r}" if job.mask is not None else ""
+    causal = "causal=True" if job.model.causal and job.mask is None else ""
+    how = [causal, mask, f'layout="{choice.layout}"']
+    if choice.ring > 1:
+        how.append(f'transport="{choice.transport}"')
+    how.append(f"seq_len={job.seq_len}")
+    return [
+        f"options = dict({', '.join(filter(None, how))})",
+        "for layer in model.layers:  # what takes and returns (batch, tokens, heads, head dim)",
+        "    layer.attention = usp.LongContextAttention(mesh, **options)",
+    ]
+
+
+def _savers(choice: Choice) -> list[str]:
+    lines = []
+    if choice.tiles == "mlp+loss":
+        lines.append('model = usp.replace_mlp(model, tiles=8, only="*.mlp")')
+    if choice.tiles != "none":
+        lines.append("# the loss: usp.tiled_cross_entropy(hidden, head.weight, labels, mesh)")
+    if choice.checkpointing == "attention":
+        lines += [
+            "ops = [torch.ops.usp.attention.default]",
+            "saved = partial(create_selective_checkpoint_contexts, ops)",
+            "# in the forward: x = checkpoint(layer, x, use_reentrant=False, context_fn=saved)",
+        ]
+    elif choice.checkpointing == "full":
+        lines.append("# in the forward: x = checkpoint(layer, x, use_reentrant=False)")
+    if choice.offload != "none":
+        lines.append("# around it: with torch.autograd.graph.save_on_cpu(pin_memory=True):")
+    if choice.tp > 1 or choice.pp > 1:
+        lines.append("# tp and pp: examples/train_hybrid.py does it with all five axes")
+    return lines
+
+
+def _sharing(choice: Choice, device: str) -> list[str]:
+    if choice.fsdp == 1:
+        return []
+    replicas = choice.dp * choice.sp // choice.fsdp
+    if choice.tp * choice.pp > 1:
+        names = [name for name in ("dp", "ring", "ulysses") if getattr(choice, name) > 1]
+        made = f"world[{_quoted(names)}]"
+        made += '._flatten("all")' if len(names) > 1 else ""
+    elif replicas == 1:
+        made = 'world._flatten("all")'
+    else:
+        made = f'init_device_mesh("{device}", ({replicas}, {choice.fsdp}), '
+        made += 'mesh_dim_names=("replica", "shard"))'
+    offload = ", offload_policy=CPUOffloadPolicy()" if choice.offload == "states" else ""
+    return [
+        f"shared = {made}",
+        "for module in (*model.layers, model):",
+        f"    fully_shard(module, mesh=shared{offload})",
+        "# FSDP averages over all, the ranks of a sequence add: (loss * mesh.size).backward()",
+    ]
+
+
+def _step(choice: Choice) -> list[str]:
+    lines = [
+        f"# {choice.micro} sample{'s' * (choice.micro > 1)} at a time, cut by "
+        f'usp.shard_sequence(x, mesh, dim=1, layout="{choice.layout}")'
+    ]
+    if choice.fsdp == 1:
+        group = ', world.get_group("dp")' if choice.dp > 1 else ""
+        lines.append(f"# after the last backward: usp.all_reduce_gradients(model, mesh{group})")
+    return lines
