@@ -99,8 +99,14 @@ def readme(names: Names) -> Iterator[str | None]:
     yield None
 
 
+@page("docs/extend/layout.md", (2, 2))
+@page("docs/extend/mask.md", (2, 2))
+@page("docs/extend/transport.md", (1, 4))
+@page("docs/extend/backend.md", (2, 2))
+@page("docs/extend/door.md", (2, 2))
 @page("docs/tutorial.md", (2, 2))
-def tutorial(names: Names) -> Iterator[str | None]:
+def by_itself(names: Names) -> Iterator[str | None]:
+    """It makes its own mesh, of the four processes that it says it needs."""
     yield None
 
 
