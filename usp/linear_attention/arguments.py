@@ -47,6 +47,13 @@ class Given:
         """H, of out and states."""
         return max(x.shape[2] for x in (self.q, self.k, self.v))
 
+    @property
+    def needed(self) -> list[bool]:
+        """Which of them need a gradient."""
+        tensors = (self.q, self.k, self.v, self.decay, self.beta, self.initial_state)
+        graded = torch.is_grad_enabled()
+        return [graded and x is not None and x.requires_grad for x in tensors]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -245,13 +252,11 @@ def _request(
 
 
 def _facts(given: Given, options: Options, length: int | None) -> Facts:
-    tensors = (given.q, given.k, given.v, given.decay, given.beta, given.initial_state)
-    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     documents = options.cu_seqlens
     decay = given.decay
     return {
         "batch size": given.q.shape[0],
-        "heads of q, k and v": tuple(x.shape[2] for x in tensors[:3] if x is not None),
+        "heads of q, k and v": tuple(x.shape[2] for x in (given.q, given.k, given.v)),
         "head_dim": (given.q.shape[3], given.v.shape[3]),
         "dtype": given.q.dtype,
         "device type": given.q.device.type,
@@ -267,7 +272,7 @@ def _facts(given: Given, options: Options, length: int | None) -> Facts:
         "initial_state": given.initial_state is not None,
         "return_state": options.return_state,
         # each exchanges in its backward what it needs, so all must need it
-        "gradients needed of q, k, v, decay, beta, initial_state": needed,
+        "gradients needed of q, k, v, decay, beta, initial_state": given.needed,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.distributed.agreement import When
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.linear_attention import chunks, delta
+from usp.linear_attention import chunks, delta, op
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
@@ -19,6 +19,10 @@ from usp.linear_attention.slabs import in_slabs
 from usp.linear_attention.states import Meeting, begin, states_before
 from usp.planning.layout import Layout
 from usp.planning.problem import state_dtype
+from usp.planning.shares import named_lengths
+
+# Asked for once what is on its way is needed.
+Between = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 def linear_attention(
@@ -96,63 +100,85 @@ def attend(
     given: Given, options: Options, mesh: SequenceMesh | None, validate: When
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``linear_attention`` with its arguments in two parts."""
-    run = (
-        _attend if check_mesh(mesh) is None or mesh is None or mesh.size == 1 else untraced(_attend)
-    )
-    return run(given, options, mesh, validate)
+    alone = check_mesh(mesh) is None or mesh is None or mesh.size == 1
+    is_told = alone or named_lengths(options.seq_len, options.layout) is not None
+    if torch.compiler.is_compiling() and options.causal and is_told:
+        return _attend_in_graph(given, options, mesh, validate)
+    return (_attend if alone else untraced(_attend))(given, options, mesh, validate)
 
 
 def _attend(
     given: Given, options: Options, mesh: SequenceMesh | None, validate: When
 ) -> Tensor | tuple[Tensor, Tensor]:
     request = agree(given, options, mesh, validate)
-    dtype, heads = state_dtype(given.q.dtype), given.heads
-    q, k, v = (_wide(x, dtype, heads) for x in (given.q, given.k, given.v))
     chain = Chain.of(mesh, options.method, options.return_state)
     meeting = Meeting(mesh, request.name)
     if not options.causal:
+        q, k, v = _wide(given)
         return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
-    initial = given.initial_state
-    if initial is None:
-        initial = q.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
-    g = _log_decay(given.decay, q, _starts(request))
-    beta = None if given.beta is None else given.beta.to(dtype)[..., None]
-    out, final = _causal((q, k, v, g), beta, initial.to(dtype), chain, meeting)
-    out = out.to(given.q.dtype)
-    return out if final is None else (out, final)
+
+    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> Between:
+        arrived = begin(transitions, updates, initial, chain)
+        return lambda: states_before(transitions, updates, initial, chain, arrived, meeting)
+
+    return _causal(given, request, between)
+
+
+def _attend_in_graph(
+    given: Given, options: Options, mesh: SequenceMesh | None, validate: When
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same, with what ranks do together as an op, where they meet when it runs."""
+    request = agree(given, options, mesh, False)
+    chain, sequence = (options.method, options.return_state), (request.first, request.documents)
+    told = op.settings(chain, sequence, given.needed, mesh, validate)
+
+    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> Between:
+        return lambda: op.states(transitions, updates, initial, told)
+
+    return _causal(given, request, between)
 
 
 def _causal(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    beta: Tensor | None,
-    initial: Tensor,
-    chain: Chain,
-    meeting: Meeting,
-) -> tuple[Tensor, Tensor | None]:
+    given: Given, request: Request, between: Callable[[Tensor, Tensor, Tensor], Between]
+) -> Tensor | tuple[Tensor, Tensor]:
     """Chunks see each other through states; what they see of themselves is worked out while the
-    ranks' states are on their way."""
-    length = tensors[0].shape[1]
+    ranks' states are on their way.
+
+    Args:
+        between: Of transitions and updates of chunks and the initial state, begins to find the
+            states before chunks, and the last.
+    """
+    q, k, v = _wide(given)
+    initial = given.initial_state
+    if initial is None:
+        initial = q.new_zeros(q.shape[0], given.heads, q.shape[3], v.shape[3])
+    g, length = _log_decay(given.decay, q, _starts(request)), q.shape[1]
     size = chunks.chunk_size(length)
-    q, k, v, g = (chunks.chunked(x, size) for x in tensors)
-    if beta is not None:
-        (v,) = in_slabs(delta.written, k, v, chunks.chunked(beta, size), g)
+    q, k, v, g = (chunks.chunked(x, size) for x in (q, k, v, g))
+    if given.beta is not None:
+        beta = chunks.chunked(given.beta.to(q.dtype)[..., None], size)
+        (v,) = in_slabs(delta.written, k, v, beta, g)
     transitions, updates = in_slabs(chunks.totals, k, v, g)
-    if beta is not None:
+    if given.beta is not None:
         transitions, updates = delta.transitions(transitions, updates)
-    arrived = begin(transitions, updates, initial, chain)
+    arrived = between(transitions, updates, initial.to(q.dtype))
     (out,) = in_slabs(chunks.within, q, k, v, g)
-    states, final = states_before(transitions, updates, initial, chain, arrived, meeting)
-    if beta is not None:
+    states, final = arrived()
+    if given.beta is not None:
         (out,) = in_slabs(delta.read, q, g, out, states)
     else:
         out = out + in_slabs(chunks.read, q, g, states)[0]
-    return chunks.joined(out, length), final
+    out = chunks.joined(out, length).to(given.q.dtype)
+    return out if final is None else (out, final)
 
 
-def _wide(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
-    """In the dtype of the state, with all heads."""
-    x = x.to(dtype)
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+def _wide(given: Given) -> tuple[Tensor, ...]:
+    """q, k and v in the dtype of the state, with all heads."""
+    dtype, heads = state_dtype(given.q.dtype), given.heads
+    wide = (x.to(dtype) for x in (given.q, given.k, given.v))
+    return tuple(
+        x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2) for x in wide
+    )
 
 
 def _starts(request: Request) -> list[int]:

@@ -26,6 +26,9 @@ def in_slabs(function: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         tensors: (n, ...) each, with one n.
     """
+    if torch.compiler.is_compiling():  # what a graph keeps or computes again is its maker's
+        with as_given(tensors[0].device):
+            return function(*tensors)
     return cast("tuple[Tensor, ...]", _InSlabs.apply(function, *tensors))
 
 

@@ -82,11 +82,7 @@ class _States(OnceDifferentiable):
         meeting: Meeting,
     ) -> tuple[Tensor, Tensor | None]:
         found = arrived()
-        states = torch.empty_like(updates)
-        state = found.before
-        for i, transition in enumerate(transitions):
-            states[i] = state
-            state = moved(transition, state, updates[i])
+        states = scanned(transitions, updates, found.before)
         ctx.save_for_backward(transitions, states, *found.transitions)
         ctx.chain, ctx.meeting = chain, meeting
         return states, found.final
@@ -96,34 +92,42 @@ class _States(OnceDifferentiable):
         transitions, states, *of_ranks = ctx.saved_tensors
         ctx.meeting()
         with torch.no_grad():
-            behind = _behind(dstates, dfinal, transitions, tuple(of_ranks), ctx.chain)
-            found = _backward(dstates, behind, transitions, states, ctx.chain.rank == 0)
+            found = gradients_of(dstates, dfinal, transitions, states, tuple(of_ranks), ctx.chain)
         origins = (dstates, dfinal, transitions, states)
         return *without_second_derivative(found, origins, _States.of), None, None, None
 
 
-def _behind(
+def scanned(transitions: Tensor, updates: Tensor, state: Tensor) -> Tensor:
+    """(n, B, H, D, Dv), the state before each chunk, by that before the first."""
+    states = torch.empty_like(updates)
+    for i, transition in enumerate(transitions):
+        states[i] = state
+        state = moved(transition, state, updates[i])
+    return states
+
+
+def gradients_of(
     dstates: Tensor,
     dfinal: Tensor | None,
     transitions: Tensor,
+    states: Tensor,
     of_ranks: tuple[Tensor, ...],
     chain: Chain,
-) -> Tensor:
-    """The gradient of the state behind this rank's tokens."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of transitions, updates and the initial state.
+
+    Args:
+        dstates, dfinal: Of what ``states_before`` returns.
+        of_ranks: See ``Arrived``.
+    """
     gradient = dstates.new_zeros(dstates.shape[1:])
     if chain.axis.size > 1:
         for i in reversed(range(len(transitions))):
             gradient = moved_back(transitions[i], gradient, dstates[i])
-    return chain.backward(gradient, dfinal, of_ranks)
-
-
-def _backward(
-    dstates: Tensor, gradient: Tensor, transitions: Tensor, states: Tensor, is_first: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of transitions, updates and the initial state."""
+    gradient = chain.backward(gradient, dfinal, of_ranks)
     dtransitions, dupdates = torch.empty_like(transitions), torch.empty_like(states)
     for i in reversed(range(len(transitions))):
         dupdates[i] = gradient
         dtransitions[i] = of_transition(gradient, states[i], transitions[i])
         gradient = moved_back(transitions[i], gradient, dstates[i])
-    return dtransitions, dupdates, gradient if is_first else torch.zeros_like(gradient)
+    return dtransitions, dupdates, gradient if chain.rank == 0 else torch.zeros_like(gradient)
