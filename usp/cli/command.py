@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from usp._version import __version__
-from usp.cli import bench, completions, demo, doctor, info, plan, tune, verify
+from usp.cli import bench, completions, demo, doctor, info, plan, trace, tune, verify
 from usp.cli.console import Exit, NoAnswer, UserError
 
 # In the order in which a person meets them.
-COMMANDS = (info, doctor, demo, verify, plan, tune, bench, completions)
+COMMANDS = (info, doctor, demo, verify, plan, trace, tune, bench, completions)
 CODES = (
     "exit codes: 0 right, 1 something wrong was found, 2 it cannot be done as asked, 3 a process "
     "died or did not answer in time. docs/command_line.md"
