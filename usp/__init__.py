@@ -3,6 +3,7 @@
 from usp import dsp, rng
 from usp._version import __version__
 from usp.attention.functional import long_context_attention
+from usp.attention.latent import latent_attention
 from usp.backends import backends, use_kernel
 from usp.distributed.mesh import SequenceMesh, init_mesh
 from usp.distributed.submeshes import submeshes
@@ -60,6 +61,7 @@ __all__ = [
     "dsp",
     "held",
     "init_mesh",
+    "latent_attention",
     "linear_attention",
     "long_context_attention",
     "mean",

@@ -111,7 +111,7 @@ def test_products_need_no_output() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_backward_favours_queries_more_than_a_forward(dtype: torch.dtype) -> None:
     for dims in product((1, 2, 7, 64, 512), repeat=2):
-        sizes = Sizes(1, 3, 2, *dims, dtype)
+        sizes = Sizes(1, 3, 2 * sum(dims), *dims, dtype)
         forward, backward = (
             sizes.of_queries(way).both / sizes.of_keys(way).both for way in (False, True)
         )

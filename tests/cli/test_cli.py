@@ -156,6 +156,7 @@ def test_plan_prints_the_bytes_that_leave_a_rank(capsys: pytest.CaptureFixture[s
         # half of k and v; half of q and dout, lse and delta in fp32, and back dq in fp32
         "--ring 2": [0, whole, 0, whole + 2 * 500 * 8 * 4, whole],
         "--ring 2 --transport ring": [0, whole, 0, whole, 2 * whole],
+        "--ring 2 --latent 36": [0, 500 * 36 * 2, 0, 500 * 36 * 2, 500 * 36 * 4],
         "--ring 2 --transport allgather": [0, whole, 0, whole, 2 * whole],
     }.items():
         code, out, _ = run(capsys, *argv.split(), *mesh.split())

@@ -119,6 +119,19 @@ def masks(names: Names) -> Iterator[str | None]:
     yield None
 
 
+@page("docs/rings.md", (1, 4))
+def rings(names: Names) -> Iterator[str | None]:
+    yield None
+    here, proj = names["mesh"], nn.Linear(12, 4 * (8 + 6), bias=False)
+    assert here.ring_outer_degree == 2
+    given = torch.randn(2, 17, 4, 8 + 3), torch.randn(2, 17, 12), torch.randn(2, 17, 3)
+    shards = (usp.shard_sequence(x, here, 1, "zigzag") for x in given)
+    names.update(zip(("q", "latent", "rope_key"), shards, strict=True), kv_b_proj=proj)
+    yield None
+    found = usp.unshard_sequence(names["out"], here, 1, "zigzag", seq_len=17)
+    same(found, usp.latent_attention(*given, names["up_k"], names["up_v"], causal=True))
+
+
 @page("docs/decoding.md", (1, 4))
 def decoding(names: Names) -> Iterator[str | None]:
     q, k, v = torch.randn(3, 2, 18, 4, 8)
@@ -331,11 +344,6 @@ def backends(names: Names) -> Iterator[str | None]:
 def design(names: Names) -> Iterator[str | None]:
     for _ in range(2):
         yield "excerpt: of usp/attention/ring.py, which every test of a ring runs"
-
-
-@page("docs/rings.md")
-def rings(names: Names) -> Iterator[str | None]:
-    yield "elsewhere: sixteen ranks; fewer in tests/attention/test_double_ring.py"
 
 
 @page("docs/verify.md")

@@ -13,7 +13,7 @@ from usp.attention import masking
 from usp.attention.given import Options, Tensors
 from usp.attention.masking import make_masks, refuse_attn_mask, refuse_lengths
 from usp.attention.placement import refuse_placement
-from usp.attention.shapes import check_extras, check_heads, check_qkv, check_sinks
+from usp.attention.shapes import check_extras, check_heads, check_latents, check_qkv, check_sinks
 from usp.backends import Backend, check_name, select
 from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
@@ -35,6 +35,7 @@ class Request:
         query_len, key_len: Tokens of the whole sequences.
         num_heads, num_kv_heads: Heads of this call.
         first_head, all_heads: Where they stand among those of the whole attention.
+        latent_width: Numbers of a token that keys and values are made of, where they are.
         query_lengths, key_lengths: Local tokens of each rank of this rank's row; where a side is
             on every rank, just its own.
     """
@@ -53,6 +54,7 @@ class Request:
     all_heads: int
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
+    latent_width: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,8 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_transport(options.transport)
     flag("return_lse", options.return_lse)
     lengths = named_lengths(options.seq_len, options.layout)
+    if options.latents is not None:
+        check_latents(tensors.q, options.latents)
     check_qkv(tensors.q, tensors.k, tensors.v)
     check_extras(tensors)
     refuse_placement(tensors, options)
@@ -147,6 +151,7 @@ def complete(
         all_heads=alone.heads[1],
         query_lengths=query_lengths,
         key_lengths=key_lengths,
+        latent_width=None if options.latents is None else options.latents.width,
     )
 
 
@@ -279,6 +284,9 @@ def facts(
         "backend": options.backend,
         "gradients needed": list(gradients),
     }
+    if options.latents is not None:
+        widths = options.latents.latent.shape[2], options.latents.rope_key.shape[2]
+        told["dims of latent and rope_key"] = widths
     if bias is not None and q.shape[1] != 1:
         told["queries of attn_bias"] = "one for all" if bias.shape[2] == 1 else "one each"
     return told

@@ -22,6 +22,7 @@ from usp.attention.sinks import with_sinks
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.ops.precision import in_autocast
 from usp.planning.kinds import is_fake, tensor
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
@@ -191,7 +192,7 @@ def attend(
     """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first", and
     the seed a tensor, while a graph is made."""
     if torch._C._is_any_autocast_enabled():
-        q, k, v = _autocast(tensors.q), _autocast(tensors.k), _autocast(tensors.v)
+        q, k, v = in_autocast(tensors.q), in_autocast(tensors.k), in_autocast(tensors.v)
         tensors = tensors._replace(q=q, k=k, v=v)
     tensors, options = with_learned_scale(tensors, options)
     options = with_placement(tensors, options)
@@ -256,13 +257,6 @@ def _attend(
     if mesh is not None and name is not None:
         meet_in_backward(out, mesh, name)
     return out if lse is None else (out, lse)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """The tensor in autocast's dtype where it is on, as torch's own attention does."""
-    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def draw_dropout_seed() -> Tensor:

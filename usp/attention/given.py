@@ -11,6 +11,24 @@ from usp.attention.masking import MaskOptions
 from usp.planning.layout import Layouts
 
 
+class Latents(NamedTuple):
+    """What keys and values are made of in multi-head latent attention; see ``latent_attention``.
+
+    Attributes:
+        latent: (B, Lk, C). rope_key: (B, Lk, Dr). up_k: (H, D - Dr, C). up_v: (H, Dv, C).
+    """
+
+    latent: Tensor
+    rope_key: Tensor
+    up_k: Tensor
+    up_v: Tensor
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self.latent.shape[2] + self.rope_key.shape[2]
+
+
 @dataclass(frozen=True)
 class Options(MaskOptions):
     """The options of ``long_context_attention``; see there."""
@@ -28,6 +46,7 @@ class Options(MaskOptions):
     keys: str = "sharded"
     attn_mask: Tensor | None = None  # what is none: another becomes a mask or a bias before
     sinks: Tensor | None = None
+    latents: Latents | None = None
 
 
 class Tensors(NamedTuple):

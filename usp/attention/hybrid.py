@@ -161,7 +161,10 @@ def _executors(
     what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
     kv, transport = heads.kv_range[1] - heads.kv_range[0], request.transport
     dims = tensors.q.shape[3], tensors.v.shape[3]
-    sizes = Sizes(tensors.q.shape[0], heads.count, kv, *dims, tensors.q.dtype)
+    width = kv * sum(dims)
+    if request.latent_width is not None:
+        width = request.latent_width if heads.count else 0
+    sizes = Sizes(tensors.q.shape[0], heads.count, width, *dims, tensors.q.dtype)
     moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
     shared = heads, request.scoring, request.backend
     outer, back = 1 if levels is None else levels[0].size, None
@@ -192,16 +195,21 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
             held = Results(*replicas_forward(inputs, call.ring), None)
         else:
             held = Results(*ring_forward(inputs, call.ring, large_bias))
+    return Forward(*returned(held, call), inputs, held)
+
+
+def returned(held: Results, call: Call) -> tuple[Tensor, Tensor | None]:
+    """out and lse, if it was asked for, of this rank's queries."""
     if call.ulysses.size == 1:
         lse = levels.returned(held.lse, held.level) if call.request.return_lse else None
-        return Forward(held.out, lse, inputs, held)
+        return held.out, lse
     if not call.request.return_lse:
         (out,) = _exchanged(gather_heads, [(held.out, call.query_cut)], call)
-        return Forward(out, None, inputs, held)
+        return out, None
     lse = levels.returned(held.lse, held.level).transpose(1, 2)[..., None]
-    returned = [(held.out, call.query_cut), (lse, call.query_cut)]
-    out, lse = _exchanged(gather_heads, returned, call)
-    return Forward(out, lse[..., 0].transpose(1, 2).contiguous(), inputs, held)
+    exchanged = [(held.out, call.query_cut), (lse, call.query_cut)]
+    out, lse = _exchanged(gather_heads, exchanged, call)
+    return out, lse[..., 0].transpose(1, 2).contiguous()
 
 
 def scattered(tensors: Tensors, call: Call) -> Tensors:
@@ -230,6 +238,19 @@ def _last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def scattered_gradients(
+    dout: Tensor, dlse: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """Those of this rank's heads, for all queries of its row."""
+    if call.ulysses.size > 1:
+        moving = [(_last_dim_contiguous(dout), call.query_cut)]
+        if dlse is not None:
+            moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
+        dout, *rest = _exchanged(scatter_heads, moving, call)
+        dlse = rest[0][..., 0].transpose(1, 2) if rest else None
+    return _last_dim_contiguous(dout), dlse
+
+
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -239,12 +260,7 @@ def attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
-    if call.ulysses.size > 1:
-        moving = [(_last_dim_contiguous(dout), call.query_cut)]
-        if dlse is not None:
-            moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
-        dout, *rest = _exchanged(scatter_heads, moving, call)
-        dlse = rest[0][..., 0].transpose(1, 2) if rest else None
+    dout, dlse = scattered_gradients(dout, dlse, call)
     ring, dtype = call.ring, inputs.q.dtype
     if isinstance(ring, Replicas):
         with as_given(dout.device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from usp.attention.given import Tensors
+from usp.attention.given import Latents, Tensors
 from usp.planning.kinds import DTYPES, check_kinds, integer, tensor
 
 
@@ -28,6 +28,40 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"the heads of q must be a multiple of those of k and v: q has {q.shape[2]}, "
             f"k has {k.shape[2]}"
+        )
+
+
+def check_latents(q: Tensor, latents: Latents) -> None:
+    """Latents and up-projections against queries and each other."""
+    shapes = {"q": "BLHD", "latent": "BLC", "rope_key": "BLR", "up_k": "HKC", "up_v": "HVC"}
+    given = {"q": q, **latents._asdict()}
+    for name, x in given.items():
+        if tensor(name, x).dim() != len(shapes[name]):
+            raise ValueError(f"{name} must have {len(shapes[name])} dims, got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be {q.dtype} on {q.device} as q is, got {x.dtype} on {x.device}"
+            )
+    told = {name: tuple(x.shape) for name, x in given.items()}
+    pairs = (
+        ("batch sizes", ("q", 0), ("latent", 0)),
+        ("batch sizes", ("latent", 0), ("rope_key", 0)),
+        ("tokens", ("latent", 1), ("rope_key", 1)),
+        ("heads", ("q", 2), ("up_k", 0)),
+        ("heads", ("q", 2), ("up_v", 0)),
+        ("dims of latents", ("latent", 2), ("up_k", 2)),
+        ("dims of latents", ("latent", 2), ("up_v", 2)),
+    )
+    for what, (one, i), (other, j) in pairs:
+        if told[one][i] != told[other][j]:
+            raise ValueError(
+                f"{what} differ: {one} has {told[one][i]} {told[one]}, {other} has "
+                f"{told[other][j]} {told[other]}"
+            )
+    if told["up_k"][1] + told["rope_key"][2] != told["q"][3]:
+        raise ValueError(
+            f"head_dim of q is {told['q'][3]}, but up_k {told['up_k']} and rope_key "
+            f"{told['rope_key']} make keys of {told['up_k'][1]} + {told['rope_key'][2]}"
         )
 
 

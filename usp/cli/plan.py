@@ -97,6 +97,9 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     wire.add_argument("--kv-heads", type=int, metavar="G", help="default: --heads")
     wire.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     wire.add_argument(
+        "--latent", type=int, metavar="N", help="numbers of a token that keys are made of (MLA)"
+    )
+    wire.add_argument(
         "--bias",
         type=dims,
         metavar="DIMS",
@@ -138,7 +141,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} needs --model")
     least_of = {"seq_len": 0, "key_len": 0}
     names = "seq_len", "key_len", "ring", "ring_outer", "ulysses", "batch", "heads", "kv_heads"
-    for name in (*names, "head_dim"):
+    for name in (*names, "head_dim", "latent"):
         value, least = getattr(arguments, name), least_of.get(name, 1)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
@@ -248,7 +251,8 @@ def chosen_shape(arguments: argparse.Namespace) -> Shape:
     if arguments.bias is not None:
         bias = Bias(arguments.bias, dtype, arguments.bias_gradient)
     lengths = arguments.seq_len, key_len(arguments)
-    return Shape(arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype, bias=bias)
+    sizes = arguments.batch, *lengths, heads, kv_heads, dim, dim, dtype
+    return Shape(*sizes, bias=bias, latent_width=arguments.latent)
 
 
 def wire(arguments: argparse.Namespace) -> str:
@@ -264,10 +268,11 @@ def wire(arguments: argparse.Namespace) -> str:
         held.append((len(sent), *bias_held(shape, place)))
         sent.append((len(sent), *parts, there.total + back.total))
     which = "every rank" if arguments.show else "the busiest rank"
+    of_latents = f", latents of {arguments.latent}" if arguments.latent else ""
     said = (
         f"bytes sent in one layer, {which}: batch {arguments.batch}, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} key/value heads of {shape.head_dim}, {arguments.dtype}, "
-        f"{arguments.transport} transport\n"
+        f"{arguments.transport} transport{of_latents}\n"
         f"{_sent_table(sent, arguments)}"
     )
     if shape.bias is None:

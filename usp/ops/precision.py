@@ -22,6 +22,13 @@ def as_given(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False)
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where it is on, as torch's own attention does."""
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """``torch.einsum`` of two tensors in their own dtype, and so its gradients.
 

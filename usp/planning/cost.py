@@ -50,6 +50,8 @@ class Shape:
         dtype: Of q, k and v.
         key_padding_mask, return_lse: Whether these travel too (lse with its gradient).
         bias: What is added to the scores, if anything.
+        latent_width: Numbers of a token that keys and values of all heads are made of where they
+            are used (MLA), with the rotary ones; None where keys and values travel.
     """
 
     batch: int
@@ -63,6 +65,18 @@ class Shape:
     key_padding_mask: bool = False
     return_lse: bool = False
     bias: Bias | None = None
+    latent_width: int | None = None
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of what travels of keys and values."""
+        return self.num_kv_heads if self.latent_width is None else 1
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of each."""
+        of_head = self.head_dim + self.value_head_dim
+        return of_head if self.latent_width is None else self.latent_width
 
 
 @dataclass(frozen=True)
@@ -220,7 +234,7 @@ def _counts(shape: Shape, place: Place) -> tuple[int, list[int], bool]:
     u, degree = place.ulysses_rank, place.ulysses_degree
     if replicated(both(place.layout)):
         u, degree = 0, 1
-    heads = split_heads(shape.num_heads, shape.num_kv_heads, degree)
+    heads = split_heads(shape.num_heads, shape.key_heads, degree)
     kv = [stop - first for first, stop in (h.kv_range for h in heads)]
     return heads[u].count, kv, kv_heads_shared(heads)
 
@@ -231,7 +245,7 @@ def _exchange(shape: Shape, place: Place) -> int:
     u, size = place.ulysses_rank, shape.dtype.itemsize
     others = place.ulysses_degree - 1
     q = queries[u] * (shape.num_heads - own) * shape.head_dim * size
-    k_v = keys[u] * (sum(kv) - kv[u]) * (shape.head_dim + shape.value_head_dim) * size
+    k_v = keys[u] * (sum(kv) - kv[u]) * shape.key_width * size
     out = (sum(queries) - queries[u]) * own * shape.value_head_dim * size
     mask = keys[u] * others if shape.key_padding_mask else 0
     lse = (sum(queries) - queries[u]) * own * state_dtype(shape.dtype).itemsize
@@ -246,8 +260,8 @@ def _exchange_back(shape: Shape, place: Place) -> int:
     dlse = queries[u] * (shape.num_heads - own) * wide
     dq = (sum(queries) - queries[u]) * own * shape.head_dim * size
     # Gradients of shared key heads are summed on arrival, in fp32.
-    dk_dv = (sum(keys) - keys[u]) * kv[u] * (shape.head_dim + shape.value_head_dim)
-    dk_dv *= wide if shared else size
+    dk_dv = (sum(keys) - keys[u]) * kv[u] * shape.key_width
+    dk_dv *= wide if shared or shape.latent_width is not None else size
     return shape.batch * (dout + (dlse if shape.return_lse else 0) + dq + dk_dv)
 
 
@@ -296,7 +310,8 @@ def _what(shape: Shape, place: Place) -> tuple[Masks, tuple[Layout, Layout], tup
 def _sizes(shape: Shape, place: Place) -> Sizes:
     own, kv, _ = _counts(shape, place)
     dims = shape.head_dim, shape.value_head_dim
-    return Sizes(shape.batch, own, kv[place.ulysses_rank], *dims, shape.dtype)
+    width = kv[place.ulysses_rank] * shape.key_width
+    return Sizes(shape.batch, own, width, *dims, shape.dtype)
 
 
 def queries_move(shape: Shape, place: Place) -> Moves:

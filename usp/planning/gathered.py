@@ -40,14 +40,15 @@ class Sizes:
 
     Attributes:
         batch: Samples.
-        num_heads, num_kv_heads: Those that the ring holds.
+        num_heads: Query heads that the ring holds.
+        key_width: Numbers of a token's keys and values there.
         head_dim, value_head_dim: D and Dv.
         dtype: Of q, k and v.
     """
 
     batch: int
     num_heads: int
-    num_kv_heads: int
+    key_width: int
     head_dim: int
     value_head_dim: int
     dtype: torch.dtype
@@ -62,7 +63,7 @@ class Sizes:
 
     def of_keys(self, backward: bool) -> Width:
         """K and V there, and in a backward dK and dV back."""
-        width = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        width = self.key_width
         back = width * state_dtype(self.dtype).itemsize if backward else 0
         return Width(width * self.dtype.itemsize, back)
 

@@ -1,0 +1,284 @@
+"""Latents on the wire: the same as attention of the keys and values that they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pool as worker
+import pytest
+import torch
+import torch.distributed as dist
+from cases import DTYPES, Case, local, shards, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from judge import TOLERANCE, largest
+from torch import Tensor
+
+import usp
+from usp.attention.masking import MaskOptions, make_masks
+from usp.planning.cost import Place, Shape, bytes_sent
+from usp.planning.route import TRANSPORTS
+from usp.testing import WireBytes, dense_attention, dropout_multiplier
+
+NAMES = ("dq", "dlatent", "drope_key", "dup_k", "dup_v")
+
+
+# C and Dr
+WIDTH, ROPE = 6, 2
+
+
+def given_tensors(case: Case) -> dict[str, Tensor]:
+    """The whole problem, the same on every process; q and dout are those of the case."""
+    random = torch.Generator().manual_seed(case.seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=random, dtype=torch.float64)
+        return x.to(DTYPES[case.dtype])
+
+    b, n, h = case.batch, case.num_keys, case.heads
+    return {
+        "q": whole(case).q,
+        "latent": normal(b, n, WIDTH),
+        "rope_key": normal(b, n, ROPE),
+        "up_k": normal(h, case.head_dim - ROPE, WIDTH),
+        "up_v": normal(h, case.value_dim, WIDTH),
+    }
+
+
+def attended(case: Case, rank: int, mesh: Any, wire: list[WireBytes] | None = None) -> list[Tensor]:
+    """This rank's out, lse and gradients."""
+    given, mine = given_tensors(case), local(case, rank)
+    own = shards(case, case.seq_len)[rank]
+    given |= {"q": mine.q, **{name: given[name][:, own] for name in ("latent", "rope_key")}}
+    leaves = [x.clone().requires_grad_() for x in given.values()]
+    forward, backward = wire or (WireBytes(), WireBytes())
+    with forward:
+        out, lse = usp.latent_attention(
+            *leaves,
+            mesh,
+            causal=case.causal,
+            window_size=case.window,
+            cu_seqlens=case.cu_seqlens,
+            softmax_scale=case.softmax_scale,
+            softcap=case.softcap,
+            layout=case.placed,
+            seq_len=case.seq_len,
+            key_padding_mask=mine.padding,
+            dropout_p=case.dropout_p,
+            dropout_seed=case.dropout_seed,
+            transport=case.transport,
+            return_lse=True,
+            backend=case.backend,
+            validate=wire is None,
+        )
+    with backward:
+        found = torch.autograd.grad([out, lse], leaves, [mine.dout, mine.dlse])
+    return [out.detach(), lse.detach(), *found]
+
+
+def run(case: Case) -> list[Tensor]:
+    mesh = worker.mesh(case.ulysses, case.ring, case.ring_outer)
+    return attended(case, dist.get_rank(), mesh if case.ranks > 1 else None)
+
+
+def expected(case: Case) -> list[Tensor]:
+    """By dense attention in fp64 over keys and values that are made first."""
+    t, leaves = whole(case), [x.double().requires_grad_() for x in given_tensors(case).values()]
+    q, latent, rope_key, up_k, up_v = leaves
+    nope = torch.einsum("bnc,hdc->bnhd", latent, up_k)
+    k = torch.cat((nope, rope_key[:, :, None].expand(-1, -1, case.heads, -1)), -1)
+    v, keep = torch.einsum("bnc,hdc->bnhd", latent, up_v), None
+    if case.dropout_p:
+        shape = case.batch, case.heads, case.seq_len, case.num_keys
+        keep = dropout_multiplier(case.dropout_p, case.dropout_seed, *shape)
+    out, lse = dense_attention(q, k, v, **case.masks, key_padding_mask=t.padding, dropout_keep=keep)
+    found = torch.autograd.grad([out, lse], leaves, [t.dout.double(), t.dlse.double()])
+    return [out.detach(), lse.detach(), *found]
+
+
+def judge(case: Case, pool: Any) -> None:
+    results = pool.run(run, case, ranks=case.ranks)
+    order = torch.tensor([i for row in shards(case, case.seq_len) for i in row])
+    for i, reference in enumerate(expected(case)):
+        parts = [result[i] for result in results]
+        if i < 5:
+            dim = 2 if i == 1 else 1
+            got = torch.cat(parts, dim).double()
+            got = torch.empty_like(got).index_copy_(dim, order, got)
+        else:  # each rank's part of the sum
+            got = torch.stack([part.double() for part in parts]).sum(0)
+        name = ("out", "lse", *NAMES)[i]
+        assert got.shape == reference.shape, name
+        if i == 1:
+            assert torch.equal(got == -torch.inf, reference == -torch.inf)
+            got, reference = got.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0)
+        if reference.numel():
+            error = largest(got - reference) / max(1.0, largest(reference))
+            assert error <= 3 * TOLERANCE[case.dtype], f"{name}: {error} {case!r}"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    meshes = [
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 3, 1),
+        (2, 2, 1),
+        (1, 4, 2),
+        (3, 2, 1),
+        (1, 6, 3),
+        (4, 1, 1),
+    ]
+    ulysses, ring, outer = draw(st.sampled_from(meshes))
+    heads, length = draw(st.integers(1, 5)), draw(st.integers(1, 37))
+    bound = st.one_of(st.none(), st.integers(0, 12))
+    case = Case(
+        ulysses=ulysses,
+        ring=ring,
+        ring_outer=outer,
+        layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
+        transport=draw(st.sampled_from(TRANSPORTS)),
+        backend=draw(st.sampled_from(["auto", "reference"])),
+        batch=draw(st.integers(1, 3)),
+        seq_len=length,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=draw(st.integers(3, 7)),
+        value_dim=draw(st.integers(1, 5)),
+        dtype=draw(st.sampled_from(["float64", "float64", "float32", "bfloat16"])),
+        causal=draw(st.booleans()),
+        window=draw(st.tuples(bound, bound)),
+        padding=draw(st.sampled_from([None, 0.3])),
+        dropout_p=draw(st.sampled_from([0.0, 0.3])),
+        softcap=draw(st.sampled_from([None, 2.0])),
+        return_lse=True,
+        seed=draw(st.integers(0, 2**16)),
+    )
+    if draw(st.integers(0, 3)) == 0:
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=3)))
+        case = replace(case, cu_seqlens=(0, *cuts, length))
+    return case
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(case=cases())
+def test_latents_give_what_their_keys_and_values_give(pool, case: Case) -> None:
+    judge(case, pool)
+
+
+def counted(case: Case) -> tuple[int, int]:
+    wire = [WireBytes(), WireBytes()]
+    mesh = worker.mesh(case.ulysses, case.ring, case.ring_outer)
+    attended(case, dist.get_rank(), mesh, wire)
+    return wire[0].sent, wire[1].sent
+
+
+def shape_of(case: Case, width: int | None) -> Shape:
+    lengths = case.seq_len, case.seq_len
+    dims = case.head_dim, case.value_dim
+    return Shape(
+        case.batch, *lengths, case.heads, case.heads, *dims, DTYPES[case.dtype],
+        case.padding is not None, return_lse=True, latent_width=width,
+    )  # fmt: skip
+
+
+def by_formula(case: Case, rank: int) -> tuple[int, int]:
+    options = MaskOptions(case.causal, case.window, case.cu_seqlens)
+    (mask,) = (m for _, m, _ in make_masks(options, case.batch))
+    degrees, place = (case.ring, case.ulysses), divmod(rank, case.ulysses)
+    here = Place(*degrees, *place, case.layout, mask, case.transport, case.ring_outer)
+    shape = shape_of(case, WIDTH + ROPE)
+    return bytes_sent(shape, here).total, bytes_sent(shape, here, backward=True).total
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(case=cases())
+def test_bytes_are_those_of_the_latents(pool, case: Case) -> None:
+    if case.ranks > 1:
+        assert pool.run(counted, case, ranks=case.ranks) == [
+            by_formula(case, rank) for rank in range(case.ranks)
+        ]
+
+
+def test_deepseek_v3_sends_576_numbers_a_token() -> None:
+    """128 heads of 192 and 128 are 40,960 numbers; a ring of 8 with 4096 tokens a rank, bf16."""
+    shape = Shape(1, 32768, 32768, 128, 128, 192, 128, torch.bfloat16, latent_width=576)
+    place = Place(8, 1, 0, 0)
+    assert bytes_sent(shape, place).total == 7 * 4096 * 576 * 2
+    assert bytes_sent(shape, place, backward=True).total == 7 * 4096 * 576 * (2 + 4)
+    keys = replace(shape, latent_width=None)
+    assert bytes_sent(keys, place).total == 7 * 4096 * 40960 * 2
+
+
+def wrong(which: str) -> None:
+    case = Case(ring=2, seq_len=8, heads=2, kv_heads=2)
+    given = given_tensors(case)
+    rank = dist.get_rank()
+    for name in ("q", "latent", "rope_key"):
+        given[name] = given[name][:, 4 * rank : 4 * rank + 4]
+    here = rank == 1 or which.startswith("all")
+    options: dict[str, Any] = {}
+    if which == "all transport":
+        options["transport"] = "pigeon"
+    elif here:
+        changes: dict[str, Any] = {
+            "dims": {"latent": given["latent"][..., None]},
+            "tokens": {"rope_key": given["rope_key"][:, :3]},
+            "heads": {"up_k": given["up_k"][:1]},
+            "width": {"up_v": given["up_v"][..., :5]},
+            "head_dim": {"rope_key": given["rope_key"][..., :1]},
+            "dtype": {"latent": given["latent"].float()},
+            "no tensor": {"up_k": None},
+            "another width": {
+                "latent": given["latent"][..., :5],
+                "up_k": given["up_k"][..., :5],
+                "up_v": given["up_v"][..., :5],
+            },
+        }
+        given |= changes[which]
+    usp.latent_attention(*given.values(), worker.mesh(1, 2), seq_len=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        ("dims", ["latent must have 3 dims"]),
+        ("tokens", ["tokens differ", "latent has 4", "rope_key has 3"]),
+        ("heads", ["heads differ", "q has 2", "up_k has 1"]),
+        ("width", ["dims of latents differ", "6", "5"]),
+        ("head_dim", ["head_dim of q is 4", "2 + 1"]),
+        ("dtype", ["latent must be torch.float64", "torch.float32"]),
+        ("no tensor", ["up_k"]),
+        ("another width", ["dims of latent and rope_key", "(5, 2)", "(6, 2)"]),
+        ("all transport", ["pigeon"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_every_rank(pool, which: str, words: list[str]) -> None:
+    for outcome in pool.outcomes(wrong, which, ranks=2, timeout=20):
+        assert outcome.kind in ("ValueError", "TypeError"), outcome
+        assert all(word in outcome.message for word in words), outcome.message
+
+
+def test_the_projection_of_a_model_is_its_heads() -> None:
+    """One device: DeepSeek's kv_b_proj as it stands in a checkpoint, and autocast."""
+    torch.manual_seed(0)
+    heads, nope, rope, value, width = 3, 4, 2, 5, 7
+    proj = torch.nn.Linear(width, heads * (nope + value), bias=False)
+    q, latent = torch.randn(2, 11, heads, nope + rope), torch.randn(2, 11, width)
+    rope_key = torch.randn(2, 11, rope)
+    k_nope, v = proj(latent).view(2, 11, heads, -1).split((nope, value), -1)
+    k = torch.cat((k_nope, rope_key[:, :, None].expand(-1, -1, heads, -1)), -1)
+    theirs = usp.long_context_attention(q, k, v, causal=True)
+    (grad,) = torch.autograd.grad(theirs.square().sum(), [proj.weight])
+    up = proj.weight.view(heads, -1, width).split((nope, value), 1)
+    ours = usp.latent_attention(q, latent, rope_key, *up, causal=True)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), [proj.weight])[0], grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert usp.latent_attention(q, latent, rope_key, *up).dtype == torch.bfloat16
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        x = q.clone().requires_grad_()
+        out = usp.latent_attention(x, latent, rope_key, *(w.detach() for w in up))
+        (g,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        g.sum().backward()
