@@ -7,8 +7,9 @@ Four gloo processes of one thread each, on two cores, run causal linear attentio
 token and head (Mamba-2's SSD) over one sequence that they share. Four ways: gather and ring are
 usp.linear_attention's; "all-gather" gathers q, k, v and the decays and computes the whole on every
 rank, in the same chunks; "quadratic" gathers k, v and the decays and computes this rank's rows of
-all scores. They run in turn in both orders, a barrier before each; the slowest rank counts. A ratio
-is the median over rounds of time(other) / time(gather). The bytes are those that
+all scores. --rules delta is the delta rule, with a beta a token and head (gated DeltaNet), in the
+first three. They run in turn in both orders, a barrier before each; the slowest rank counts. A
+ratio is the median over rounds of time(other) / time(gather). The bytes are those that
 usp.testing.WireBytes counts. Nothing is timed where those of usp are not the formula's, or where
 results or gradients differ from the recurrence, token by token in fp64.
 """
@@ -19,6 +20,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +38,41 @@ from usp.planning.states import numbers_sent
 from usp.testing import WireBytes, linear_recurrence
 
 MESH = "4 x 1"
-SCHEMES = ("gather", "ring", "all-gather", "quadratic")
-NAMES = ("out", "dq", "dk", "dv", "ddecay")
+SCHEMES = {
+    "decay": ("gather", "ring", "all-gather", "quadratic"),
+    "delta": ("gather", "ring", "all-gather"),
+}
+NAMES = {"decay": ("out", "dq", "dk", "dv", "ddecay")}
+NAMES["delta"] = (*NAMES["decay"], "dbeta")
 # Relative rms error against fp64 above which nothing is timed.
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
 class LinearCase:
+    rule: str
     dtype: str
     length: int
     heads: int
     head_dim: int
 
     def tensors(self) -> list[Tensor]:
-        """q, k, v, logs of decays, and a cotangent, of the whole sequence."""
+        """q, k, v, logs of decays, by the delta rule betas, and a cotangent, of the whole."""
         random = torch.Generator().manual_seed(0)
         shape = (1, self.length, self.heads, self.head_dim)
-        found = [torch.randn(shape, generator=random).to(DTYPES[self.dtype]) for _ in range(4)]
-        decay = -torch.rand(shape[:3], generator=random) / 10
-        return [*found[:3], decay, found[3]]
+        found = [torch.randn(shape, generator=random) for _ in range(4)]
+        per_token = [-torch.rand(shape[:3], generator=random) / 10]
+        if self.rule == "delta":
+            found[1] = torch.nn.functional.normalize(found[1], dim=-1)
+            per_token.append(torch.rand(shape[:3], generator=random))
+        *qkv, cotangent = (x.to(DTYPES[self.dtype]) for x in found)
+        return [*qkv, *per_token, cotangent]
 
     def bytes_sent(self, scheme: str, mesh: usp.SequenceMesh, which: str) -> int:
         """By this rank, by the formula of a scheme of usp."""
         state = self.heads * self.head_dim**2
-        sent = numbers_sent(state, self.heads, mesh.size, mesh.rank, scheme)
+        told = state if self.rule == "delta" else self.heads
+        sent = numbers_sent(state, told, mesh.size, mesh.rank, scheme)
         return 4 * (sent.forward + (sent.backward if which == "both" else 0))
 
 
@@ -70,12 +82,12 @@ class Linear:
     def __init__(self, case: LinearCase, mesh: usp.SequenceMesh) -> None:
         self.case, self.mesh = case, mesh
         parts = [usp.shard_sequence(x, mesh, 1).clone() for x in case.tensors()]
-        self.leaves = [x.requires_grad_() for x in parts[:4]]
-        self.cotangent = parts[4]
+        *leaves, self.cotangent = parts
+        self.leaves = [x.requires_grad_() for x in leaves]
         self.start = int(usp.positions(case.length, mesh)[0])
 
     def run(self, scheme: str, which: str) -> list[Tensor]:
-        """Result, and for "both" the gradients of q, k, v and the decays."""
+        """Result, and for "both" every gradient."""
         attend: Callable[..., Tensor] = {
             "all-gather": self._gathered,
             "quadratic": self._quadratic,
@@ -84,13 +96,13 @@ class Linear:
 
     def _usp(self, method: str, *tensors: Tensor) -> Any:
         options: dict[str, Any] = {"seq_len": self.case.length, "validate": False}
-        return usp.linear_attention(*tensors, mesh=self.mesh, method=method, **options)
+        return attend(*tensors, mesh=self.mesh, method=method, **options)
 
     def _whole(self, x: Tensor) -> Tensor:
         return usp.unshard_sequence(x, self.mesh, 1, "contiguous", self.case.length, validate=False)
 
     def _gathered(self, *tensors: Tensor) -> Any:
-        out = usp.linear_attention(*[self._whole(x) for x in tensors])
+        out = attend(*[self._whole(x) for x in tensors])
         return out[:, self.start : self.start + tensors[0].shape[1]]
 
     def _quadratic(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
@@ -105,6 +117,12 @@ class Linear:
         return out.transpose(1, 2).to(self.cotangent.dtype)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None, **options: Any
+) -> Any:
+    return usp.linear_attention(q, k, v, decay, beta=beta, **options)
+
+
 def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
     results = measure(work.args, join(work, rank)[MESH])
@@ -114,31 +132,30 @@ def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
     results = []
-    for dtype in args.dtypes:
-        for length in args.lengths:
-            case = LinearCase(dtype, length, args.heads, args.head_dim)
-            linear = Linear(case, mesh)
-            found = errors(case, linear)
-            check(case, found)
-            for which in PASSES:
-                sent = {scheme: counted(linear, scheme, which) for scheme in SCHEMES}
-                candidates = {scheme: partial(linear.run, scheme, which) for scheme in SCHEMES}
-                times = take_turns(
-                    candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
-                )
-                results.append(
-                    {
-                        **asdict(case),
-                        "pass": which,
-                        "bytes_sent": sent,
-                        "ratios": {s: times.ratio(s, "gather") for s in SCHEMES[1:]},
-                        "errors": found,
-                        "seconds": times.seconds,
-                        "median_seconds": {scheme: times.median(scheme) for scheme in SCHEMES},
-                    }
-                )
-                if dist.get_rank() == 0:
-                    print_rows(results[-1])
+    for rule, dtype, length in product(args.rules, args.dtypes, args.lengths):
+        case = LinearCase(rule, dtype, length, args.heads, args.head_dim)
+        linear, schemes = Linear(case, mesh), SCHEMES[rule]
+        found = errors(case, linear)
+        check(case, found)
+        for which in PASSES:
+            sent = {scheme: counted(linear, scheme, which) for scheme in schemes}
+            candidates = {scheme: partial(linear.run, scheme, which) for scheme in schemes}
+            times = take_turns(
+                candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
+            )
+            results.append(
+                {
+                    **asdict(case),
+                    "pass": which,
+                    "bytes_sent": sent,
+                    "ratios": {s: times.ratio(s, "gather") for s in schemes[1:]},
+                    "errors": found,
+                    "seconds": times.seconds,
+                    "median_seconds": {scheme: times.median(scheme) for scheme in schemes},
+                }
+            )
+            if dist.get_rank() == 0:
+                print_rows(results[-1])
     return results
 
 
@@ -171,19 +188,23 @@ def errors(case: LinearCase, linear: Linear) -> dict[str, dict[str, float]]:
         *leaves, cotangent = (x.double() for x in case.tensors())
         leaves = [x.requires_grad_() for x in leaves]
         with threads(CORES):
-            results = differentiated(
-                lambda *given: linear_recurrence(*given)[0], leaves, cotangent, "both"
-            )
-        exact = dict(zip(NAMES, results, strict=True))
+            results = differentiated(_recurrence, leaves, cotangent, "both")
+        exact = dict(zip(NAMES[case.rule], results, strict=True))
     found = {}
-    for scheme in SCHEMES:
+    for scheme in SCHEMES[case.rule]:
         ours = [linear._whole(x.detach()) for x in linear.run(scheme, "both")]
         found[scheme] = {
             name: relative_error(x.double(), exact[name])
-            for name, x in zip(NAMES, ours, strict=True)
+            for name, x in zip(NAMES[case.rule], ours, strict=True)
             if exact
         }
     return found
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None
+) -> Tensor:
+    return linear_recurrence(q, k, v, decay, beta=beta)[0]
 
 
 def check(case: LinearCase, errors: dict[str, dict[str, float]]) -> None:
@@ -192,7 +213,8 @@ def check(case: LinearCase, errors: dict[str, dict[str, float]]) -> None:
 
 def print_rows(result: dict[str, Any]) -> None:
     for scheme, seconds in result["median_seconds"].items():
-        line = f"{result['dtype']:6}{result['length']:<8}{result['pass']:9}{scheme:11}"
+        line = f"{result['rule']:6}{result['dtype']:6}{result['length']:<8}"
+        line += f"{result['pass']:9}{scheme:11}"
         line += f"{1e3 * seconds:12.1f}{result['bytes_sent'][scheme] / 1e6:9.3f}"
         if scheme in result["ratios"]:
             line += f"{result['ratios'][scheme]:14.2f}"
@@ -208,6 +230,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
     add("--dtypes", nargs="+", choices=ALLOWED, default=["fp32", "bf16"])
+    add("--rules", nargs="+", choices=SCHEMES, default=["decay", "delta"])
     add("--rounds", type=int, default=9, help="of each case, at most")
     add("--seconds", type=float, default=60.0, help="after which a case gets no further round")
     add("--quick", action="store_true", help="256 and 1024 tokens, 3 rounds")
@@ -226,7 +249,7 @@ def main() -> None:
     about = introduce()
     print(
         f"\n{args.heads} heads of {args.head_dim}; MB: that leave a rank\n"
-        "dtype tokens  pass     scheme     milliseconds      MB   time/gather"
+        "rule  dtype tokens  pass     scheme     milliseconds      MB   time/gather"
     )
     results = in_processes(measure_all, args)[0]
     write_report(args.json, about, cases=results)

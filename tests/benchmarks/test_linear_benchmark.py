@@ -16,10 +16,11 @@ def results(*argv: str) -> list[dict[str, Any]]:
 
 @pytest.mark.long
 def test_a_state_is_as_large_at_any_length(pool: Pool) -> None:
-    arguments = "--lengths 21 84 --heads 2 --head-dim 4 --rounds 3 --seconds 1"
+    arguments = "--rules decay delta --lengths 21 84 --heads 2 --head-dim 4 --rounds 3 --seconds 1"
     found, *others = pool.run(results, *arguments.split(), ranks=4)
-    assert [(each["dtype"], each["length"], each["pass"]) for each in found] == [
-        (dtype, length, which)
+    assert [(e["rule"], e["dtype"], e["length"], e["pass"]) for e in found] == [
+        (rule, dtype, length, which)
+        for rule in ("decay", "delta")
         for dtype in ("fp32", "bf16")
         for length in (21, 84)
         for which in ("forward", "both")
@@ -28,9 +29,12 @@ def test_a_state_is_as_large_at_any_length(pool: Pool) -> None:
     for each in found:
         passes = 1 + (each["pass"] == "both")
         assert all(len(taken) == 3 for taken in each["seconds"].values())
-        assert all(len(of) == 5 for of in each["errors"].values())
-        assert set(each["ratios"]) == {"ring", "all-gather", "quadratic"}
-        assert each["bytes_sent"]["gather"] == 3 * (state * passes + 2 * 4)
+        of_delta = each["rule"] == "delta"
+        assert all(len(of) == 5 + of_delta for of in each["errors"].values())
+        assert set(each["ratios"]) | {"quadratic"} == {"ring", "all-gather", "quadratic"}
+        assert ("quadratic" in each["ratios"]) is not of_delta
+        told = state if of_delta else 2 * 4
+        assert each["bytes_sent"]["gather"] == 3 * (state * passes + told)
         assert each["bytes_sent"]["ring"] == state * passes
     short, long = (next(e for e in found if e["length"] == n) for n in (21, 84))
     assert long["bytes_sent"]["all-gather"] > 3 * short["bytes_sent"]["all-gather"]
@@ -39,7 +43,7 @@ def test_a_state_is_as_large_at_any_length(pool: Pool) -> None:
 
 def test_a_wrong_result_is_not_timed() -> None:
     program = module("linear")
-    case = program.LinearCase("fp32", 8, 2, 4)
+    case = program.LinearCase("decay", "fp32", 8, 2, 4)
     program.check(case, {"gather": {"out": 1e-7}})
     for error in (1e-3, float("nan")):
         with pytest.raises(ValueError, match=r"ddecay of ring is off by .* not timed"):
