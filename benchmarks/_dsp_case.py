@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import DTYPES
 from torch import Tensor
 
 import usp
 from usp import dsp
+from usp.bench.device import DTYPES
 from usp.demo.image import PatchGrid, cut_patches, load_photograph
 from usp.planning.cost import Place, Shape, bytes_sent
 from usp.planning.shares import shares

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from _measure import introduce, take_turns, write_report
-from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 from torch import Tensor, nn
 
 import usp
 from usp.attention import hybrid
+from usp.bench import world as worlds
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.world import World
 from usp.distributed.processes import Tell
 
-MESH, BYTES, ALLOWED = "1 x 4", 256, 1e-4
+MESH, PROCESSES, CORES = (1, 4), 4, 2  # ulysses x ring
+BYTES, ALLOWED = 256, 1e-4
 
 
 class Block(nn.Module):
@@ -123,10 +125,13 @@ def error(name: str, ours: Tensor | None, whole: Tensor | None) -> float:
     return found
 
 
-def measure(work: Work, rank: int, tell: Tell) -> dict[str, Any]:
+def measure_all(world: World, rank: int, tell: Tell) -> dict[str, Any]:
     """On each process."""
-    args = work.args
-    mesh = join(work, rank)[MESH]
+    with worlds.joined(world, rank):
+        return measure(world.args, worlds.mesh(MESH, "cpu"))
+
+
+def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> dict[str, Any]:
     torch.manual_seed(0)
     model, random = Model(args, mesh), torch.Generator().manual_seed(2)
     fixed = draw(args.seq_len, args.mean, random)
@@ -146,12 +151,10 @@ def measure(work: Work, rank: int, tell: Tell) -> dict[str, Any]:
         with planning(spent):
             step(lambda: draw(args.seq_len, args.mean, random))
 
-    times = take_turns(
+    times = worlds.turns(
         {"new documents": new, "the same": lambda: step(lambda: fixed)},
         args.rounds,
         args.seconds,
-        slowest_seconds,
-        as_first_rank_says,
     )
     shares = [a / b for a, b in zip(spent[1:], times.seconds["new documents"], strict=True)]
     found = {
@@ -162,7 +165,6 @@ def measure(work: Work, rank: int, tell: Tell) -> dict[str, Any]:
         "seconds": times.seconds,
         "error": largest,
     }
-    dist.destroy_process_group()
     return found
 
 
@@ -180,9 +182,9 @@ def main() -> None:
     add("--seconds", type=float, default=120.0, help="after which no further round begins")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
-    args.meshes = [MESH]
-    about = introduce()
-    ranks = in_processes(measure, args)
+    args.device, args.cores = "cpu", CORES
+    about = introduce("cpu_documents")
+    ranks = worlds.in_processes(measure_all, args, PROCESSES)
     slowest = max(ranks, key=lambda found: float(found["planning_share"]))
     planned = 1e3 * statistics.median(slowest["planning_seconds"])
     taken = statistics.median(slowest["seconds"]["new documents"])

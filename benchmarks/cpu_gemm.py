@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import DTYPES
 from _gemm_library import BRGEMM, PRODUCTS, find_brgemm, load_peer, of_torch, of_usp
-from _measure import CLOCKS, interleave, introduce, write_report
 from torch import Tensor
+
+from usp.bench.device import DTYPES
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.timing import CLOCKS, interleave
 
 QUERIES, KEYS = 64, 128
 SAMPLE_SECONDS = 2e-3  # a clock and a call from Python cost microseconds
@@ -151,7 +154,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    about = introduce(clock=args.clock, optimize=args.optimize)
+    about = introduce("cpu_gemm", clock=args.clock, optimize=args.optimize)
     peer = load_peer(args.optimize)
     for dtype in args.dtypes:
         if find_brgemm(DTYPES[dtype]) is None:

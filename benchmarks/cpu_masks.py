@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _exact_rows import sampled_positions
-from _measure import interleave, introduce, write_report
 from torch import Tensor
 
 from usp import long_context_attention, masks
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.timing import interleave
 from usp.masks import Mask
 
 TOLERANCE = 1e-5
@@ -122,7 +123,8 @@ def measure(name: str, mask: Mask, length: int, args: argparse.Namespace) -> dic
 
 def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> None:
     """End the program where sampled rows differ from fp64."""
-    at = sampled_positions(q.shape[1], 64)
+    inside = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))[:64]
+    at = torch.cat([inside, torch.tensor([0, q.shape[1] - 1])]).unique()
     scores = torch.einsum("bihd,bjhd->bhij", q[:, at].double(), k.double()) * q.shape[3] ** -0.5
     weights = scores.masked_fill(~dense[at], -torch.inf).softmax(-1).nan_to_num()
     exact = torch.einsum("bhij,bjhd->bihd", weights, v.double())
@@ -145,7 +147,7 @@ def main() -> None:
     add("--no-flex", dest="flex", action="store_false", help="without FlexAttention")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
-    about = introduce()
+    about = introduce("cpu_masks")
     print("\nmask", " " * 27, "length bands  share  of its share: forward, both   over:")
     results = []
     for length in args.lengths:

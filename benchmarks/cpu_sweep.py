@@ -22,13 +22,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _attention_case import PASSES, TOKENS, Attention, Case, WrongResult, errors
-from _measure import CLOCKS, Times, interleave, introduce, write_report
 
+from usp.backends import native
+from usp.bench.attention import Own, Problem
+from usp.bench.case import Case
+from usp.bench.device import DTYPES
+from usp.bench.exact import WrongResult, wrong
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.ring_case import differentiated
+from usp.bench.rivals import sdpa
+from usp.bench.timing import CLOCKS, Times, interleave
+
+PASSES = ("forward", "both")
+TOKENS = 4096  # of a call at least: short sequences come in batches
 HEADS, HEAD_DIM, LENGTH = 4, 64, 512
 ALLOWED = 1.1
 MORE_ROUNDS = 4
@@ -47,8 +59,13 @@ def repeats_for(calls: dict[str, Callable[[], object]]) -> int:
     return max(1, math.ceil(SAMPLE_SECONDS / shortest))
 
 
-def in_turn(attention: Attention, which: str, rounds: int, args: argparse.Namespace) -> Times:
-    calls = {"usp": lambda: attention.usp(which), "sdpa": lambda: attention.sdpa(which)}
+def in_turn(problem: Problem, which: str, rounds: int, args: argparse.Namespace) -> Times:
+    calls = {
+        name.removesuffix(" native"): partial(
+            differentiated, attend, problem.leaves, problem.dout, which
+        )
+        for name, attend in problem.candidates.items()
+    }
     repeats = repeats_for(calls)
 
     def repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -65,12 +82,15 @@ def in_turn(attention: Attention, which: str, rounds: int, args: argparse.Namesp
 
 def measure(sweep: str, case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result for each pass."""
-    attention = Attention(case)
-    errors(case, attention, "both")
+    problem = Problem(case, "cpu", {"usp native": Own(native)}, {"sdpa": sdpa(case, "cpu")})
+    errors = {name: problem.errors(name) for name in problem.candidates}
+    off = wrong(errors, DTYPES[case.dtype]).get("usp native")
+    if off is not None:
+        raise WrongResult(f"{case}: {off}: not timed")
     for which in args.passes:
-        times = in_turn(attention, which, args.rounds, args)
+        times = in_turn(problem, which, args.rounds, args)
         if times.ratio("usp", "sdpa") > ALLOWED:
-            times = in_turn(attention, which, MORE_ROUNDS * args.rounds, args)
+            times = in_turn(problem, which, MORE_ROUNDS * args.rounds, args)
         yield {
             **asdict(case),
             "sweep": sweep,
@@ -84,9 +104,13 @@ def measure(sweep: str, case: Case, args: argparse.Namespace) -> Iterator[dict[s
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     for dtype in args.dtypes:
         for length in range(*args.lengths):
-            yield "length", Case(dtype, HEAD_DIM, length, "full", HEADS, TOKENS // length)
+            yield "length", case_of(dtype, length, HEAD_DIM)
         for head_dim in sorted(args.head_dims):
-            yield "head_dim", Case(dtype, head_dim, LENGTH, "full", HEADS, TOKENS // LENGTH)
+            yield "head_dim", case_of(dtype, LENGTH, head_dim)
+
+
+def case_of(dtype: str, length: int, head_dim: int) -> Case:
+    return Case(dtype, TOKENS // length, length, HEADS, HEADS, head_dim, "full")
 
 
 def line(result: dict[str, Any]) -> str:
@@ -180,23 +204,24 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
-    about = introduce(clock=args.clock)
+    about = introduce("cpu_sweep", clock=args.clock)
     print(f"\nbatches of {TOKENS} tokens, {HEADS} heads\n{HEAD}")
-    results, wrong = [], []
+    results: list[dict[str, Any]] = []
+    refused: list[str] = []
     for sweep, case in cases(args):
         try:
             for result in measure(sweep, case, args):
                 results.append(result)
                 print(line(result), flush=True)
         except WrongResult as found:
-            wrong.append(str(found))
+            refused.append(str(found))
             print(found, flush=True)
     slow = report(results)
-    print("\n".join(wrong))
-    write_report(args.json, about, points=results, not_timed=wrong)
+    print("\n".join(refused))
+    write_report(args.json, about, points=results, left_out=[{"why": why} for why in refused])
     if args.plot is not None:
         draw(results, args.plot)
-    return min(len(slow) + len(wrong), 100)
+    return min(len(slow) + len(refused), 100)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import interleave, introduce, write_report
 from torch import Tensor, nn
 
 import usp
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.timing import interleave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative error of the gradient of all parameters together, above which nothing is timed.
@@ -118,7 +120,7 @@ def main() -> None:
     add("--seconds", type=float, default=20.0, help="after which a case gets no further round")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
-    about = introduce()
+    about = introduce("cpu_vit")
     print(f"\n{args.layers} layers, {args.heads} heads of {args.width // args.heads}\n")
     print("tokens  dtype   torch / usp: eval  training   error")
     results = []

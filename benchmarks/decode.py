@@ -23,19 +23,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from _attention_case import DTYPES, relative_error
-from _measure import introduce, take_turns, write_report
-from _ring_case import PROCESSES
-from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 from torch import Tensor
 
 import usp
+from usp.bench import world as worlds
+from usp.bench.device import DTYPES
+from usp.bench.exact import relative_error
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.world import World
 from usp.distributed.processes import Tell
 from usp.planning.cost import Place, Shape, bytes_sent
 from usp.planning.layout import Replicated
 from usp.testing import WireBytes
 
-MESH = "1 x 4"
+MESH, PROCESSES, CORES = (1, 4), 4, 2  # ulysses x ring
 # Relative rms error against fp64 above which nothing is timed.
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 
@@ -59,11 +61,10 @@ class DecodeCase:
         return bytes_sent(Shape(*sizes, *dims, DTYPES[self.dtype]), place).total
 
 
-def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
+def measure_all(world: World, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    results = measure(work.args, join(work, rank)[MESH])
-    dist.destroy_process_group()
-    return results
+    with worlds.joined(world, rank):
+        return measure(world.args, worlds.mesh(MESH, "cpu"))
 
 
 def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def measured(case: DecodeCase, args: argparse.Namespace, mesh: usp.SequenceMesh)
             f"rank {mesh.rank} sends {sent['usp']} bytes, the formula says "
             f"{case.bytes_sent(mesh)}: not timed"
         )
-    times = take_turns(ways, args.rounds, args.seconds, slowest_seconds, as_first_rank_says)
+    times = worlds.turns(ways, args.rounds, args.seconds)
     return {
         **asdict(case),
         "bytes_sent": sent,
@@ -167,7 +168,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="4096 tokens, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args(argv)
-    args.meshes = [MESH]
+    args.device, args.cores = "cpu", CORES
     if args.quick:
         args.contexts, args.rounds = [4096], 3
     uneven = [n for n in args.contexts if n % PROCESSES]
@@ -180,13 +181,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    about = introduce()
+    about = introduce("decode")
     print(
         f"\n{args.batch} sample(s), {args.heads[0]} heads, {args.heads[1]} of keys, of "
         f"{args.head_dim}; ms of a step, and MB that leave rank 0\n"
         "dtype context      usp ms      usp MB gathered ms gathered MB  time/usp"
     )
-    results = in_processes(measure_all, args)[0]
+    results = worlds.in_processes(measure_all, args, PROCESSES)[0]
     write_report(args.json, about, cases=results)
 
 

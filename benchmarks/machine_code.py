@@ -17,6 +17,9 @@ from typing import Any
 
 from _machine_code import bound, counts, cycles
 
+from usp.bench.machine import header
+from usp.bench.records import write_report
+
 SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 TASKS = (
     "cuda:90/bfloat16:64",
@@ -69,7 +72,7 @@ def main() -> None:
     print("counts: of one warp's round of the loop over whole tiles. model: no measurement")
     print(*map(text_of, rows), sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_report(arguments.json, header("machine_code", "cpu", {}, "none"), loops=rows)
 
 
 if __name__ == "__main__":

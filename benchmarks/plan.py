@@ -1,6 +1,6 @@
 """How long planning one rank of a long sequence takes: first call, and every later one.
 
-python benchmarks/plan.py --seq-len 1048576 --ring 8
+usp bench plan --seq-len 1048576 --ring 8 --json plan.json
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import argparse
 import statistics
 import time
 from math import isqrt
+from pathlib import Path
 
 from usp import masks
+from usp.bench.machine import header
+from usp.bench.records import write_report
 from usp.planning.layout import DocumentZigzag, Layout, rows
 from usp.planning.plan import make_plan
 from usp.planning.reach import needed_rows
@@ -22,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1 << 20)
     parser.add_argument("--ring", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
     seq_len, lengths = args.seq_len, (args.seq_len, args.seq_len)
     documents = (*range(0, seq_len, 1024), seq_len)
@@ -43,6 +47,7 @@ def main() -> None:
     layouts: dict[str, Layout] = {name: name for name in ("contiguous", "zigzag", "striped")}
     layouts["document zigzag"] = DocumentZigzag(documents)
     print(f"{seq_len} tokens, ring {args.ring}, median of {args.repeats} first calls")
+    plans = []
     for layout_name, layout in layouts.items():
         for name, mask in each.items():
             first, later = [], []
@@ -57,6 +62,10 @@ def main() -> None:
                 f"  {layout_name:16} {name:22} first {statistics.median(first):7.2f} ms   "
                 f"again {statistics.median(later):6.3f} ms"
             )
+            plans.append(
+                {"layout": layout_name, "mask": name, "first_ms": first, "later_ms": later}
+            )
+    write_report(args.json, header("plan", "cpu", vars(args), "wall"), plans=plans)
 
 
 if __name__ == "__main__":

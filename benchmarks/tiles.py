@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -30,10 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import CLOCKS, environment, take_turns, write_report
 from torch import Tensor, nn
 
 import usp
+from usp.bench.machine import header
+from usp.bench.records import read, write_report
+from usp.bench.timing import CLOCKS, take_turns
 from usp.testing import StorageBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -252,10 +253,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.source is not None:
-        report = json.loads(args.source.read_text())
+        found = read(args.source)
+        report = {"sizes": found.of("sizes")[0], "ways": found.of("ways")}
     else:
         torch.set_num_threads(args.threads)
-        about = {**environment(), "clock": args.clock}
+        about = header("tiles", args.device, {}, args.clock)
         print("\n".join(f"{name}: {value}" for name, value in about.items()))
         names = ("tokens", "width", "inner", "classes", "dtype", "device")
         report = {"sizes": {name: getattr(args, name) for name in names}, "ways": []}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +17,9 @@ from usp.backends import TABLE, _local, in_order, order_of, packages, select
 from usp.backends._local import LocalRow
 from usp.backends.library import trusted
 from usp.backends.preference import GUESSES, PREFERENCES, Preference, measured_on, preference
+from usp.bench import preference as decided
+from usp.bench.records import Report, read, time_records
+from usp.bench.timing import Times
 from usp.machine import cpu, place
 from usp.planning.problem import Traits
 
@@ -29,22 +28,9 @@ ZEN_4 = "cpu AMD avx512_bf16"
 ON_CPU = Traits("cpu", torch.bfloat16, 64, 64, 0.125, architecture="cpu")
 
 
-@pytest.fixture
-def decided(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the results of a benchmark decide."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield import_module("_preference")
-    sys.modules.pop("_preference")
-
-
-def read(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return report
-
-
-def check(decided: Any, device: str, row: Preference) -> None:
+def check(device: str, row: Preference) -> None:
     """A row is what its results say, and they are of its device."""
-    reports = [read(name) for name in row.results]
+    reports = [read(RESULTS / name) for name in row.results]
     assert {decided.measured_on(report) for report in reports} == {device}
     assert all(decided.is_measured(report) for report in reports)
     assert row.order == decided.order(reports)
@@ -52,46 +38,45 @@ def check(decided: Any, device: str, row: Preference) -> None:
 
 
 @pytest.mark.parametrize("device", PREFERENCES)
-def test_a_row_is_what_its_results_say(decided: Any, device: str) -> None:
-    check(decided, device, PREFERENCES[device])
+def test_a_row_is_what_its_results_say(device: str) -> None:
+    check(device, PREFERENCES[device])
 
 
-def test_a_row_that_its_results_do_not_say_is_found(decided: Any) -> None:
+def test_a_row_that_its_results_do_not_say_is_found() -> None:
     row = PREFERENCES[ZEN_4]
     with pytest.raises(AssertionError):
-        check(decided, ZEN_4, replace(row, order=row.order[::-1]))
+        check(ZEN_4, replace(row, order=row.order[::-1]))
     for other in ("sm_90", "cpu", "cpu Intel avx512_bf16", "cpu AMD avx2"):
         with pytest.raises(AssertionError):
-            check(decided, other, row)
+            check(other, row)
     with pytest.raises(AssertionError):
-        check(decided, ZEN_4, replace(row, results=()))
+        check(ZEN_4, replace(row, results=()))
 
 
-def test_no_result_of_a_gpu_is_left_unheeded(decided: Any) -> None:
+def test_no_result_of_a_gpu_is_left_unheeded() -> None:
     for path in RESULTS.glob("*gpu_attention*.json"):
-        device = decided.measured_on(read(path.name))
+        device = decided.measured_on(read(path))
         assert path.name in preference(device).results, (
             f"{path.name} decides what auto prefers on {device}: give it a row in "
             f"usp/backends/preference.py (usp bench gpu_attention --report prints it)"
         )
 
 
-def test_no_kind_of_cpu_is_left_unheeded(decided: Any) -> None:
+def test_no_kind_of_cpu_is_left_unheeded() -> None:
     """Results of one day replace those of another; but a kind of CPU with results has a row."""
-    measured = {decided.measured_on(read(x.name)) for x in RESULTS.glob("*cpu_attention*.json")}
+    measured = {decided.measured_on(read(x)) for x in RESULTS.glob("*cpu_attention*.json")}
     assert measured and measured <= set(PREFERENCES), (
         f"give {sorted(measured - set(PREFERENCES))} a row in usp/backends/preference.py"
     )
 
 
-def a_report(**seconds: float) -> dict[str, Any]:
+def a_report(**seconds: float) -> Report:
     """As `gpu_attention` writes it, one case."""
     rounds = {f"usp {name}": [value] * 3 for name, value in seconds.items()}
-    run = {"architecture": "sm_90", "dry_run": False}
-    return {"runs": [run], "records": {"local": [{"rounds": rounds, "seconds": {}}]}}
+    return Report({"architecture": "sm_90"}, [{"record": "local", "rounds": rounds}])
 
 
-def test_the_fastest_of_all_shared_cases_comes_first(decided: Any) -> None:
+def test_the_fastest_of_all_shared_cases_comes_first() -> None:
     reports = [
         a_report(triton=1.0, native=2.0, hopper=0.1),  # hopper is triton's, another way
         a_report(triton=4.0, native=1.0),
@@ -105,11 +90,23 @@ def test_the_fastest_of_all_shared_cases_comes_first(decided: Any) -> None:
     assert decided.measured_on(reports[0]) == "sm_90"
 
 
-def test_a_rehearsal_decides_nothing(decided: Any) -> None:
+def test_a_rehearsal_decides_nothing() -> None:
     report = a_report(triton=1.0)
     assert decided.is_measured(report)
-    report["runs"].append({"architecture": "cpu", "dry_run": True})
+    report.header["dry_run"] = True
     assert not decided.is_measured(report)
+
+
+def test_kernels_on_a_cpu_decide_too() -> None:
+    head = {"cpu_vendor": "AMD", "cpu_capability": "avx2"}
+    for names in (("usp native", "sdpa"), ("usp native", "usp sdpa", "sdpa", "matmul")):
+        times = Times({name: [2.0 - i] * 3 for i, name in enumerate(names[:2])})
+        records = [*time_records("backward", {"length": 8}, times)]
+        if len(names) > 2:  # torch's bare call is another candidate then
+            records += time_records("backward", {"length": 8}, Times({"sdpa": [9.0]}))
+        report = Report(head, records)
+        assert decided.measured_on(report) == "cpu AMD avx2"
+        assert decided.order([report]) == ("sdpa", "native")
 
 
 def test_what_counts_before_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

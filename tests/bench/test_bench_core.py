@@ -82,6 +82,16 @@ def test_who_is_wrong() -> None:
     assert relative_error(one, nothing) == pytest.approx(1e-7)  # gradients that are 0
 
 
+def test_errors_are_judged_by_the_best_and_by_rounding() -> None:
+    dtype = torch.bfloat16
+    fine = {"out": 2e-3, "dq": 3e-3}
+    assert wrong({"a": fine, "b": {"out": 5.9e-3, "dq": 3e-3}}, dtype) == {}
+    assert "out is off by 6.10e-03" in wrong({"a": fine, "b": {"out": 6.1e-3}}, dtype)["b"]
+    assert set(wrong({"a": fine, "b": {"out": 2e-3, "dq": float("nan")}}, dtype)) == {"b"}
+    assert wrong({"a": {"out": 1e-7}, "b": {"out": 3.8e-3}}, dtype) == {}  # a result in 16 bits
+    assert set(wrong({"a": {"out": 0.05}, "b": {"out": 0.05}}, dtype)) == {"a", "b"}
+
+
 def test_a_case_is_cut_to_a_budget_by_samples_then_heads() -> None:
     case = Case("bf16", 4, 2048, 32, 8, 128, "causal")
     cut = case.within(case.flops("backward") / 20)

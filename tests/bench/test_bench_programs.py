@@ -14,7 +14,7 @@ from pool import Pool
 
 from usp import bench
 from usp.backends import native
-from usp.bench import attention, comm, documents, memory, model, ring, rivals, scaling
+from usp.bench import attention, comm, documents, memory, model, ring, rivals, scaling, timeline
 from usp.bench.attention import Problem
 from usp.bench.case import Case
 from usp.bench.exact import relative_error
@@ -271,6 +271,18 @@ def test_scaling(pool: Pool) -> None:
         weak = kind == "weak"
         assert sizes["usp 1 x 2"] == (2, 32 if weak else 16, 4)
         assert sizes["usp dp 2, 1 x 1"] == (2, 16, 8 if weak else 4)
+
+
+def test_the_hidden_share_counts_each_second_once() -> None:
+    one, two = timeline.Timeline(), timeline.Timeline()
+    one.intervals["attention_forward"] = [(1.0, 4.0)]
+    one.intervals["attention_backward"] = [(5.0, 6.0)]
+    one.intervals["blocks"] = [(0.0, 2.0), (2.0, 3.0)]
+    one.intervals["gradients"] = [(2.5, 5.5)]
+    two.intervals["blocks"] = [(0.0, 4.5)]  # nothing computed meanwhile
+    assert one.in_flight == [(0.0, 5.5)] and one.computing == [(1.0, 4.0), (5.0, 6.0)]
+    assert timeline.common(one.in_flight, one.computing) == 3.5
+    assert timeline.hidden_share([one, two]) == 3.5 / (5.5 + 4.5)
 
 
 @needs_kernels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +11,9 @@ import torch
 from programs import BENCHMARKS, module, program
 
 from usp.backends import native
+from usp.bench import libraries
+from usp.bench.attention import Own, Problem
+from usp.bench.steps import HeadExchange
 from usp.testing import dense_attention
 
 pytestmark = pytest.mark.device_code
@@ -23,11 +25,12 @@ MASKS = ("causal", "full", "gqa", "window", "documents")
 
 def small(mask: str, dtype: str = "fp16") -> Any:
     width = 128 if mask == "gqa" else 32
-    return module("_gpu_case").Case(dtype, 16, 48, mask, tokens=96, width=width, window=11)
+    return module("gpu.case").local_case(dtype, 16, 48, mask, 96, width, window=11)
 
 
 def problem(mask: str) -> Any:
-    return module("_gpu_case").Problem(small(mask), "cpu", {})
+    case = small(mask)
+    return Problem(case, "cpu", module("gpu.case").own(case.dtype, 16, "cpu"), {})
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -43,34 +46,14 @@ def test_its_fp64_is_the_oracles(mask: str) -> None:
         torch.testing.assert_close(made.exact[name], x.detach()[0, :, heads], rtol=0, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("mask", MASKS)
-def test_flex_is_given_the_same_mask(mask: str) -> None:
-    case, rivals = small(mask), module("_gpu_rivals")
-    i, j = torch.arange(case.length)[:, None], torch.arange(case.length)
-    interval = case.interval("cpu")
-    visible = torch.ones(case.length, case.length, dtype=torch.bool)
-    if interval is not None:
-        visible = (j >= interval[0][:, None]) & (j < interval[1][:, None])
-        assert torch.equal(rivals.mask_mod(case, "cpu")(None, None, i, j), visible)
-    # counted the usual way: causal halves, as if a diagonal were half seen
-    diagonal = 0 if mask in ("full", "window") else case.length / 2
-    assert case.pairs == pytest.approx(visible.sum().item() - diagonal)
-    made = problem(mask)
-    out = rivals.flex(case, "cpu")(*(x.detach() for x in made.leaves))
-    group = case.heads // case.kv_heads
-    assert module("_gpu_exact").relative_error(out[-1, :, -group:], made.exact["out"]) < 2e-3
-
-
 @needs_kernels
 @pytest.mark.parametrize("which", ["forward", "both"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_rings_of_virtual_ranks_are_exact(ranks: int, which: str) -> None:
-    sizes = module("_gpu_sizes").sizes_for("cpu")
-    libraries, everyone = module("_gpu_libraries"), range(ranks)
-    ring = module("_gpu_ring").VirtualRing(ranks, sizes.randn("cpu", 4, 1, 20 * ranks, 3, 16))
+    sizes, everyone = module("gpu.sizes").sizes_for("cpu"), range(ranks)
+    ring = module("gpu.ring").VirtualRing(ranks, sizes.randn("cpu", 4, 1, 20 * ranks, 3, 16))
     exact = ring.exact()
-    runs = [ring.usp(module("_gpu_own").Own(native), which, everyone)]
+    runs = [ring.usp(Own(native), which, everyone)]
     for merge in libraries.MERGES.values():
         runs.append(ring.library(libraries.CPU, merge, which, everyone))
     for run in runs:
@@ -83,7 +66,7 @@ def test_rings_of_virtual_ranks_are_exact(ranks: int, which: str) -> None:
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_a_virtual_head_exchange_is_one(degree: int) -> None:
     tensors = torch.randn(3, 1, 5, 6, 4)
-    made = module("_gpu_exchange").HeadExchange(degree, *tensors)
+    made = HeadExchange(degree, *tensors)
     for which in ("scatter", "gather"):
         for name, run in made.runs(which).items():
             for found, expected in zip(run(), made.expected(which), strict=True):
@@ -95,14 +78,14 @@ def never(name: str, reason: str) -> NoReturn:
 
 
 def settings(**avoid: str) -> Any:
-    guard = module("_gpu_guard").Guard(avoid, never)
-    return module("_gpu_measure").Settings("cpu", 3, 0.01, guard)
+    guard = module("gpu.guard").Guard(avoid, never)
+    return module("gpu.measure").Settings("cpu", 3, 0.01, at_least=0.0, guard=guard)
 
 
 @needs_kernels
 def test_every_case_is_measured_and_said() -> None:
     pytest.importorskip("triton")
-    goals, families = module("_gpu_goals"), module("_gpu_families")
+    goals, families = module("gpu.goals"), module("gpu.families")
     report = {"records": {n: [] for n in ("local", "ring_steps", "rings", "exchange")}}
     report |= {"auto": "usp native", "runs": [{"dry_run": True}]}
     for item in families.items(settings()):
@@ -120,33 +103,22 @@ def test_every_case_is_measured_and_said() -> None:
 
 @needs_kernels
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = module("_gpu_case")
-    right = case.Problem._usp
+    right = Problem._usp
 
     def off(self: Any, contestant: Any) -> Any:
         attend = right(self, contestant)
         return lambda q, k, v: attend(q, k, v) + 0.1
 
-    monkeypatch.setattr(case.Problem, "_usp", off)
-    for record in module("_gpu_families").local(small("causal"), settings()):
+    monkeypatch.setattr(Problem, "_usp", off)
+    for record in module("gpu.families").local(small("causal"), settings()):
         assert "usp native" in record["wrong"] and "out is off by" in record["wrong"]["usp native"]
         assert list(record["seconds"]) == ["sdpa"]
     said = {"records": {"local": [{"key": "one", "wrong": {"usp native": "off"}}]}}
     assert module("gpu_attention").said_of_wrong({**said, "avoid": {}, "failed": {}}) == 1
 
 
-def test_errors_are_judged_by_the_best_and_by_rounding() -> None:
-    wrong, dtype = module("_gpu_exact").wrong, torch.bfloat16
-    fine = {"out": 2e-3, "dq": 3e-3}
-    assert wrong({"a": fine, "b": {"out": 5.9e-3, "dq": 3e-3}}, dtype) == {}
-    assert "out is off by 6.10e-03" in wrong({"a": fine, "b": {"out": 6.1e-3}}, dtype)["b"]
-    assert set(wrong({"a": fine, "b": {"out": 2e-3, "dq": float("nan")}}, dtype)) == {"b"}
-    assert wrong({"a": {"out": 1e-7}, "b": {"out": 3.8e-3}}, dtype) == {}  # a result in 16 bits
-    assert set(wrong({"a": {"out": 0.05}, "b": {"out": 0.05}}, dtype)) == {"a", "b"}
-
-
 def test_who_faults_or_hangs_is_left_out() -> None:
-    guard, dead = module("_gpu_guard"), []
+    guard, dead = module("gpu.guard"), []
 
     def fatal(name: str, reason: str) -> None:
         dead.append((name, reason))
@@ -210,7 +182,7 @@ def made_up(usp: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("usp", "verdict"), [(0.25, "met"), (4.0, "missed")])
 def test_goals_say_met_or_missed(usp: float, verdict: str) -> None:
-    rows = module("_gpu_goals").table(made_up(usp))
+    rows = module("gpu.goals").table(made_up(usp))
     assert {row["verdict"] for row in rows} == {verdict}
     forward = next(row for row in rows if row["goal"] == "forward over flash")
     assert forward["who"] == "usp triton" and forward["cases"] == 2
@@ -218,7 +190,7 @@ def test_goals_say_met_or_missed(usp: float, verdict: str) -> None:
 
 
 def test_the_worst_case_counts_and_the_fastest_is_preferred() -> None:
-    goals, report = module("_gpu_goals"), made_up(0.25)
+    goals, report = module("gpu.goals"), made_up(0.25)
     slow = report["records"]["local"][2]
     assert (slow["mask"], slow["pass"]) == ("full", "forward")
     slow["seconds"]["usp triton"], slow["rounds"]["usp triton"] = 2.0, [2.0] * 3
@@ -239,13 +211,13 @@ def test_the_worst_case_counts_and_the_fastest_is_preferred() -> None:
 def test_plots_and_tables_come_from_the_file_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "made_up.json"
-    file.write_text(json.dumps(made_up(0.25)))
+    module("gpu.report").write(made_up(0.25), file)
     done = program("gpu_attention", "--report", "--json", str(file))
     assert done.returncode == 0, done.stderr
     drawn = {path.stem.removeprefix("made_up-") for path in tmp_path.glob("*.png")}
     assert {"local-causal-bf16-128-forward", "ring-step", "ring-efficiency-both"} < drawn
     assert {"ring-memory-both", "exchange-scatter"} < drawn and len(drawn) == 6 + 4
-    assert json.loads(file.read_text())["goals"][0]["verdict"] == "met"
+    assert module("gpu.report").load(file)["goals"][0]["verdict"] == "met"
 
 
 def test_a_dry_run_and_what_goes_on_with_it(tmp_path: Path) -> None:
@@ -254,10 +226,10 @@ def test_a_dry_run_and_what_goes_on_with_it(tmp_path: Path) -> None:
     dry = ["--dry-run", "--json", str(file)]
     done = program("gpu_attention", *dry, "--only", "exchange 2")
     assert done.returncode == 0, done.stderr
-    assert "usp triton" in json.loads(file.read_text())["records"]["exchange"][0]["of_copy"]
+    assert "usp triton" in module("gpu.report").load(file)["records"]["exchange"][0]["of_copy"]
     done = program("gpu_attention", *dry, "--only", "exchange", "--budget", "0")
     assert "going on with" in done.stdout and "no time was left for 2 cases" in done.stdout
-    report = json.loads(file.read_text())
+    report = module("gpu.report").load(file)
     assert report["left_out"] == ["exchange 3 scatter", "exchange 3 gather"]
     assert report["done"] == ["exchange 2 scatter", "exchange 2 gather"]
     assert len(report["runs"]) == 2 and report["runs"][1]["dry_run"]

@@ -12,7 +12,7 @@ NAMES = ("out", "dq", "dk", "dv")
 EXACT_ZERO = 1e-12  # what fp64 leaves of dq and dk where each query sees one key
 
 
-class WrongResult(Exception):
+class WrongResult(ValueError):
     """What would have been timed is further from the exact result than it may be."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import usp
+from usp.backends import native
 from usp.kernels import architecture
 from usp.machine import cpu, place
 
@@ -103,13 +104,24 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def introduce(program: str, **more: Any) -> dict[str, Any]:
+    """The header of a program of the source tree, printed; ends the program where the kernels to be
+    measured are missing."""
+    missing = native.unavailable()
+    if missing is not None:
+        sys.exit(f"nothing to measure: {missing}")
+    found = {**header(program, "cpu", {}, more.pop("clock", "wall")), **more}
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    return found
+
+
 def in_words(header: dict[str, Any]) -> str:
     """The machine, in a line."""
     where = header.get("gpu") or f"{header['cpu']}, {header['cpu_capability']}"
     threads = "" if header.get("gpu") else f", {header['threads']} threads"
     return (
         f"{where}{threads}; torch {header['torch']}, Python {header['python']}, "
-        f"usp {header.get('usp', '')} {(header.get('commit') or 'of no commit')[:12]}"
+        f"usp {header.get('usp') or 'at'} {(header.get('commit') or 'of no commit')[:12]}"
     )
 
 

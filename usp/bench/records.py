@@ -88,6 +88,23 @@ def read(file: str | Path) -> Report:
     return Report(records[0], records[1:])
 
 
+def write_report(file: str | Path | None, header: Record, **results: Any) -> None:
+    """Results of a program that has all of them at its end, each a line named by its keyword.
+
+    Args:
+        file: Nowhere if None.
+        header: As ``machine.introduce`` gave it.
+        results: A list of dicts, or a dict alone.
+    """
+    if file is None:
+        return
+    sink = Sink(file, header)
+    for name, found in results.items():
+        for each in found if isinstance(found, list) else [found]:
+            sink.add({"record": name, **each})
+    sink.close()
+
+
 def line(record: Record) -> str:
     return json.dumps(_short(record), separators=(",", ":"), allow_nan=True)
 

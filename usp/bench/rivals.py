@@ -26,11 +26,12 @@ FORCED = {
 }
 
 
-def rivals(case: Case, device: str, flex: bool) -> dict[str, Attend]:
+def rivals(case: Case, device: str, flex: bool, compiled: bool = True) -> dict[str, Attend]:
     """Whoever may take the case. Whether they do shows when they run.
 
     Args:
-        flex: Whether FlexAttention too, which is compiled anew for each case, for ten seconds.
+        flex: Whether FlexAttention too.
+        compiled: Whether it is compiled, which takes ten seconds a case.
     """
     found: dict[str, Attend] = {}
     if device == "cpu":
@@ -38,7 +39,7 @@ def rivals(case: Case, device: str, flex: bool) -> dict[str, Attend]:
     elif case.mask in ("causal", "full", "gqa"):
         found |= {name: forced(case, device, backend) for name, backend in FORCED.items()}
     if flex:
-        found["flex"] = flex_attention(case, device)
+        found["flex"] = flex_attention(case, device, compiled)
     return found | dict(installed(case))
 
 

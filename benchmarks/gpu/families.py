@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from _attention_case import DTYPES
-from _gpu_case import Case, Problem
-from _gpu_exact import relative_error, wrong
-from _gpu_exchange import HeadExchange
-from _gpu_libraries import MERGES, libraries
-from _gpu_measure import Run, Settings, peak_memory, ratio, timed, timed_eagerly
-from _gpu_own import own
-from _gpu_ring import RingStep, VirtualRing
-from _gpu_rivals import rivals
-from _gpu_sizes import Sizes, sizes_for
+
+from gpu.case import key_of, others, own
+from gpu.measure import Run, Settings, peak_memory, ratio, timed, timed_eagerly
+from gpu.ring import VirtualRing
+from gpu.sizes import Sizes, sizes_for
+from usp.bench.attention import Problem
+from usp.bench.case import Case
+from usp.bench.device import DTYPES
+from usp.bench.exact import relative_error, wrong
+from usp.bench.libraries import MERGES, libraries
+from usp.bench.steps import HeadExchange, RingStep
 
 Record = dict[str, Any]
 
@@ -36,7 +37,7 @@ def items(settings: Settings) -> Iterator[Item]:
     """The most valuable first: what there is no time for is the rarest."""
     sizes = sizes_for(settings.device)
     for case in sizes.core:
-        yield Item("local", case.key, partial(local, case, settings))
+        yield Item("local", key_of(case), partial(local, case, settings))
     for n in sizes.step_lengths:
         yield Item("ring_steps", f"ring step {n}", partial(ring_step, n, sizes, settings))
     for ranks, which in itertools.product(sizes.rings, ("forward", "both")):
@@ -46,7 +47,7 @@ def items(settings: Settings) -> Iterator[Item]:
         measure = partial(exchange, degree, which, sizes, settings)
         yield Item("exchange", f"exchange {degree} {which}", measure)
     for case in sizes.rest:
-        yield Item("local", case.key, partial(local, case, settings))
+        yield Item("local", key_of(case), partial(local, case, settings))
 
 
 def judged(errors: dict[str, Any], failed: dict[str, str], dtype: str) -> Record:
@@ -57,9 +58,10 @@ def judged(errors: dict[str, Any], failed: dict[str, str], dtype: str) -> Record
 
 def local(case: Case, settings: Settings) -> list[Record]:
     """Attention on one device, forward and backward."""
-    problem = Problem(case, settings.device, rivals(case, settings.device))
+    usps = own(case.dtype, case.head_dim, settings.device)
+    problem = Problem(case, settings.device, usps, others(case, settings.device))
     checks = {name: partial(problem.errors, name) for name in problem.candidates}
-    about = judged(*settings.guard.tried(checks), case.dtype)
+    about = judged(*settings.tried(checks), case.dtype)
     names = [name for name in checks if name not in about["not_timed"]]
     about["usp"] = list(problem.own)
     records = []
@@ -75,7 +77,7 @@ def ring_step(length: int, sizes: Sizes, settings: Settings) -> list[Record]:
     heads = 2 * sizes.ring_heads
     q, k, v, k2, v2 = sizes.randn(settings.device, 5, 1, length, heads, sizes.head_dim)
     step = RingStep(q, ((k, v), (k2, v2)))
-    ours = own(DTYPES[sizes.dtype], sizes.head_dim, settings.device)
+    ours = own(sizes.dtype, sizes.head_dim, settings.device)
     steps: dict[str, Callable[..., Any]] = {
         name: partial(step.usp, contestant) for name, contestant in ours.items()
     }
@@ -84,7 +86,7 @@ def ring_step(length: int, sizes: Sizes, settings: Settings) -> list[Record]:
     ):
         steps[f"{name} + {how}"] = partial(step.library, library, merge)
     new_state = partial(step.state, next(iter(ours.values())))
-    results, failed = settings.guard.tried(
+    results, failed = settings.tried(
         {n: partial(after, new_state(), run) for n, run in steps.items()}
     )
     exact = step.exact(heads - 1)
@@ -109,7 +111,7 @@ def ring(ranks: int, which: str, sizes: Sizes, settings: Settings) -> list[Recor
     """A causal zigzag ring whose ranks take turns, and one call for the whole sequence."""
     length, heads = ranks * sizes.ring_length, sizes.ring_heads
     made = VirtualRing(ranks, sizes.randn(settings.device, 4, 1, length, heads, sizes.head_dim))
-    usps = own(DTYPES[sizes.dtype], sizes.head_dim, settings.device)
+    usps = own(sizes.dtype, sizes.head_dim, settings.device)
     makers: dict[str, Callable[..., Run]] = {
         name: partial(made.usp, contestant, which) for name, contestant in usps.items()
     }
@@ -119,7 +121,7 @@ def ring(ranks: int, which: str, sizes: Sizes, settings: Settings) -> list[Recor
     runs = {name: make(range(ranks)) for name, make in makers.items()}
     exact = made.exact()
     about = judged(
-        *settings.guard.tried(
+        *settings.tried(
             {name: partial(ring_errors, made, run, exact) for name, run in runs.items()}
         ),
         sizes.dtype,
@@ -149,7 +151,7 @@ def exchange(degree: int, which: str, sizes: Sizes, settings: Settings) -> list[
     shape = (3, 1, sizes.exchange_tokens, sizes.exchange_heads, sizes.head_dim)
     made = HeadExchange(degree, *sizes.randn(settings.device, *shape))
     runs = made.runs(which)
-    results, failed = settings.guard.tried(dict(runs))
+    results, failed = settings.tried(dict(runs))
     refused = {
         name: "what arrived is not what was sent"
         for name, found in results.items()

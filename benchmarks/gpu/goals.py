@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from _measure import Times
-from _preference import is_measured, measured_on, order
+from gpu.report import as_report
+from usp.bench.preference import is_measured, measured_on, order
+from usp.bench.timing import Times
 
 Report = dict[str, Any]
 Measured = Iterator[tuple[str, str, float]]  # who, where, value
@@ -210,7 +211,8 @@ def text(report: Report) -> str:
         lines.append(f"  {row['dtype']} {row['head_dim']:4}  {over}")
     if not preferred(report):
         lines.append("  only one of usp's kernels was measured: nothing to prefer")
-    elif is_measured(report):
-        row = f'"{measured_on(report)}": Preference({order([report])}, ("<this file>",))'
+    elif is_measured(as_report(report)):
+        found = as_report(report)
+        row = f'"{measured_on(found)}": Preference({order([found])}, ("<this file>",))'
         lines.append(f"Over all cases, as usp/backends/preference.py has it:\n  {row}")
     return "\n".join(lines)

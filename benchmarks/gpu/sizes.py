@@ -6,9 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from _attention_case import DTYPES
-from _gpu_case import Case
 from torch import Tensor
+
+from gpu.case import local_case
+from usp.bench.case import Case
+from usp.bench.device import DTYPES
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,19 @@ def sizes_for(device: str) -> Sizes:
 
 
 def _gpu() -> Sizes:
-    core = [Case("bf16", 128, n, mask) for n in (8192, 32768) for mask in ("causal", "full")]
-    core += [Case("bf16", 128, n, mask) for n in (8192, 32768) for mask in ("window", "documents")]
-    core += [Case("bf16", 128, 16384, mask) for mask in ("causal", "full")]
-    rest = [Case("bf16", dim, 8192, "causal") for dim in (64, 256)]
-    rest += [Case("fp16", dim, 8192, "causal") for dim in (128, 64, 256)]
+    core = [local_case("bf16", 128, n, mask) for n in (8192, 32768) for mask in ("causal", "full")]
+    core += [
+        local_case("bf16", 128, n, mask) for n in (8192, 32768) for mask in ("window", "documents")
+    ]
+    core += [local_case("bf16", 128, 16384, mask) for mask in ("causal", "full")]
+    rest = [local_case("bf16", dim, 8192, "causal") for dim in (64, 256)]
+    rest += [local_case("fp16", dim, 8192, "causal") for dim in (128, 64, 256)]
     masks, lengths = ("causal", "full", "gqa"), (8192, 1024, 65536, 4096, 32768, 2048, 16384)
-    rest += [Case("bf16", 128, n, m) for m, n in itertools.product(masks, lengths)]
-    rest += [Case("bf16", d, n, m) for d, n, m in itertools.product((64, 256), lengths, masks)]
-    rest += [Case("fp16", d, 8192, m) for d, m in itertools.product((128, 64, 256), masks)]
+    rest += [local_case("bf16", 128, n, m) for m, n in itertools.product(masks, lengths)]
+    rest += [
+        local_case("bf16", d, n, m) for d, n, m in itertools.product((64, 256), lengths, masks)
+    ]
+    rest += [local_case("fp16", d, 8192, m) for d, m in itertools.product((128, 64, 256), masks)]
     return Sizes(
         core=tuple(core),
         rest=tuple(case for case in dict.fromkeys(rest) if case not in core),
@@ -72,11 +78,11 @@ def _gpu() -> Sizes:
 
 def _cpu() -> Sizes:
     """fp16: Triton's interpreter multiplies the bits of bf16."""
-    window = Case("fp16", 16, 32, "window", tokens=32, width=32, window=11)
-    documents = Case("fp16", 16, 48, "documents", tokens=48, width=16)
-    full, gqa = (Case("fp16", 16, 16, mask, tokens=32, width=128) for mask in ("full", "gqa"))
+    window = local_case("fp16", 16, 32, "window", tokens=32, width=32, window=11)
+    documents = local_case("fp16", 16, 48, "documents", tokens=48, width=16)
+    full, gqa = (local_case("fp16", 16, 16, mask, tokens=32, width=128) for mask in ("full", "gqa"))
     return Sizes(
-        core=(Case("fp16", 16, 32, "causal", tokens=64, width=16), window),
+        core=(local_case("fp16", 16, 32, "causal", tokens=64, width=16), window),
         rest=(documents, full, gqa),
         step_lengths=(32,),
         rings=(2,),

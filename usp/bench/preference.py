@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from _measure import Times
-
-from usp.backends.library import LIBRARIES
+from usp.backends import TABLE
+from usp.bench.grouping import grouped
+from usp.bench.records import Report
 from usp.machine.cpu import vendor_of
 
-Report = dict[str, Any]
-# Candidates of the reports that are backends, or bound one: torch's bare call is the least that
-# the sdpa backend takes.
-CPU = {"usp": "native", "sdpa": "sdpa"}
-GPU = {f"usp {name}": name for name in ("triton", "native", *(b.NAME for b in LIBRARIES))}
+WHAT = ("forward", "backward", "both")
+# usp's Hopper kernels are Triton's, another way.
+BACKENDS = {f"usp {backend.NAME}": backend.NAME for backend in TABLE}
+# On a CPU torch's bare call is the least that the sdpa backend takes.
+BARE = {"sdpa": "sdpa"}
 
 
 def measured_on(report: Report) -> str:
     """The device that a report is of, as ``usp.backends.preference.measured_on`` names it."""
-    if "cases" not in report:
-        return str(report["runs"][-1]["architecture"])
-    about = report["environment"]
+    about = report.header
+    if about.get("architecture"):
+        return str(about["architecture"])
     vendor = about.get("cpu_vendor") or vendor_of(about["cpu"])
     return f"cpu {vendor} {about['cpu_capability']}"
 
 
 def is_measured(report: Report) -> bool:
     """Whether its times are a device's, and not those of a rehearsal."""
-    return "cases" in report or not any(run["dry_run"] for run in report["runs"])
+    return not report.header.get("dry_run")
 
 
 def medians(report: Report) -> Iterator[dict[str, float]]:
     """Seconds of each backend in each case of attention on one device."""
-    cases = report["cases"] if "cases" in report else report["records"]["local"]
-    names = CPU if "cases" in report else GPU
-    for case in cases:
-        times = Times(case.get("rounds", case["seconds"]))
-        yield {names[name]: times.median(name) for name in times.seconds if name in names}
+    for group in grouped(report.records):
+        for row in group.rows if group.what in WHAT else ():
+            timed = {n: r["median"] for n, r in row.by_name.items() if r["record"] == "time"}
+            names = BACKENDS if "usp sdpa" in timed else {**BACKENDS, **BARE}
+            yield {names[name]: median for name, median in timed.items() if name in names}
+    for record in report.of("local"):  # of gpu_attention
+        yield {
+            BACKENDS[name]: statistics.median(seconds)
+            for name, seconds in record["rounds"].items()
+            if name in BACKENDS
+        }
 
 
 def means(reports: Iterable[Report]) -> dict[str, float]:

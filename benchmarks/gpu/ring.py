@@ -1,4 +1,4 @@
-"""One ring step, and whole rings whose ranks take turns on one device.
+"""Whole rings whose ranks take turns on one device.
 
 usp runs its own executor; only the messages are not sent: each lies where the next rank finds it.
 The rival is the ring as ring-flash-attention runs it: a library's partial results in the inputs'
@@ -15,64 +15,26 @@ from itertools import chain, zip_longest
 from typing import Any
 
 import torch
-from _gpu_exact import NAMES, exact_heads, relative_error
-from _gpu_libraries import Library, Merge
-from _gpu_own import Own
 from torch import Tensor
 
 from usp import long_context_attention
 from usp.attention import block
 from usp.attention.given import Tensors
 from usp.attention.ring import Ring, ring_backward, ring_forward
+from usp.bench.attention import Own
+from usp.bench.exact import NAMES, exact_heads, relative_error
+from usp.bench.libraries import Library, Merge
 from usp.distributed.comm import Axis, Wait
 from usp.distributed.parcel import Parcel
 from usp.ops.pack import pack
 from usp.planning.heads import Heads
 from usp.planning.masks.terms import causal
 from usp.planning.plan import make_plan
-from usp.planning.problem import Block, Scoring, State
+from usp.planning.problem import Scoring, State
 from usp.planning.route import Arrival, Direction
 from usp.planning.route import Ring as Route
 from usp.planning.rows import Rows
 from usp.planning.samples import masks_of
-from usp.planning.visit import whole_visit
-
-
-@dataclass(frozen=True, eq=False)
-class RingStep:
-    """All queries against all keys of one block, into a state that holds another block."""
-
-    q: Tensor
-    blocks: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    def state(self, own: Own) -> State:
-        """That has seen the first block."""
-        state = block.new_state(self.q, self.q.shape[-1])
-        self.usp(own, state, 0)
-        return state
-
-    def no_state(self) -> State:
-        """That has seen nothing and gives its result at once, in the dtype of q."""
-        state = block.new_state(self.q, self.q.shape[-1], carried=False)
-        return State(None, state.lse, torch.empty_like(self.q))
-
-    def usp(self, own: Own, state: State, which: int = 1) -> None:
-        length, heads = self.q.shape[1], self.q.shape[2]
-        visit = whole_visit(length, length)
-        k, v = self.blocks[which]
-        scoring = Scoring(self.q.shape[-1] ** -0.5)
-        piece = Block(self.q, k, v, visit, Heads(0, heads, heads, 1), scoring)
-        own(block.attention_forward, piece, state, own.backend)
-
-    def library(self, library: Library, merge: Merge, state: State) -> None:
-        out, lse, _ = library.forward(self.q, *self.blocks[1], False)
-        merge(state, out, lse)
-
-    def exact(self, head: int) -> Tensor:
-        """out of one head over both blocks, in fp64."""
-        k, v = (torch.cat([b[part][0, :, head] for b in self.blocks]) for part in (0, 1))
-        p = (self.q[0, :, head].double() @ k.double().T * k.shape[1] ** -0.5).softmax(1)
-        return p @ v.double()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
+from usp.bench.device import said, synchronize
 
 SECONDS = 120.0  # of one candidate's first call, which compiles
 
@@ -51,11 +51,6 @@ class Guard:
         return found, failed
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def is_dead() -> bool:
     """Whether the GPU faulted: whatever this process asks of it afterwards fails, too."""
     try:
@@ -63,9 +58,3 @@ def is_dead() -> bool:
     except Exception:
         return True
     return False
-
-
-def said(error: Exception) -> str:
-    """What an error says, in a line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

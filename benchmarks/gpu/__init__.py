@@ -1,0 +1,1 @@
+"""What ``usp bench gpu_attention`` is made of."""
