@@ -35,11 +35,12 @@ def named(records: list[dict[str, Any]], what: str) -> set[str]:
 @needs_kernels
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kernels.json"
-    assert bench.run("kernels", ["--quick", "--dtypes", "fp32", "--json", str(file)]) == 0
+    argv = "--quick --dtypes fp32 --what forward backward both step exchange merge --json"
+    assert bench.run("kernels", [*argv.split(), str(file)]) == 0
     report = read(file)
     assert report.header["program"] == "kernels" and report.header["arguments"]["quick"]
     assert report.of("roofline")[0]["flops_per_s"]["fp32"] > 0
-    for what in ("forward", "backward"):
+    for what in ("forward", "backward", "both"):
         assert named(report.records, what) >= {"usp native", "usp sdpa", "sdpa", "matmul"}
     assert named(report.records, "ring step") >= {"usp native, no state", "cpu + fused merge"}
     for what in ("exchange, scatter", "exchange, gather", "merge"):

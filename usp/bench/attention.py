@@ -99,7 +99,7 @@ class Problem:
         return attend
 
     def run(self, name: str, which: str) -> Run:
-        """One forward, or one backward through a graph that is kept."""
+        """One forward, one backward through a graph that is kept, or both."""
         attend = self.candidates[name]
         if which == "forward":
             on_gpu = self.device == "cuda"
@@ -111,6 +111,8 @@ class Problem:
                     return attend(*leaves)
 
             return forward
+        if which == "both":
+            return lambda: self._grads(name, attend(*self.leaves))
         out = attend(*self.leaves)
         return partial(self._grads, name, out)
 

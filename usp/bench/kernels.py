@@ -33,6 +33,7 @@ from usp.bench.rivals import not_installed, rivals
 from usp.bench.steps import HeadExchange, RingStep, StateMerge
 
 WHAT = ("forward", "backward", "step", "exchange", "merge")
+ATTENTION = ("forward", "backward", "both")
 # Slow by design, or interpreted: timed where they are named.
 NAMED_ONLY = ("usp reference", "usp triton")
 STEP_TOKENS, STEP_HEADS = {"cpu": (2048, 4), "cuda": (8192, 16)}, {"cpu": 8, "cuda": 32}
@@ -43,14 +44,14 @@ def main(argv: Sequence[str]) -> int:
     made = parser("kernels", __doc__)
     add = made.add_argument
     add("--grid", nargs="+", choices=GRIDS, default=["flash-attn"], help="which shapes")
-    add("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    add("--what", nargs="+", choices=(*WHAT, "both"), default=list(WHAT))
     add("--candidates", nargs="+", metavar="NAME", help="those whose name holds one of these")
     add("--gflop", type=float, help="of a backward at most (default on a CPU 200)")
     add_dtypes(made)
     args = parse(made, argv, grid=["tiny"], gflop=1.0)
     run = begin("kernels", args)
     cases = list(chosen(args, dtypes(args)))
-    moves = [what for what in args.what if what not in ("forward", "backward")]
+    moves = [what for what in args.what if what not in ATTENTION]
     shapes = list(dict.fromkeys((case.dtype, case.head_dim) for case in cases)) if moves else []
     flex = bool(args.candidates) and any("flex" in name for name in args.candidates)
     for name, why in not_installed(args.device, flex).items():
@@ -106,7 +107,7 @@ def attention(run: Run, case: Case, args: argparse.Namespace, flex: bool) -> Non
         for name, _, why in asked(DTYPES[case.dtype], case.head_dim, args.device)
         if why and args.candidates and wanted(name, args)
     }
-    for which in ("forward", "backward"):
+    for which in ATTENTION:
         if which not in args.what:
             continue
         refused = wrong(errors, DTYPES[case.dtype], which)
