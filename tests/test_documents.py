@@ -10,6 +10,7 @@ import re
 import shlex
 
 import document_pages
+import libraries
 import pytest
 from document_blocks import blocks, pages, python_blocks
 from document_pages import STORIES
@@ -21,7 +22,7 @@ from usp.cli.command import make_parser
 
 WITH_PYTHON = [page for page in pages() if python_blocks(page)]
 # why a block may be left out
-KINDS = ("GPU", "library", "excerpt", "elsewhere")
+KINDS = ("GPU", "library", "excerpt", "shortened", "elsewhere")
 
 
 def test_stories_have_pages() -> None:
@@ -37,6 +38,14 @@ def test_python_runs(page: str, pool) -> None:
     for block in left_out:
         print(block)
         assert block.splitlines()[1].strip().startswith(KINDS)
+
+
+@pytest.mark.library
+@pytest.mark.parametrize("page", ["docs/doors.md", "docs/tiles.md"])
+def test_python_runs_that_needs_a_library(page: str, pool) -> None:
+    libraries.library("transformers")
+    for left_out in pool.run(document_pages.run_on_mesh, page, True, ranks=4, timeout=120):
+        assert not [block for block in left_out if "library:" in block]
 
 
 def commands() -> list[str]:

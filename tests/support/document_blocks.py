@@ -75,3 +75,24 @@ def _execute(block: Block, names: Names) -> None:
     file = str(ROOT / block.page)
     linecache.checkcache(str(Path(file)))
     exec(compile("\n" * (block.line - 1) + block.text, file, "exec"), names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    story: Story
+    shape: tuple[int, int] | None  # of the mesh: degrees of Ulysses and of the ring
+
+
+STORIES: dict[str, Told] = {}
+
+
+def page(name: str, shape: tuple[int, int] | None = None) -> Callable[[Story], Story]:
+    def told(story: Story) -> Story:
+        STORIES[name] = Told(story, shape)
+        return story
+
+    return told
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
