@@ -1,6 +1,8 @@
 """How long planning one rank of a long sequence takes: first call, and every later one.
 
 usp bench plan --seq-len 1048576 --ring 8 --json plan.json
+
+"backward" is what a backward adds in which queries travel; others use the forward's plan.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from usp.bench.machine import header
 from usp.bench.records import write_report
 from usp.planning.layout import DocumentZigzag, Layout, rows
 from usp.planning.plan import make_plan
-from usp.planning.reach import needed_rows
+from usp.planning.query_ring import make_query_steps
+from usp.planning.reach import needed_queries, needed_rows
 from usp.planning.samples import masks_of
 
 
@@ -50,21 +54,26 @@ def main() -> None:
     plans = []
     for layout_name, layout in layouts.items():
         for name, mask in each.items():
-            first, later = [], []
+            first, later, backward = [], [], []
+            what = masks_of(mask), (layout, layout), lengths, args.ring, args.ring // 2
             for _ in range(args.repeats):
-                for cache in (rows, needed_rows, make_plan):
+                for cache in (rows, needed_rows, needed_queries, make_plan, make_query_steps):
                     cache.cache_clear()
-                for times in (first, later):
+                for times, run in (
+                    (first, partial(make_plan, *what)),
+                    (later, partial(make_plan, *what)),
+                    (backward, partial(make_query_steps, *what, "auto")),
+                ):
                     start = time.perf_counter()
-                    make_plan(masks_of(mask), layout, lengths, args.ring, args.ring // 2)
+                    run()
                     times.append(1e3 * time.perf_counter() - 1e3 * start)
             print(
                 f"  {layout_name:16} {name:22} first {statistics.median(first):7.2f} ms   "
-                f"again {statistics.median(later):6.3f} ms"
+                f"again {statistics.median(later):6.3f} ms   "
+                f"backward {statistics.median(backward):7.2f} ms"
             )
-            plans.append(
-                {"layout": layout_name, "mask": name, "first_ms": first, "later_ms": later}
-            )
+            found = {"first_ms": first, "later_ms": later, "backward_ms": backward}
+            plans.append({"layout": layout_name, "mask": name, **found})
     write_report(args.json, header("plan", "cpu", vars(args), "wall"), plans=plans)
 
 

@@ -19,7 +19,7 @@ from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
 from usp.planning.reach import needed_rows
-from usp.planning.route import Arrival, Needs, Route, make_route
+from usp.planning.route import Arrival, Cargo, Needs, Route, make_route
 from usp.planning.rows import Rows, all_rows
 from usp.planning.samples import Masks, Part, Samples
 from usp.planning.shares import local_row
@@ -130,10 +130,10 @@ def make_plan(
         needs = [needed_rows(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         owned = [len(row) for row in keys]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
-    parts = [(part, _reach(part.mask, queries, keys, key_len)) for part in masks]
+    parts = parts_of(masks, queries, keys, key_len)
     own = Arrival(ring_rank, tuple(all_rows(len(keys[ring_rank])) for _ in masks))
     arrivals = (own, *(route.arrivals if route is not None else ()))
-    steps = tuple(_step(arrival, keys[arrival.owner], parts) for arrival in arrivals)
+    steps = tuple(step_of(arrival, keys[arrival.owner], parts) for arrival in arrivals)
     return Plan(ring_rank, ring_degree, steps, route, queries, keys)
 
 
@@ -197,11 +197,24 @@ class Reach(NamedTuple):
     bands: list[Band]
 
 
-def _reach(mask: Mask, queries: Positions, keys: tuple[Positions, ...], key_len: int) -> Reach:
+def parts_of(
+    masks: Masks, queries: Positions, keys: tuple[Positions, ...], key_len: int
+) -> list[tuple[Part, Reach]]:
+    """What a row of queries sees, for each part of the batch."""
+    return [(part, _reach_of_row(part.mask, queries, keys[0], key_len)) for part in masks]
+
+
+@lru_cache(maxsize=1)  # a backward in which queries travel begins with those of its forward
+def _reach_of_row(mask: Mask, queries: Positions, keys: Positions, key_len: int) -> Reach:
+    return _reach(mask, queries.tensor, keys, key_len)
+
+
+def _reach(mask: Mask, queries: Tensor, keys: Positions, key_len: int) -> Reach:
+    """Of queries at these positions; of the keys just the segments of their layout count."""
     if not len(queries):
         return Reach(0, [])
-    found = mask.bands(queries.tensor.int(), key_len)  # half the memory to go through
-    segments = ((keys[0].segment_of(a), keys[0].segment_of(b)) for a, b in zip(*found, strict=True))
+    found = mask.bands(queries.int(), key_len)  # half the memory to go through
+    segments = ((keys.segment_of(a), keys.segment_of(b)) for a, b in zip(*found, strict=True))
     edges = zip(*(ends[:, [0, -1]].tolist() for ends in found), strict=True)
     bands = zip(zip(*found, strict=True), segments, edges, strict=True)
     return Reach(len(queries), [Band(*band) for band in bands])
@@ -215,13 +228,26 @@ def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) ->
             part.samples,
             part.query_offset,
             here,
-            _seen(keys, here, _reach(part.mask, queries, (keys,), key_len)),
+            _seen(keys, here, _reach(part.mask, queries.tensor, keys, key_len)),
         )
         for part in masks
     )
 
 
-def _step(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) -> Step:
+def loads_of_some(
+    masks: Masks, queries: Positions, here: Cargo, keys: Positions, key_len: int
+) -> tuple[Load, ...]:
+    """The same of the queries that are here, which are the ``rows`` of the loads."""
+    loads = []
+    for part, some in zip(masks, here, strict=True):
+        at = queries.tensor if some.are_all else queries.tensor.index_select(0, some.index)
+        seen = _seen(keys, all_rows(len(keys)), _reach(part.mask, at, keys, key_len))
+        loads.append(Load(part.samples, part.query_offset, some, seen))
+    return tuple(loads)
+
+
+def step_of(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) -> Step:
+    """The keys of one owner that are here, and what these parts see of them."""
     both = zip(parts, arrival.cargo, strict=True)
     loads = (
         Load(part.samples, part.query_offset, here, _seen(keys, here, reach))

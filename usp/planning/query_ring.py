@@ -14,9 +14,10 @@ from functools import lru_cache
 
 from usp.planning.double_ring import DoubleRing
 from usp.planning.layout import Layout, Positions, rows
-from usp.planning.plan import Load, Step, loads_of, make_any_route
+from usp.planning.plan import Step, loads_of_some, make_any_route, parts_of, step_of
 from usp.planning.reach import needed_queries
 from usp.planning.route import Arrival, Route
+from usp.planning.rows import all_rows
 from usp.planning.samples import Masks
 
 Layouts = tuple[Layout, Layout]
@@ -60,22 +61,10 @@ def make_query_steps(
         needs = [needed_queries(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         owned = [len(row) for row in queries]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
-    steps = [Step(ring_rank, loads_of(masks, queries[ring_rank], mine, lengths[1]))]
+    own = Arrival(ring_rank, tuple(all_rows(len(mine)) for _ in masks))
+    steps = [step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))]
     for arrival in () if route is None else route.arrivals:
-        whole = loads_of(masks, queries[arrival.owner], mine, lengths[1])
-        steps.append(_step(arrival, whole))
+        theirs = queries[arrival.owner]
+        loads = loads_of_some(masks, theirs, arrival.cargo, mine, lengths[1])
+        steps.append(Step(arrival.owner, loads))
     return QuerySteps(tuple(steps), route, queries, mine, ring_rank)
-
-
-def _step(arrival: Arrival, whole: tuple[Load, ...]) -> Step:
-    """Loads of all queries of an owner, for those that are here."""
-    loads = (
-        Load(
-            load.samples,
-            load.query_offset,
-            here,
-            None if load.seen is None else load.seen.of_rows(here.index),
-        )
-        for load, here in zip(whole, arrival.cargo, strict=True)
-    )
-    return Step(arrival.owner, tuple(loads))

@@ -22,6 +22,8 @@ from usp.planning.walk import each_of, run_of_each
 
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
+# So few runs are looked at one by one: what is compared with more of them is sorted first.
+_FEW_RUNS = 4
 
 
 @lru_cache(maxsize=32)
@@ -74,9 +76,8 @@ def needed_queries(
         for row, each in zip(queries, seen, strict=True)
     ]
     counts, table = [len(each.low) for each in seen], []
-    for owned in keys:
-        low, high = (_count_below(owned, end.flatten()).view_as(end) for end in (first, stop))
-        held = (high > low).any(0).split(counts)
+    for met in _met(keys, first, stop):
+        held = met.any(0).split(counts)
         here = zip(queries, places, held, strict=True)
         table.append(
             tuple(
@@ -85,6 +86,30 @@ def needed_queries(
             )
         )
     return tuple(table)
+
+
+def _met(keys: Sequence[Positions], first: Tensor, stop: Tensor) -> list[Tensor]:
+    """For each row of keys, which of the intervals, in any order, hold some of them."""
+    if all(row.stride == 1 and row.start.numel() <= _FEW_RUNS for row in keys):
+        return [_met_by_runs(row, first, stop) for row in keys]
+    ends = torch.stack((first, stop))
+    ordered, order = ends.flatten().sort()
+    segments, met = keys[0].segment_of(ordered), []
+    for row in keys:
+        below = torch.zeros_like(ordered)
+        if len(row):
+            below.index_copy_(0, order, row.count_below(ordered, segments))
+        low, high = below.view_as(ends)
+        met.append(high > low)
+    return met
+
+
+def _met_by_runs(row: Positions, first: Tensor, stop: Tensor) -> Tensor:
+    found = torch.zeros_like(first, dtype=torch.bool)
+    for start, end in zip(row.start.flatten().tolist(), row.stop.flatten().tolist(), strict=True):
+        if start < end:
+            found |= (first < end) & (stop > start)
+    return found & (first < stop)
 
 
 def _count_below(owned: Positions, positions: Tensor) -> Tensor:

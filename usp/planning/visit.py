@@ -84,18 +84,6 @@ class Visit:
             return None
         return Span(*transposed(self.span.first, self.span.stop, self.num_keys))
 
-    def of_rows(self, index: Tensor) -> Visit | None:
-        """The same for some of the queries, ascending; None where these see nothing."""
-        if not len(index) or len(index) == self.num_queries or self.span is None:
-            return Visit(len(index), self.num_keys, self.span) if len(index) else None
-        first, stop = (ends.index_select(-1, index) for ends in (self.span.first, self.span.stop))
-        if first.dim() > 1:  # bands that these do not see
-            held = (stop > first).any(1)
-            first, stop = first[held], stop[held]
-            first, stop = (ends[0] if len(ends) == 1 else ends for ends in (first, stop))
-        span = Span(first, stop)
-        return None if span.is_empty else Visit(len(index), self.num_keys, span)
-
     def split(self, most: int) -> tuple[Visit, ...]:
         """Visits of at most so many bands each, at least 1."""
         if self.span is None or self.span.first.dim() == 1:
