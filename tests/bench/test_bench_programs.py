@@ -165,6 +165,19 @@ def test_the_plain_ring_is_exact_attention(
     assert set(errors) == {"out", "dq", "dk", "dv"} and max(errors.values()) < allowed
 
 
+@pytest.mark.library
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "plain"])
+def test_peers_that_are_here_agree(name: str, pool: Pool) -> None:
+    """Or are known not to: ring-attention-pytorch 0.5.20 returns wrong dK and dV."""
+    why = peer(name).unavailable()
+    if why is not None:
+        pytest.skip(why)
+    argv = f"--quick --mesh 1x2 --seq-len 64 --dtypes fp32 --peers {name}"
+    records = pool.run(told_by, "ring", argv, ranks=2)[0]
+    assert peer(name).NAME in named(records, "forward")
+    assert name == "lucidrains" or peer(name).NAME in named(records, "both")
+
+
 def test_peers_say_why_they_are_not_there_and_what_they_cannot() -> None:
     case = Case("fp32", 1, 100, 8, 2, 16, "documents")
     for name in PEERS:

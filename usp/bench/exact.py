@@ -83,6 +83,11 @@ def wrong(
     return found
 
 
+def judged_by(errors: Mapping[str, float], which: str) -> dict[str, float]:
+    """Those that count for a pass: of a forward that of out alone."""
+    return {name: error for name, error in errors.items() if which != "forward" or name == "out"}
+
+
 def refuse_inexact(case: object, errors: Mapping[str, Mapping[str, float]], allowed: float) -> None:
     """End where a scheme's result is further from the exact one than it may be, or is NaN.
 

@@ -25,7 +25,7 @@ import torch
 from usp.bench.attention import Own, Problem, asked, own
 from usp.bench.case import GRIDS, Case, grid
 from usp.bench.device import DTYPES, measured, tried
-from usp.bench.exact import relative_error, wrong
+from usp.bench.exact import judged_by, relative_error, wrong
 from usp.bench.libraries import MERGES, libraries
 from usp.bench.options import Run, add_dtypes, begin, dtypes, finish, parse, parser
 from usp.bench.records import Record, not_timed, time_records
@@ -114,7 +114,7 @@ def attention(run: Run, case: Case, args: argparse.Namespace, flex: bool) -> Non
         out = {**reasons, **failed, **refused}
         names = [n for n in errors if n not in refused and (which == "forward" or backward[n])]
         runs = {name: problem.run(name, which) for name in names}
-        more = {name: {"errors": errors[name]} for name in names}
+        more = {name: {"errors": judged_by(errors[name], which)} for name in names}
         timed(run, which, case.named(), runs, more, out, refused, case.flops(which))
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from usp.bench import world as worlds
 from usp.bench.case import MASKS, Case
 from usp.bench.device import DTYPES, default_device
-from usp.bench.exact import wrong
+from usp.bench.exact import judged_by, wrong
 from usp.bench.options import (
     NO_ANSWER,
     BenchError,
@@ -157,7 +157,7 @@ def measure(
         name: {
             "bytes_sent": sent[name][0],
             "flops_per_s": flops / times.median(name),
-            "errors": errors.get(name, {}),
+            "errors": judged_by(errors.get(name, {}), which),
         }
         for name in candidates
     }
