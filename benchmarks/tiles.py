@@ -304,7 +304,9 @@ def main() -> None:
         print("\n".join(f"{name}: {value}" for name, value in about.items()))
         names = ("tokens", "width", "inner", "classes", "dtype", "device")
         report = {"sizes": {name: getattr(args, name) for name in names}, "ways": []}
-        print(f"\n{report['sizes']}\n\nsubject  tiles          peak MiB  of plain   over plain    error")
+        print(
+            f"\n{report['sizes']}\n\nsubject  tiles          peak MiB  of plain   over plain    error"
+        )
         for subject in SUBJECTS:
             for r in measure(subject, args):
                 time = "      -" if r["time_over_plain"] is None else f"{r['time_over_plain']:7.2f}"
