@@ -305,7 +305,8 @@ def main() -> None:
         names = ("tokens", "width", "inner", "classes", "dtype", "device")
         report = {"sizes": {name: getattr(args, name) for name in names}, "ways": []}
         print(
-            f"\n{report['sizes']}\n\nsubject  tiles          peak MiB  of plain   over plain    error"
+            f"\n{report['sizes']}\n\n"
+            "subject  tiles          peak MiB  of plain   over plain    error"
         )
         for subject in SUBJECTS:
             for r in measure(subject, args):
