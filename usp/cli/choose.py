@@ -224,7 +224,8 @@ def _report(job: Job, ranking: Sequence[Predicted], shown: Sequence[Predicted]) 
         f"{job.model.name}: {job.model.weights / 1e9:.2f}e9 weights; {job.batch} x {job.seq_len} "
         f"tokens {what}, {job.who_sees}; {job.devices} x {job.cluster.name}\n"
         f"{job.cluster.source}",
-        f"{len(ranking)} meshes fit; of each the best, the fastest first\n{_ranking(shown)}",
+        f"{len(ranking)} meshes fit; of each the best, by seconds that the model predicts\n"
+        f"{_ranking(shown)}",
         f"where the first one's {best.time.total:.4g} s go\n{_shares(best)}",
         f"and its {best.memory.total / GIB:.1f} of {job.cluster.memory / GIB:.0f} GiB a rank\n"
         f"{_memory(best)}",
