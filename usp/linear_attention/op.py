@@ -113,7 +113,9 @@ def _forward(transitions: Tensor, updates: Tensor, initial: Tensor, *args: Any) 
     with torch.no_grad():
         found = scanned(transitions, updates, arrived.before)
     final = initial.new_empty(0) if arrived.final is None else arrived.final
-    return found, final, list(arrived.transitions), torch.tensor(name, device="cpu")
+    of_ranks = [x.contiguous() for x in arrived.transitions]
+    # strides as the graph was told
+    return found.contiguous(), final.contiguous(), of_ranks, torch.tensor(name, device="cpu")
 
 
 def _gradients(
@@ -128,7 +130,9 @@ def _gradients(
     given = Settings(*args)
     if given.on is not None and name:
         meet_before_backward(given.on, int(name))
-    return gradients_of(dstates, dfinal, transitions, found, tuple(of_ranks), given.chain)
+    made = gradients_of(dstates, dfinal, transitions, found, tuple(of_ranks), given.chain)
+    dtransitions, dupdates, dinitial = (x.contiguous() for x in made)
+    return dtransitions, dupdates, dinitial
 
 
 def _fake_forward(transitions: Tensor, updates: Tensor, initial: Tensor, *args: Any) -> Found:
