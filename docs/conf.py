@@ -19,7 +19,9 @@ exclude_patterns = ["conf.py"]
 
 html_theme = "furo"  # loads nothing from elsewhere
 html_title = f"usp {version}"
-html_copy_source = html_show_sourcelink = html_show_copyright = False
+html_use_index = html_domain_indices = html_copy_source = html_show_sourcelink = (
+    html_show_copyright
+) = False
 
 html_static_path, html_css_files = ["static"], ["site.css"]
 

@@ -37,9 +37,17 @@ async function look() {
     const loaded = new Promise(done => { frame.onload = done; });
     document.body.append(frame);
     await loaded;
-    const root = frame.contentDocument.documentElement;
-    const pictures = [...frame.contentDocument.images];
-    found[page] = [root.scrollWidth, pictures.filter(one => !one.naturalWidth).length];
+    const page_ = frame.contentDocument, scrolls = new Set(["auto", "scroll"]);
+    let reach = 0;
+    for (const part of page_.querySelectorAll("article *")) {
+      let inside = part.parentElement;
+      while (inside && !scrolls.has(frame.contentWindow.getComputedStyle(inside).overflowX))
+        inside = inside.parentElement;
+      if (!inside || inside.contains(page_.querySelector("article")))
+        reach = Math.max(reach, part.getBoundingClientRect().right);
+    }
+    const pictures = [...page_.images].filter(one => one.loading != "lazy");
+    found[page] = [Math.ceil(reach), pictures.filter(one => !one.naturalWidth).length];
     frame.remove();
   }
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";

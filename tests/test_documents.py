@@ -81,3 +81,13 @@ def test_names_have_their_place() -> None:
     for page, names in wanted.items():
         text = (ROOT / "docs" / f"{page}.md").read_text()
         assert [name for name in names if f"`{name}" not in text] == [], page
+
+
+def test_arguments_in_docstrings_are_one_line_each() -> None:
+    """What the API pages read: names, a colon, and more lines further in."""
+    modules = (usp, usp.masks, usp.dsp, usp.testing, usp.rng)
+    found = [(name, getattr(module, name)) for module in modules for name in module.__all__]
+    for name, described in found:
+        told = re.search(r"^Args:\n((?: {4}.*\n|\n)+)", f"{inspect.getdoc(described)}\n", re.M)
+        for line in told[1].splitlines() if told else ():
+            assert re.match(r" {5}| {4}[\w*, ]+: |$", line), f"{name}: {line}"

@@ -75,13 +75,16 @@ def latent_attention(
     Args:
         q: (B, Lq, H, D), the last Dr dims rotated, as in DeepSeek's models.
         latent: (B, Lk, C), compressed keys and values after their norm.
-        rope_key: (B, Lk, Dr), one rotated key for all heads; Dr may be 0.
-        up_k: (H, D - Dr, C), up_v: (H, Dv, C): of DeepSeek's ``kv_b_proj``, ``weight.view(H, -1,
+        rope_key: (B, Lk, Dr), one rotated key for all heads; Dr may be 0. All tensors have
+            the dtype of q.
+        up_k: (H, D - Dr, C), with ``up_v`` of DeepSeek's ``kv_b_proj``: ``weight.view(H, -1,
             C).split((D - Dr, Dv), 1)``. The same on every rank; their gradients are this rank's
             part of the sum, like those of other parameters.
-        mesh, causal, window_size, cu_seqlens, prefix_len, mask, key_lengths, query_offset, layout,
-            seq_len, key_padding_mask, dropout_p, dropout_seed, softcap, return_lse, backend,
-            validate: See ``long_context_attention``. All tensors have the dtype of q.
+        up_v: (H, Dv, C).
+        mesh, layout, seq_len, validate: See ``long_context_attention``.
+        causal, window_size, cu_seqlens, prefix_len, mask: See there.
+        key_lengths, query_offset, key_padding_mask: See there.
+        dropout_p, dropout_seed, softcap, return_lse, backend: See there.
         softmax_scale: Default ``D ** -0.5``.
         transport: See there; of keys the latents travel. "auto" weighs them against queries.
 
