@@ -199,9 +199,11 @@ def test_calibration_is_kept_and_planned_with(
 
 
 def test_rates_come_out_of_times() -> None:
-    times = {"products": 0.1, "layer": 0.15, "attention": 0.2, "launch": 1e-5}
-    for name in ("gather", "hop", "all_to_all"):
+    times = {"products": 0.1, "layer": 0.15, "small layer": 4e-4, "optimizer": 0.01}
+    times |= {"attention": 0.2, "small attention": 1e-3}
+    for name in ("gather", "hop", "all_to_all", "all_reduce"):
         times |= {f"{name} small": 1e-4, f"{name} large": 1e-2}
     cluster = here.cluster_from(calibrate._as_cluster(times, 4))
-    assert cluster.attention_rate == pytest.approx(14 * 1024**2 * 512 / 0.2)
+    assert cluster.attention_rate == pytest.approx(14 * 1024**2 * 512 / 0.199)
+    assert cluster.launch == pytest.approx(1e-5) and cluster.call == pytest.approx(4.7e-4)
     assert cluster.levels[0].of_flow == pytest.approx((2**23 - 2**14) / (1e-2 - 1e-4))

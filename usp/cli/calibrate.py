@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from usp.distributed.processes import ProcessFailed, Tell
 from usp.distributed.processes import run as run_processes
 from usp.machine.cpu import model as cpu_model
 from usp.planning.choose import here
+from usp.planning.choose.time import CALLS
 
 _MOST_PROCESSES = 4
 # Of a layer whose rates stand for others: small enough for seconds, large enough for full rates.
 _TOKENS, _HIDDEN, _HEADS, _MLP = 1024, 512, 8, 2048
 _SMALL, _LARGE = 2**14, 2**23  # bytes of messages
-_REPEATS = 5
+_REPEATS = 9
+_SOME = 20  # calls of what is short
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,10 +57,13 @@ def _text(found: dict[str, Any]) -> str:
         ("matrix products", f"{found['peak']['fp32'] * found['matrix_share'] / 1e9:.4g} GFLOP/s"),
         ("attention", f"{found['peak']['fp32'] * found['attention_share'] / 1e9:.4g} GFLOP/s"),
         ("passes over memory", f"{found['memory_rate'] / 1e9:.3g} GB/s"),
+        ("optimizer", f"{found['update_rate'] / 1e9:.3g} GB/s of states"),
         ("a kernel's call", f"{found['launch'] * 1e6:.3g} us"),
+        ("a call of attention", f"{found['call'] * 1e6:.3g} us"),
         ("a collective", f"{link['latency'] * 1e6:.3g} us a rank, {link['rate'] / 1e9:.3g} GB/s"),
         ("to a neighbour", f"{link['hop'] * 1e6:.3g} us, {link['flow'] / 1e9:.3g} GB/s"),
         ("all to all", f"{link['all_to_all'] / 1e9:.3g} GB/s"),
+        ("all-reduce", f"{link['all_reduce'] / 1e9:.3g} GB/s"),
     ]
     return f"{found['source']}; kept in {here.file()}\n{table(rows)}"
 
@@ -88,12 +94,15 @@ def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
     weights = 4 * _HIDDEN**2 + 2 * _HIDDEN * _MLP
     products = 6 * weights * _TOKENS
     matrix = products / seconds["products"]
-    pairs = float(_TOKENS) ** 2
-    attention = 14 * pairs * _HIDDEN / seconds["attention"]
+    launch = seconds["small layer"] / CALLS[True]
+    call = max(0.0, seconds["small attention"] / 2 - 3 * launch)  # a forward's and a backward's
+    busy = seconds["attention"] - seconds["small attention"]
+    attention = 14 * float(_TOKENS) ** 2 * _HIDDEN / max(busy, 0.1 * seconds["attention"])
     traffic = 5 * 4 * _TOKENS * (8 * _HIDDEN + 2 * _MLP)
-    rest = max(seconds["layer"] - seconds["products"], 0.02 * seconds["layer"])
+    rest = seconds["layer"] - seconds["products"] - seconds["small layer"]
+    rest = max(rest, 0.02 * seconds["layer"])
     links = {}
-    for name in ("gather", "hop", "all_to_all"):
+    for name in ("gather", "hop", "all_to_all", "all_reduce"):
         large, small = seconds[f"{name} large"], seconds[f"{name} small"]
         moved = _LARGE - _SMALL
         links[name] = (moved / max(large - small, 1e-9), small)
@@ -106,6 +115,7 @@ def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
         "flow": links["hop"][0],
         "hop": links["hop"][1],
         "all_to_all": links["all_to_all"][0] * share,
+        "all_reduce": 2 * links["all_reduce"][0] * share,
     }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     return {
@@ -117,7 +127,9 @@ def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
         "levels": [link],
         "matrix_share": matrix / peak,
         "attention_share": attention / peak,
-        "launch": seconds["launch"],
+        "launch": launch,
+        "call": call,
+        "update_rate": 2 * 16 * weights / seconds["optimizer"],
         "host": 0,  # it is the device
         "contention": 1.0,
         "source": f"measured on {cpu_model()}, {processes} processes at once",
@@ -133,31 +145,33 @@ def _measured(settings: tuple[str, int], rank: int, tell: Tell) -> dict[str, flo
     return {**_computing(axis), **_sending(axis)}
 
 
-def _clock(axis: Axis, call: Callable[[], object]) -> float:
-    """The median of a few, each begun by all ranks at once."""
-    call()
-    times = []
-    for _ in range(_REPEATS):
-        axis.all_reduce(torch.zeros(1))
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[_REPEATS // 2]
+def _take_turns(axis: Axis, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each, ascending: all in turn, so that a disturbance meets none alone, and each
+    begun by all ranks at once."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_REPEATS + 1):
+        for name, call in calls.items():
+            axis.all_reduce(torch.zeros(1))
+            start = time.perf_counter()
+            call()
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(some) for name, some in times.items()}
 
 
 class _Layer(nn.Module):
     """A layer without its attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int, mlp: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(_HIDDEN) for _ in range(2))
-        self.qkv, self.out = nn.Linear(_HIDDEN, 3 * _HIDDEN), nn.Linear(_HIDDEN, _HIDDEN)
-        self.up, self.down = nn.Linear(_HIDDEN, _MLP), nn.Linear(_MLP, _HIDDEN)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.q, self.k, self.v, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.up, self.down = nn.Linear(hidden, mlp), nn.Linear(mlp, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.out(self.qkv(self.norms[0](x))[..., :_HIDDEN])
-        x = x + self.down(torch.nn.functional.gelu(self.up(self.norms[1](x))))
-        return x
+        y = self.norms[0](x)
+        x = x + self.out(self.q(y) + self.k(y) + self.v(y))
+        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
 
 
 def _computing(axis: Axis) -> dict[str, float]:
@@ -165,8 +179,8 @@ def _computing(axis: Axis) -> dict[str, float]:
     torch.manual_seed(0)
     x = torch.randn(_TOKENS, _HIDDEN)
     inner = torch.randn(_TOKENS, _MLP)
-    layer = _Layer()
-    matrices = [layer.qkv.weight, layer.out.weight, layer.up.weight, layer.down.weight]
+    layer, thin = _Layer(_HIDDEN, _MLP), _Layer(64, 128)
+    matrices = [one.weight for one in layer.modules() if isinstance(one, nn.Linear)]
 
     def products() -> None:
         with torch.no_grad():
@@ -176,44 +190,54 @@ def _computing(axis: Axis) -> dict[str, float]:
                 out @ weight
                 out.T @ operand
 
-    def whole() -> None:
-        layer(x.requires_grad_()).sum().backward()
-
     heads = torch.randn(1, _TOKENS, _HEADS, _HIDDEN // _HEADS, requires_grad=True)
-    few = heads[:, :8].detach().requires_grad_()
-    calls = 20
+    few, narrow = heads[:, :8].detach().requires_grad_(), x[:8, :64].clone().requires_grad_()
+    optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
+    layer(x).sum().backward()
 
     def attend(q: Tensor) -> None:
         out = long_context_attention(q, q, q)
         assert isinstance(out, Tensor)
         out.sum().backward()
 
-    def attend_often() -> None:
-        for _ in range(calls):
-            attend(few)
+    def often(call: Callable[[], object]) -> Callable[[], None]:
+        def some() -> None:
+            for _ in range(_SOME):
+                call()
 
-    small = _clock(axis, attend_often) / calls
-    return {
-        "products": _clock(axis, products),
-        "layer": _clock(axis, whole),
-        "attention": _clock(axis, lambda: attend(heads)),
-        "launch": small / 6,  # three kernels a pass, in the words of choose/attention.py
-    }
+        return some
+
+    found = _take_turns(
+        axis,
+        {
+            "products": products,
+            "layer": lambda: layer(x.requires_grad_()).sum().backward(),
+            "small layer": often(lambda: thin(narrow).sum().backward()),
+            "attention": lambda: attend(heads),
+            "small attention": often(lambda: attend(few)),
+            "optimizer": optimizer.step,
+        },
+    )
+    least = {name: times[0] for name, times in found.items()}  # others only add
+    return least | {name: least[name] / _SOME for name in least if name.startswith("small")}
 
 
 def _sending(axis: Axis) -> dict[str, float]:
-    """A gather to, a hop of and an all-to-all of so many bytes."""
-    found = {}
+    """A gather to, a hop of and an all-to-all of so many bytes, and their all-reduce."""
+    calls: dict[str, Callable[[], object]] = {}
     for name, size in (("small", _SMALL), ("large", _LARGE)):
         piece = size // 4 // axis.size
         sizes = [piece] * axis.size
-        own = torch.zeros(piece)
-        message, whole = torch.zeros(piece * axis.size), torch.zeros(piece * axis.size)
-        sends: dict[str, Callable[[], object]] = {
-            "gather": lambda o=own, w=whole, s=sizes: axis.all_gather(o, w, s)(),  # type: ignore[misc]
-            "hop": lambda m=message, w=whole: axis.shift(m, w)(),  # type: ignore[misc]
-            "all_to_all": lambda m=message, s=sizes: axis.all_to_all(m, s, s),  # type: ignore[misc]
+        own, message = torch.zeros(piece), torch.zeros(piece * axis.size)
+        whole = torch.zeros(piece * axis.size)
+        calls |= {
+            f"gather {name}": partial(_waited, axis.all_gather, own, whole, sizes),
+            f"hop {name}": partial(_waited, axis.shift, message, whole),
+            f"all_to_all {name}": partial(axis.all_to_all, message, sizes, sizes),
+            f"all_reduce {name}": partial(axis.all_reduce, message),
         }
-        for what, send in sends.items():
-            found[f"{what} {name}"] = _clock(axis, send)
-    return found
+    return {name: times[_REPEATS // 2] for name, times in _take_turns(axis, calls).items()}
+
+
+def _waited(verb: Callable[..., Callable[[], object]], *args: object) -> None:
+    verb(*args)()

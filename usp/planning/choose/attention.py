@@ -109,7 +109,7 @@ def _ring_seconds(
 ) -> tuple[float, float, float]:
     """Kernels, sums, and what messages add."""
     works = [pairs * width.pair / cluster.attention_rate for pairs in steps.pairs]
-    launches = _CALLS * cluster.launch * len(works)
+    launches = cluster.call + _CALLS * cluster.launch * len(works)
     if way.ring.size == 1:
         return sum(works) + launches, 0.0, 0.0
     rows = steps.queries  # keys of a row are about as many

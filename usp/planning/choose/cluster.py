@@ -19,6 +19,7 @@ class Link:
         flow: Bytes/s of one device that sends to one other, alone; 0 is ``rate``.
         hop: Seconds before a message of one device to one other moves.
         all_to_all: Bytes/s of each device in an all-to-all; 0 is ``rate``.
+        all_reduce: In an all-reduce; 0 is ``rate``.
     """
 
     ranks: int
@@ -27,6 +28,7 @@ class Link:
     flow: float = 0.0
     hop: float = 0.0
     all_to_all: float = 0.0
+    all_reduce: float = 0.0
 
     @property
     def of_flow(self) -> float:
@@ -52,6 +54,8 @@ class Cluster:
         host: Bytes of a device's part of its host.
         host_rate: Bytes/s between a device and its host.
         launch: Seconds that each call of a kernel costs beside its work.
+        call: Seconds that each call of attention costs beside its kernels.
+        update_rate: Bytes/s of the optimizer's pass over its states; 0 is ``memory_rate``.
         contention: Of the time of a message that computation hides, the share that computation
             takes longer for it; 1 where messages are moved by the cores that compute.
         source: Where the numbers are from.
@@ -68,6 +72,8 @@ class Cluster:
     host: float = 128 * GIB
     host_rate: float = 25 * GB
     launch: float = 10 * US
+    call: float = 0.0
+    update_rate: float = 0.0
     contention: float = 0.2
     source: str = ""
 

@@ -57,8 +57,12 @@ def _inner(cluster: Cluster) -> Link:
 
 
 def all_reduce(cluster: Cluster, group: Group, size: float) -> float:
-    """A reduce-scatter and an all-gather."""
-    return 2 * gather(cluster, group, size)
+    """A reduce-scatter and an all-gather, unless the link's rate of both together is known."""
+    link = level_of(cluster, group)
+    if not link.all_reduce or group.size == 1:
+        return 2 * gather(cluster, group, size)
+    others = group.size - 1
+    return 2 * (link.latency * others + size * others / group.size / link.all_reduce)
 
 
 def all_to_all(cluster: Cluster, group: Group, sent: float) -> float:

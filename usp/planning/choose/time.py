@@ -17,6 +17,7 @@ _PASSES = 5
 # How much nodes differ, as a share of a step that the slowest one sets: GPUs of one kind spread by
 # 8 % in arXiv:2208.11035, less in their mean over a node.
 _SPREAD = 0.015
+CALLS = {False: 14, True: 40}  # kernels of a layer beside attention, of a forward and of both
 _HOST_ADAM = 28  # bytes of host memory that a step of AdamW reads and writes for each weight
 
 
@@ -90,7 +91,7 @@ def _micro_batch(job: Job, choice: Choice) -> dict[str, float]:
         passes.append(attention_seconds(shape, mask, way, cluster, True))
     found = {
         "matrix": _products(job, choice) / cluster.matrix_rate(job.precision.matrix)
-        + _calls(job) * layers * cluster.launch,
+        + CALLS[job.backward] * layers * cluster.launch,
         "attention": layers * sum(one.compute for one in passes),
         "merge": layers * sum(one.merge for one in passes),
         "exchange": layers * sum(one.exchange for one in passes),
@@ -103,11 +104,6 @@ def _micro_batch(job: Job, choice: Choice) -> dict[str, float]:
         stage = Group(choice.pp, choice.devices // choice.pp)
         found["tensor"] += (2 if job.backward else 1) * hop(cluster, stage, sent)
     return found
-
-
-def _calls(job: Job) -> int:
-    """Kernels of a layer beside attention."""
-    return 40 if job.backward else 14
 
 
 def _products(job: Job, choice: Choice) -> float:
@@ -181,7 +177,7 @@ def _once(job: Job, choice: Choice, one: dict[str, float]) -> dict[str, float]:
     size = shared * precision.gradients
     gradients += sum(all_reduce(cluster, group, size) for group in choice.reduced)
     states = 2 * (precision.optimizer + precision.gradients + precision.weights)
-    offload, optimizer = 0.0, states * shared / cluster.memory_rate
+    offload, optimizer = 0.0, states * shared / (cluster.update_rate or cluster.memory_rate)
     if choice.offload == "states":
         optimizer = _HOST_ADAM * shared / (0.5 * cluster.host_rate)
         moved = shared * (2 * precision.weights * micro_batches(job, choice) + precision.gradients)
