@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from pool import Pool
 from programs import module
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import usp
+from usp.planning.choose.search import predict
+from usp.testing import WireBytes
 
 SIZES = {"full": {}, "causal": {"causal": True}, "uneven": {"tokens": 250, "heads": 6}}
 SMALL = {"layers": 3, "hidden": 48, "heads": 4, "mlp": 160, "tokens": 256}
@@ -37,3 +45,30 @@ def test_bytes_and_memory_of_a_step(pool: Pool, name: str, ranks: int) -> None:
         marks = sum(2 * marks * (axis.size - 1) // axis.size for axis in choice.reduced)
         assert told["gradients"] + marks == real["gradients"], choice
         assert told["memory"] == pytest.approx(real["memory"], rel=0.1), choice
+
+
+def sent_under_fsdp(number: int, ranks: int) -> int:
+    """On a rank: bytes of a forward and a backward whose weights all ranks share."""
+    program = module("predicted")
+    size = program.Size(**SMALL)
+    choice = program.choices(ranks, size)[number]
+    group = usp.init_mesh(choice.ulysses, choice.ring, device_type="cpu")
+    attention = usp.LongContextAttention(
+        group, seq_len=size.tokens, validate="never", transport=choice.transport
+    )
+    model = nn.Sequential(*(program.Block(size, attention) for _ in range(size.layers)))
+    for part in (*model, model):
+        fully_shard(part)
+    x = torch.randn(1, size.tokens // ranks, size.hidden)
+    with WireBytes() as wire:
+        model(x).sum().backward()
+    return wire.sent
+
+
+@pytest.mark.long
+def test_bytes_of_fsdp(pool: Pool) -> None:
+    program, ranks = module("predicted"), 4
+    size = program.Size(**SMALL)
+    for number, choice in enumerate(program.choices(ranks, size)):
+        told = predict(program.job_of(size, ranks), replace(choice, fsdp=ranks)).sent.total
+        assert pool.run(sent_under_fsdp, number, ranks, ranks=ranks) == [told] * ranks
