@@ -115,6 +115,10 @@ def linear(shape: tuple[int, int] | None) -> list[Tensor]:
     q, k, v = (usp.shard_sequence(x, mesh, 1) for x in leaves)
     out = usp.linear_attention(q, k, v, -k.abs(), mesh=mesh, cu_seqlens=(0, 4, 9))
     out = out + usp.linear_attention(q, k, v, mesh=mesh, causal=False)
+    mixed = usp.causal_conv1d(k.flatten(2), leaves[0][0, :8, 0], mesh=mesh, cu_seqlens=(0, 7, 9))
+    options = {"beta": k.sigmoid().mean(3), "mesh": mesh, "return_state": True}
+    delta, _ = usp.linear_attention(q, mixed.view(k.shape) / 9, v, -k.abs(), **options)
+    out = out + delta
     return gradients(usp.unshard_sequence(out, mesh, 1), leaves)
 
 
