@@ -68,19 +68,25 @@ def test_a_wrong_kernel_is_not_timed_and_said(
     assert "WRONG: usp native, forward: out is off by" in said.err
 
 
+MASKS = ["causal", "full", "window", "documents"]
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("mask", ["causal", "full", "window", "documents"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_flex_is_given_the_same_mask(mask: str) -> None:
+    case = Case("fp32", 2, 48, 4, 2, 16, mask, window=11)
+    flex = rivals.flex_attention(case, "cpu", compiled=False)
+    assert Problem(case, "cpu", {}, {"flex": flex}).errors("flex", backward=False)["out"] < 2e-6
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_every_rival_is_given_the_same_mask(mask: str) -> None:
     case = Case("fp32", 2, 48, 4, 2, 16, mask, window=11)
-    others = {
-        "sdpa": rivals.sdpa(case, "cpu"),
-        "flex": rivals.flex_attention(case, "cpu", compiled=False),
-    }
     own = attention.own(torch.float32, 16, "cpu")
-    problem = Problem(case, "cpu", own, others)
+    problem = Problem(case, "cpu", own, {"sdpa": rivals.sdpa(case, "cpu")})
     for name in problem.candidates:
-        errors = problem.errors(name, backward=name != "flex")
-        assert max(errors.values()) < 2e-6, name
+        assert max(problem.errors(name).values()) < 2e-6, name
     assert set(rivals.rivals(case, "cpu", False)) == {"sdpa"}
     assert rivals.not_installed("cpu", False)["sdpa cudnn"] == "it is for GPUs"
 
@@ -250,6 +256,7 @@ def test_a_line_through_times_finds_what_made_them() -> None:
     assert comm.line_through([(10.0, 2e-5), (100.0, 1e-5)])[1] == 0.0  # noise is no speed
 
 
+@pytest.mark.long
 def test_model(pool: Pool) -> None:
     argv = "--quick --models llm --seq-len 24 --mesh 1x2 2x1x1"
     records = pool.run(told_by, "model", argv + " --dtypes fp32", ranks=2)[0]
@@ -259,6 +266,7 @@ def test_model(pool: Pool) -> None:
     assert all(r["errors"]["gradients"] < 1e-6 for r in records)
 
 
+@pytest.mark.long
 def test_memory_is_the_planners_formula(pool: Pool) -> None:
     """Of a ViT, whose loss holds no logits: within a fifth, as its messages are not in it."""
     argv = "--seq-len 512 --layers 2 --models vit --mesh 1x1 2x1 1x2 --peers plain"

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     add_dtypes(made)
     args = parse(made, argv, grid=["tiny"], gflop=1.0)
     run = begin("kernels", args)
-    cases = list(chosen(args, dtypes(args)))
+    cases = list(chosen(run, args, dtypes(args)))
     moves = [what for what in args.what if what not in ATTENTION]
     shapes = list(dict.fromkeys((case.dtype, case.head_dim) for case in cases)) if moves else []
     flex = bool(args.candidates) and any("flex" in name for name in args.candidates)
@@ -71,13 +71,15 @@ def main(argv: Sequence[str]) -> int:
     return finish(run)
 
 
-def chosen(args: argparse.Namespace, names: list[str]) -> Iterator[Case]:
-    """The cases of the grids, cut to what the device does in time."""
+def chosen(run: Run, args: argparse.Namespace, names: list[str]) -> Iterator[Case]:
+    """The cases of the grids, cut to what the device does in time; says which are too large."""
     limit = args.gflop or (200.0 if args.device == "cpu" else float("inf"))
     for name in args.grid:
         for case in grid(name, names):
             cut = case.within(limit * 1e9)
-            if cut is not None:
+            if cut is None:
+                run.show.say(f"left out: {case}: one head's backward is above {limit:g} GFLOP")
+            else:
                 yield cut
 
 

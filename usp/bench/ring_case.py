@@ -116,15 +116,19 @@ class RingAttention:
                 parts = worlds.rows_of_all(self.positions(name), parts)
             if self.rank == 0:
                 pairs = zip(NAMES, parts, strict=True)
-                errors[name] = {n: relative_error(x[0].cpu(), exact[n]) for n, x in pairs}
+                errors[name] = {
+                    n: relative_error(x[0].to(exact[n].device), exact[n]) for n, x in pairs
+                }
         return errors, failed
 
     def _exact(self) -> dict[str, Tensor]:
-        q, k, v, dout = (x[-1] for x in self._whole)
+        q, k, v, dout = (x[-1].to(self.world.device) for x in self._whole)
         group = self.case.group
         tensors = (q[:, -group:], k[:, -1], v[:, -1], dout[:, -group:])
         with worlds.threads(self.world.cores):
-            return exact_heads(tensors, self.case.interval("cpu"), self.case.head_dim**-0.5)
+            return exact_heads(
+                tensors, self.case.interval(self.world.device), self.case.head_dim**-0.5
+            )
 
     def counted(self, name: str, run: Callable[[], object], which: str) -> tuple[int, int | None]:
         """Bytes that leave the busiest rank, and what the formula says, where there is one."""

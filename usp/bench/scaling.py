@@ -95,7 +95,6 @@ def measure_cases(world: World, tell: Tell) -> None:
         failed: dict[str, str] = {}
         for spread, case in cases.items():
             steps |= steps_of(case, {spread: placed[spread]}, world, alone=False)
-        # the same whole step by all of them: one is compared with fp64, of any its own
         for spread, case in cases.items():
             name = str(spread)
             found, raised = gradient_errors(case, {name: steps[name]}, world)

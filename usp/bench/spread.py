@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,13 @@ def _rest() -> None:
     pass
 
 
+@lru_cache(maxsize=2)
+def exact_gradients(case: StepCase, device: str) -> Tensor:
+    """By one process with torch's attention, in fp64."""
+    attend = of_torch(case.model)
+    return TrainStep(case, weights_of(case), attend, device, dtype=torch.float64).gradients()
+
+
 def gradient_errors(
     case: StepCase, steps: dict[str, Callable[[], Any]], world: World
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -122,10 +130,7 @@ def gradient_errors(
     found, failed = worlds.tried_together(runs)
     errors: dict[str, float] = {}
     if worlds.axis().rank == 0:
-        exact_step = TrainStep(
-            case, weights_of(case), of_torch(case.model), "cpu", dtype=torch.float64
-        )
         with worlds.threads(world.cores):
-            exact = exact_step.gradients()
+            exact = exact_gradients(case, world.device)
         errors = {n: ((x - exact).norm() / exact.norm()).item() for n, x in found.items()}
     return worlds.everyone((errors, failed))[0]
