@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cases import DTYPES, Case, chunks, local, ring_rows, seen, shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_cases import chunks as chunked
 from mesh_cases import held
 from torch import Tensor
 
@@ -49,6 +50,9 @@ def counted(case: Case) -> tuple[int, int, int]:
             transport=case.transport,
             return_lse=case.return_lse,
             backend="reference",
+            chunks=case.chunks,
+            head_chunks=case.head_chunks,
+            offload=case.offload,
             validate=False,
             **placement(case),
         )
@@ -60,7 +64,8 @@ def counted(case: Case) -> tuple[int, int, int]:
     with WireBytes() as backward:
         torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
     unheard = attend()
-    kept = (unheard[0] if case.return_lse else unheard).grad_fn.saved_tensors[4]
+    saved = (unheard[0] if case.return_lse else unheard).grad_fn.saved_tensors
+    kept = saved[4 if (case.chunks, case.head_chunks, case.offload) == (1, 1, None) else 1]
     return forward.sent, backward.sent, 0 if kept is None else kept.nbytes
 
 
@@ -221,6 +226,8 @@ def cases(draw: st.DrawFn) -> Case:
     asks = any(1 in row and len(row) > 1 for row in lengths)
     asks = asks or "quer" in case.transport  # which moves none
     case = replace(case, replicated=draw(st.sampled_from([None] * 6 + ["queries", "keys"])))
+    if case.replicated != "queries" and case.transport in ("ring", "direct", "allgather"):
+        case = replace(case, **draw(chunked()))  # which do not change a byte
     return replace(case, bias=None) if asks or case.replicated == "queries" else case
 
 

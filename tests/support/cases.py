@@ -46,6 +46,7 @@ class Case:
         key_lengths: Whether each sample has a number of keys of its own.
         query_offset: Position of the first query among the keys; -1 draws one for each sample.
         replicated: "queries" or "keys" that every rank holds whole; None for neither.
+        chunks, head_chunks, offload: As in the call.
     """
 
     ulysses: int = 1
@@ -88,6 +89,9 @@ class Case:
     query_offset: int | None = None
     sinks: bool = False
     replicated: str | None = None
+    chunks: int = 1
+    head_chunks: int = 1
+    offload: str | None = None
     seed: int = 0
 
     def __repr__(self) -> str:

@@ -82,6 +82,17 @@ def rings(names: Names) -> Iterator[str | None]:
     same(found, usp.latent_attention(*given, names["up_k"], names["up_v"], causal=True))
 
 
+@page("docs/offload.md", (2, 2))
+def offload(names: Names) -> Iterator[str | None]:
+    here, whole = names["mesh"], torch.randn(3, 2, 17, 4, 8)
+    names.update(zip("qkv", (usp.shard_sequence(x, here, 1) for x in whole), strict=True))
+    yield None
+    expected = usp.long_context_attention(*whole, causal=True)
+    again = names["attention"](*(names[name] for name in "qkv"))
+    for found in (names["out"], again):
+        same(usp.unshard_sequence(found, here, 1, seq_len=17), expected)
+
+
 @page("docs/decoding.md", (1, 4))
 def decoding(names: Names) -> Iterator[str | None]:
     q, k, v = torch.randn(3, 2, 18, 4, 8)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -65,6 +66,9 @@ def attend(
             transport=case.transport,
             return_lse=case.return_lse,
             backend=case.backend,
+            chunks=case.chunks,
+            head_chunks=case.head_chunks,
+            offload=case.offload,
             **({} if case.replicated is None else {case.replicated: "replicated"}),
         )
     out, lse = result if case.return_lse else (result, None)
@@ -181,7 +185,7 @@ def summand_sizes(case: Case, out: Tensor) -> dict[str, float]:
     return {"dq": delta * k, "dk": delta * q, "dbias": delta, "dsinks": delta * rows}
 
 
-def judge(case: Case, pool: Any) -> None:
+def judge(case: Case, pool: Any, run: Callable[[Case], dict[str, Tensor]] = run) -> None:
     """Run a case on the pool and compare everything with the oracle."""
     results = pool.run(run, case, ranks=case.ranks)
     dtype = DTYPES[case.dtype]

@@ -82,6 +82,17 @@ def extras(draw: st.DrawFn, filled: bool) -> dict[str, object]:
     return drawn
 
 
+def chunks() -> st.SearchStrategy[dict[str, object]]:
+    """Pieces of tokens and of heads, more than there are too."""
+    return st.fixed_dictionaries(
+        {
+            "chunks": st.sampled_from([1, 2, 3, 4, 7, 99]),
+            "head_chunks": st.sampled_from([1, 1, 2, 3, 99]),
+            "offload": st.sampled_from([None, "cpu"]),
+        }
+    )
+
+
 @st.composite
 def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     """Any case; ``filled``: one with a bias whose rows and columns share large offsets."""
@@ -130,6 +141,8 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
         filled = False
     if "quer" in case.transport and (case.bias is not None or case.unions == "table"):
         case = replace(case, transport="auto")  # on a mesh a table is a bias, which does not move
+    if case.replicated != "queries" and "quer" not in case.transport and draw(st.booleans()):
+        case = replace(case, **draw(chunks()))
     if case.backend == "sdpa":
         return replace(case, backend="auto") if filled else for_sdpa(case)
     return case

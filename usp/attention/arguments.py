@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import masking
+from usp.attention.chunk_options import refuse_chunks
 from usp.attention.given import Options, Tensors
 from usp.attention.masking import make_masks, refuse_attn_mask, refuse_lengths
 from usp.attention.placement import refuse_placement
@@ -38,6 +39,7 @@ class Request:
         latent_width: Numbers of a token that keys and values are made of, where they are.
         query_lengths, key_lengths: Local tokens of each rank of this rank's row; where a side is
             on every rank, just its own.
+        chunks, head_chunks, offload: In how many pieces, and where what waits does.
     """
 
     masks: Masks
@@ -55,6 +57,14 @@ class Request:
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     latent_width: int | None = None
+    chunks: int = 1
+    head_chunks: int = 1
+    offload: str | None = None
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether it is worked off piece by piece, or kept elsewhere."""
+        return (self.chunks, self.head_chunks, self.offload) != (1, 1, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +110,7 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_qkv(tensors.q, tensors.k, tensors.v)
     check_extras(tensors)
     refuse_placement(tensors, options)
+    refuse_chunks(options)
     if options.transport in ("queries", "query_ring") and tensors.attn_bias is not None:
         raise NotImplementedError(
             f"transport={options.transport!r} moves no attn_bias with its queries: leave "
@@ -152,6 +163,9 @@ def complete(
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         latent_width=None if options.latents is None else options.latents.width,
+        chunks=int(options.chunks),
+        head_chunks=int(options.head_chunks),
+        offload=options.offload,
     )
 
 
@@ -282,6 +296,7 @@ def facts(
         "alibi_slopes": None if tensors.alibi_slopes is None else tensors.alibi_slopes.tolist(),
         # what it took need not be alike: one machine's kernels may be wrong, or not measured
         "backend": options.backend,
+        "chunks (of tokens, of heads)": (options.chunks, options.head_chunks),
         "gradients needed": list(gradients),
     }
     if options.latents is not None:

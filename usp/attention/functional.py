@@ -12,6 +12,8 @@ from torch import Tensor
 from usp.attention import op
 from usp.attention.arguments import drops
 from usp.attention.attn_mask import with_attn_mask
+from usp.attention.chunk_options import in_chunks, refuse_graphs
+from usp.attention.chunked import chunked_attention
 from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import hybrid_attention, prepare
 from usp.attention.kept import keep, kept, kind_of
@@ -55,6 +57,9 @@ def long_context_attention(
     transport: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
+    chunks: int = 1,
+    head_chunks: int = 1,
+    offload: str | None = None,
     heads: tuple[int, int] | None = None,
     queries: str = "sharded",
     keys: str = "sharded",
@@ -119,6 +124,12 @@ def long_context_attention(
             for these the ring where it sends no row more than "direct" would.
         return_lse: Also return the LSE.
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
+        chunks: In how many pieces of its tokens a rank is to work off the call, at most one a
+            token: what is exchanged, received and summed up is there for a piece at a time, and
+            the bytes that are sent are the same (``docs/offload.md``).
+        head_chunks: In how many groups of its heads, at most one a key head; both compose.
+        offload: "cpu": keys, values and what the backward needs wait in pinned memory of the host,
+            two pieces of them on the device; on a CPU they stay where they are.
         heads: (first, total): which of how many query heads these are, where others are
             computed elsewhere, as by the ranks of tensor parallelism. What dropout drops is then
             that of the whole attention. Slopes and biases are those of the heads here.
@@ -172,6 +183,9 @@ def long_context_attention(
         transport=transport,
         return_lse=return_lse,
         backend=backend,
+        chunks=chunks,
+        head_chunks=head_chunks,
+        offload=offload,
         heads=heads,
         queries=queries,
         keys=keys,
@@ -213,6 +227,9 @@ def _dispatched(
     dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if in_chunks(options):
+        refuse_graphs(tensors)
+        return _attend_in_chunks(tensors, options, mesh, dropout_seed, validate)
     if torch.compiler.is_compiling():
         for name, x in zip(Tensors._fields, tensors, strict=True):
             if x is not None:
@@ -227,6 +244,19 @@ def _dispatched(
         return op.attention(tensors, options, mesh, dropout_seed, validate)
     assert not isinstance(dropout_seed, Tensor)
     return _attend(tensors, options, mesh, dropout_seed, validate)
+
+
+@untraced
+def _attend_in_chunks(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | Tensor | None,
+    validate: When,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """No graph holds it: it is many collectives, and its memory that of none of its results."""
+    seed = None if dropout_seed is None else int(dropout_seed)
+    return _attend(tensors, options, mesh, seed, None if validate == "first" else validate)
 
 
 def _is_watched() -> bool:
@@ -253,7 +283,10 @@ def _attend(
         request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
         found = prepare(tensors, request, mesh)
         keep(kind, tensors, options, found[1])
-    out, lse = hybrid_attention(*found)
+    if found[1].request.in_chunks:
+        out, lse = chunked_attention(*found, mesh)
+    else:
+        out, lse = hybrid_attention(*found)
     if mesh is not None and name is not None:
         meet_in_backward(out, mesh, name)
     return out if lse is None else (out, lse)

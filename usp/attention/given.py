@@ -41,6 +41,9 @@ class Options(MaskOptions):
     transport: str = "auto"
     return_lse: bool = False
     backend: str = "auto"
+    chunks: int = 1
+    head_chunks: int = 1
+    offload: str | None = None
     heads: tuple[int, int] | None = None
     queries: str = "sharded"  # what is "replicated" is told by its layout before
     keys: str = "sharded"

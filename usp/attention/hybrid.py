@@ -27,7 +27,7 @@ from usp.ops.derivatives import (
     without_second_derivative,
 )
 from usp.ops.precision import as_given
-from usp.planning.gathered import Sizes, which_move
+from usp.planning.gathered import Moves, Sizes, which_move
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.layout import Replicated, replicated
 from usp.planning.plan import make_local_plan, make_plan
@@ -165,7 +165,9 @@ def _executors(
     if request.latent_width is not None:
         width = request.latent_width if heads.count else 0
     sizes = Sizes(tensors.q.shape[0], heads.count, width, *dims, tensors.q.dtype)
-    moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
+    moves = Moves(False, False)  # keys come in chunks, both ways
+    if not request.in_chunks:
+        moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
     shared = heads, request.scoring, request.backend
     outer, back = 1 if levels is None else levels[0].size, None
     if moves.backward:
@@ -214,7 +216,7 @@ def returned(held: Results, call: Call) -> tuple[Tensor, Tensor | None]:
 
 def scattered(tensors: Tensors, call: Call) -> Tensors:
     """What this rank computes with: its heads for all tokens of its row."""
-    q, k, v = (_last_dim_contiguous(x) for x in (tensors.q, tensors.k, tensors.v))
+    q, k, v = (last_dim_contiguous(x) for x in (tensors.q, tensors.k, tensors.v))
     mask, bias, slopes = tensors.key_padding_mask, tensors.attn_bias, tensors.alibi_slopes
     if call.ulysses.size == 1:
         return Tensors(q, k, v, mask, bias, slopes)
@@ -234,7 +236,8 @@ def own_slopes(slopes: Tensor | None, call: Call) -> Tensor | None:
     return None if slopes is None else slopes[:, mine.offset : mine.offset + mine.count]
 
 
-def _last_dim_contiguous(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """As kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -243,12 +246,12 @@ def scattered_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Those of this rank's heads, for all queries of its row."""
     if call.ulysses.size > 1:
-        moving = [(_last_dim_contiguous(dout), call.query_cut)]
+        moving = [(last_dim_contiguous(dout), call.query_cut)]
         if dlse is not None:
             moving.append((dlse.transpose(1, 2)[..., None], call.query_cut))
         dout, *rest = _exchanged(scatter_heads, moving, call)
         dlse = rest[0][..., 0].transpose(1, 2) if rest else None
-    return _last_dim_contiguous(dout), dlse
+    return last_dim_contiguous(dout), dlse
 
 
 def attention_backward(
@@ -266,7 +269,7 @@ def attention_backward(
         with as_given(dout.device):
             dout, *rest = summed([dout] if dlse is None else [dout, dlse], ring)
         dlse, ring = rest[0] if rest else None, ring.local
-    dout = _last_dim_contiguous(dout)
+    dout = last_dim_contiguous(dout)
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):

@@ -54,22 +54,35 @@ def gather_heads(axis: Axis, tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> 
     Returns:
         (B, L, H, X) each.
     """
-    split = [t.split(cut.lengths, 1) for t, cut in zip(tensors, cuts, strict=True)]
     places = [
         _places_of_heads(t, cut.lengths[axis.rank], cut.heads)
         for t, cut in zip(tensors, cuts, strict=True)
     ]
-    _exchange(
-        axis,
-        [[parts[rank] for parts in split] for rank in range(axis.size)],
-        [[parts[rank] for _, parts in places] for rank in range(axis.size)],
-    )
+    send_tokens(axis, tensors, cuts, [parts for _, parts in places])
     for (whole, parts), cut in zip(places, cuts, strict=True):
         if _overlap(cut.heads):
             whole.zero_()
             for part, run in zip(parts, cut.heads, strict=True):
                 whole[:, :, slice(*run)] += part
     return [whole for whole, _ in places]
+
+
+def send_tokens(
+    axis: Axis,
+    tensors: Sequence[Tensor],
+    cuts: Sequence[Cut],
+    places: Sequence[Sequence[Tensor]],
+) -> None:
+    """Give every rank its tokens; one message for all tensors.
+
+    Args:
+        axis, tensors, cuts: As in ``gather_heads``.
+        places: Of each tensor, where the heads of each rank go, (B, L, its heads, X).
+    """
+    split = [t.split(cut.lengths, 1) for t, cut in zip(tensors, cuts, strict=True)]
+    ranks = range(axis.size)
+    outgoing, incoming = ([[parts[r] for parts in each] for r in ranks] for each in (split, places))
+    _exchange(axis, outgoing, incoming)
 
 
 def _exchange(

@@ -11,6 +11,7 @@ PROGRAMS: dict[str, str] = {
     "ring": "whole distributed attention on any mesh, beside others in the same processes",
     "comm": "each link between processes and each collective: bytes a second, cost of a message",
     "documents": "documents of many lengths: a degree for each, beside one mesh for all",
+    "chunks": "attention in chunks of tokens and of heads: peak memory and time, beside at once",
     "memory": "peak bytes of a rank in a step and in attention alone, against the formula",
     "model": "a step of training of a ViT and of a language model, whole and sharded",
     "scaling": "strong and weak scaling of a step over data ranks and ranks of a sequence",

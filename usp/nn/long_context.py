@@ -27,7 +27,8 @@ class LongContextAttention(nn.Module):
     Args:
         mesh: The ranks that share the sequence; None is one device.
         causal, window_size, prefix_len, layout, seq_len, softcap: See ``long_context_attention``.
-        transport, return_lse, backend, heads, queries, keys: See ``long_context_attention``.
+        transport, return_lse, backend, chunks, head_chunks, offload: See the same.
+        heads, queries, keys: See the same.
         dropout_p: The same, active in training only.
         softmax_scale, sinks: A ``nn.Parameter`` is one of the module's, to be learned.
         cu_seqlens, mask, query_offset, alibi_slopes: Defaults of the arguments of ``forward``.
@@ -60,6 +61,9 @@ class LongContextAttention(nn.Module):
         transport: str = "auto",
         return_lse: bool = False,
         backend: str = "auto",
+        chunks: int = 1,
+        head_chunks: int = 1,
+        offload: str | None = None,
         heads: tuple[int, int] | None = None,
         queries: str = "sharded",
         keys: str = "sharded",
@@ -79,6 +83,9 @@ class LongContextAttention(nn.Module):
             transport=transport,
             return_lse=return_lse,
             backend=backend,
+            chunks=chunks,
+            head_chunks=head_chunks,
+            offload=offload,
             heads=heads,
             queries=queries,
             keys=keys,

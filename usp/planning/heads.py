@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from usp.planning.shares import pieces
 
@@ -53,6 +53,23 @@ def split_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[Heads, 
     return tuple(
         Heads(sum(counts[:rank]), count, num_heads, group_size) for rank, count in enumerate(counts)
     )
+
+
+def head_groups(heads: Heads, groups: int) -> tuple[Heads, ...]:
+    """A rank's query heads in groups that share no key head, as even as they come.
+
+    Args:
+        heads: Of the rank.
+        groups: How many; those that have no key head left are empty.
+    """
+    first, stop = heads.kv_range
+    ends = list(accumulate(pieces(stop - first, groups), initial=first))
+    found = []
+    for low, high in pairwise(ends):
+        start = max(heads.offset, low * heads.group_size)
+        end = min(heads.offset + heads.count, high * heads.group_size)
+        found.append(replace(heads, offset=start, count=max(0, end - start)))
+    return tuple(found)
 
 
 def kv_heads_shared(heads: Sequence[Heads]) -> bool:

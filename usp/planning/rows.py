@@ -92,6 +92,11 @@ class Rows:
         ends = (others.count_below(end.int()).long() for end in (self.start, self.stop))
         return Rows(len(others), *_joined(*ends))
 
+    def among(self, others: Rows) -> Rows:
+        """Those of these rows that are also ``others``, by their places among these."""
+        ends = (others.count_below(end.int()).long() for end in (self.start, self.stop))
+        return rows_between(len(others), *ends)
+
 
 def all_rows(total: int) -> Rows:
     """Every row."""

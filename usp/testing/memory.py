@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from usp.testing.inside import OPAQUE, call_inside
+
 
 class StorageBytes(TorchDispatchMode):
     """Follows the storages that are made while it is entered, on any device.
 
-    Each op is looked at when it returns: what it made and freed inside of itself is not seen, nor
-    what was there before this was entered. Of those storages the numbers are exact, and the same
+    Each op is looked at when it returns: what it made and freed inside of itself is not seen, but
+    of usp's attention it is, where this is the outermost mode; nor what was there before this was
+    entered. Of those storages the numbers are exact, and the same
     on every machine.
 
     Attributes:
@@ -52,7 +56,10 @@ class StorageBytes(TorchDispatchMode):
         for storage in _storages((args, kwargs)):
             if not self._knows(storage._cdata):
                 self._before[storage._cdata] = StorageWeakRef(storage)
-        found = func(*args, **(kwargs or {}))
+        if func._schema.name in OPAQUE and not torch._C._len_torch_dispatch_stack():
+            found = call_inside(self, func, args, kwargs or {})
+        else:
+            found = func(*args, **(kwargs or {}))
         for storage in _storages(found):
             if not self._knows(storage._cdata):
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from usp.testing.inside import OPAQUE, call_inside
+
 
 class WireBytes(TorchDispatchMode):
     """Counts the bytes that this rank sends to other ranks through ``torch.distributed``.
@@ -50,18 +52,9 @@ class WireBytes(TorchDispatchMode):
                 self.sent += _SENT[name](*args)
         elif namespace == "_c10d_functional" and name != "wait_tensor":
             raise NotImplementedError(f"WireBytes cannot count {func}: it counts c10d:: operations")
-        if func._schema.name in _OPAQUE:
-            return self._inside(func, args, kwargs or {})
+        if func._schema.name in OPAQUE:
+            return call_inside(self, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-    def _inside(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call one of usp's ops and listen on: what it sends is hidden from modes as a rule."""
-        if torch._C._len_torch_dispatch_stack():
-            raise NotImplementedError("WireBytes must be the outermost mode, to hear ops inside")
-        name = torch._C._dispatch_key_for_device(args[0].device.type)
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-        with self:
-            return func.redispatch(keys, *args, **kwargs)
 
 
 def _size(tensors: Any) -> int:
@@ -134,8 +127,6 @@ def _scatter(_outputs: Any, sources: Any, group: Any, root: int, *_: Any) -> int
     return _size(sources) - _size([pieces[rank] for pieces in sources]) if rank == root else 0
 
 
-# Ops of usp that communicate. Their first argument is a tensor.
-_OPAQUE = {"usp::attention", "usp::attention_gradients"}
 _SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "check_for_nan"}
 _SENT: dict[str, Callable[..., int]] = {
     "send": _send,
