@@ -1,4 +1,4 @@
-"""Draws docs/pictures/layouts.svg: which of 16 tokens lie where, and what work that makes.
+"""Draws docs/pictures/layouts.svg: which of 24 tokens lie where, and what work that makes.
 
 python scripts/draw_layouts.py
 """
@@ -14,8 +14,8 @@ from usp.planning.plan import make_plan
 from usp.planning.samples import masks_of
 
 NAME = "layouts.svg"
-TOKENS, RING, CELL = 16, len(RANKS), 24
-DOCUMENTS = (0, 8, 16)
+TOKENS, RING, CELL = 24, len(RANKS), 16
+DOCUMENTS = (0, 8, 24)
 CAUSAL = masks.causal()
 SHOWN: list[tuple[str, Layout, Mask, str]] = [
     ("contiguous", "contiguous", CAUSAL, "causal"),
@@ -29,7 +29,7 @@ SHOWN: list[tuple[str, Layout, Mask, str]] = [
 def draw() -> str:
     left, right, height = 100, 120 + TOKENS * CELL, 52
     picture = Svg(right + 190, 30 + height * len(SHOWN))
-    picture.words(left, 18, "token 0 to 15, coloured by its ring rank")
+    picture.words(left, 18, "24 tokens, each in the colour of its ring rank")
     picture.words(right, 18, "visible pairs of each rank")
     for line, (name, layout, mask, about) in enumerate(SHOWN):
         top = 30 + line * height
@@ -40,7 +40,7 @@ def draw() -> str:
             for position in row.tensor.tolist():
                 x = left + position * CELL
                 picture.box(x, top, CELL, CELL, RANKS[rank])
-                picture.words(x + CELL / 2, top + 17, str(rank), 12, "middle")
+                picture.words(x + CELL / 2, top + 13, str(rank), 10, "middle")
         for end in DOCUMENTS[1:-1] if mask is not CAUSAL else ():
             picture.frame(left + end * CELL - 1, top - 4, 2, CELL + 8)
         lengths = TOKENS, TOKENS
@@ -48,7 +48,7 @@ def draw() -> str:
         for rank, pairs in enumerate(work):
             y = top + rank * 10 - 6
             picture.box(right, y, 150, 9, PALE)
-            picture.box(right, y, 150 * pairs / 58, 9, RANKS[rank])
+            picture.box(right, y, 150 * pairs / 129, 9, RANKS[rank])
             picture.words(right + 155, y + 8, str(pairs), 10)
     return str(picture)
 
