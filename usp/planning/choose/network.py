@@ -66,14 +66,19 @@ def all_reduce(cluster: Cluster, group: Group, size: float) -> float:
 
 
 def all_to_all(cluster: Cluster, group: Group, sent: float) -> float:
-    """Seconds of an all-to-all in which each rank sends so many bytes to others."""
+    """Seconds of an all-to-all in which each rank sends so many bytes to others.
+
+    Each message that leaves a node costs what a message of its own costs: in an all-to-all over
+    many ranks they are small.
+    """
     if group.size == 1:
         return 0.0
     link = level_of(cluster, group)
     waits = link.latency * (group.size - 1) + link.hop
-    members = _in_a_node(cluster, group)
-    if not spans_nodes(cluster, group) or members == 1:
+    if not spans_nodes(cluster, group):
         return waits + sent / link.of_all_to_all
+    members = _in_a_node(cluster, group)
+    waits += link.hop * (group.size - members - 1)
     inside = sent * (members - 1) / (group.size - 1)
     return waits + max((sent - inside) / link.of_all_to_all, inside / _inner(cluster).rate)
 
