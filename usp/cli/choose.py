@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(CLUSTERS)}, or {NAME} (default), which --calibrate has measured",
     )
     group.add_argument("--devices", type=int, metavar="N", help="default: those of one node")
+    group.add_argument("--memory", type=float, metavar="GIB", help="of a device, if it is another")
     group.add_argument(
         "--only", metavar="DEGREES", help="just these, as tp=1,pp=1,ring=2: any name of the table"
     )
@@ -86,6 +87,10 @@ def make_job(arguments: argparse.Namespace, mask: Mask | None) -> Job:
     if arguments.fp8:
         precision = replace(precision, matrix="fp8")
     cluster.matrix_rate(precision.matrix)
+    if arguments.memory is not None:
+        if not arguments.memory > 0:
+            raise ValueError(f"--memory must be above 0, got {arguments.memory}")
+        cluster = replace(cluster, memory=arguments.memory * GIB)
     devices = cluster.node if arguments.devices is None else arguments.devices
     if arguments.seq_len is None:
         raise UserError("--model needs --seq-len: how many tokens a sequence has")

@@ -136,7 +136,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse what the planner is never asked otherwise: its callers have real meshes."""
     if arguments.seq_len is None:
         raise UserError("give --seq-len, all tokens; with --model, which degrees to choose for it")
-    for name in ("devices", "only", "simulate", "json"):
+    for name in ("devices", "memory", "only", "simulate", "json"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} needs --model")
     least_of = {"seq_len": 0, "key_len": 0}

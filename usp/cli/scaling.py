@@ -110,10 +110,12 @@ def draw_scaling(job: Job, curves: Curves, path: Path) -> None:
         share.plot(devices, [100 * point.efficiency for point in there], marker="o", label=label)
     for axes, name in ((speed, "tokens/s"), (share, "efficiency, %")):
         axes.set_xscale("log", base=2)
+        counts = [point.devices for points in curves.values() for point in points]
+        axes.set_xticks(counts, labels=map(str, counts))
         axes.set_xlabel("devices")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    speed.set_yscale("log", base=2)
+    speed.set_yscale("log")
     share.set_ylim(0, 105)
     speed.legend(fontsize=8)
     figure.suptitle(

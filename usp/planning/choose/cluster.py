@@ -113,6 +113,14 @@ def _network(share: float, flow: float, all_to_all: float = 0.0) -> Link:
     return Link(0, used, _NET_LATENCY, 0.8 * flow, 25 * US, all_to_all or 0.5 * used)
 
 
+# Effective, two devices under a switch, two switches a socket: from the times of short sequences.
+_PCIE = (
+    Link(2, 12 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
+    Link(4, 3.6 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
+    Link(8, 1.3 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
+    _network(3.1 * GB, 12.5 * GB),
+)
+
 _USP, _OLCF = "arXiv:2405.07719", "docs.olcf.ornl.gov"
 
 CLUSTERS = {
@@ -121,12 +129,7 @@ CLUSTERS = {
         Cluster(
             "l20",
             *(8, {"bf16": 119.5e12, "fp8": 239e12}, 48 * GIB, 864 * GB),
-            levels=(
-                Link(2, 12 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
-                Link(4, 3.6 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
-                Link(8, 1.3 * GB, _PCIE_LATENCY, 13 * GB, 20 * US),
-                _network(3.1 * GB, 12.5 * GB),
-            ),
+            levels=_PCIE,
             matrix_share=0.8,
             attention_share=0.85,
             source=f"8 x L20, PCIe 4, two sockets: NVIDIA's sheet; rates of links from {_USP}, "
@@ -137,6 +140,12 @@ CLUSTERS = {
             *(8, {"bf16": 312e12}, 80 * GIB, 2.0e12),
             levels=(_nvlink(300 * GB), _network(25 * GB, 25 * GB)),
             source="8 x A100-SXM4-80G, 8 x 200 Gb/s: NVIDIA's sheet",
+        ),
+        Cluster(
+            "a100-pcie",
+            *(4, {"bf16": 312e12}, 80 * GIB, 1.94e12),
+            levels=(*_PCIE[:2], _PCIE[3]),
+            source="4 x A100 PCIe 80G: NVIDIA's sheet; rates of links assumed as those of l20",
         ),
         Cluster(
             "a800",
