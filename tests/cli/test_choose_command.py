@@ -111,7 +111,7 @@ def test_sources(capsys: pytest.CaptureFixture[str]) -> None:
             "h100 has no rate for fp32: it has bf16, fp8",
         ),
         ("--model llama3-70b --seq-len 64 --cluster l20 --devices 1", "nothing fits 1 devices"),
-        ("--model llama2-7b --seq-len 64 --cluster l20 --memory 1", "with 1.0 GiB each"),
+        ("--model llama2-7b --seq-len 64 --cluster l20 --memory 0.1", "with 0.1 GiB each"),
         ("--model llama2-7b --seq-len 64 --cluster l20 --memory -1", "--memory must be above 0"),
         ("--seq-len 8 --memory 2", "--memory needs --model"),
         ("--seq-len 8 --simulate 64", "--simulate needs --model"),
