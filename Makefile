@@ -6,7 +6,8 @@ SETUP = $(PYTHON) scripts/setup_env.py --venv $(VENV)
 .PHONY: help demo test test-all test-long test-device-code test-versions test-gpu bench-gpu test-doors docs lint sanitize wheel clean
 
 help:
-	@echo "make demo      set up $(VENV) and compare four processes with one on a real image"
+	@echo "make demo      set up $(VENV) and compare four processes with one on a real image,"
+	@echo "               and show a sequence that one cannot hold in its memory, and four can"
 	@echo "make test      set up $(VENV) and test what concerns this machine, in 5 minutes"
 	@echo "               (ARGS='-k ring -x' goes to pytest)"
 	@echo "make test-all  that, graphs of torch.compile on meshes, programs that measure, and what"

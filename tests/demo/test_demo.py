@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from usp.cli import main as command
-from usp.demo.compare import Difference, difference, differences
+from usp.demo.compare import Difference, difference, differences, of_copies
 from usp.demo.image import PatchGrid, choose_grid, crop, cut_patches, load_photograph
+from usp.demo.limit import Refusal, can_limit, memory_limit
 from usp.demo.model import PatchTransformer, grid_embedding, hidden_patches, reconstruction_loss
 from usp.demo.settings import TOLERANCES
 from usp.distributed.processes import ProcessFailed, run
@@ -129,6 +131,59 @@ def test_differences_show_the_worst_parameter_and_miss_nothing():
         difference("x", torch.ones(3), torch.ones(4))
 
 
+def test_a_picture_many_times_over_has_its_output_and_gradients() -> None:
+    torch.manual_seed(0)
+    grid = PatchGrid(3, 5, 1)
+    model = PatchTransformer(patch_dim=3, embed_dim=8, num_heads=2, depth=2).double()
+    picture, hidden = torch.randn(1, 15, 3).double(), hidden_patches(grid, 0.5, seed=1)
+    found = []
+    for times in (1, 3):
+        model.zero_grad()
+        x = picture.repeat(1, times, 1).requires_grad_()
+        where = grid.coordinates(torch.arange(15 * times) % 15)[None]
+        output = model(x, where, hidden.repeat(1, times))
+        count = times * 3 * int(hidden.sum())
+        reconstruction_loss(output, x.detach(), hidden.repeat(1, times), count).backward()
+        values = {"output": output.detach(), "gradient of the patches": x.grad}
+        found.append(values | {n: p.grad.clone() for n, p in model.named_parameters()})
+    assert all(d.relative < 1e-12 for d in differences(found[1], of_copies(found[0], 3)))
+
+
+def _allocate(sizes, rank, tell):
+    limit, size = sizes
+    with Refusal() as refusal, memory_limit(limit):
+        torch.empty(size, dtype=torch.uint8)
+    torch.empty(8 * size, dtype=torch.uint8)  # the limit is gone
+    return refusal.found
+
+
+@pytest.mark.skipif(not can_limit(), reason="RLIMIT_DATA is Linux's")
+def test_a_process_cannot_take_more_than_its_limit() -> None:
+    mib = 2**20
+    (found,) = run(_allocate, (64 * mib, 128 * mib), 1, lambda *_: None)
+    assert found is not None and "can't allocate memory" in found.said
+    assert run(_allocate, (256 * mib, 128 * mib), 1, lambda *_: None) == [None]
+    with pytest.raises(RuntimeError, match="shape"), Refusal():
+        torch.ones(3).view(2)  # no matter of memory
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not can_limit(), reason="RLIMIT_DATA is Linux's")
+def test_one_process_runs_out_of_memory_where_four_finish(tmp_path, capsys) -> None:
+    options = ["--tokens", "3000", "--train-steps", "1", "--out", str(tmp_path / "x.png")]
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = found["memory"]
+    assert memory["one_process"]["out_of_memory"]
+    assert len(memory["processes"]) == 4 and memory["tokens"] == 2 * found["tokens"]
+    for cost in memory["processes"]:
+        assert 0 < cost["peak_memory"] - cost["memory_before"] < memory["limit"]
+        for which in ("forward", "backward"):
+            assert cost[f"{which}_bytes"] == cost[f"{which}_bytes_expected"] > 0
+    assert all(d["relative"] <= found["tolerance"] for d in memory["differences"])
+    assert (tmp_path / "x_memory.png").stat().st_size > 1000
+
+
 def main(options: list[str]) -> int:
     return command(["demo", *options])
 
@@ -204,6 +259,7 @@ def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed
+    assert "Without the part on memory: " in printed.out
     _check_report(printed.out, something_sent=True)
     from matplotlib import image
 
@@ -227,6 +283,7 @@ def test_a_difference_beyond_the_tolerance_is_a_failure(tmp_path, capsys, monkey
     [
         (["--ring", "0"], "--ring must be 1 or more, got 0"),
         (["--tokens", "0"], "--tokens must be 1 or more, got 0"),
+        (["--times", "0"], "--times must be 1 or more, got 0"),
         (["--train-steps", "-1"], "--train-steps must be 0 or more, got -1"),
         (["--tokens", "900000"], "900000 tokens asked for"),
     ],

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,18 @@ import torch
 
 from usp.demo import work
 from usp.demo.attention_map import query_patches
-from usp.demo.compare import Difference, differences
+from usp.demo.compare import Difference, differences, of_copies
+from usp.demo.held import (
+    Held,
+    in_mib,
+    limit_of,
+    memory_in_words,
+    memory_table,
+    reason_against,
+    save_bars,
+)
 from usp.demo.image import choose_grid, load_photograph
+from usp.demo.measure import Cost
 from usp.demo.settings import TOLERANCES, Settings
 from usp.distributed.processes import Tell, run
 
@@ -50,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ulysses", type=int, default=2, help="Ulysses degree (default 2)")
     parser.add_argument("--ring", type=int, default=2, help="ring degree (default 2)")
     parser.add_argument(
-        "--tokens", type=int, default=16384, help="at least so many patches (default 16384)"
+        "--tokens", type=int, default=9216, help="at least so many patches (default 9216)"
     )
     parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
     parser.add_argument(
@@ -64,6 +74,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=120,
         help="before the comparison, on small windows of the picture (default 120)",
+    )
+    parser.add_argument(
+        "--times",
+        type=int,
+        default=2,
+        help="then the picture so many times over, in a limit of memory that one process cannot "
+        "hold it in (default 2; 1: without this part)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("usp_demo.png"), help="the picture (default usp_demo.png)"
@@ -84,7 +101,13 @@ def run_demo(arguments: argparse.Namespace, to_stderr: bool = False) -> Findings
     missing = [m for m in ("skimage", "matplotlib", "rich") if find_spec(m) is None]
     if missing:
         raise Refused(f"the demo needs {', '.join(missing)}: pip install 'usp[demo]'")
-    for name, least in (("ulysses", 1), ("ring", 1), ("tokens", 1), ("train_steps", 0)):
+    for name, least in (
+        ("ulysses", 1),
+        ("ring", 1),
+        ("tokens", 1),
+        ("train_steps", 0),
+        ("times", 1),
+    ):
         value = getattr(arguments, name)
         if value < least:
             raise Refused(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
@@ -103,10 +126,10 @@ def run_demo(arguments: argparse.Namespace, to_stderr: bool = False) -> Findings
             dtype_name=arguments.dtype,
             train_steps=arguments.train_steps,
         )
-        return _demo(settings, arguments.out, to_stderr)
+        return _demo(settings, arguments.times, arguments.out, to_stderr)
 
 
-def _demo(settings: Settings, out: Path, to_stderr: bool) -> Findings:
+def _demo(settings: Settings, times: int, out: Path, to_stderr: bool) -> Findings:
     from rich.console import Console
 
     from usp.demo.report import cost_table, difference_table, in_words, save_picture
@@ -120,6 +143,8 @@ def _demo(settings: Settings, out: Path, to_stderr: bool) -> Findings:
         (alone_cost,) = stage("usp's step, 1 process", work.alone_step, settings, 1)
         name = f"sharded step, {settings.processes} processes"
         sharded_costs = stage(name, work.sharded_step, settings, settings.processes)
+        why_not = reason_against(settings, times, alone_cost)
+        held = None if why_not else _held(settings, times, alone_cost, stage)
     plain, sharded = (torch.load(settings.file(f)) for f in (work.PLAIN, work.SHARDED))
     attention = sharded.pop("attention")
     compared = differences(sharded, plain)
@@ -129,19 +154,43 @@ def _demo(settings: Settings, out: Path, to_stderr: bool) -> Findings:
     console.print(difference_table(settings, compared))
     console.print(cost_table(settings, plain_cost, alone_cost, sharded_costs))
     console.print(in_words(settings, plain_cost, alone_cost, sharded_costs))
-    seconds = time.monotonic() - start
-    console.print(f"picture: {out}   ({seconds:.0f} s in all)", highlight=False)
-    told = {
+    told: dict[str, Any] = {
         "tokens": settings.grid.tokens,
         "tolerance": settings.tolerance,
-        "differences": [{**asdict(d), "relative": d.relative} for d in compared],
+        "differences": _told(compared),
         "plain": asdict(plain_cost),
         "alone": asdict(alone_cost),
         "sharded": [asdict(cost) for cost in sharded_costs],
         "picture": out,
-        "seconds": seconds,
     }
+    if held is None:
+        console.print(f"Without the part on memory: {why_not}.")
+        told["memory"] = {"left_out": why_not}
+    else:
+        long = torch.load(held.settings.file(work.LONG))
+        compared += (more := differences(long, of_copies(plain, times)))
+        console.print(memory_table(held))
+        console.print(memory_in_words(held, more))
+        bars = out.with_stem(f"{out.stem}_memory")
+        save_bars(bars, held)
+        told["memory"] = {**held.told(), "differences": _told(more), "picture": bars}
+        console.print(f"picture: {bars}", highlight=False)
+    told["seconds"] = time.monotonic() - start
+    console.print(f"picture: {out}   ({told['seconds']:.0f} s in all)", highlight=False)
     return Findings(told, _wrong(settings, compared))
+
+
+def _held(settings: Settings, times: int, alone: Cost, stage: Stage) -> Held:
+    """The same sequence in the same limit, by one process and by all."""
+    settings = replace(settings, times=times, limit=limit_of(alone))
+    told = f"{settings.tokens} tokens in {in_mib(settings.limit)}"
+    (one,) = stage(f"{told}, 1 process", work.alone_step, settings, 1)
+    every = stage(f"{told}, {settings.processes}", work.sharded_step, settings, settings.processes)
+    return Held(settings, alone, one, every)
+
+
+def _told(compared: list[Difference]) -> list[dict[str, Any]]:
+    return [{**asdict(d), "relative": d.relative} for d in compared]
 
 
 def _wrong(settings: Settings, compared: list[Difference]) -> str:
@@ -169,7 +218,7 @@ def _progress(console: Any) -> Iterator[Stage]:
     """`stage(title, work, settings, processes)` runs a stage of the demo and shows its progress."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    title = TextColumn("{task.description:30}")
+    title = TextColumn("{task.description:36}")
     columns = (SpinnerColumn(), title, BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 

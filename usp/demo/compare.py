@@ -42,6 +42,19 @@ def difference(name: str, actual: Tensor, expected: Tensor) -> Difference:
     return Difference(name, float(gap), float(expected.double().abs().max()))
 
 
+OF_TOKENS = ("output", "gradient of the patches")
+
+
+def of_copies(expected: dict[str, Tensor], times: int) -> dict[str, Tensor]:
+    """What a sequence must give that is a picture many times over, by what the picture gave.
+
+    Attention sees each key so many times, which changes no weighted mean: every copy has the output
+    of the picture. The mean loss has its gradients, those of the patches spread over their copies.
+    """
+    output, gradient = (expected[name].repeat(1, times, 1) for name in OF_TOKENS)
+    return {**expected, OF_TOKENS[0]: output, OF_TOKENS[1]: gradient / times}
+
+
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Difference]:
     """The output, the gradient of the patches, and the worst of the parameters' gradients.
 
@@ -52,7 +65,7 @@ def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[
     if missing:
         raise ValueError(f"the sharded run has no {', '.join(sorted(missing))}")
     all_of_them = [difference(name, actual[name], value) for name, value in expected.items()]
-    main = [d for d in all_of_them if d.name in ("output", "gradient of the patches")]
+    main = [d for d in all_of_them if d.name in OF_TOKENS]
     parameters = [d for d in all_of_them if d not in main]
     worst = max(parameters, key=lambda d: d.relative)
     return [*main, worst]

@@ -61,7 +61,7 @@ def measured_step(
     Args:
         settings: Grid, layout and hidden patches.
         model: Gets gradients: of the whole loss on one device, else this rank's partial sums.
-        patches: (1, tokens, patch_dim), the whole picture on every rank.
+        patches: (1, tokens, patch_dim), the whole sequence on every rank.
         mesh: The ranks that share the picture; None is one device.
         tell: Hears of every block that is done, forward and backward.
 
@@ -71,10 +71,10 @@ def measured_step(
     layout, grid = settings.layout, settings.grid
     hidden = settings.hidden().to(patches.device)
     values_hidden = int(hidden.sum()) * grid.patch_dim
-    positions = usp.positions(grid.tokens, mesh, layout, device=patches.device)
+    positions = usp.positions(settings.tokens, mesh, layout, device=patches.device)
     x, hidden = (usp.shard_sequence(t, mesh, 1, layout) for t in (patches, hidden))
     x = x.clone().requires_grad_()
-    coordinates = grid.coordinates(positions)[None]
+    coordinates = grid.coordinates(positions % grid.tokens)[None]
     _tell_blocks(model, tell)
     _together(mesh)
     before = _memory(patches.device)["now"]
@@ -108,7 +108,7 @@ def _bytes_expected(settings: Settings, mesh: usp.SequenceMesh | None, backward:
     if mesh is None:
         return 0
     heads, head_dim = settings.num_heads, settings.embed_dim // settings.num_heads
-    tokens = settings.grid.tokens
+    tokens = settings.tokens
     shape = Shape(1, tokens, tokens, heads, heads, head_dim, head_dim, settings.attention_dtype)
     place = Place(
         mesh.ring_degree, mesh.ulysses_degree, mesh.ring_rank, mesh.ulysses_rank, settings.layout

@@ -16,7 +16,12 @@ TOLERANCES = {"float64": 1e-9, "float32": 5e-5, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class Settings:
-    """One run of the demo; `folder` is where its processes leave their results."""
+    """One run of the demo; `folder` is where its processes leave their results.
+
+    `times`: the sequence is the picture so many times over. Softmax sees each key as often, so that
+    every copy has the output of the single picture, and a parameter its gradient.
+    `limit`: bytes that a process may take for its step; None is any.
+    """
 
     grid: PatchGrid
     folder: str
@@ -29,10 +34,17 @@ class Settings:
     depth: int = 2
     train_steps: int = 120
     hidden_fraction: float = 0.2
+    times: int = 1
+    limit: int | None = None
 
     @property
     def processes(self) -> int:
         return self.ulysses_degree * self.ring_degree
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sequence."""
+        return self.times * self.grid.tokens
 
     @property
     def attention_dtype(self) -> torch.dtype:
@@ -67,4 +79,4 @@ class Settings:
 
     def hidden(self) -> torch.Tensor:
         """(1, tokens) bool, True = hidden, the same in every process."""
-        return hidden_patches(self.grid, self.hidden_fraction, seed=1)
+        return hidden_patches(self.grid, self.hidden_fraction, seed=1).repeat(1, self.times)

@@ -12,12 +12,16 @@ from torch import Tensor
 import usp
 from usp.demo.attention_map import attention_rows, query_patches, record_attention_inputs
 from usp.demo.image import cut_patches, load_photograph
+from usp.demo.limit import OutOfMemory, Refusal, memory_limit
 from usp.demo.measure import Cost, measured_step
 from usp.demo.model import PatchTransformer, train
 from usp.demo.settings import Settings
 from usp.distributed.processes import Tell
+from usp.testing import WireBytes
 
 WEIGHTS, PATCHES, PLAIN, SHARDED = "weights.pt", "patches.pt", "plain.pt", "sharded.pt"
+LONG = "long.pt"
+_FEW = 64
 
 
 def train_model(settings: Settings, rank: int, tell: Tell) -> list[float]:
@@ -42,19 +46,20 @@ def train_model(settings: Settings, rank: int, tell: Tell) -> list[float]:
 def plain_step(settings: Settings, rank: int, tell: Tell) -> Cost:
     """Forward and backward with `nn.MultiheadAttention` in one process."""
     # On a GPU only if the sharded run has one for each process: the two are compared.
-    model, patches = _load(settings, torch.device(_device_type(settings.processes)))
+    model, patches = _load(settings, torch.device(device_type(settings.processes)))
     cost, values = measured_step(settings, model, patches, None, tell)
     values |= _parameter_gradients(model)
     torch.save({name: value.cpu() for name, value in values.items()}, settings.file(PLAIN))
     return cost
 
 
-def alone_step(settings: Settings, rank: int, tell: Tell) -> Cost:
+def alone_step(settings: Settings, rank: int, tell: Tell) -> Cost | OutOfMemory:
     """Forward and backward with `usp.MultiheadAttention` in one process."""
-    model, patches = _load(settings, torch.device(_device_type(settings.processes)))
+    model, patches = _load(settings, torch.device(device_type(settings.processes)))
     usp.replace_attention(model, None)
-    cost, _ = measured_step(settings, model, patches, None, tell)
-    return cost
+    with Refusal() as refusal, memory_limit(settings.limit):
+        cost, _ = measured_step(settings, model, patches, None, tell)
+    return cost if refusal.found is None else refusal.found
 
 
 def sharded_step(settings: Settings, rank: int, tell: Tell) -> Cost:
@@ -68,22 +73,25 @@ def sharded_step(settings: Settings, rank: int, tell: Tell) -> Cost:
             model,
             mesh,
             layout=settings.layout,
-            seq_len=settings.grid.tokens,
+            seq_len=settings.tokens,
             validate="never",
         )
         inputs = record_attention_inputs(model)
-        cost, values = measured_step(settings, model, patches, mesh, tell)
+        with memory_limit(settings.limit):
+            cost, values = measured_step(settings, model, patches, mesh, tell)
         usp.all_reduce_gradients(model, mesh)
         values |= _parameter_gradients(model)
         for name in ("output", "gradient of the patches"):
             values[name] = usp.unshard_sequence(
-                values[name], mesh, 1, settings.layout, settings.grid.tokens
+                values[name], mesh, 1, settings.layout, settings.tokens
             )
-        values["attention"] = attention_rows(
-            settings, mesh, model.last_attention, inputs[0], query_patches(patches[0])
-        )
+        if settings.times == 1:
+            values["attention"] = attention_rows(
+                settings, mesh, model.last_attention, inputs[0], query_patches(patches[0])
+            )
         if rank == 0:
-            torch.save({name: v.cpu() for name, v in values.items()}, settings.file(SHARDED))
+            file = settings.file(SHARDED if settings.times == 1 else LONG)
+            torch.save({name: v.cpu() for name, v in values.items()}, file)
         return cost
     finally:
         torch.distributed.destroy_process_group()
@@ -91,7 +99,7 @@ def sharded_step(settings: Settings, rank: int, tell: Tell) -> Cost:
 
 def _join(settings: Settings, rank: int) -> torch.device:
     """Enter the process group, on a GPU of one's own if there are enough, else on the CPU."""
-    device = torch.device(_device_type(settings.processes))
+    device = torch.device(device_type(settings.processes))
     if device.type == "cpu":
         _set_threads(settings.processes)
     else:
@@ -104,7 +112,9 @@ def _join(settings: Settings, rank: int) -> torch.device:
     torch.distributed.init_process_group(
         "gloo" if device.type == "cpu" else None,
         # not by its URL: torch takes %20 for a part of the name
-        store=torch.distributed.FileStore(str(settings.file("rendezvous")), settings.processes),
+        store=torch.distributed.FileStore(
+            str(settings.file(f"rendezvous-{settings.times}")), settings.processes
+        ),
         rank=rank,
         world_size=settings.processes,
         timeout=timedelta(minutes=10),
@@ -112,7 +122,8 @@ def _join(settings: Settings, rank: int) -> torch.device:
     return device
 
 
-def _device_type(processes: int) -> str:
+def device_type(processes: int) -> str:
+    """Where the steps run that are compared."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= processes
     return "cuda" if enough else "cpu"
 
@@ -122,11 +133,27 @@ def _set_threads(processes: int) -> None:
 
 
 def _load(settings: Settings, device: torch.device) -> tuple[PatchTransformer, Tensor]:
-    """The trained model and all patches (1, tokens, patch_dim)."""
+    """The trained model and the whole sequence of patches (1, tokens, patch_dim)."""
     model = settings.model()
     model.load_state_dict(torch.load(settings.file(WEIGHTS)))
-    patches = torch.load(settings.file(PATCHES))[None]
-    return model.to(device, settings.parameter_dtype), patches.to(device, settings.parameter_dtype)
+    patches = torch.load(settings.file(PATCHES))[None].repeat(1, settings.times, 1)
+    model = model.to(device, settings.parameter_dtype)
+    patches = patches.to(device, settings.parameter_dtype)
+    _touch(settings, patches[:, :_FEW])
+    return model, patches
+
+
+def _touch(settings: Settings, few: Tensor) -> None:
+    """A step over a few patches, by torch and by usp: threads, modules that are imported late and
+    pages of libraries are no memory of the step's own."""
+    shape = few.shape[:2]
+    for replaced in (False, True):
+        model = settings.model().to(few.device, few.dtype)
+        if replaced:
+            usp.replace_attention(model, None)
+        with settings.autocast(few.device.type), WireBytes():
+            output = model(few, few.new_zeros(*shape, 2), few.new_zeros(shape, dtype=torch.bool))
+        output.sum().backward()
 
 
 def _parameter_gradients(model: PatchTransformer) -> dict[str, Tensor]:
