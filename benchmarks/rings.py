@@ -6,13 +6,13 @@ usp bench rings --json result.json          (contexts of 4096 and 16384 tokens)
 Four gloo processes of one thread each, on two cores, each with a quarter of the tokens; causal
 attention in the zigzag layout, forward and backward. "keys" passes keys on and their gradients
 home; "queries" sends queries in the backward; "two levels" passes keys over 2 nodes of 2 processes;
-"made keys" makes MLA's keys and values of latents first and passes those, "latents" passes the
-latents. They run in turn in both orders, a barrier before each; the slowest rank counts. A ratio is
-the median over rounds of time(keys) / time(this), or of "made keys" for "latents". The bytes are
-those that usp.testing.WireBytes counts of rank 0; "crossing" those of all ranks between the nodes,
-by the formula. Nothing is timed where bytes are not the formula's, or where a result differs from
-fp64 on one process. All links of one machine are alike: what fewer bytes between nodes are worth
-shows on others.
+"grid" sends keys between these and queries inside; "made keys" makes MLA's keys and values of
+latents first and passes those, "latents" passes the latents. They run in turn in both orders, a
+barrier before each; the slowest rank counts. A ratio is the median over rounds of time(keys) /
+time(this), or of "made keys" for "latents". The bytes are those that usp.testing.WireBytes counts
+of rank 0; "crossing" those of all ranks between the nodes, by the formula. Nothing is timed where
+bytes are not the formula's, or where a result differs from fp64 on one process. All links of one
+machine are alike: what fewer bytes between nodes are worth shows on others.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _attention_case import DTYPES, relative_error
-from _measure import introduce, take_turns, write_report
-from _ring_case import PROCESSES
-from _ring_processes import Work, as_first_rank_says, in_processes, join, slowest_seconds
 from torch import Tensor
 
 import usp
+from usp.bench import world as worlds
+from usp.bench.device import DTYPES
+from usp.bench.exact import relative_error
+from usp.bench.machine import introduce
+from usp.bench.records import write_report
+from usp.bench.world import World
 from usp.distributed.processes import Tell
 from usp.masks import causal
 from usp.planning.cost import Place, Shape, bytes_between_nodes, bytes_sent
 from usp.testing import WireBytes
 
-MESH, NODES = "1 x 4", 2
+MESH, PROCESSES, CORES, NODES = (1, 4), 4, 2, 2  # ulysses x ring
 # Relative rms error against fp64 above which nothing is timed.
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
 # transport, nodes, whether latents travel
@@ -45,10 +47,11 @@ WAYS = {
     "keys": ("ring", 1, False),
     "queries": ("query_ring", 1, False),
     "two levels": ("ring", NODES, False),
+    "grid": ("grid", NODES, False),
     "made keys": ("ring", 1, False),
     "latents": ("ring", 1, True),
 }
-BASE = {"queries": "keys", "two levels": "keys", "latents": "made keys"}
+BASE = {"queries": "keys", "two levels": "keys", "grid": "keys", "latents": "made keys"}
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,10 @@ class RingCase:
         )
 
 
-def measure_all(work: Work, rank: int, tell: Tell) -> list[dict[str, Any]]:
+def measure_all(world: World, rank: int, tell: Tell) -> list[dict[str, Any]]:
     """On each process: every case; the results of rank 0 are those of all."""
-    results = measure(work.args, join(work, rank)[MESH])
-    dist.destroy_process_group()
-    return results
+    with worlds.joined(world, rank):
+        return measure(world.args, worlds.mesh(MESH, "cpu"))
 
 
 def measure(args: argparse.Namespace, mesh: usp.SequenceMesh) -> list[dict[str, Any]]:
@@ -113,7 +115,7 @@ def measured(
         wanted = [usp.shard_sequence(x, meshes[1], 1, "zigzag") for x in exact[family]]
         found[name] = max(relative_error(*pair) for pair in zip(results, wanted, strict=True))
     check(case, found)
-    times = take_turns(ways, args.rounds, args.seconds, slowest_seconds, as_first_rank_says)
+    times = worlds.turns(ways, args.rounds, args.seconds)
     crossing = {name: sum(case.bytes_of(name, r)[1] for r in range(PROCESSES)) for name in ways}
     return {
         **asdict(case),
@@ -200,7 +202,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="1024 tokens, 3 rounds")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args(argv)
-    args.meshes = [MESH]
+    args.device, args.cores = "cpu", CORES
     if args.quick:
         args.contexts, args.rounds = [1024], 3
     return args
@@ -208,13 +210,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    about = introduce()
+    about = introduce("rings")
     print(
         f"\n{args.heads} heads of {args.head_dim}, MLA of {args.latent_dim} + {args.rope_dim}; "
         "ms of a forward with its backward, MB that leave rank 0, MB of all ranks between nodes\n"
         "dtype context way               ms   sent MB  crossing      time"
     )
-    results = in_processes(measure_all, args)[0]
+    results = worlds.in_processes(measure_all, args, PROCESSES)[0]
     write_report(args.json, about, cases=results)
 
 

@@ -19,7 +19,7 @@ from elsewhere import elsewhere
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from judge import judge
-from mesh_cases import cases, chunks
+from mesh_cases import QUERIES_MOVE, cases, chunks
 from torch import Tensor
 
 import usp
@@ -38,7 +38,9 @@ def run_late(case: Case) -> dict[str, Tensor]:
 
 @st.composite
 def offloaded(draw: st.DrawFn) -> Case:
-    case = draw(cases().filter(lambda c: c.replicated != "queries" and "quer" not in c.transport))
+    case = draw(
+        cases().filter(lambda c: c.replicated != "queries" and c.transport not in QUERIES_MOVE)
+    )
     return replace(case, **{**draw(chunks()), "offload": "cpu"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,8 @@ import usp
 from usp.attention import block
 from usp.attention.masking import MaskOptions, make_masks
 from usp.distributed.comm import Axis
-from usp.planning.cost import Bytes, Place, Shape, bytes_between_nodes
+from usp.masks import everything
+from usp.planning.cost import Bytes, Place, Shape, bytes_between_nodes, bytes_sent
 
 
 def events(case: Case) -> list[tuple[str, int]]:
@@ -139,12 +141,14 @@ def by_formula(case: Case, rank: int) -> tuple[int, int]:
 def cases(draw: st.DrawFn) -> Case:
     ulysses, ring, nodes = draw(st.sampled_from([(1, 4, 2), (1, 6, 2), (1, 6, 3), (1, 4, 4)]))
     bound, kv_heads = st.one_of(st.none(), st.integers(0, 12)), draw(st.integers(1, 3))
-    return Case(
+    case = Case(
         ulysses=ulysses,
         ring=ring,
         ring_outer=nodes,
         layout=draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
-        transport=draw(st.sampled_from(["ring", "direct", "queries", "query_ring", "auto"])),
+        transport=draw(
+            st.sampled_from(["ring", "direct", "queries", "query_ring", "grid", "auto"])
+        ),
         batch=draw(st.integers(1, 2)),
         seq_len=draw(st.integers(1, 31)),
         heads=kv_heads * draw(st.integers(1, 2)),
@@ -154,6 +158,7 @@ def cases(draw: st.DrawFn) -> Case:
         window=draw(st.tuples(bound, bound)),
         padding=draw(st.sampled_from([None, 0.3])),
     )
+    return replace(case, transport="ring") if case.transport == "grid" and nodes == ring else case
 
 
 @given(case=cases())
@@ -252,3 +257,42 @@ def test_larger_rings_with_all_options(pool) -> None:
     case = Case(ring=6, ring_outer=3, seq_len=37, heads=4, kv_heads=2, layout="zigzag", batch=2)
     options = {"causal": True, "padding": 0.2, "dropout_p": 0.2, "alibi": "h", "return_lse": True}
     judge(Case(**{**vars(case), **options}), pool)
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_a_grid_sends_with_the_root_of_its_ranks(nodes: int) -> None:
+    """16 ranks, n tokens each, bf16, full attention: by hand, and least on a square."""
+    n, h, d, places = 8, 2, 64, 16 // nodes
+    shape = Shape(1, 16 * n, 16 * n, h, h, d, d, torch.bfloat16)
+
+    def sent(transport: str, backward: bool) -> int:
+        places = (
+            Place(16, 1, r, 0, "contiguous", everything(), transport, nodes) for r in range(16)
+        )
+        (same,) = {bytes_sent(shape, place, backward).total for place in places}
+        return same
+
+    keys, queries = (nodes - 1) * n * h, (places - 1) * n * h
+    assert sent("grid", False) == keys * 4 * d + queries * (2 * d + 4 * (d + 1))
+    assert sent("grid", True) == keys * 12 * d + queries * (8 * d + 8)
+    assert sent("ring", True) == 15 * n * h * 12 * d
+    assert sum(sent("grid", way) for way in (False, True)) < 0.6 * sum(
+        sent("ring", way) for way in (False, True)
+    )
+
+
+def on_a_plain_ring(which: str) -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    mesh = worker.mesh(1, 4, 2 if which == "bias" else 1)
+    bias = torch.zeros(1, 1, 2, 8) if which == "bias" else None
+    usp.long_context_attention(q, q, q, mesh, attn_bias=bias, transport="grid")
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [("plain", ["ring of two levels", "ring_degree 4"]), ("bias", ["attn_bias", "'grid'"])],
+)
+def test_grids_that_are_none_are_refused_everywhere(pool, which: str, words: list[str]) -> None:
+    for outcome in pool.outcomes(on_a_plain_ring, which, ranks=4, timeout=20):
+        assert outcome.kind in ("ValueError", "NotImplementedError"), outcome
+        assert all(word in outcome.message for word in words), outcome.message

@@ -27,7 +27,7 @@ def test_rings_send_less_than_the_plain_one(pool: Pool) -> None:
         assert sent["queries"] < sent["keys"] and crossing["two levels"] < crossing["keys"]
         # 12 numbers a token, and 2 heads of 20 and 16
         assert sent["latents"] * 72 == sent["made keys"] * 12
-        assert set(each["ratios"]) == {"queries", "two levels", "latents"}
+        assert set(each["ratios"]) == {"queries", "two levels", "grid", "latents"}
     assert all(theirs[1]["seconds"] == found[1]["seconds"] for theirs in others)
 
 

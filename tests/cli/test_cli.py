@@ -176,6 +176,16 @@ def test_plan_compares_a_double_ring_with_a_plain_one(capsys: pytest.CaptureFixt
     assert code != 0 and "--ring-outer 3" in err and "--ring 4" in err
 
 
+def test_plan_of_a_grid_counts_every_pair_once(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "plan --seq-len 41 --ring 4 --causal --layout zigzag --transport grid --show"
+    code, out, _ = run(capsys, *argv.split(), "--ring-outer", "2")
+    assert code == 0 and "queries move in a node" in out.splitlines()[0]
+    lines = [numbers(line) for line in out.splitlines() if re.match(r" +\d+ ", line)]
+    assert sum(line[4] for line in lines[:4]) == 41 * 42 // 2
+    code, _, err = run(capsys, *argv.split())
+    assert code != 0 and "--ring-outer" in err
+
+
 def test_plan_says_what_moves(capsys: pytest.CaptureFixture[str]) -> None:
     """Few queries move or lie on every rank, or keys do; work and bytes are of just that."""
     argv = "plan --seq-len 6 --key-len 90 --ring 3 --heads 2 --head-dim 8 --dtype float32 --show"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import usp
 from usp.planning.route import TRANSPORTS
 
+QUERIES_MOVE = ("queries", "query_ring", "grid")
 MESHES = [(u, r) for u in range(1, 7) for r in range(1, 7) if u * r <= 6]
 LENGTHS = st.one_of(
     st.sampled_from([1, 2, 3, 5, 7, 11, 13, 17, 23, 31, 43, 61]), st.integers(1, 64)
@@ -139,9 +140,12 @@ def cases(draw: st.DrawFn, filled: bool = False) -> Case:
     if case.replicated == "queries":  # which takes no bias
         case = replace(case, bias=None, bias_dtype=None, bias_hides=0.0)
         filled = False
-    if "quer" in case.transport and (case.bias is not None or case.unions == "table"):
+    if case.transport == "grid" and not 1 < case.ring_outer < case.ring:
+        case = replace(case, transport="auto")
+    if case.transport in QUERIES_MOVE and (case.bias is not None or case.unions == "table"):
         case = replace(case, transport="auto")  # on a mesh a table is a bias, which does not move
-    if case.replicated != "queries" and "quer" not in case.transport and draw(st.booleans()):
+    moves = case.replicated == "queries" or case.transport in QUERIES_MOVE
+    if not moves and draw(st.booleans()):
         case = replace(case, **draw(chunks()))
     if case.backend == "sdpa":
         return replace(case, backend="auto") if filled else for_sdpa(case)

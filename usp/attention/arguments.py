@@ -111,7 +111,7 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     check_extras(tensors)
     refuse_placement(tensors, options)
     refuse_chunks(options)
-    if options.transport in ("queries", "query_ring") and tensors.attn_bias is not None:
+    if options.transport in ("queries", "query_ring", "grid") and tensors.attn_bias is not None:
         raise NotImplementedError(
             f"transport={options.transport!r} moves no attn_bias with its queries: leave "
             "transport='auto'"
@@ -140,6 +140,7 @@ def complete(
         lengths: Queries and keys of the whole sequences.
     """
     (query_len, key_len), layouts = lengths, both(options.layout)
+    _check_grid(options, mesh)
     _check_whole(tensors, alone, lengths)
     query_lengths = _row_pieces("q", tensors.q.shape[1], query_len, layouts[0], mesh)
     key_lengths = _row_pieces("k", tensors.k.shape[1], key_len, layouts[1], mesh)
@@ -167,6 +168,19 @@ def complete(
         head_chunks=int(options.head_chunks),
         offload=options.offload,
     )
+
+
+def _check_grid(options: Options, mesh: SequenceMesh | None) -> None:
+    if options.transport != "grid":
+        return
+    if options.latents is not None:
+        raise NotImplementedError("transport='grid' moves no latents: leave transport='auto'")
+    if mesh is not None and mesh.ring_degree > 1 and mesh.ring_levels is None:
+        raise ValueError(
+            f"transport='grid' needs a ring of two levels, and of ring_degree {mesh.ring_degree} "
+            f"ring_outer_degree is {mesh.ring_outer_degree}: usp.init_mesh(ring_outer_degree=) "
+            "of a number between them that divides the ring"
+        )
 
 
 def _check_whole(tensors: Tensors, alone: Alone, lengths: tuple[int, int]) -> None:

@@ -53,10 +53,10 @@ def refuse_chunks(options: Options) -> None:
     asked = (
         f"chunks={options.chunks}, head_chunks={options.head_chunks}, offload={options.offload!r}"
     )
-    if options.transport in ("queries", "query_ring"):
+    if options.transport in ("queries", "query_ring", "grid"):
         raise NotImplementedError(
-            f"{asked}: it is keys that come in chunks, but transport={options.transport!r} leaves "
-            "them where they are: leave transport='auto'"
+            f"{asked}: it is keys that come in chunks, but with transport={options.transport!r} "
+            "queries move: leave transport='auto'"
         )
     layouts = options.layout if isinstance(options.layout, tuple) else (options.layout,)
     if isinstance(layouts[0], Replicated):

@@ -119,7 +119,8 @@ def long_context_attention(
         transport: "ring" passes blocks of keys from rank to rank, "direct" sends rows straight to
             those who see them, "allgather" gathers all in one collective, "queries" sends queries
             to the keys that they see and merges what is found there; "query_ring" passes keys
-            as "ring" does, and in the backward queries in their place (both without
+            as "ring" does, and in the backward queries in their place; "grid", on a ring of two
+            levels, moves queries in a node and keys between nodes (these three without
             ``attn_bias``). "auto" takes what sends least, of keys and queries in each pass, and
             for these the ring where it sends no row more than "direct" would.
         return_lse: Also return the LSE.

@@ -9,13 +9,14 @@ from torch import Tensor
 from usp.attention import block
 from usp.attention.given import Tensors
 from usp.attention.query_ring import QueryRing, pieces
+from usp.distributed.comm import Axis
 from usp.distributed.double_ring import transport_along
 from usp.distributed.parcel import Parcel, sent
 from usp.ops.merge import merge_into
-from usp.planning.plan import Load
 from usp.planning.problem import State
 from usp.planning.route import Cargo, Exchange
 from usp.planning.rows import Rows
+from usp.planning.samples import Samples
 
 
 def gathered_forward(inputs: Tensors, ring: QueryRing) -> tuple[Tensor, Tensor]:
@@ -45,27 +46,34 @@ def gathered_forward(inputs: Tensors, ring: QueryRing) -> tuple[Tensor, Tensor]:
             partial += [here.out, here.lse]
         found.append(partial)
     if isinstance(route, Exchange):
-        _merge_home(state.out, state.lse, steps[0].loads, found[1:], route, ring)
+        samples = [load.samples for load in steps[0].loads]
+        merge_home(state.out, state.lse, samples, found[1:], route, ring.axis)
     return state.out.to(q.dtype), state.lse
 
 
-def _merge_home(
+def merge_home(
     out: Tensor,
     lse: Tensor,
-    loads: Sequence[Load],
+    parts: Sequence[Samples],
     found: list[list[Tensor]],
     route: Exchange,
-    ring: QueryRing,
+    axis: Axis,
 ) -> None:
-    """Send what was found for the queries of others, and merge what they found for these."""
+    """Send what was found for the queries of others, and merge what they found for these.
+
+    Args:
+        out, lse: Of the own queries, in place.
+        parts: Of the batch.
+        found: For each arrival of the route, out and lse of each part.
+    """
     owners = [arrival.owner for arrival in route.arrivals]
-    states = [State(load.samples.of(out), load.samples.of(lse)) for load in loads]
+    states = [State(samples.of(out), samples.of(lse)) for samples in parts]
     parcels = {
         rank: _parcel(states, cargo)
         for rank, cargo in enumerate(route.sent_to)
-        if rank != ring.axis.rank
+        if rank != axis.rank
     }
-    came = sent(ring.axis, dict(zip(owners, found, strict=True)), parcels, out.device)
+    came = sent(axis, dict(zip(owners, found, strict=True)), parcels, out.device)
     for rank in sorted(came):  # in rank order: the same bits every time
         tensors = came[rank]
         for i, (state, rows) in enumerate(zip(states, route.sent_to[rank], strict=True)):

@@ -15,6 +15,7 @@ from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
 from usp.attention.gathered import gathered_forward
 from usp.attention.given import Tensors
+from usp.attention.grid import GridRing, grid_backward, grid_forward
 from usp.attention.query_ring import QueryRing, query_ring_backward
 from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
@@ -28,6 +29,7 @@ from usp.ops.derivatives import (
 )
 from usp.ops.precision import as_given
 from usp.planning.gathered import Moves, Sizes, which_move
+from usp.planning.grid import make_grid
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.layout import Replicated, replicated
 from usp.planning.plan import make_local_plan, make_plan
@@ -35,7 +37,7 @@ from usp.planning.query_ring import make_query_steps
 from usp.planning.route import of_keys, of_query_steps
 
 _ALONE = Axis(1, 0, None)
-Executor = Ring | QueryRing | Replicas
+Executor = Ring | QueryRing | Replicas  # a grid's is a ring, too
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
@@ -165,10 +167,13 @@ def _executors(
     if request.latent_width is not None:
         width = request.latent_width if heads.count else 0
     sizes = Sizes(tensors.q.shape[0], heads.count, width, *dims, tensors.q.dtype)
+    shared = heads, request.scoring, request.backend
+    if transport == "grid" and levels is not None:
+        grid = make_grid(*what, ring.rank, levels[0].size)
+        return GridRing(levels[0], grid.plans[0], *shared, None, levels[1], grid), None
     moves = Moves(False, False)  # keys come in chunks, both ways
     if not request.in_chunks:
         moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
-    shared = heads, request.scoring, request.backend
     outer, back = 1 if levels is None else levels[0].size, None
     if moves.backward:
         steps = make_query_steps(*what, ring.rank, of_query_steps(transport), outer)
@@ -193,6 +198,8 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
     with as_given(tensors.q.device):
         if isinstance(call.ring, QueryRing):
             held = Results(*gathered_forward(inputs, call.ring), None)
+        elif isinstance(call.ring, GridRing):
+            held = Results(*grid_forward(inputs, call.ring), None)
         elif isinstance(call.ring, Replicas):
             held = Results(*replicas_forward(inputs, call.ring), None)
         else:
@@ -276,6 +283,8 @@ def attention_backward(
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, ring.backend)
         if call.back is not None:
             grads = query_ring_backward(inputs, saved, call.back, kv_dtype)
+        elif isinstance(ring, GridRing):
+            grads = grid_backward(inputs, saved, ring, kv_dtype)
         else:
             assert isinstance(ring, Ring)
             grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)

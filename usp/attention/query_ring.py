@@ -58,7 +58,7 @@ def query_ring_backward(
         ):
             there = saved_of(saved, load.samples)
             if not is_own:
-                there = _saved(dout, lse, delta, saved.lse_has_gradient, ring.backend)
+                there = saved_there(dout, lse, delta, saved.lse_has_gradient, ring.backend)
             grads = Gradients(dq_here, load.samples.of(dk), load.samples.of(dv))
             for piece in pieces(inputs, q, ring.plan.queries[step.owner], load, ring):
                 block.attention_backward(piece, there, grads, ring.backend)
@@ -68,7 +68,9 @@ def query_ring_backward(
     return Gradients(dq.to(inputs.q.dtype), dk.to(kv_dtype), dv.to(kv_dtype))
 
 
-def _saved(dout: Tensor, lse: Tensor, delta: Tensor, has_dlse: bool, backend: Backend) -> Saved:
+def saved_there(
+    dout: Tensor, lse: Tensor, delta: Tensor, has_dlse: bool, backend: Backend
+) -> Saved:
     """What came, as kernels take it.
 
     Libraries make delta of ``out``, which has not come: they are given another one with the same

@@ -94,7 +94,7 @@ def ring_forward(
     level = _new_level(inputs, ring) if large_bias else None
     empty = q.new_empty if min(left) else q.new_zeros
     out = empty((*q.shape[:3], value_dim))
-    travelling = _own(inputs.travelling, ring)
+    travelling = own_parts(inputs.travelling, ring)
     for step, held in zip(steps, ring.transport.blocks(travelling), strict=True):
         for part, samples, piece in calls(inputs, step, held, ring, most):
             left[part] -= 1
@@ -148,9 +148,9 @@ def ring_backward(
         assert inputs.attn_bias is not None
         dbias = torch.zeros(inputs.attn_bias.shape, dtype=dtype, device=dq.device)
     transport = ring.transport
-    own = _own([dk, dv], ring)
+    own = own_parts([dk, dv], ring)
     sums = transport.sums(own)
-    blocks = transport.blocks(_own(inputs.travelling, ring))
+    blocks = transport.blocks(own_parts(inputs.travelling, ring))
     saved_by_part = [saved_of(saved, load.samples) for load in plan.steps[0].loads]
     for step, held in zip(plan.steps, blocks, strict=True):
         is_own = step is plan.steps[0]
@@ -186,7 +186,7 @@ def _visited_once(step: Step, q: Tensor, bands: int) -> bool:
     return bool(q.numel()) and all(len(load.calls(bands)) == 1 for load in step.loads)
 
 
-def _own(tensors: Sequence[Tensor], ring: Ring) -> Parts:
+def own_parts(tensors: Sequence[Tensor], ring: Ring) -> Parts:
     """This rank's tensors, of each part of the batch."""
     return [[load.samples.of(x) for x in tensors] for load in ring.plan.steps[0].loads]
 

@@ -15,9 +15,10 @@ from usp.cli.expression import parse_mask
 from usp.cli.layouts import FORMS, integers, parse_layout
 from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
-from usp.cli.work import Work, balance, of_keys_that_come, of_queries_that_come
+from usp.cli.work import Work, balance, of_grid, of_keys_that_come, of_queries_that_come
 from usp.planning.choose.model import MODELS
 from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
+from usp.planning.grid import make_grid
 from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
@@ -149,6 +150,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--ring-outer {arguments.ring_outer} does not divide --ring {arguments.ring}"
         )
+    if arguments.transport == "grid" and not 1 < arguments.ring_outer < max(2, arguments.ring):
+        raise ValueError(
+            f"--transport grid needs a ring of two levels: --ring-outer between 1 and --ring "
+            f"{arguments.ring}, got {arguments.ring_outer}"
+        )
     if arguments.kv_heads and arguments.heads % arguments.kv_heads:
         raise ValueError(
             f"--heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}"
@@ -220,18 +226,20 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
 
 def keys_come(arguments: argparse.Namespace) -> bool:
     """Whether each rank sees all keys of its own queries, which a picture can show."""
-    is_here = isinstance(chosen_layouts(arguments)[0], Replicated)
+    is_here = isinstance(chosen_layouts(arguments)[0], Replicated) or arguments.transport == "grid"
     return not is_here and not queries_move(chosen_shape(arguments), places(arguments)[0]).forward
 
 
 def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
     """What every rank does, and how it comes to it."""
     place, shape = places(arguments)[0], chosen_shape(arguments)
-    layouts = chosen_layouts(arguments)
+    layouts, lengths = chosen_layouts(arguments), (shape.query_len, shape.key_len)
+    what, ring = (masks_of(chosen_mask(arguments)), layouts, lengths), arguments.ring
+    if arguments.transport == "grid" and not replicated(layouts):
+        grids = (make_grid(*what, ring, rank, arguments.ring_outer) for rank in range(ring))
+        return [of_grid(grid) for grid in grids], "queries move in a node, keys between nodes"
     moves = queries_move(shape, place)
     if moves.forward:
-        what = masks_of(chosen_mask(arguments)), layouts, (shape.query_len, shape.key_len)
-        ring = arguments.ring
         plans = (make_query_steps(*what, ring, rank, "direct") for rank in range(ring))
         return [of_queries_that_come(plan) for plan in plans], "queries move to the keys they see"
     works = [of_keys_that_come(plan) for plan in make_plans(arguments)]

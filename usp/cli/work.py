@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from usp.cli.console import table
 from usp.planning.double_ring import DoubleRing
+from usp.planning.grid import Grid
 from usp.planning.plan import Load, Plan
 from usp.planning.query_ring import QuerySteps
 from usp.planning.route import Ring, Route
@@ -49,6 +50,22 @@ def of_queries_that_come(plan: QuerySteps) -> Work:
         rows.append((index, step.owner, *what, sees(load), step.pairs))
     pairs = [step.pairs for step in plan.steps]
     return Work(len(plan.queries[plan.ring_rank]), pairs, rows)
+
+
+def of_grid(grid: Grid) -> Work:
+    """Each step the queries of one rank of the node against the keys of one rank of the place."""
+    rows: list[Row] = [
+        ("step", "queries of", "keys of", "queries", "keys", "sees", "visible pairs")
+    ]
+    tiles = [(plan, at) for at in range(len(grid.plans[0].steps)) for plan in grid.plans]
+    pairs = []
+    for index, (plan, at) in enumerate(tiles):
+        step = plan.steps[at]
+        (load,) = step.loads
+        what = len(plan.queries), len(load.rows), sees(load), step.pairs
+        rows.append((index, plan.ring_rank, step.owner, *what))
+        pairs.append(step.pairs)
+    return Work(len(grid.plans[0].queries), pairs, rows)
 
 
 def balance(works: Sequence[Work], ranks: str = "ring rank") -> str:

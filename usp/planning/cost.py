@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from usp.planning.double_ring import DoubleRing
-from usp.planning.gathered import Moves, Sizes, which_move
+from usp.planning.gathered import Moves, Sizes, Width, which_move
+from usp.planning.grid import make_grid
 from usp.planning.heads import kv_heads_shared, split_heads
 from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
 from usp.planning.masks.mask import Everything, Mask
@@ -276,30 +278,53 @@ def _moved(
     what, mine = _what(shape, place), place.ring_rank
     sizes, outer = _sizes(shape, place), place.ring_outer_degree
     moves = queries_move(shape, place)
-    route: Route | DoubleRing | None
-    if moves.backward if backward else moves.forward:
-        width, mask = sizes.of_queries(backward), 0
+    queries, keys = sizes.of_queries(backward), sizes.of_keys(backward)
+    mask = 1 if shape.key_padding_mask else 0
+    # along which axes, by which route, how wide
+    moved: list[tuple[Axes, Route | DoubleRing | None, Width]] = []
+    by_key = Width(keys.there + mask, keys.back)
+    if place.transport == "grid" and place.ring_degree > 1:
+        grid, inner = make_grid(*what, mine, outer), place.ring_degree // outer
+        moved.append((Axes(inner, mine % inner), grid.key_route, by_key))
+        moved.append((Axes(1, mine // inner * inner), grid.query_route, queries))
+    elif moves.backward if backward else moves.forward:
         name = of_query_steps(place.transport) if backward else "direct"
-        route = make_query_steps(*what, mine, name, outer if backward else 1).route
+        steps = make_query_steps(*what, mine, name, outer if backward else 1)
+        moved.append((Axes(1, 0), steps.route, queries))
     else:
-        width, mask = sizes.of_keys(backward), 1 if shape.key_padding_mask else 0
-        route = make_plan(*what, mine, of_keys(place.transport), outer).route
-    if route is None:
-        return 0, 0
+        plan = make_plan(*what, mine, of_keys(place.transport), outer)
+        moved.append((Axes(1, 0), plan.route, by_key))
     batches = [part.samples.count(shape.batch) for part in what[0]]
 
-    def rows(messages: Sent) -> int:
+    def rows(messages: Sent, axes: Axes) -> int:
         return sum(
-            batch * len(some)
+            count * len(some)
             for to, cargo in messages
-            for batch, some in zip(batches, cargo, strict=True)
-            if node_size is None or to // node_size != mine // node_size
+            # whole rows of the batch together, or of each part
+            for count, some in zip(batches if len(cargo) > 1 else [shape.batch], cargo, strict=True)
+            if node_size is None or axes.rank(to) // node_size != mine // node_size
         )
 
-    there, back = rows(route.sent(mine)) * (width.there + mask), 0
-    if width.back:
-        back = rows(route.returned(mine)) * width.back
+    there = back = 0
+    for axes, route, width in moved:
+        if route is not None:
+            place_in = axes.place(mine)
+            there += rows(route.sent(place_in), axes) * width.there
+            back += rows(route.returned(place_in), axes) * width.back if width.back else 0
     return (there, back) if backward else (there + back, 0)
+
+
+class Axes(NamedTuple):
+    """Ranks of the ring at so many places from each other, from a first one on."""
+
+    stride: int
+    first: int
+
+    def rank(self, place: int) -> int:
+        return self.first + place * self.stride
+
+    def place(self, rank: int) -> int:
+        return (rank - self.first) // self.stride
 
 
 def _what(shape: Shape, place: Place) -> tuple[Masks, tuple[Layout, Layout], tuple[int, int], int]:

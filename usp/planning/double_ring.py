@@ -78,7 +78,7 @@ def make_double_ring(
     inner = len(lengths) // degree
     node, place = divmod(rank, inner)
     whole = [tuple(all_rows(length) for _ in needs) for length in lengths]
-    outside = _between_nodes(needs, degree)
+    outside = between_nodes(needs, degree)
     # one way for all places: the ranks of a node work on blocks of the same node at a time
     way = choose_way(transport, [table for of_place in outside for table in of_place])
     outer = []
@@ -105,7 +105,7 @@ def make_double_ring(
     return DoubleRing(inner, outer[place], tuple(routes), tuple(arrivals[1:]))
 
 
-def _between_nodes(needs: Needs, degree: int) -> list[list[list[list[Rows]]]]:
+def between_nodes(needs: Needs, degree: int) -> list[list[list[list[Rows]]]]:
     """Of each place in a node, of each part: what all ranks of a node need of the owner that has
     this place in another one."""
     inner = len(needs[0]) // degree

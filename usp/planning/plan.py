@@ -6,6 +6,7 @@ keys of one owner, as many of them as come here. No activations and no communica
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -130,11 +131,32 @@ def make_plan(
         needs = [needed_rows(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         owned = [len(row) for row in keys]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
-    parts = parts_of(masks, queries, keys, key_len)
     own = Arrival(ring_rank, tuple(all_rows(len(keys[ring_rank])) for _ in masks))
     arrivals = (own, *(route.arrivals if route is not None else ()))
+    return plan_of(masks, (queries, keys), key_len, arrivals, ring_rank, route)
+
+
+def plan_of(
+    masks: Masks,
+    placed: tuple[Positions, tuple[Positions, ...]],
+    key_len: int,
+    arrivals: Sequence[Arrival],
+    ring_rank: int,
+    route: Route | DoubleRing | None,
+) -> Plan:
+    """The plan of one row of queries for keys that come so.
+
+    Args:
+        masks, ring_rank: As in ``make_plan``.
+        placed: The row of queries, and every owner's row of keys.
+        key_len: Keys of the whole sequence.
+        arrivals: The own keys first.
+        route: How they come.
+    """
+    queries, keys = placed
+    parts = parts_of(masks, queries, keys, key_len)
     steps = tuple(step_of(arrival, keys[arrival.owner], parts) for arrival in arrivals)
-    return Plan(ring_rank, ring_degree, steps, route, queries, keys)
+    return Plan(ring_rank, len(keys), steps, route, queries, keys)
 
 
 def make_any_route(

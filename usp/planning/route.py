@@ -19,7 +19,7 @@ from operator import lt
 
 from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
 
-TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries", "query_ring")
+TRANSPORTS = ("auto", "ring", "direct", "allgather", "queries", "query_ring", "grid")
 Cargo = tuple[Rows, ...]
 
 # Messages: to which rank, which rows.
