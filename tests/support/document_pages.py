@@ -18,6 +18,7 @@ from document_blocks import STORIES, Names, page, same
 from integration_models import WIDTH, make_encoder
 from pool import mesh
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import usp
 
@@ -54,6 +55,7 @@ def readme(names: Names) -> Iterator[str | None]:
 @page("docs/extend/transport.md", (1, 4))
 @page("docs/extend/backend.md", (2, 2))
 @page("docs/extend/door.md", (2, 2))
+@page("docs/planner.md", (2, 2))
 @page("docs/tutorial.md", (2, 2))
 def by_itself(names: Names) -> Iterator[str | None]:
     """It makes its own mesh, of the four processes that it says it needs."""
@@ -72,6 +74,13 @@ def masks(names: Names) -> Iterator[str | None]:
 @page("docs/rings.md", (1, 4))
 def rings(names: Names) -> Iterator[str | None]:
     yield None
+    made = names["mesh"]
+    names["init_device_mesh"] = lambda kind, *shape, **named: init_device_mesh(
+        "cpu", *shape, **named
+    )
+    yield None
+    assert names["mesh"].ring_degree == made.ring_degree == 4
+    names["mesh"] = made
     here, proj = names["mesh"], nn.Linear(12, 4 * (8 + 6), bias=False)
     assert here.ring_outer_degree == 2
     given = torch.randn(2, 17, 4, 8 + 3), torch.randn(2, 17, 12), torch.randn(2, 17, 3)
@@ -107,6 +116,18 @@ def decoding(names: Names) -> Iterator[str | None]:
     yield None
     found = usp.unshard_sequence(names["out"], names["mesh"], 1, "zigzag", seq_len=17)
     same(found, whole[:, :17])
+    if not names.get("libraries"):
+        yield "library: transformers; run by make test-doors"
+        return
+    import transformers_models as models
+
+    from usp.integrations import transformers as door
+
+    loads = SimpleNamespace(from_pretrained=lambda name, **options: models.model_of("Llama"))
+    names.update(door=door, AutoModelForCausalLM=loads, name="a name")
+    names["inputs"] = models.inputs_of("Llama", None)
+    yield None
+    assert names["text"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 @page("docs/dsp.md", (2, 2))
