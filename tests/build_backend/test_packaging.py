@@ -324,3 +324,5 @@ def test_none_builds_a_wheel_for_every_platform(sources: Path, tmp_path: Path) -
     name, wheel = open_wheel(tmp_path)
     assert name == f"usp-{VERSION}-py3-none-any.whl"
     assert not [name for name in wheel.namelist() if name.endswith((".so", "_build.json"))]
+    held = {name for name in wheel.namelist() if name.startswith("usp/") and name.endswith(".py")}
+    assert held == {str(path.relative_to(ROOT)) for path in (ROOT / "usp").rglob("*.py")}
