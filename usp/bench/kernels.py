@@ -114,6 +114,8 @@ def attention(run: Run, case: Case, args: argparse.Namespace, flex: bool) -> Non
             continue
         refused = wrong(errors, DTYPES[case.dtype], which)
         out = {**reasons, **failed, **refused}
+        if which != "forward":
+            out |= {n: "it has no backward on CPUs" for n in errors if not backward[n]}
         names = [n for n in errors if n not in refused and (which == "forward" or backward[n])]
         runs = {name: problem.run(name, which) for name in names}
         more = {name: {"errors": judged_by(errors[name], which)} for name in names}

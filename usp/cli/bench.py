@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     """Describe ``usp bench`` to the parser of the command line."""
-    parser = commands.add_parser("bench", help="measure: kernels, rings, links; no NAME: list them")
+    parser = commands.add_parser(
+        "bench",
+        help="measure: kernels, rings, links; no NAME: list them",
+        epilog="usp bench NAME --help explains one: " + ", ".join(PROGRAMS),
+    )
     parser.add_argument("name", nargs="?", help="the program; none: list them")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments")
     return parser
