@@ -116,6 +116,8 @@ def test_sources(capsys: pytest.CaptureFixture[str]) -> None:
         ("--seq-len 8 --memory 2", "--memory needs --model"),
         ("--seq-len 8 --simulate 64", "--simulate needs --model"),
         ("--calibrate --devices 1", "--devices must be 2 or more, got 1"),
+        ("--calibrate no-such-file", "no-such-file is no result of usp bench comm --json"),
+        ("--calibrate pyproject.toml", "pyproject.toml is no result of usp bench comm --json"),
     ],
 )
 def test_refusals_are_one_line(
@@ -199,6 +201,20 @@ def test_calibration_is_kept_and_planned_with(
     assert "2 x here" in run(capsys, argv)[1]
     here.file().write_text('{"here": {"node": 3}}')  # of another version
     assert here.measured_here() is None
+
+
+def test_links_come_out_of_a_bench(tmp_path: Path) -> None:
+    """With three processes a gather's latency is that of two other ranks."""
+    fits = {"shift": (1e-4, 2e9), "all_gather": (4e-4, 1e9), "all_reduce": (0.0, None)}
+    records = [{"record": "header", "arguments": {"processes": 3}}]
+    records += [
+        {"what": "fit", "candidate": name, "values": {"latency_s": s, "bytes_per_s": rate}}
+        for name, (s, rate) in fits.items()
+    ]
+    file = tmp_path / "comm.json"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = {"hop": 1e-4, "flow": 2e9, "latency": 2e-4, "rate": 1e9}
+    assert calibrate.links_of(file) == (3, told)
 
 
 def test_rates_come_out_of_times() -> None:

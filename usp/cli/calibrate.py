@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -36,19 +37,58 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, keep and say it.
 
     Raises:
-        UserError: it cannot be kept, or the number of processes is below 2.
+        UserError: it cannot be kept, the number of processes is below 2, or the file is none of
+            ``usp bench comm``.
         NoAnswer: a process died.
     """
+    links: dict[str, float] = {}
     processes = arguments.devices or min(_MOST_PROCESSES, max(2, os.cpu_count() or 2))
+    if arguments.calibrate:
+        processes, links = links_of(Path(arguments.calibrate))
+        if arguments.devices not in (None, processes):
+            raise UserError(
+                f"--devices {arguments.devices}, but {arguments.calibrate} was measured with "
+                f"{processes} processes"
+            )
     if processes < 2:
         raise UserError(f"--calibrate measures links: --devices must be 2 or more, got {processes}")
     found = measure(processes)
+    found["levels"][0] |= links
     try:
         here.keep(found)
     except OSError as error:
         raise UserError(f"--calibrate cannot keep what it measured: {error}") from error
     present(arguments, {"cluster": found, "kept": str(here.file())}, lambda: _text(found))
     return 0
+
+
+def links_of(path: Path) -> tuple[int, dict[str, float]]:
+    """Processes, and numbers of a ``Link``, by the lines that ``usp bench comm`` drew.
+
+    Raises:
+        UserError: there is no such file, or another one.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line]
+        processes = int(records[0]["arguments"]["processes"])
+        fits = {r["candidate"]: r["values"] for r in records if r.get("what") == "fit"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no result of usp bench comm --json: {error!r}") from error
+    found: dict[str, float] = {}
+    for verb, rate, latency, ranks in (
+        ("shift", "flow", "hop", 1),
+        ("all_gather", "rate", "latency", processes - 1),
+        ("all_to_all", "all_to_all", None, 1),
+        ("all_reduce", "all_reduce", None, 1),
+    ):
+        values = fits.get(verb, {})
+        if values.get("bytes_per_s"):  # a line that does not rise has none
+            found[rate] = values["bytes_per_s"]
+            if latency is not None:
+                found[latency] = values["latency_s"] / ranks
+    if not found:
+        raise UserError(f"{path} has no line through several sizes of a message")
+    return processes, found
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -52,7 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--simulate", type=int, metavar="N", help="weak and strong scaling up to N devices"
     )
     group.add_argument("--sources", action="store_true", help="where models and clusters are from")
-    group.add_argument("--calibrate", action="store_true", help=f"measure the cluster {NAME!r}")
+    group.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help=f"measure the cluster {NAME!r}; its links as usp bench comm --json FILE measured them",
+    )
     add_json(parser)
 
 

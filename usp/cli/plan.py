@@ -351,7 +351,7 @@ def save_picture(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the report, or refuse as the planner does."""
     try:
-        if arguments.calibrate:
+        if arguments.calibrate is not None:
             return calibrate.run(arguments)
         if arguments.model is not None or arguments.sources:
             return choose.run(arguments, asked_mask(arguments))
