@@ -37,6 +37,9 @@ def run_in_processes(
 
     if worlds.device_for(args.processes, args.device) != args.device:
         run.show.say(f"note: {args.processes} processes have no GPU each: they run on the CPU")
+    cores = getattr(args, "cores", None) or worlds.available_cores()
+    if args.device == "cpu" and args.processes > cores:
+        run.show.say(f"note: {args.processes} processes share {cores} cores: they compute in turn")
     try:
         with run.show.progress(cases):
             worlds.in_processes(work, args, args.processes, hear)
