@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import DTYPES, Case, local
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import attend, judge
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -161,6 +161,7 @@ def cases(draw: st.DrawFn) -> Case:
     return replace(case, transport="ring") if case.transport == "grid" and nodes == ring else case
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(case=cases())
 def test_what_leaves_a_node_is_as_the_formula_says(pool, case: Case) -> None:
     assert pool.run(crossing, case, ranks=case.ranks) == [

@@ -13,6 +13,7 @@ from torch import Tensor
 from usp.attention import block, levels
 from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
+from usp.attention.executors import ALONE, Executor, executors, local_executor
 from usp.attention.gathered import gathered_forward
 from usp.attention.given import Tensors
 from usp.attention.grid import GridRing, grid_backward, grid_forward
@@ -21,23 +22,16 @@ from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
-from usp.distributed.mesh import SequenceMesh, degrees_and_place
+from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import (
     OnceDifferentiable,
     is_differentiated,
     without_second_derivative,
 )
 from usp.ops.precision import as_given
-from usp.planning.gathered import Moves, Sizes, which_move
-from usp.planning.grid import make_grid
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
-from usp.planning.layout import Replicated, replicated
-from usp.planning.plan import make_local_plan, make_plan
-from usp.planning.query_ring import make_query_steps
-from usp.planning.route import of_keys, of_query_steps
+from usp.planning.layout import replicated
 
-_ALONE = Axis(1, 0, None)
-Executor = Ring | QueryRing | Replicas  # a grid's is a ring, too
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
 
@@ -126,7 +120,7 @@ def prepare(
     """
     tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
     alone = mesh is None or replicated(request.layouts)
-    ulysses = _ALONE if mesh is None or alone else mesh.ulysses
+    ulysses = ALONE if mesh is None or alone else mesh.ulysses
     heads = split_heads(request.num_heads, request.num_kv_heads, ulysses.size)
     bias_cut = None
     if tensors.attn_bias is not None:
@@ -137,51 +131,9 @@ def prepare(
     held = heads[ulysses.rank]
     if request.all_heads != request.num_heads:
         held = replace(held, offset=held.offset + request.first_head, total=request.all_heads)
-    make = _local_executor if replicated(request.layouts) else _executors
+    make = local_executor if replicated(request.layouts) else executors
     executor, back = make(mesh, held, tensors, request)
     return tensors, Call(ulysses, executor, heads, request, bias_cut, back)
-
-
-def _local_executor(
-    mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> tuple[Executor, None]:
-    """Where one side is on every rank, nothing moves but results for queries that are."""
-    lengths = request.query_len, request.key_len
-    plan = make_local_plan(request.masks, request.layouts, lengths, *degrees_and_place(mesh))
-    local = Ring(_ALONE, plan, heads, request.scoring, request.backend)
-    axes = () if mesh is None else tuple(x for x in (mesh.ulysses, mesh.ring) if x.size > 1)
-    if axes and isinstance(request.layouts[0], Replicated):
-        return Replicas(local, axes), None
-    return local, None
-
-
-def _executors(
-    mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> tuple[Ring | QueryRing, QueryRing | None]:
-    """Whether keys move or queries, and how; the second where queries do in the backward."""
-    ring, levels = (_ALONE, None) if mesh is None else (mesh.ring, mesh.ring_levels)
-    what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
-    kv, transport = heads.kv_range[1] - heads.kv_range[0], request.transport
-    dims = tensors.q.shape[3], tensors.v.shape[3]
-    width = kv * sum(dims)
-    if request.latent_width is not None:
-        width = request.latent_width if heads.count else 0
-    sizes = Sizes(tensors.q.shape[0], heads.count, width, *dims, tensors.q.dtype)
-    shared = heads, request.scoring, request.backend
-    if transport == "grid" and levels is not None:
-        grid = make_grid(*what, ring.rank, levels[0].size)
-        return GridRing(levels[0], grid.plans[0], *shared, None, levels[1], grid), None
-    moves = Moves(False, False)  # keys come in chunks, both ways
-    if not request.in_chunks:
-        moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
-    outer, back = 1 if levels is None else levels[0].size, None
-    if moves.backward:
-        steps = make_query_steps(*what, ring.rank, of_query_steps(transport), outer)
-        back = QueryRing(ring, steps, *shared, levels)
-    if moves.forward:
-        return QueryRing(ring, make_query_steps(*what, ring.rank, "direct"), *shared), back
-    plan = make_plan(*what, ring.rank, of_keys(transport), outer)
-    return Ring(ring, plan, *shared, levels), back
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
