@@ -70,10 +70,11 @@ def options(name: str, local: int, whole: int) -> dict[str, Any]:
             "return_lse": True,
         },
         "reference": {"backend": "reference", "causal": True},
+        "chunks": {"chunks": 3, "head_chunks": 2, "causal": True},
     }[name]
 
 
-OPTIONS = ("plain", "masks", "documents", "striped", "dropout", "extras", "reference")
+OPTIONS = ("plain", "masks", "documents", "striped", "dropout", "extras", "reference", "chunks")
 
 
 def attended(name: str, shape: tuple[int, int] | None) -> list[Tensor]:

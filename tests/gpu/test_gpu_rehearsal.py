@@ -13,7 +13,13 @@ import pytest
 from background import Said, environment
 from parts import taken_part
 
-NAMES = ("test_gpu.py", "test_gpu_libraries.py", "test_gpu_tiles.py", "test_gpu_trust.py")
+NAMES = (
+    "test_gpu.py",
+    "test_gpu_libraries.py",
+    "test_gpu_offload.py",
+    "test_gpu_tiles.py",
+    "test_gpu_trust.py",
+)
 NAMES += ("test_gpu_large.py",)
 FILES = [str(Path(__file__).with_name(name)) for name in NAMES]
 # the kernels for Hopper alone cannot run here, and there is nothing to tune

@@ -64,7 +64,7 @@ class Elsewhere(OnHost):
 
     def room_for(self, x: Tensor) -> Tensor:
         with _disable_current_modes():
-            return torch.empty(x.shape, dtype=x.dtype)
+            return torch.empty(x.shape, dtype=x.dtype, device="cpu")
 
 
 @contextmanager
