@@ -14,13 +14,16 @@ def code_of(one: Predicted) -> str:
     choice, job = one.choice, one.job
     device = "cpu" if job.cluster.name in ("here", "laptop") else "cuda"
     nodes, node = job.cluster.nodes(job.devices), min(job.cluster.node, job.devices)
+    start = f"torchrun --nnodes {nodes} --nproc-per-node {node} train.py"
+    if job.cluster.name == "frontier":  # whose launcher gives each process a GCD
+        start = f"srun -N {nodes} -n {job.devices} -c7 --gpus-per-task=1 python train.py"
     parts = [
-        f"# torchrun --nnodes {nodes} --nproc-per-node {node} train.py",
+        f"# {start}",
         *_imports(choice),
         "",
         *_mesh(choice, device),
         *_attention(one),
-        *_savers(choice),
+        *_savers(choice, job.model.vocabulary > 0),
         *_sharing(choice, device),
         *_step(choice),
     ]
@@ -77,11 +80,11 @@ def _attention(one: Predicted) -> list[str]:
     ]
 
 
-def _savers(choice: Choice) -> list[str]:
+def _savers(choice: Choice, has_logits: bool) -> list[str]:
     lines = []
     if choice.tiles == "mlp+loss":
         lines.append('model = usp.replace_mlp(model, tiles=8, only="*.mlp")')
-    if choice.tiles != "none":
+    if choice.tiles != "none" and has_logits:
         lines.append("# the loss: usp.tiled_cross_entropy(hidden, head.weight, labels, mesh)")
     if choice.checkpointing == "attention":
         lines += [
