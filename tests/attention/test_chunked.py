@@ -23,6 +23,10 @@ from mesh_cases import QUERIES_MOVE, cases, chunks
 from torch import Tensor
 
 import usp
+from usp.planning.chunks import make_chunks
+from usp.planning.masks.options import make_mask
+from usp.planning.plan import make_plan
+from usp.planning.samples import masks_of
 from usp.testing import StorageBytes
 
 
@@ -174,6 +178,22 @@ def test_under_torch_compile_they_break_the_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), dout), expected)
     with compiling.afresh(), pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(function, backend="aot_eager", fullgraph=True)(q, k, v)
+
+
+def test_intervals_of_pairs_do_not_stay_on_a_device() -> None:
+    """There are as many as chunks squared; the meta device stands for a GPU."""
+    q, k, v = tensors()
+    usp.long_context_attention(q, k, v, causal=True, chunks=3)
+    masks = masks_of(make_mask(causal=True))
+    plan = make_plan(masks, ("contiguous",) * 2, (13, 13), 1, 0, "auto", 1)
+    chunked = make_chunks(plan, masks, 13, (13,), ((13,),), 3)
+    loads = [load for plan in chunked.plans for step in plan.steps for load in step.loads]
+    visits = [visit for load in loads for calls in load._calls.values() for visit in calls]
+    spans = [visit.span for visit in visits if visit.span is not None]
+    for span in spans:
+        span.on(torch.device("meta"))
+    usp.long_context_attention(q, k, v, causal=True, chunks=3)
+    assert len(spans) == 3 and not any(span._on_device for span in spans)
 
 
 def test_graphs_and_transforms_are_refused() -> None:

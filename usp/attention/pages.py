@@ -176,9 +176,12 @@ class _Met:
     def blocks(self, own: Parts) -> Iterator[Parts]:
         yield own
         pages = self._pages
+        steps = iter(pages.chunks.plans[self._turn].steps[1:])
         for number, held, sums in pages.again(self._turn) if self._turn else pages.coming():
             self._here = number, held, sums
             yield pages.masked(number, held)
+            for load in next(steps).loads:  # their pairs are many, and each is met once a pass
+                load.forget()
 
     def sums(self, own: Parts) -> _Met:
         self._left = iter(self._seen[1:])

@@ -60,6 +60,13 @@ class Load:
     def _calls(self) -> dict[int, tuple[Visit, ...]]:
         return {}
 
+    def forget(self) -> None:
+        """Give back what calls have on devices; it is copied there again when it is needed."""
+        for visit in {visit for calls in self._calls.values() for visit in calls}:
+            for span in (visit.span, vars(visit).get("seen_by")):
+                if span is not None:
+                    span.forget()
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

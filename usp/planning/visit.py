@@ -44,6 +44,10 @@ class Span:
             self._on_device[device] = (self.first.to(device), self.stop.to(device))
         return self._on_device[device]
 
+    def forget(self) -> None:
+        """Give the copies back."""
+        self._on_device.clear()
+
 
 def transposed(first: Tensor, stop: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     """For each key the rows ``[first, stop)`` that see it, an interval too, int32.
