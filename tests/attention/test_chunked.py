@@ -5,6 +5,7 @@ That results and bytes on the wire do not depend on chunks is drawn in test_prop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ def measured(ulysses: int, ring: int, chunks: int, options: dict) -> tuple[int, 
     found = []
     with elsewhere() if options["offload"] else nullcontext():
         torch.autograd.grad(attend(), leaves, dout)
-        for _ in range(6):  # gloo's thread may hold a message for a while: the least counts
+        for _ in range(3):
             with StorageBytes() as forward:
                 out = attend()
             with StorageBytes() as backward:
@@ -85,6 +86,24 @@ def measured(ulysses: int, ring: int, chunks: int, options: dict) -> tuple[int, 
             found.append((forward.peak, backward.peak))
             del out
     return min(peak for peak, _ in found), min(peak for _, peak in found)
+
+
+def least(
+    pool, calls: list[tuple], holds: Callable[..., bool], ranks: int
+) -> list[list[tuple[int, int]]]:
+    """Peaks of calls of ``measured``, of each rank. A thread of gloo may hold a message for a while
+    where others use the machine, so the least count, of as many runs as it takes."""
+    found: list[list[tuple[int, int]]] = []
+    for _ in range(12):
+        again = [pool.run(measured, *call, ranks=ranks) for call in calls]
+        found = found or again
+        for of_ranks, more in zip(found, again, strict=True):
+            of_ranks[:] = [
+                (min(a[0], b[0]), min(a[1], b[1])) for a, b in zip(of_ranks, more, strict=True)
+            ]
+        if holds(*found):
+            break
+    return found
 
 
 def formula(ulysses: int, ring: int, chunks: int) -> tuple[int, int]:
@@ -114,31 +133,40 @@ def formula(ulysses: int, ring: int, chunks: int) -> tuple[int, int]:
 def test_memory_is_that_of_the_formula(pool, ulysses: int, chunks: int) -> None:
     """Byte for byte: two of what waits, one of what is computed, and the results."""
     options = {"offload": "cpu"}
-    found = pool.run(measured, ulysses, 1, chunks, options, ranks=ulysses)
-    assert found == [formula(ulysses, 1, chunks)] * ulysses
+    wanted = [formula(ulysses, 1, chunks)] * ulysses
+    call = ulysses, 1, chunks, options
+    assert least(pool, [call], lambda found: found == wanted, ulysses) == [wanted]
 
 
 def test_memory_beside_the_results_is_that_of_a_chunk(pool) -> None:
     """Half of it with twice as many chunks, along a ring too."""
     ulysses, ring = 2, 2
     options = {"offload": "cpu", "layout": "zigzag", "causal": True}
-    of = {n: pool.run(measured, ulysses, ring, n, options, ranks=ulysses * ring) for n in (4, 8)}
     _, length, heads, kv_heads, dim = WHOLE
     out = length // ulysses // ring * heads * dim * 2
     results = out, out + out * 2 * kv_heads // heads
-    for few, many in zip(of[4], of[8], strict=True):
-        for less, more, result in zip(many, few, results, strict=True):
-            assert more - result == 2 * (less - result)
+
+    def beside(of_ranks: list[tuple[int, int]]) -> list[list[int]]:
+        pairs = (zip(peaks, results, strict=True) for peaks in of_ranks)
+        return [[peak - result for peak, result in pair] for pair in pairs]
+
+    def twice(of_ranks: list[tuple[int, int]]) -> list[list[int]]:
+        return [[2 * size for size in sizes] for sizes in beside(of_ranks)]
+
+    calls = [(ulysses, ring, chunks, options) for chunks in (4, 8)]
+    few, many = least(pool, calls, lambda a, b: beside(a) == twice(b), ulysses * ring)
+    assert beside(few) == twice(many)
 
 
 def test_nothing_waits_where_nobody_looks_again(pool) -> None:
     """Without offload: the state of one chunk beside what plain attention holds, too."""
-    plain = pool.run(measured, 2, 1, 1, {"offload": None}, ranks=2)
-    (peak, _), *_ = pool.run(measured, 2, 1, 8, {"offload": None}, ranks=2)
     _, length, heads, kv_heads, dim = WHOLE
     kept = length * (heads + heads + 2 * kv_heads) // 2 * dim * 2 + length * heads // 2 * 4
     state = length // 8 * heads // 2 * dim * 4
-    assert peak == length // 2 * heads * dim * 2 + kept + state < plain[0][0]
+    wanted = length // 2 * heads * dim * 2 + kept + state
+    calls = [(2, 1, chunks, {"offload": None}) for chunks in (1, 8)]
+    plain, found = least(pool, calls, lambda _, found: found[0][0] == wanted, 2)
+    assert found[0][0] == wanted < plain[0][0]
 
 
 def tensors() -> list[Tensor]:
