@@ -55,9 +55,11 @@ def call(command: list[str], **environ: str) -> None:
 def unstable_symbols(library: Path) -> list[str]:
     """What a library wants of torch's C++ interface, which other torches need not have."""
     from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import SymbolTableSection
 
     with library.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".dynsym")
+        assert isinstance(table, SymbolTableSection)
         wanted = (s.name for s in table.iter_symbols() if s["st_shndx"] == "SHN_UNDEF")
         return [name for name in wanted if name.startswith(UNSTABLE)]
 
