@@ -60,10 +60,12 @@ def test_the_model_learns(alone, program):
 @pytest.mark.parametrize(
     ("program", "extra", "shape", "steps"),
     [
-        ("train_lm", "--layout document-zigzag", (2, 2), STEPS),
+        pytest.param(
+            *("train_lm", "--layout document-zigzag", (2, 2), STEPS), marks=pytest.mark.long
+        ),
         ("train_lm", "--layout zigzag", (1, 3), 20),
         ("train_lm", "--layout striped", (3, 2), 20),
-        ("train_vit", "--layout contiguous", (2, 2), STEPS),
+        pytest.param(*("train_vit", "--layout contiguous", (2, 2), STEPS), marks=pytest.mark.long),
         ("train_vit", "--layout zigzag", (2, 3), 20),
     ],
 )

@@ -65,6 +65,7 @@ def test_error_is_torchs_own_and_does_not_grow_with_the_ring(
         assert six <= 1.05 * one, f"{name}: {one:.3e} on one rank, {six:.3e} on a ring of 6"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_error_does_not_grow_with_the_length(dtype: str) -> None:
     """torch sums gradients of keys in the inputs' dtype: in bf16 ours are at most half as far."""

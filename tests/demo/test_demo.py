@@ -218,7 +218,7 @@ def test_a_failing_process_ends_the_others(how, message):
     assert ("lost" in caught.value.details) == (how == "raise")
 
 
-SMALL = ["--tokens", "170", "--train-steps", "2"]
+SMALL = ["--tokens", "170", "--train-steps", "2", "--times", "1"]
 
 
 def _rows(output):
@@ -259,7 +259,7 @@ def test_a_small_demo(tmp_path, capsys, monkeypatch, options):
     code = main([*SMALL, *options, "--out", str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed
-    assert "Without the part on memory: " in printed.out
+    assert "Without the part on memory: --times 1" in printed.out
     _check_report(printed.out, something_sent=True)
     from matplotlib import image
 

@@ -122,6 +122,7 @@ def fsdp_over_all(place: Place, factor: str) -> dict[str, Tensor]:
     return gradients_of(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factor", ["loss", "divide"])
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_fsdp_over_data_and_sequence(pool, place: Place, factor: str) -> None:

@@ -72,6 +72,7 @@ def compiled(name: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_graph(pool, name: str) -> None:
     assert pool.run(compiled, name, ranks=4, timeout=120) == [[]] * 4

@@ -387,19 +387,25 @@ def init_mesh(
     return SequenceMesh(_device_mesh(table, group, kind))
 
 
-def mesh_of_ranks(
-    ranks: Sequence[int], ulysses_degree: int, group: ProcessGroup | None, device_type: str
+def mesh_among(
+    ranks: Sequence[int], degrees: tuple[int, int], group: ProcessGroup | None, device_type: str
 ) -> SequenceMesh:
-    """A mesh of some ranks of ``group``, who make their process groups among themselves.
+    """This rank's of meshes side by side, whose ranks are neighbours; all make theirs together.
 
     Args:
-        ranks: Global ranks, this one among them, in the order of ``mesh.rank``.
-        ulysses_degree: Divides how many they are.
-        group: Has compared already; no other of its ranks need call this.
+        ranks: Global ranks of all these meshes, in order.
+        degrees: Of the ring and of Ulysses in each.
+        group: All of ``ranks``, which have compared already; None is the world.
         device_type: "cpu" or "cuda".
     """
-    table = torch.tensor(ranks, device="cpu").view(1, -1, ulysses_degree)
-    return SequenceMesh(_device_mesh(table, group, device_type))
+    from torch.distributed.device_mesh import DeviceMesh
+
+    table = torch.tensor(ranks, device="cpu").view(-1, *degrees)
+    lines = [table.movedim(1, 2).flatten(0, 1).tolist(), table.flatten(0, 1).tolist()]
+    groups = comm.axis_groups(lines, group)
+    own = table[ranks.index(comm.global_rank()) // (degrees[0] * degrees[1])]
+    names = "ring", "ulysses"
+    return SequenceMesh(DeviceMesh.from_group(groups, device_type, mesh=own, mesh_dim_names=names))
 
 
 def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:

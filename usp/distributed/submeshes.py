@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from usp.distributed import comm
-from usp.distributed.mesh import SequenceMesh, check_mesh, mesh_of_ranks
+from usp.distributed.mesh import SequenceMesh, check_mesh, mesh_among
 from usp.planning.degrees import nested_degrees
 
 
@@ -27,12 +27,12 @@ def submeshes(mesh: SequenceMesh | None) -> tuple[SequenceMesh | None, ...]:
     """
     if check_mesh(mesh) is None or mesh is None or mesh.size == 1:
         return (None,)
-    group, ranks = mesh.whole()[0].group, mesh.gather_objects(comm.global_rank())
+    ranks = mesh.gather_objects(comm.global_rank())
+    is_world = len(ranks) == len(comm.group_ranks(None))
+    group = None if is_world else mesh.whole()[0].group
     found: list[SequenceMesh | None] = [mesh]
-    for ring, ulysses in nested_degrees(mesh.ring_degree, mesh.ulysses_degree)[1:-1]:
-        size = ring * ulysses
-        first = mesh.rank // size * size
-        own = ranks[first : first + size]
-        comm.compare_before_groups(group, f"submeshes of degrees {ring} x {ulysses}", None, None)
-        found.append(mesh_of_ranks(own, ulysses, group, mesh.device_type))
+    for degrees in nested_degrees(mesh.ring_degree, mesh.ulysses_degree)[1:-1]:
+        told = "submeshes of degrees {} x {}".format(*degrees)
+        comm.compare_before_groups(group, told, None, None)
+        found.append(mesh_among(ranks, degrees, group, mesh.device_type))
     return (*found, None)
