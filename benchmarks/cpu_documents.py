@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import usp
-from usp.attention import hybrid
+from usp.attention import executors
 from usp.bench import world as worlds
 from usp.bench.machine import introduce
 from usp.bench.records import write_report
@@ -87,7 +87,7 @@ def draw(length: int, mean: int, random: torch.Generator) -> tuple[int, ...]:
 @contextmanager
 def planning(spent: list[float]) -> Iterator[None]:
     """Add what passes in planning to ``spent[-1]``."""
-    make = hybrid.make_plan
+    make = executors.make_plan
 
     def timed(*what: Any) -> Any:
         start = time.perf_counter()
@@ -95,11 +95,11 @@ def planning(spent: list[float]) -> Iterator[None]:
         spent[-1] += time.perf_counter() - start
         return plan
 
-    hybrid.make_plan = timed  # type: ignore[assignment]
+    executors.make_plan = timed  # type: ignore[assignment]
     try:
         yield
     finally:
-        hybrid.make_plan = make
+        executors.make_plan = make
 
 
 def check(args: argparse.Namespace, model: Model, documents: tuple[int, ...]) -> float:
