@@ -139,7 +139,7 @@ class _Chain:
             receive.append((-by, self._buffer(behind)))
         if distance == reach[axis.rank]:
             receive.append((by * distance, self._buffer(axis.rank)))
-        self._posted()
+        self._wait()
         self._posted = axis.exchange(send, receive)
         self._coming = receive[0][1] if distance < reach[behind] else None
         if distance == reach[axis.rank]:
@@ -151,18 +151,23 @@ class _Chain:
         if hop == 0:
             return message
         assert self._coming is not None
-        self._posted()
+        self._wait()
         message = self._coming
         cargo, whose = self._direction.hops[hop].arrival.cargo, self._direction.first[owner]
         inside = tuple(rows.within(those) for rows, those in zip(cargo, whose, strict=True))
         _add(_split(self._parcels[owner].read(message), self._own), computed, inside)
         return message
 
+    def _wait(self) -> None:
+        """Once for each exchange: what came may be added to from then on."""
+        self._posted()
+        self._posted = _nothing
+
     def _buffer(self, owner: int) -> Tensor:
         return _empty(self._parcels[owner].nbytes, self._own)
 
     def home(self, own: Parts) -> None:
-        self._posted()
+        self._wait()
         if self._home is not None:
             rank = self._axis.rank
             came = _split(self._parcels[rank].read(self._home), own)
