@@ -43,7 +43,7 @@ from usp.bench.world import World
 from usp.distributed.processes import Tell
 
 SCHEDULED, STATIC = "usp scheduled", ("usp zigzag", "usp contiguous")
-ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}  # relative rms error
+ALLOWED = {"fp32": 1e-5, "bf16": 5e-2}  # relative rms error; sums of thousands of rounded terms
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -84,7 +84,8 @@ def of_device(device: str) -> dict[str, Any]:
 
 def header(program: str, device: str, arguments: dict[str, Any], clock: str) -> dict[str, Any]:
     """The first record of a file."""
-    told = {name: value for name, value in arguments.items() if _is_plain(value)}
+    # where it was written is nobody else's
+    told = {n: value for n, value in arguments.items() if n != "json" and _is_plain(value)}
     return {
         "record": "header",
         "format": FORMAT,
