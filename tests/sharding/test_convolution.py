@@ -18,6 +18,7 @@ from pool import RemoteError
 from torch import Tensor
 
 import usp
+from usp.planning.shares import shares
 from usp.testing import WireBytes
 
 CHANNELS = 3
@@ -58,14 +59,14 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"layout": usp.Held(self.counts), "cu_seqlens": self.documents}
-        if self.seed % 2 and self.counts == even(self.length, self.ranks):
+        if self.seed % 2 and self.counts == contiguous(self.length, self.ulysses, self.ring):
             options["layout"] = "contiguous"
         return options
 
 
-def even(length: int, ranks: int) -> tuple[int, ...]:
-    """As the contiguous layout cuts it, on a mesh of one axis."""
-    return tuple((length + ranks - 1 - i) // ranks for i in range(ranks))
+def contiguous(length: int, ulysses: int, ring: int) -> tuple[int, ...]:
+    """Tokens of each rank in that layout."""
+    return tuple(shares("contiguous", length, ring, ulysses))
 
 
 def run(case: Case) -> list[Tensor]:
@@ -112,7 +113,7 @@ def cases(draw: st.DrawFn) -> Case:
     ulysses, ring = draw(st.sampled_from([(1, 2), (3, 1), (2, 2)]))
     length = draw(st.integers(0, 17))
     some = draw(held(length, ulysses * ring))
-    counts = draw(st.sampled_from([some, even(length, ulysses * ring)]))
+    counts = draw(st.sampled_from([some, contiguous(length, ulysses, ring)]))
     within = draw(st.one_of(st.none(), documents(length)))
     numbers = draw(st.integers(1, 6)), within, draw(st.booleans()), draw(st.integers(0, 9))
     return Case(ulysses, ring, counts, *numbers)
