@@ -175,6 +175,8 @@ def refused(kind: str) -> None:
         schedule = usp.schedule_documents((0, 9), meshes(1, 2), COST)
         x = torch.zeros(1, len(schedule.positions) + rank, 1, 2)
         schedule.attention(x, x, x)
+    if kind == "mesh":
+        usp.schedule_documents(cuts, worker.mesh(1, 2), COST)  # type: ignore[arg-type]
     if kind == "meshes":
         usp.schedule_documents(cuts, (worker.mesh(1, 2),), COST)
     schedule.shard(q.new_zeros(8), 0)
@@ -187,6 +189,7 @@ def refused(kind: str) -> None:
         ("room", r"9 tokens do not fit 2 ranks of 4 tokens"),
         ("option", r"not \['dropout_p'\]"),
         ("length", r"q has 5 local tokens, but .* 4 of 9 tokens"),
+        ("mesh", r"must be those of usp.submeshes\(mesh\), got SequenceMesh"),
         ("meshes", r"sizes \[\(2, 1\)\] are not those of usp.submeshes"),
         ("", r"x has 8 tokens, the documents have 9"),
     ],
@@ -195,6 +198,14 @@ def test_refusals_on_all_ranks(pool, kind: str, message: str) -> None:
     with pytest.raises(RemoteError, match=message) as raised:
         pool.run(refused, kind, ranks=2)
     assert raised.value.kind in ("ValueError", "TypeError")
+
+
+def test_what_is_no_mesh_or_no_cost_is_refused() -> None:
+    for wrong in ((), []):
+        with pytest.raises(TypeError, match=r"those of usp.submeshes"):
+            usp.schedule_documents(CUTS, wrong, COST)
+    with pytest.raises(TypeError, match=r"a usp.DocumentCost, got float"):
+        usp.schedule_documents(CUTS, (None,), 1.0)  # type: ignore[arg-type]
 
 
 def test_one_device_needs_no_ranks() -> None:

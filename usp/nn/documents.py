@@ -212,6 +212,7 @@ def schedule_documents(
         most_tokens: That a rank has room for; a document then goes to as many ranks as it needs.
 
     Raises:
+        TypeError: ``meshes`` or ``cost`` are something else.
         ValueError: the documents have no room, or ranks were given different ones; on all ranks.
 
     Example:
@@ -220,13 +221,16 @@ def schedule_documents(
         >>> x = schedule.shard(x, dim=1)
         >>> x = schedule.attention(q, k, v, causal=True)                             # in each layer
     """
-    meshes = tuple(meshes)
+    if isinstance(meshes, SequenceMesh) or not (meshes := tuple(meshes)):
+        raise TypeError(f"meshes must be those of usp.submeshes(mesh), got {meshes!r}")
     mesh = meshes[0]
 
     def check() -> tuple[tuple[int, ...], Degrees]:
         sizes = [degrees_and_place(each)[0] for each in meshes]
         if sizes != nested_degrees(*sizes[0]):
             raise ValueError(f"meshes of sizes {sizes} are not those of usp.submeshes(mesh)")
+        if not isinstance(cost, DocumentCost):
+            raise TypeError(f"cost must be a usp.DocumentCost, got {type(cost).__name__}")
         cuts = check_cu_seqlens(cu_seqlens)
         lengths = [stop - start for start, stop in pairwise(cuts)]
         most = None if most_tokens is None else integer("most_tokens", most_tokens, least=1)
