@@ -12,6 +12,7 @@ import shlex
 import document_pages
 import libraries
 import pytest
+import readme_figures
 from document_blocks import blocks, pages, python_blocks
 from document_pages import STORIES
 from places import ROOT
@@ -91,3 +92,10 @@ def test_arguments_in_docstrings_are_one_line_each() -> None:
         told = re.search(r"^Args:\n((?: {4}.*\n|\n)+)", f"{inspect.getdoc(described)}\n", re.M)
         for line in told[1].splitlines() if told else ():
             assert re.match(r" {5}| {4}[\w*, ]+: |$", line), f"{name}: {line}"
+
+
+def test_figures_are_those_of_the_results() -> None:
+    readme = ROOT / "README.md"
+    assert readme_figures.up_to_date(readme.read_text()) == readme.read_text(), (
+        "README.md: run scripts/readme_figures.py"
+    )
