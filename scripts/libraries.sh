@@ -11,7 +11,7 @@ case "${2:-}" in
   "")
     folder=build/libraries
     wanted=(flash-attn==2.8.3.post2 einops==0.8.2 amd-aiter==0.1.7.post2.dev18
-      yunchang==0.6.4 ring-flash-attn==0.1.8
+      yunchang==0.6.4 ring-flash-attn==0.1.8 fla-core==0.6.0
       deepspeed==0.19.8 hjson msgpack psutil py-cpuinfo pydantic pydantic-core annotated-types
       typing-inspection tqdm)
     ;;

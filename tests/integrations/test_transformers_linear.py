@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import doors
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from pool import RemoteError
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import usp
 from usp.integrations import transformers as door
@@ -37,18 +35,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3.5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", SIZES),
     "Qwen3.5 MoE": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", SIZES | EXPERTS),
 }
-
-
-class Doubled(TorchFunctionMode):
-    """In fp64 all that these models compute in fp32, theirs and ours alike."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        func = Tensor.double if func is Tensor.float else func
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {n: torch.float64 if x is torch.float32 else x for n, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def model_of(kind: str) -> nn.Module:
@@ -91,7 +77,7 @@ def _compared(degrees: tuple[int, int], kind: str, padding: str | None) -> dict[
     def spread(wrapped: nn.Module) -> None:
         usp.parallelize(wrapped.model, mesh, tiles=3 if kind == "Qwen3.5" else None)
 
-    with Doubled():
+    with doors.Doubled():
         return doors.compared(model, inputs_of(padding), mesh, spread)
 
 
@@ -133,7 +119,7 @@ def _in_a_region() -> dict[str, float]:
     mesh, layer = workers.mesh(1, 2), model_of("Qwen3-Next").model.layers[0].linear_attn
     spread = usp.Spread(mesh, seq_len=TOKENS)
     x = torch.randn(2, TOKENS, 32, generator=torch.Generator().manual_seed(1)).double()
-    with Doubled():
+    with doors.Doubled():
         wanted = layer(x)
         with usp.spread_attention(spread):
             found = layer(spread.shard(x))
@@ -177,7 +163,7 @@ def _local(degrees: tuple[int, int] | None, what: str) -> dict[str, float]:
     mesh = None if degrees is None else workers.mesh(*degrees)
     model, batch = model_of("Qwen3-Next").train(), batch_of(what)
     ours = usp.parallelize(copy.deepcopy(model), mesh, outputs="local")
-    with Doubled():
+    with doors.Doubled():
         wanted = whole_loss(model, batch, what)
         wanted.backward()
         cut = usp.cut_batch(batch, mesh)

@@ -8,9 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Change = Callable[[nn.Module], Any]
+
+
+class Doubled(TorchFunctionMode):
+    """In fp64 all that is computed in fp32 meanwhile, theirs and ours alike."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {n: torch.float64 if x is torch.float32 else x for n, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def randomize(model: nn.Module, std: float = 0.1) -> nn.Module:
