@@ -48,6 +48,13 @@ class Given:
         return max(x.shape[2] for x in (self.q, self.k, self.v))
 
     @property
+    def decay_of(self) -> str | None:
+        """What has a decay of its own: "heads", "tokens" or "channels"."""
+        if self.decay is None:
+            return None
+        return ("heads", "tokens", "channels")[max(self.decay.dim() - 2, 0)]
+
+    @property
     def needed(self) -> list[bool]:
         """Which of them need a gradient."""
         tensors = (self.q, self.k, self.v, self.decay, self.beta, self.initial_state)
@@ -253,7 +260,6 @@ def _request(
 
 def _facts(given: Given, options: Options, length: int | None) -> Facts:
     documents = options.cu_seqlens
-    decay = given.decay
     return {
         "batch size": given.q.shape[0],
         "heads of q, k and v": tuple(x.shape[2] for x in (given.q, given.k, given.v)),
@@ -262,9 +268,7 @@ def _facts(given: Given, options: Options, length: int | None) -> Facts:
         "device type": given.q.device.type,
         "seq_len": Advised("not given" if length is None else length, LENGTH_ADVICE),
         "layout": options.layout,
-        "decay": None
-        if decay is None
-        else ("heads", "tokens", "channels")[max(decay.dim() - 2, 0)],
+        "decay": given.decay_of,
         "beta": given.beta is not None,
         "method": options.method,
         "causal": options.causal,

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.distributed.agreement import When
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.linear_attention import chunks, delta, op
+from usp.linear_attention import chunks, delta, fused, kernels, op
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
@@ -116,6 +116,11 @@ def _attend(
     if not options.causal:
         q, k, v = _wide(given)
         return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
+    family = kernels.chosen(_traits(given))
+    if family is not None:
+        tokens = kernels.Tokens(given.q, given.k, given.v, _log_decay_a_head(given, request))
+        out, final = fused.attend(tokens, _initial(given), family, chain, meeting)
+        return out if final is None else (out, final)
 
     def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> Between:
         arrived = begin(transitions, updates, initial, chain)
@@ -149,10 +154,7 @@ def _causal(
             states before chunks, and the last.
     """
     q, k, v = _wide(given)
-    initial = given.initial_state
-    if initial is None:
-        initial = q.new_zeros(q.shape[0], given.heads, q.shape[3], v.shape[3])
-    g, length = _log_decay(given.decay, q, _starts(request)), q.shape[1]
+    g, length = _log_decay(given, _starts(request)), q.shape[1]
     size = chunks.chunk_size(length)
     q, k, v, g = (chunks.chunked(x, size) for x in (q, k, v, g))
     if given.beta is not None:
@@ -161,7 +163,7 @@ def _causal(
     transitions, updates = in_slabs(chunks.totals, k, v, g)
     if given.beta is not None:
         transitions, updates = delta.transitions(transitions, updates)
-    arrived = between(transitions, updates, initial.to(q.dtype))
+    arrived = between(transitions, updates, _initial(given))
     (out,) = in_slabs(chunks.within, q, k, v, g)
     states, final = arrived()
     if given.beta is not None:
@@ -188,17 +190,39 @@ def _starts(request: Request) -> list[int]:
     return sorted({a - start for a in inner if start <= a < stop})
 
 
-def _log_decay(decay: Tensor | None, q: Tensor, starts: list[int]) -> Tensor:
-    """(b, L, h, d) in the dtype of q, -inf where a document starts."""
-    if decay is None:
-        g = q.new_zeros(1, q.shape[1], 1, 1)
+def _initial(given: Given) -> Tensor:
+    """(B, H, D, Dv) in the dtype of the state."""
+    dtype = state_dtype(given.q.dtype)
+    if given.initial_state is not None:
+        return given.initial_state.to(dtype)
+    shape = given.q.shape[0], given.heads, given.q.shape[3], given.v.shape[3]
+    return given.q.new_zeros(shape, dtype=dtype)
+
+
+def _log_decay(given: Given, starts: list[int]) -> Tensor:
+    """(b, L, h, d) in the dtype of the state, -inf where a document starts."""
+    length, dtype = given.q.shape[1], state_dtype(given.q.dtype)
+    if given.decay is None:
+        g = given.q.new_zeros((1, length, 1, 1), dtype=dtype)
     else:
-        g = decay.to(q.dtype)
+        g = given.decay.to(dtype)
         if g.dim() == 1:
-            g = g.view(1, 1, -1, 1).expand(-1, q.shape[1], -1, -1)
+            g = g.view(1, 1, -1, 1).expand(-1, length, -1, -1)
         g = g if g.dim() == 4 else g[..., None]
     if not starts:
         return g
-    is_start = torch.zeros(q.shape[1], dtype=torch.bool, device="cpu")
+    is_start = torch.zeros(length, dtype=torch.bool, device="cpu")
     is_start[starts] = True
-    return g.masked_fill(is_start.to(q.device)[None, :, None, None], float("-inf"))
+    return g.masked_fill(is_start.to(given.q.device)[None, :, None, None], float("-inf"))
+
+
+def _log_decay_a_head(given: Given, request: Request) -> Tensor | None:
+    """(b, L, h); None where nothing decays."""
+    starts = _starts(request)
+    return _log_decay(given, starts)[..., 0] if starts or given.decay is not None else None
+
+
+def _traits(given: Given) -> kernels.Traits:
+    dims = given.q.shape[3], given.v.shape[3]
+    device, dtype = given.q.device, given.q.dtype
+    return kernels.Traits(device, dtype, dims, given.decay_of, given.beta is not None)
