@@ -192,6 +192,84 @@ def test_local_outputs_have_every_gradient_of_the_whole(pool, mesh, what) -> Non
         assert wrong == {}
 
 
+# Generation --------------------------------------------------------------------------------------
+
+NEW = 9
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_p": 0.9},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 10},
+}
+
+
+def generated(model: nn.Module, way: str, padding: str | None, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    asked = {"max_new_tokens": NEW, "min_new_tokens": NEW, "use_cache": True} | WAYS[way]
+    with doors.Doubled():
+        return model.generate(**inputs_of(padding), **asked, **options)
+
+
+def _generated(kind: str, mesh: tuple[int, int], way: str, padding: str | None) -> list[Tensor]:
+    placed, model = workers.mesh(*mesh), model_of(kind)
+    whole = generated(model, way, padding)
+    usp.parallelize(model, placed)
+    cache = door.sharded_cache(placed)
+    found = generated(model, way, padding, cache=cache)
+    assert cache.get_seq_length() == TOKENS + NEW - 1
+    keys = cache.layers[1].held.k.shape[1]
+    assert 5 <= keys <= 30, keys  # this rank's share; states are all on each
+    assert cache.layers[0].recurrent_states[0].shape[1:] == (4, 6, 5)
+    assert cache.layers[0].conv_states[0].shape[1:] == (44, 4)
+    return [whole, found]
+
+
+GENERATED = [
+    ("Qwen3-Next", (1, 2), "greedy", "left"),
+    ("Qwen3-Next", (2, 2), "sampled", None),
+    ("Qwen3-Next", (1, 2), "beams", None),
+    ("Qwen3-Next", (2, 1), "chunks", "left"),
+    ("Qwen3.5", (1, 2), "sampled", "left"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mesh", "way", "padding"), GENERATED)
+def test_generates_the_tokens_of_one_device(pool, kind, mesh, way, padding) -> None:
+    libraries.library("transformers")
+    for whole, found in pool.run(
+        _generated, kind, mesh, way, padding, ranks=mesh[0] * mesh[1], timeout=250
+    ):
+        assert whole.shape[1] == TOKENS + NEW and len(set(whole[0, TOKENS:].tolist())) > 1
+        assert torch.equal(whole, found)
+
+
+def _goes_on(prompt: int, change: str) -> dict[str, float]:
+    """Prompts shorter than the convolution too; tokens by one, and several at once."""
+    mesh, model, ids = workers.mesh(1, 2), model_of("Qwen3-Next"), inputs_of(None)["input_ids"]
+    with doors.Doubled(), torch.no_grad():
+        wanted = model(ids[:, : prompt + 4]).logits[:, prompt:]
+        usp.parallelize(model, mesh)
+        cache = door.sharded_cache(mesh)
+        options = {"cache": cache, "use_cache": True}
+        model(ids[:, :prompt], **options)
+        if change == "reset":
+            cache.reset()
+            model(ids[:, :prompt], **options)
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([0, 3]))
+        steps = [(prompt, prompt + 1), (prompt + 1, prompt + 4)]
+        found = torch.cat([model(ids[:, a:b], **options).logits for a, b in steps], 1)
+    return doors.errors({"": wanted}, {"": found})
+
+
+@pytest.mark.parametrize(("prompt", "change"), [(3, ""), (20, "reset"), (11, "repeat")])
+def test_more_tokens_come_to_what_is_there(pool, prompt, change) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_goes_on, prompt, change, ranks=2, timeout=250):
+        assert wrong == {}
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
@@ -206,18 +284,29 @@ def _refused(case: str) -> None:
         inputs["use_cache"] = True
     elif case == "documents":
         inputs["cu_seq_lens_q"] = torch.tensor(DOCUMENTS)
-    elif case == "generation":
-        cache = door.sharded_cache(mesh)
-        inputs |= {"past_key_values": cache, "max_new_tokens": 2, "do_sample": False}
-        model.generate(**inputs)
+    elif case in ("other mesh", "past"):
+        cache = door.sharded_cache(None if case == "other mesh" else mesh)
+        model(**inputs, cache=cache, use_cache=True)
+        cache.activate_past_recording()
+    elif case == "by hand":
+        cache = transformers_cache(model)
+        with usp.spread_attention(usp.Spread(mesh, seq_len=TOKENS)):
+            x = torch.zeros(2, 14 - mesh.rank, 32).double()
+            model.model.layers[0].linear_attn(x, cache=cache)
     model(**inputs)
+
+
+def transformers_cache(model: nn.Module) -> Any:
+    return libraries.library("transformers").DynamicCache(config=model.config)
 
 
 REFUSED = {
     "zigzag": "by the order of the sequence: layout must be 'contiguous'.* got 'zigzag'",
     "cache": r"model\.layers\.0 \(Qwen3NextDecoderLayer\) is given cache",
     "documents": "say which documents there are to usp.cut_batch",
-    "generation": "keeps states, and a sharded cache keys",
+    "other mesh": "and the cache over None",
+    "past": "records no past",
+    "by hand": "a cache of states, which would be of this rank's tokens alone",
     "local": r"ranks hold \(2, 1\) tokens.*no padding from a linear layer of a single one",
 }
 

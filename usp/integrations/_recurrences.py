@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def _led(theirs: Callable[..., Any], ours: Callable[[Region, Told], Any]) -> Cal
         told.apply_defaults()
         region.count()
         given = told.arguments | told.arguments.pop("kwargs", {})
-        fault = _fault(region.tokens, given)
+        fault = _fault(region, given)
         if fault is not None:
             refuse(region.tokens.spread, fault)
         with region.paused():
@@ -94,18 +94,20 @@ def _is_alone(tokens: Tokens) -> bool:
     return len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None
 
 
-def _fault(tokens: Tokens, told: Told) -> Exception | None:
+def _fault(region: Region, told: Told) -> Exception | None:
     """What a rank cannot do for the whole."""
+    tokens = region.tokens
     for name in ("cu_seqlens", "seq_idx"):
         if told.get(name) is not None:
             return NotImplementedError(
                 f"{name} of documents in the model, whose tokens are cut: say which documents "
                 'there are to usp.cut_batch(cu_seqlens=), with parallelize(outputs="local")'
             )
-    if told.get("initial_state") is not None or told.get("output_final_state"):
+    keeps = told.get("output_final_state") and not region.keeps_state
+    if told.get("initial_state") is not None or keeps:
         return NotImplementedError(
             "a cache of states, which would be of this rank's tokens alone: call the model with "
-            "use_cache=False"
+            "use_cache=False, or an empty sharded_cache of the door of transformers"
         )
     x = told.get("hidden_states")
     held = told["query"].shape[1] if x is None else x.shape[-1]
@@ -139,16 +141,20 @@ def _convolved(region: Region, told: Told) -> Tensor:
     return out.transpose(1, 2).to(x.dtype)
 
 
-def _delta_rule(region: Region, told: Told) -> tuple[Tensor, None]:
-    """(B, local tokens, heads, value head dim), and no state."""
-    names = ("query", "key", "value")
+def _delta_rule(region: Region, told: Told) -> tuple[Tensor, Tensor | None]:
+    """(B, local tokens, heads, value head dim), and the state behind the last token of the whole
+    where a cache keeps it."""
+    names, keeps = ("query", "key", "value"), bool(told["output_final_state"])
+    region.keeps_state = False
     dtype = state_dtype(told["query"].dtype)
     q, k, v = (told[name].to(dtype) for name in names)
     if told["use_qk_l2norm_in_kernel"]:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     q = q * q.shape[-1] ** -0.5
-    out = linear_attention(q, k, v, told["g"], beta=told["beta"], **_placed(region.tokens))
-    return cast(Tensor, out).to(told["query"].dtype), None
+    options = _placed(region.tokens) | {"beta": told["beta"], "return_state": keeps}
+    found = linear_attention(q, k, v, told["g"], **options)
+    out, state = found if isinstance(found, tuple) else (found, None)
+    return out.to(told["query"].dtype), state
 
 
 _ANSWERS: dict[str, Callable[[Region, Told], Any]] = {

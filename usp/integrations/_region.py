@@ -45,6 +45,7 @@ class Region(TorchFunctionMode):
         answered: Calls that were answered since the region was made; those in graphs of
             ``torch.compile`` are not counted.
         is_paused: Whether nothing is answered or refused just now.
+        keeps_state: Whether a cache of the whole is to get the state that a linear layer finds.
         owner: Who made it, and finds it again where somebody else enters it a second time.
     """
 
@@ -54,6 +55,7 @@ class Region(TorchFunctionMode):
         self.watch = watch
         self.answered = 0
         self.is_paused = False
+        self.keeps_state = False
         self._graded = True
 
     def __enter__(self) -> Region:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._answer import Tokens
 from usp.integrations._region import current_region
 from usp.integrations._transformers_masks import Described
+from usp.integrations._transformers_states import StatesLayer, check_spread
 from usp.masks import Mask
 from usp.nn.cache import ShardedCache
 from usp.nn.decoding import decode_attention
@@ -39,15 +41,14 @@ class OfMesh:
     """
 
     waiting: Layer | None = None
+    new_states: Callable[[], Any]
 
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises:
-        NotImplementedError: a linear layer asks first for this.
-        """
-        raise NotImplementedError(
-            "a layer of linear attention keeps states, and a sharded cache keys: generate with "
-            "transformers' own cache, on one device (usp.restore(model))"
-        )
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """What a layer of linear attention asks first for, and so begins with."""
+        layers = cast("list[Any]", cast(Any, self).layers)
+        if len(layers) == layer_idx:
+            layers.append(self.new_states())
+        return cast("Tensor | None", cast(Any, super()).get_conv_state(layer_idx, state_idx))
 
 
 class Layer:
@@ -89,17 +90,7 @@ class Layer:
 
     def _extend(self, k: Tensor, v: Tensor, tokens: Tokens) -> None:
         spread = tokens.spread
-        if spread.mesh is not self.mesh:
-            raise ValueError(
-                f"the model is spread over {spread.mesh}, and the cache over {self.mesh}: make it "
-                "with the mesh of usp.parallelize"
-            )
-        if tokens.cut or spread.cu_seqlens is not None or self.held.length:
-            raise NotImplementedError(
-                f"{spread.seq_len} tokens come to a cache of {self.held.length} as they are cut "
-                "outside of the model, or packed: give the model whole tokens (outputs='joined'), "
-                "without documents, and an empty cache"
-            )
+        check_spread(tokens, self.mesh, f"{self.held.length}" if self.held.length else "")
         self.held.extend(k, v, spread.layout, spread.seq_len, spread.validate)
 
     def read(self, mask: Described | Tensor | None, hint: bool) -> None:
@@ -206,12 +197,14 @@ def _left_padding(real: Tensor | None) -> tuple[int, ...]:
 
 
 @cache
-def _classes() -> tuple[Any, Any]:
-    """Of caches and of layers, made of those of transformers."""
-    from transformers.cache_utils import Cache, CacheLayerMixin
+def _classes() -> tuple[Any, Any, Any]:
+    """Of caches, and of layers of both kinds, made of those of transformers."""
+    from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-    return type("ShardedCache", (OfMesh, Cache), {}), type(
-        "ShardedLayer", (Layer, CacheLayerMixin), {}
+    return (
+        type("ShardedCache", (OfMesh, Cache), {}),
+        type("ShardedLayer", (Layer, CacheLayerMixin), {}),
+        type("StatesLayer", (StatesLayer, LinearAttentionLayer), {}),
     )
 
 
@@ -222,15 +215,17 @@ def sharded_cache(mesh: SequenceMesh | None) -> Any:
     rank with the same tokens and, where it samples, the same seed: every rank gets the tokens that
     one device would. A model that ``usp.parallelize`` has spread computes the prompt as it is
     spread, and each rank keeps its shard; tokens that come later are computed on every rank. They
-    attend by ``usp.decode_attention``, in layers with a window and sinks, too.
+    attend by ``usp.decode_attention``, in layers with a window and sinks, too. Layers of linear
+    attention keep a state and a window of their convolution, the same on every rank.
 
     Args:
         mesh: That of ``parallelize``; None is one device.
     """
-    whole, layer = _classes()
+    whole, layer, states = _classes()
     check_mesh(mesh)
     made = whole(layers=[])
     made.layer_class_to_replicate = partial(layer, made, mesh)
+    made.new_states = partial(states, mesh)
     return made
 
 
