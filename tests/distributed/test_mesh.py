@@ -63,6 +63,32 @@ def test_copies_and_pickles_work(pool) -> None:
         assert_close(PLAIN, join(PLAIN, list(results)), expected)
 
 
+def pickled() -> bytes:
+    return pickle.dumps(worker.mesh(2, 1))
+
+
+def of_another_world(pickles: list[bytes]) -> None:
+    worker.mesh(2, 2)  # whose process groups have the names that those had
+    mesh = pickle.loads(pickle.dumps(copy.copy(pickle.loads(pickles[dist.get_rank() % 2]))))
+    assert mesh.ulysses_degree == 2
+    attend(PLAIN, local(PLAIN, 0), mesh)
+
+
+def test_a_mesh_of_another_process_is_refused_and_comes_home(pool) -> None:
+    """Its groups are not there, or others are by their names."""
+    pickles = pool.run(pickled, ranks=2)
+    for rank, error in enumerate(pool.outcomes(of_another_world, pickles, ranks=4)):
+        assert isinstance(error, RemoteError) and error.kind == "RuntimeError"
+        assert f"pickled as rank {rank % 2} of another process" in error.message
+    there_and_back = [pickle.dumps(pickle.loads(each)) for each in pickles]
+    assert pool.run(came_home, there_and_back, ranks=2) == [0, 1]
+
+
+def came_home(pickles: list[bytes]) -> int:
+    mesh = pickle.loads(pickles[dist.get_rank()])
+    return int(mesh.gather_objects(dist.get_rank())[mesh.rank])
+
+
 def side_by_side() -> list[dict[str, torch.Tensor]]:
     """Two meshes of the same ranks in alternation: no state is shared."""
     first, second = usp.init_mesh(4, 1), usp.init_mesh(1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -148,6 +149,27 @@ def _in_trunk(name: str) -> dict[str, float]:
 def test_in_a_trunk(pool, name) -> None:
     for wrong in pool.run(_in_trunk, name, ranks=2):
         assert wrong == {}
+
+
+class Unmasked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None]
+        return flex.flex_attention(x, x, x)[:, 0]
+
+
+def _of_documents(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, spread=usp.Spread(None, cu_seqlens=(0, 4, LENGTH)))
+
+
+def test_documents_on_one_device_are_apart_in_another_process_too() -> None:
+    """Where nobody calls parallelize, but a model is unpickled on which it was called."""
+    model, x = nn.Sequential(Unmasked()), random(1, LENGTH, 12, seed=3)
+    parts = x.split((4, LENGTH - 4), 1)
+    wanted = torch.cat([F.scaled_dot_product_attention(part, part, part) for part in parts], 1)
+    usp.parallelize(model, None, "", outputs="local")
+    torch.testing.assert_close(_of_documents(model, x), wanted)
+    with multiprocessing.get_context("spawn").Pool(1) as another:
+        torch.testing.assert_close(another.apply(_of_documents, (model, x)), wanted)
 
 
 # Refusals -----------------------------------------------------------------------------------------

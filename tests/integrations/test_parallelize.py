@@ -313,6 +313,18 @@ def test_copies_restores_and_leaves_alone(pool) -> None:
         assert wrong == {}
 
 
+def _pickled() -> bytes:
+    return pickle.dumps(usp.parallelize(Model(), workers.mesh(1, 2), BESIDE))
+
+
+def test_in_another_process_a_pickle_says_what_to_do(pool) -> None:
+    twin = pickle.loads(pool.run(_pickled, ranks=2)[0])
+    with pytest.raises(RuntimeError, match=r"rank 0 of another process, .*usp\.restore\(model\)"):
+        twin(tokens())
+    found = usp.parallelize(usp.restore(twin), None, BESIDE)(tokens())["class"]
+    assert doors.errors({"": Model()(tokens())["class"]}, {"": found}) == {}
+
+
 def test_a_forward_of_its_own_comes_back() -> None:
     model = Model()
     own = model.blocks[0].attn.forward

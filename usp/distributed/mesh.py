@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import combinations, count
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from usp.planning.choose.auto import Attention
 
 _NUMBERS = count()
+_PROCESS = ""
 # A graph holds text and numbers: a mesh is found by its name, as long as somebody holds it.
 _BY_NAME: WeakValueDictionary[str, SequenceMesh] = WeakValueDictionary()
 
@@ -64,6 +67,7 @@ class SequenceMesh:
         self.ring_rank = outer.index(rank) * len(inner) + inner.index(rank)
         self.ulysses_rank = axes["ulysses"].index(rank)
         self._ring_ranks: tuple[int, ...] = ()
+        self._home: str | None = None  # the process that made it, where that is another
         if self.ring_levels is not None:
             self._ring_ranks = tuple(self._gather_along_ring(rank))
             _check_ring(self._ring_ranks)
@@ -78,8 +82,12 @@ class SequenceMesh:
         self.compared: set[str] = set()
         self._ranks: tuple[int, ...] | None = None  # of the world; told at the first ``whole``
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_home": self._home or _this_process()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._home = None if self._home == _this_process() else self._home
         self._take_name()
 
     @classmethod
@@ -156,6 +164,12 @@ class SequenceMesh:
         return self._axis("ulysses", self.ulysses_degree, self.ulysses_rank)
 
     def _axis(self, kind: str, size: int, rank: int) -> Axis:
+        if size > 1 and self._home is not None:
+            raise RuntimeError(
+                f"{self!r} was pickled as rank {self.rank} of another process, and is none of the "
+                "process groups here: make one by usp.init_mesh, and for a model of "
+                "usp.parallelize, usp.restore(model) and parallelize it on that"
+            )
         group = self.device_mesh.get_group(self._names[kind]) if size > 1 else None
         return Axis(size, rank, group)
 
@@ -199,6 +213,13 @@ class SequenceMesh:
         double = f", ring_outer_degree={outer}" if outer > 1 else ""
         degrees = f"ulysses_degree={self.ulysses_degree}, ring_degree={self.ring_degree}"
         return f"SequenceMesh({degrees}{double})"
+
+
+def _this_process() -> str:
+    """A word that no other process has, forked ones included."""
+    if not _PROCESS.startswith(f"{os.getpid()}-"):
+        globals()["_PROCESS"] = f"{os.getpid()}-{uuid4()}"
+    return _PROCESS
 
 
 def check_mesh(mesh: SequenceMesh | None) -> SequenceMesh | None:

@@ -65,6 +65,11 @@ class Tokens:
         mine = held[0 if spread.mesh is None else spread.mesh.rank]
         return cls(spread, others, held, mine, cut)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether attention among the tokens of this rank is that of the whole."""
+        return len(self.shares) == 1 and self.spread.cu_seqlens is None
+
     def count_first(self, prefix: int) -> int:
         """How many of the first tokens of the whole this rank holds."""
         if prefix not in self._first:

@@ -2,7 +2,7 @@
 
 It is a function of Python that compares lengths before it calls anything which a mode of torch's
 functions sees. So its code is led through here, once, under whatever name models know it; outside
-of regions, and in regions of one rank, it is torch's as it was.
+of regions, and in regions of one rank without documents, it is torch's as it was.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def lead_through() -> None:
 
     def called(*args: Any, **kwargs: Any) -> Any:
         region = current_region()
-        if region is None or len(region.tokens.shares) == 1:
+        if region is None or region.tokens.is_alone:
             return torchs(*args, **kwargs)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(_answered)(region, torchs, args, kwargs)
@@ -72,7 +72,8 @@ def _answered(
     given.apply_defaults()
     told = given.arguments
     query, key, value = told["query"], told["key"], told["value"]
-    if {query.shape[-2], key.shape[-2]} <= tokens.whole:
+    lengths = {query.shape[-2], key.shape[-2]}
+    if lengths <= tokens.whole or (len(tokens.shares) == 1 and lengths != {tokens.held}):
         return torchs(*args, **kwargs)  # of another sequence, which every rank holds
     try:
         with region.paused():

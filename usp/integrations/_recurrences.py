@@ -2,7 +2,8 @@
 convolution in front of it.
 
 Both are functions of the file of a model, which looks them up by name when it calls them. So they
-are led through here, once; outside of regions, and in regions of one rank, they are as they were.
+are led through here, once; outside of regions, and in regions of one rank without documents, they
+are as they were.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _led(theirs: Callable[..., Any], ours: Callable[[Region, Told], Any]) -> Cal
     @wraps(theirs)
     def called(*args: Any, **kwargs: Any) -> Any:
         region = current_region()
-        if region is None or _is_alone(region.tokens):
+        if region is None or region.tokens.is_alone:
             return theirs(*args, **kwargs)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(answered)(region, args, kwargs)
@@ -88,10 +89,6 @@ def _led(theirs: Callable[..., Any], ours: Callable[[Region, Told], Any]) -> Cal
 
     called.called_in_usp = True  # type: ignore[attr-defined]
     return called
-
-
-def _is_alone(tokens: Tokens) -> bool:
-    return len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None
 
 
 def _fault(region: Region, told: Told) -> Exception | None:

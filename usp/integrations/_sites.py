@@ -18,6 +18,7 @@ from usp.integrations._beside import (
     documents_again,
     with_documents,
 )
+from usp.integrations._led import lead_through
 from usp.integrations._streams import cut_both, cut_stream, join_both, join_stream
 from usp.integrations._transformers_cache import OfMesh, decodes
 from usp.integrations._trunk import Trunk, first_tensor
@@ -46,6 +47,10 @@ class Whole(Site):
         super().__init__(module, "")
         self.ranks, self.trunks = 1 if mesh is None else mesh.size, tuple(trunks)
         self.nested_tensors: list[nn.TransformerEncoder] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        lead_through()  # in another process nobody may have
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if decodes(kwargs):  # few tokens, which every rank computes

@@ -8,11 +8,11 @@ from typing import TypeVar
 from torch import nn
 
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.integrations import _flex, _recurrences
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, outermost, shortened
 from usp.integrations._cut import Cut, CutTrunk
 from usp.integrations._families import family
+from usp.integrations._led import lead_through
 from usp.integrations._parts import Across, Alone, Local, Multihead, Reader, Samples, States
 from usp.integrations._sites import Block, Inside, Whole
 from usp.integrations._tiles import of_trunk, tiled_sites
@@ -83,8 +83,7 @@ def parallelize(
             f"{type(model).__qualname__} is parallelized, or a part of it is: usp.restore(model) "
             "first"
         )
-    _flex.lead_through()
-    _recurrences.lead_through()
+    lead_through()
     names = dict(model.named_modules(remove_duplicate=False))
     given = [trunk] if isinstance(trunk, str | Boundary) else trunk
     boundaries = family(model) if given is None else [_boundary(item) for item in given]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from usp.integrations import _flex, _recurrences
 from usp.integrations._answer import Tokens
+from usp.integrations._led import lead_through
 from usp.integrations._region import Region
 from usp.nn.spread import Spread
 
@@ -50,6 +50,5 @@ def spread_attention(spread: Spread, *, whole: Sequence[int] = (), watch: bool =
         ...     x = self.blocks(x)                            # as it was
         >>> x = spread.unshard(x)
     """
-    _flex.lead_through()
-    _recurrences.lead_through()
+    lead_through()
     return Region(Tokens.of(spread, whole), watch)

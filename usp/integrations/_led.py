@@ -1,0 +1,11 @@
+"""Functions that no mode of torch sees, led through usp."""
+
+from __future__ import annotations
+
+from usp.integrations import _flex, _recurrences
+
+
+def lead_through() -> None:
+    """From here on they ask whether they are called in a region; once for a process."""
+    _flex.lead_through()
+    _recurrences.lead_through()
