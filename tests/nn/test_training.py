@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training_case import (
@@ -127,6 +127,26 @@ def fsdp_over_all(place: Place, factor: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_fsdp_over_data_and_sequence(pool, place: Place, factor: str) -> None:
     check(pool, fsdp_over_all, place, factor)
+
+
+def fsdp_on_gloo(sums: bool) -> tuple[float, str]:
+    """In fp32, the gradient of a weight that each of two ranks multiplies with 3."""
+    model = fully_shard(nn.Linear(1, 2), mesh=init_device_mesh("cpu", (2,)))
+    model.set_gradient_divide_factor(1)
+    if sums:
+        model.set_force_sum_reduction_for_comms(True)
+    try:
+        model(torch.full((1, 1), 3.0)).sum().backward()
+    except RuntimeError as refusal:
+        return 0.0, str(refusal)
+    return float(model.weight.grad.full_tensor()[0, 0]), ""
+
+
+def test_a_divisor_of_fsdp_on_gloo(pool) -> None:
+    """What docs/training.md says of it."""
+    assert pool.run(fsdp_on_gloo, True, ranks=2) == [(6.0, "")] * 2
+    for _, refusal in pool.run(fsdp_on_gloo, False, ranks=2):
+        assert "PREMUL_SUM with Gloo" in refusal
 
 
 def fsdp_over_data(place: Place) -> dict[str, Tensor]:
