@@ -224,6 +224,27 @@ def test_intervals_of_pairs_do_not_stay_on_a_device() -> None:
     assert len(spans) == 3 and not any(span._on_device for span in spans)
 
 
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+def test_causal_work_of_ranks_and_pages_of_turns(layout: str) -> None:
+    """What docs/offload.md says of the order of tokens along a ring."""
+    masks, length, ring, count = masks_of(make_mask(causal=True)), 256, 4, 4
+    tokens = ((length // ring,),) * ring
+    works, seen = [], []
+    for rank in range(ring):
+        plan = make_plan(masks, (layout,) * 2, (length, length), ring, rank, "auto", 1)
+        turns = make_chunks(plan, masks, length, tokens[rank], tokens, count).plans
+        works.append([sum(step.pairs for step in turn.steps) for turn in turns])
+        seen.append([sum(step.pairs > 0 for step in turn.steps) for turn in turns])
+    pairs = length // ring * length // count // 2
+    totals = [sum(work) for work in works]
+    assert max(totals) - min(totals) < min(totals) / 20
+    if layout == "striped":
+        assert seen == [[ring * (turn + 1) for turn in range(count)]] * ring
+        assert all(max(turn) - min(turn) < pairs // 8 for turn in zip(*works, strict=True))
+    else:
+        assert works[0][0] < works[-1][0] / 4
+
+
 def test_graphs_and_transforms_are_refused() -> None:
     q, k, v = (x.detach() for x in tensors())
 

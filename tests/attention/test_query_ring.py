@@ -18,7 +18,7 @@ from judge import attend, judge
 import usp
 from usp import masks
 from usp.ops.delta import row_products, with_products
-from usp.planning.cost import Place, Shape, bytes_sent, queries_move
+from usp.planning.cost import Place, Shape, bytes_sent, what_moves
 from usp.planning.gathered import Moves, Sizes
 from usp.planning.layout import rows
 from usp.planning.masks.mask import Mask
@@ -48,8 +48,8 @@ def test_auto_takes_what_sends_less(heads: int, kv_heads: int) -> None:
         (sent[transport],) = each
     assert (sent["query_ring"], sent["ring"]) == by_hand(heads, kv_heads, 4, 1024, 64)
     assert sent["auto"] == min(sent.values())
-    moves = queries_move(shape, Place(4, 1, 0, 0))
-    assert moves == Moves(False, sent["query_ring"] < sent["ring"])
+    moves = what_moves(shape, Place(4, 1, 0, 0))
+    assert moves == Moves("keys", "queries" if sent["query_ring"] < sent["ring"] else "keys")
 
 
 MASKS = {
@@ -63,14 +63,37 @@ MASKS = {
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
-def test_under_any_mask_auto_sends_no_more_than_either(mask: Mask, layout: str) -> None:
-    shape = shape_of(4, 4)
+def test_under_any_mask_auto_sends_no_more_than_any(mask: Mask, layout: str) -> None:
+    """On one level and on two, where queries and keys may both move."""
+    for (ranks, nodes), kv_heads in product([(4, 1), (4, 2), (6, 3)], [4, 1]):
+        shape = shape_of(4, kv_heads)
+        for backward in (False, True):
 
-    def sent(transport: str) -> int:
-        places = (Place(4, 1, r, 0, layout, mask, transport) for r in range(4))
-        return sum(bytes_sent(shape, place, backward=True).total for place in places)
+            def sent(transport: str) -> int:
+                places = (
+                    Place(ranks, 1, r, 0, layout, mask, transport, nodes) for r in range(ranks)
+                )
+                return sum(bytes_sent(shape, place, backward).total for place in places)
 
-    assert sent("auto") <= min(sent("query_ring"), sent("ring"))
+            others = ["query_ring", "ring"] if backward else ["ring", "direct", "queries"]
+            others += ["grid"] if nodes > 1 else []
+            assert sent("auto") <= min(map(sent, others))
+
+
+def test_auto_takes_a_grid_where_it_sends_less() -> None:
+    """Full attention, n tokens a rank, bf16: by the formulas of docs/rings.md."""
+    for (nodes, inner), (heads, kv_heads) in product([(2, 2), (4, 2), (2, 4)], [(4, 4), (8, 1)]):
+        degree, n, d = nodes * inner, 4096 // (nodes * inner), 64
+        keys = 4 * kv_heads * d
+        forward = (nodes - 1) * keys + (inner - 1) * heads * (6 * d + 4), (degree - 1) * keys
+        back = (nodes - 1) * 3 * keys + (inner - 1) * heads * (8 * d + 8)
+        backward = back, (degree - 1) * min(3 * keys, heads * (8 * d + 8))
+        shape = shape_of(heads, kv_heads)
+        place = Place(degree, 1, 0, 0, ring_outer_degree=nodes)
+        moves = what_moves(shape, place)
+        for sent, move, is_back in zip((forward, backward), moves, (False, True), strict=True):
+            assert bytes_sent(shape, place, is_back).total == n * min(sent)
+            assert (move == "both") == (sent[0] < sent[1])
 
 
 @given(

@@ -24,21 +24,21 @@ Executor = Ring | QueryRing | Replicas  # a grid's is a ring, too
 
 def local_executor(
     mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> tuple[Executor, None]:
+) -> tuple[Executor, Ring]:
     """Where one side is on every rank, nothing moves but results for queries that are."""
     lengths = request.query_len, request.key_len
     plan = make_local_plan(request.masks, request.layouts, lengths, *degrees_and_place(mesh))
     local = Ring(ALONE, plan, heads, request.scoring, request.backend)
     axes = () if mesh is None else tuple(x for x in (mesh.ulysses, mesh.ring) if x.size > 1)
     if axes and isinstance(request.layouts[0], Replicated):
-        return Replicas(local, axes), None
-    return local, None
+        return Replicas(local, axes), local
+    return local, local
 
 
 def executors(
     mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> tuple[Ring | QueryRing, QueryRing | None]:
-    """Whether keys move or queries, and how; the second where queries do in the backward."""
+) -> tuple[Ring | QueryRing, Ring | QueryRing]:
+    """Whether keys move, queries or both, and how, in a forward and in its backward."""
     ring, levels = (ALONE, None) if mesh is None else (mesh.ring, mesh.ring_levels)
     what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
     kv, transport = heads.kv_range[1] - heads.kv_range[0], request.transport
@@ -48,17 +48,23 @@ def executors(
         width = request.latent_width if heads.count else 0
     sizes = Sizes(tensors.q.shape[0], heads.count, width, *dims, tensors.q.dtype)
     shared = heads, request.scoring, request.backend
-    if transport == "grid" and levels is not None:
-        grid = make_grid(*what, ring.rank, levels[0].size)
-        return GridRing(levels[0], grid.plans[0], *shared, None, levels[1], grid), None
-    moves = Moves(False, False)  # keys come in chunks, both ways
+    outer = 1 if levels is None else levels[0].size
+    moves = Moves("keys", "keys")  # they come in chunks, both ways
     if not request.in_chunks:
-        moves = which_move(transport, what, sizes, tensors.attn_bias is not None)
-    outer, back = 1 if levels is None else levels[0].size, None
-    if moves.backward:
-        steps = make_query_steps(*what, ring.rank, of_query_steps(transport), outer)
-        back = QueryRing(ring, steps, *shared, levels)
-    if moves.forward:
-        return QueryRing(ring, make_query_steps(*what, ring.rank, "direct"), *shared), back
-    plan = make_plan(*what, ring.rank, of_keys(transport), outer)
-    return Ring(ring, plan, *shared, levels), back
+        grid = outer if request.latent_width is None else 1
+        moves = which_move(transport, what, sizes, tensors.attn_bias is not None, grid)
+
+    def of(move: str, backward: bool) -> Ring | QueryRing:
+        if move == "queries":
+            along = (of_query_steps(transport), outer) if backward else ("direct",)
+            steps = make_query_steps(*what, ring.rank, *along)
+            return QueryRing(ring, steps, *shared, levels if backward else None)
+        if move == "both":
+            assert levels is not None
+            grid = make_grid(*what, ring.rank, outer)
+            return GridRing(levels[0], grid.plans[0], *shared, None, levels[1], grid)
+        return Ring(ring, make_plan(*what, ring.rank, of_keys(transport), outer), *shared, levels)
+
+    forward = of(moves.forward, False)
+    alike = moves.forward == moves.backward != "queries"
+    return forward, forward if alike else of(moves.backward, True)

@@ -121,8 +121,8 @@ def long_context_attention(
             to the keys that they see and merges what is found there; "query_ring" passes keys
             as "ring" does, and in the backward queries in their place; "grid", on a ring of two
             levels, moves queries in a node and keys between nodes (these three without
-            ``attn_bias``). "auto" takes what sends least, of keys and queries in each pass, and
-            for these the ring where it sends no row more than "direct" would.
+            ``attn_bias``). "auto" takes what sends least in each pass, of keys, queries and a
+            grid, and for keys the ring where it sends no row more than "direct" would.
         return_lse: Also return the LSE.
         backend: "auto", or one of ``usp.backends()`` by name, which never falls back.
         chunks: In how many pieces of its tokens a rank is to work off the call, at most one a

@@ -77,11 +77,11 @@ class Call:
 
     Attributes:
         ulysses: The row's axis.
-        ring: The executor's part.
+        ring: The executor's part of the forward.
         heads: Query heads of each rank of the row, of those of this call.
         request: The arguments.
         bias_cut: How the bias changes hands, if there is one.
-        back: Where queries travel in the backward, how.
+        back: That of the backward.
     """
 
     ulysses: Axis
@@ -89,7 +89,7 @@ class Call:
     heads: tuple[Heads, ...]
     request: Request
     bias_cut: BiasCut | None
-    back: QueryRing | None = None
+    back: Ring | QueryRing
 
     @cached_property
     def query_cut(self) -> Cut:
@@ -223,22 +223,21 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
     dout, dlse = scattered_gradients(dout, dlse, call)
-    ring, dtype = call.ring, inputs.q.dtype
-    if isinstance(ring, Replicas):
+    ring, dtype = call.back, inputs.q.dtype
+    if isinstance(call.ring, Replicas):
         with as_given(dout.device):
-            dout, *rest = summed([dout] if dlse is None else [dout, dlse], ring)
-        dlse, ring = rest[0] if rest else None, ring.local
+            dout, *rest = summed([dout] if dlse is None else [dout, dlse], call.ring)
+        dlse = rest[0] if rest else None
     dout = last_dim_contiguous(dout)
     # Key heads that several ranks read are summed on arrival: that sum is taken in fp32.
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, ring.backend)
-        if call.back is not None:
-            grads = query_ring_backward(inputs, saved, call.back, kv_dtype)
+        if isinstance(ring, QueryRing):
+            grads = query_ring_backward(inputs, saved, ring, kv_dtype)
         elif isinstance(ring, GridRing):
             grads = grid_backward(inputs, saved, ring, kv_dtype)
         else:
-            assert isinstance(ring, Ring)
             grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)
     dq, dk, dv = grads.dq, grads.dk, grads.dv
     if call.ulysses.size > 1:

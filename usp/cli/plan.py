@@ -17,7 +17,7 @@ from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
 from usp.cli.work import Work, balance, of_grid, of_keys_that_come, of_queries_that_come
 from usp.planning.choose.model import MODELS
-from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, queries_move
+from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, what_moves
 from usp.planning.grid import make_grid
 from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
@@ -150,10 +150,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--ring-outer {arguments.ring_outer} does not divide --ring {arguments.ring}"
         )
-    if arguments.transport == "grid" and not 1 < arguments.ring_outer < max(2, arguments.ring):
+    nodes, ring = arguments.ring_outer, arguments.ring
+    if arguments.transport == "grid" and ring > 1 and not 1 < nodes < ring:
         raise ValueError(
             f"--transport grid needs a ring of two levels: --ring-outer between 1 and --ring "
-            f"{arguments.ring}, got {arguments.ring_outer}"
+            f"{ring}, got {nodes}"
         )
     if arguments.kv_heads and arguments.heads % arguments.kv_heads:
         raise ValueError(
@@ -226,8 +227,16 @@ def make_plans(arguments: argparse.Namespace) -> list[Plan]:
 
 def keys_come(arguments: argparse.Namespace) -> bool:
     """Whether each rank sees all keys of its own queries, which a picture can show."""
-    is_here = isinstance(chosen_layouts(arguments)[0], Replicated) or arguments.transport == "grid"
-    return not is_here and not queries_move(chosen_shape(arguments), places(arguments)[0]).forward
+    is_here = isinstance(chosen_layouts(arguments)[0], Replicated)
+    moves = what_moves(chosen_shape(arguments), places(arguments)[0])
+    return not is_here and moves.forward == "keys"
+
+
+_IN_THE_BACKWARD = {
+    "keys": "and in the backward keys to the queries",
+    "queries": "and in the backward queries to the keys",
+    "both": "and in the backward queries in a node and keys between nodes",
+}
 
 
 def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
@@ -235,16 +244,20 @@ def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
     place, shape = places(arguments)[0], chosen_shape(arguments)
     layouts, lengths = chosen_layouts(arguments), (shape.query_len, shape.key_len)
     what, ring = (masks_of(chosen_mask(arguments)), layouts, lengths), arguments.ring
-    if arguments.transport == "grid" and not replicated(layouts):
+    moves = what_moves(shape, place)
+    back = "" if moves.backward == moves.forward else f", {_IN_THE_BACKWARD[moves.backward]}"
+    if moves.forward == "both":
         grids = (make_grid(*what, ring, rank, arguments.ring_outer) for rank in range(ring))
-        return [of_grid(grid) for grid in grids], "queries move in a node, keys between nodes"
-    moves = queries_move(shape, place)
-    if moves.forward:
+        return [
+            of_grid(grid) for grid in grids
+        ], f"queries move in a node, keys between nodes{back}"
+    if moves.forward == "queries":
         plans = (make_query_steps(*what, ring, rank, "direct") for rank in range(ring))
-        return [of_queries_that_come(plan) for plan in plans], "queries move to the keys they see"
+        return [
+            of_queries_that_come(plan) for plan in plans
+        ], f"queries move to the keys they see{back}"
     works = [of_keys_that_come(plan) for plan in make_plans(arguments)]
     if not replicated(layouts):
-        back = ", and in the backward queries to the keys" if moves.backward else ""
         return works, f"keys move to the queries that see them{back}"
     if isinstance(layouts[0], Replicated):
         return works, "queries are on every rank, results are merged"

@@ -277,17 +277,18 @@ def _moved(
     """
     what, mine = _what(shape, place), place.ring_rank
     sizes, outer = _sizes(shape, place), place.ring_outer_degree
-    moves = queries_move(shape, place)
+    moves = what_moves(shape, place)
     queries, keys = sizes.of_queries(backward), sizes.of_keys(backward)
     mask = 1 if shape.key_padding_mask else 0
     # along which axes, by which route, how wide
     moved: list[tuple[Axes, Route | DoubleRing | None, Width]] = []
     by_key = Width(keys.there + mask, keys.back)
-    if place.transport == "grid" and place.ring_degree > 1:
+    move = moves.backward if backward else moves.forward
+    if move == "both":
         grid, inner = make_grid(*what, mine, outer), place.ring_degree // outer
         moved.append((Axes(inner, mine % inner), grid.key_route, by_key))
         moved.append((Axes(1, mine // inner * inner), grid.query_route, queries))
-    elif moves.backward if backward else moves.forward:
+    elif move == "queries":
         name = of_query_steps(place.transport) if backward else "direct"
         steps = make_query_steps(*what, mine, name, outer if backward else 1)
         moved.append((Axes(1, 0), steps.route, queries))
@@ -339,9 +340,10 @@ def _sizes(shape: Shape, place: Place) -> Sizes:
     return Sizes(shape.batch, own, width, *dims, shape.dtype)
 
 
-def queries_move(shape: Shape, place: Place) -> Moves:
-    """Whether queries move along the ring and not keys."""
+def what_moves(shape: Shape, place: Place) -> Moves:
+    """Whether keys move along the ring, queries, or both."""
     if place.ring_degree == 1 or replicated(both(place.layout)):
-        return Moves(False, False)
-    sizes, has_bias = _sizes(shape, place), shape.bias is not None
-    return which_move(place.transport, _what(shape, place), sizes, has_bias)
+        return Moves("keys", "keys")
+    what, has_bias = _what(shape, place), shape.bias is not None
+    outer = place.ring_outer_degree if shape.latent_width is None else 1
+    return which_move(place.transport, what, _sizes(shape, place), has_bias, outer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 
 from usp.planning.route import (
     Arrival,
@@ -23,6 +24,8 @@ from usp.planning.route import (
     choose_way,
     make_route,
     route_along,
+    rows_along,
+    rows_moved,
 )
 from usp.planning.rows import Rows, all_rows, union_of_rows
 
@@ -92,10 +95,7 @@ def make_double_ring(
     routes, arrivals = [], []
     for blocks in zip(*brought, strict=True):
         owners = [arrival.owner * inner + at for at, arrival in enumerate(blocks)]
-        inside = [
-            [[table[node * inner + other][owner] for owner in owners] for other in range(inner)]
-            for table in needs
-        ]
+        inside = _in_node(needs, inner, node, blocks[0].owner)
         route = make_route(transport, inside, [arrival.cargo for arrival in blocks], place)
         routes.append(route)
         shown = [Arrival(place, blocks[place].cargo), *(() if route is None else route.arrivals)]
@@ -122,6 +122,30 @@ def between_nodes(needs: Needs, degree: int) -> list[list[list[list[Rows]]]]:
         ]
         for at in range(inner)
     ]
+
+
+def rows_on_two_levels(
+    transport: str, needs: Needs, counts: Sequence[int], degree: int
+) -> tuple[int, int]:
+    """``rows_moved`` along both axes; arguments as there, and nodes."""
+    inner, outside = len(needs[0]) // degree, between_nodes(needs, degree)
+    way = choose_way(transport, [table for of_place in outside for table in of_place])
+    found = [
+        rows_along(_of_parts(way, slice(at * len(needs), (at + 1) * len(needs))), tables, counts)
+        for at, tables in enumerate(outside)
+    ]
+    found += [
+        rows_moved(transport, _in_node(needs, inner, node, owner), counts)
+        for node, owner in product(range(degree), repeat=2)
+    ]
+    sent, returned = zip(*found, strict=True)
+    return sum(sent), sum(returned)
+
+
+def _in_node(needs: Needs, inner: int, node: int, owner: int) -> list[list[list[Rows]]]:
+    """Of each part: what each rank of a node needs of each rank of another one, or of its own."""
+    members, owners = (range(inner * each, inner * (each + 1)) for each in (node, owner))
+    return [[[table[rank][one] for one in owners] for rank in members] for table in needs]
 
 
 def _of_parts(way: Way | str | None, parts: slice) -> Way | str | None:

@@ -1,8 +1,9 @@
-"""Whether queries move along the ring and not keys, in a forward and in its backward.
+"""Whether keys move along the ring, queries or both, in a forward and in its backward.
 
 Few queries over many keys (latents, pooling by attention, decoding) move both times: each rank
 computes the queries of all that see its keys, and what was found is merged at home. In a backward
-they may travel alone (``planning/query_ring.py``).
+they may travel alone (``planning/query_ring.py``). On two levels both may move, on a grid
+(``planning/grid.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from usp.planning.double_ring import rows_on_two_levels
+from usp.planning.grid import rows_on_grid
 from usp.planning.layout import Layout, rows
 from usp.planning.problem import state_dtype
 from usp.planning.reach import needed_queries, needed_rows
@@ -69,10 +72,18 @@ class Sizes:
 
 
 class Moves(NamedTuple):
-    """Whether queries move."""
+    """What moves: "keys", "queries", or "both", on a grid."""
 
-    forward: bool
-    backward: bool
+    forward: str
+    backward: str
+
+
+_OF_TRANSPORTS = {
+    "queries": Moves("queries", "queries"),
+    "query_ring": Moves("keys", "queries"),
+    "grid": Moves("both", "both"),
+}
+_KEYS = Moves("keys", "keys")
 
 
 def which_move(
@@ -80,6 +91,7 @@ def which_move(
     what: tuple[Masks, Layouts, tuple[int, int], int],
     sizes: Sizes,
     has_bias: bool,
+    outer_degree: int = 1,
 ) -> Moves:
     """What moves, worked out alike on every rank of a ring.
 
@@ -88,14 +100,23 @@ def which_move(
         what: Masks, layouts of queries and keys, both lengths, and ranks of the ring.
         sizes: Of tensors; all ranks of a ring hold the same heads.
         has_bias: Its rows lie with the queries, and stay.
+        outer_degree: Nodes of a ring of two levels whose ranks may form a grid; 1 where they may
+            not.
     """
     if what[-1] == 1:
-        return Moves(False, False)
+        return _KEYS
     if transport != "auto" or has_bias:
-        return Moves(transport == "queries", transport in ("queries", "query_ring"))
-    if queries_are_less(*what, sizes, False):
-        return Moves(True, True)  # a backward favours queries more, whatever the head dims
-    return Moves(False, queries_are_less(*what, sizes, True) or queries_go_back(*what, sizes))
+        return _OF_TRANSPORTS.get(transport, _KEYS)
+    forward = queries_are_less(*what, sizes, False)
+    # a backward favours queries more, whatever the head dims
+    backward = forward or queries_are_less(*what, sizes, True) or queries_go_back(*what, sizes)
+    moves = Moves(*("queries" if each else "keys" for each in (forward, backward)))
+    if not 1 < outer_degree < what[-1]:
+        return moves
+    less = [
+        grid_is_less(*what, sizes, outer_degree, move, bool(way)) for way, move in enumerate(moves)
+    ]
+    return Moves(*("both" if grid else move for grid, move in zip(less, moves, strict=True)))
 
 
 @lru_cache(maxsize=64)
@@ -109,6 +130,15 @@ def queries_are_less(
 ) -> bool:
     """Whether moving all queries that see something sends less in one pass than moving the keys
     that they see, over all ranks."""
+    queries, keys = _rows_that_move(masks, layouts, lengths, ring_degree, sizes.batch)
+    query, key = sizes.of_queries(backward), sizes.of_keys(backward)
+    return queries * query.both < keys * key.both
+
+
+def _rows_that_move(
+    masks: Masks, layouts: Layouts, lengths: tuple[int, int], ring_degree: int, batch: int
+) -> tuple[int, int]:
+    """Rows of queries that see something of another rank, whole rows to each, and of keys."""
     keys = 0
     seen: set[tuple[int, int]] = set()
     for part in masks:
@@ -116,12 +146,10 @@ def queries_are_less(
         for rank, row in enumerate(table):
             for owner, needed in enumerate(row):
                 if rank != owner and len(needed):
-                    keys += part.samples.count(sizes.batch) * len(needed)
+                    keys += part.samples.count(batch) * len(needed)
                     seen.add((rank, owner))
     queries = rows(layouts[0], lengths[0], ring_degree)
-    moved = sizes.batch * sum(len(queries[rank]) for rank, _ in seen)
-    query, key = sizes.of_queries(backward), sizes.of_keys(backward)
-    return moved * query.both < keys * key.both
+    return batch * sum(len(queries[rank]) for rank, _ in seen), keys
 
 
 @lru_cache(maxsize=64)
@@ -142,3 +170,37 @@ def queries_go_back(
         sent, returned = rows_moved("auto", needs, counts)
         total.append(sent * width.there + returned * width.back)
     return total[0] < total[1]
+
+
+@lru_cache(maxsize=64)
+def grid_is_less(
+    masks: Masks,
+    layouts: Layouts,
+    lengths: tuple[int, int],
+    ring_degree: int,
+    sizes: Sizes,
+    outer_degree: int,
+    other: str,
+    backward: bool,
+) -> bool:
+    """Whether a grid sends less in one pass than keys or queries along a ring of two levels do,
+    over all ranks.
+
+    Args:
+        other: What moves where it is no grid.
+    """
+    key, query = sizes.of_keys(backward), sizes.of_queries(backward)
+    counts = [part.samples.count(sizes.batch) for part in masks]
+    needs = [needed_rows(part.mask, layouts, lengths, ring_degree) for part in masks]
+    held = [len(row) for row in rows(layouts[0], lengths[0], ring_degree)]
+    queries, keys = rows_on_grid(needs, held, counts, outer_degree)
+    total = sizes.batch * queries * query.both + keys[0] * key.there + keys[1] * key.back
+    if other == "queries" and not backward:
+        moved, _ = _rows_that_move(masks, layouts, lengths, ring_degree, sizes.batch)
+        return total < moved * query.both
+    width = key
+    if other == "queries":
+        width = query
+        needs = [needed_queries(part.mask, layouts, lengths, ring_degree) for part in masks]
+    sent, returned = rows_on_two_levels("auto", needs, counts, outer_degree)
+    return total < sent * width.there + returned * width.back

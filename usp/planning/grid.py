@@ -9,6 +9,7 @@ arXiv:2512.20968).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +17,8 @@ from usp.planning.double_ring import between_nodes
 from usp.planning.layout import Layout, rows
 from usp.planning.plan import Plan, plan_of
 from usp.planning.reach import needed_rows
-from usp.planning.route import Arrival, Route, make_route
-from usp.planning.rows import Rows, all_rows, no_rows
+from usp.planning.route import Arrival, Needs, Route, make_route, rows_moved
+from usp.planning.rows import all_rows, no_rows
 from usp.planning.samples import Masks
 
 Layouts = tuple[Layout, Layout]
@@ -63,14 +64,13 @@ def make_grid(
     arrivals += [Arrival(owners[arrival.owner], arrival.cargo) for arrival in come]
     members = [node * inner + each for each in range(inner)]
     lengths_of = [len(queries[member]) for member in members]
-
-    def sees(member: int, at: int) -> Rows:
-        """All queries of a member of the node if any of them sees keys of a place."""
-        column = range(at, ring_degree, inner)
-        seen = any(len(table[member][owner]) for table in needs for owner in column)
-        return all_rows(len(queries[member])) if seen else no_rows(len(queries[member]))
-
-    table = [[sees(member, at) for member in members] for at in range(inner)]
+    table = [
+        [
+            all_rows(length) if _sees(needs, member, at, inner) else no_rows(length)
+            for member, length in zip(members, lengths_of, strict=True)
+        ]
+        for at in range(inner)
+    ]
     whole = [(all_rows(length),) for length in lengths_of]
     query_route = make_route("direct", [table], whole, place)
     here = [place, *(() if query_route is None else [a.owner for a in query_route.arrivals])]
@@ -79,3 +79,33 @@ def make_grid(
         for each in here
     )
     return Grid(plans, query_route, route)
+
+
+def rows_on_grid(
+    needs: Needs, lengths: Sequence[int], counts: Sequence[int], outer_degree: int
+) -> tuple[int, tuple[int, int]]:
+    """Rows of queries that all ranks of a ring send together in their nodes, of one sample; and of
+    keys, as ``rows_moved`` counts them.
+
+    Args:
+        needs: What each rank of the ring sees of each owner.
+        lengths: Queries of each rank.
+        counts: Samples of each part of the batch.
+    """
+    inner = len(lengths) // outer_degree
+    queries = sum(
+        length
+        for rank, length in enumerate(lengths)
+        for at in range(inner)
+        if at != rank % inner and _sees(needs, rank, at, inner)
+    )
+    found = [
+        rows_moved("ring", of_place, counts) for of_place in between_nodes(needs, outer_degree)
+    ]
+    sent, returned = zip(*found, strict=True)
+    return queries, (sum(sent), sum(returned))
+
+
+def _sees(needs: Needs, rank: int, at: int, inner: int) -> bool:
+    """Whether any query of a rank sees keys of a place."""
+    return any(len(rows) for table in needs for rows in table[rank][at::inner])

@@ -200,7 +200,12 @@ def rows_moved(transport: str, needs: Needs, counts: Sequence[int]) -> tuple[int
         transport, needs: As of ``make_route``.
         counts: Samples of each part of the batch.
     """
-    way, ranks = choose_way(transport, needs), range(len(needs[0]))
+    return rows_along(choose_way(transport, needs), needs, counts)
+
+
+def rows_along(way: Way | str | None, needs: Needs, counts: Sequence[int]) -> tuple[int, int]:
+    """The same where the way is known."""
+    ranks = range(len(needs[0]))
 
     def size(cargo: Cargo) -> int:
         return sum(count * len(rows) for count, rows in zip(counts, cargo, strict=True))
