@@ -66,18 +66,18 @@ MASKS = {
 def test_under_any_mask_auto_sends_no_more_than_any(mask: Mask, layout: str) -> None:
     """On one level and on two, where queries and keys may both move."""
     for (ranks, nodes), kv_heads in product([(4, 1), (4, 2), (6, 3)], [4, 1]):
-        shape = shape_of(4, kv_heads)
-        for backward in (False, True):
+        of_ring = mask, layout, ranks, nodes, kv_heads
+        keys, grid = ["query_ring", "ring"], ["grid"] if nodes > 1 else []
+        for backward, others in ((False, ["ring", "direct", "queries"]), (True, keys)):
+            least = min(sent_by_all(name, backward, *of_ring) for name in others + grid)
+            assert sent_by_all("auto", backward, *of_ring) <= least
 
-            def sent(transport: str) -> int:
-                places = (
-                    Place(ranks, 1, r, 0, layout, mask, transport, nodes) for r in range(ranks)
-                )
-                return sum(bytes_sent(shape, place, backward).total for place in places)
 
-            others = ["query_ring", "ring"] if backward else ["ring", "direct", "queries"]
-            others += ["grid"] if nodes > 1 else []
-            assert sent("auto") <= min(map(sent, others))
+def sent_by_all(
+    transport: str, backward: bool, mask: Mask, layout: str, ranks: int, nodes: int, kv_heads: int
+) -> int:
+    places = [Place(ranks, 1, r, 0, layout, mask, transport, nodes) for r in range(ranks)]
+    return sum(bytes_sent(shape_of(4, kv_heads), place, backward).total for place in places)
 
 
 def test_auto_takes_a_grid_where_it_sends_less() -> None:
