@@ -17,7 +17,7 @@ from usp.integrations import transformers as door
 
 pytestmark = pytest.mark.library
 NEW = 13
-KINDS = ["Llama", "Qwen3", "gpt-oss"]
+KINDS = ["Llama", "Qwen3", "gpt-oss", "DeepSeek-V3"]
 # of which eager attention alone is right, which in fp64 is NaN in rows that see nothing
 OF_EAGER = ("gpt-oss", "Gemma 2")
 WAYS: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ def test_more_tokens_come_to_what_is_there(pool, change) -> None:
 def _refused(case: str) -> None:
     placed = workers.mesh(1, 2)
     kind = "DeepSeek-V3" if case == "latents" else "Llama"
-    model = model_of(kind, "sdpa" if case == "attention" else "usp")
+    model = model_of(kind, "sdpa" if case in ("attention", "latents") else "usp")
     ids = inputs_of("Llama", None)["input_ids"]
     cache = door.sharded_cache(None if case == "mesh" else placed)
     options: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def _refused(case: str) -> None:
     ("case", "message"),
     [
         ("attention", 'attn_implementation="usp"'),
-        ("latents", "models that keep latents"),
+        ("latents", 'attn_implementation="usp"'),
         ("mesh", "the cache over None"),
         ("striped", "a run for each token"),
         ("right", "on the left"),

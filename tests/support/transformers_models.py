@@ -61,18 +61,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "DeepSeek-V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", MLA),
 }
-OF_EXPERTS = ("gpt-oss", "DeepSeek-V3", "DeepSeek-V3 at 192 / 128")
 # keys of 128 and 64 features and values of 128, as the published models have them
 FULL = MLA | {"num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 128}
 FULL |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
-OF_FULL_SIZE = {"DeepSeek-V3 at 192 / 128": (*MODELS["DeepSeek-V3"][:2], FULL)}
+MORE = {
+    "DeepSeek-V3 at 192 / 128": (*MODELS["DeepSeek-V3"][:2], FULL),
+    "DeepSeek-V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", MLA),
+    "GLM-4.7-Flash": ("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", MLA),
+}
+OF_EXPERTS = ("gpt-oss", "DeepSeek-V3", *MORE)
 OF_IMAGES = ("ViT", "DINOv3", "CLIP vision", "SigLIP vision")
 
 
 def model_of(kind: str, implementation: str = "usp") -> nn.Module:
     library = libraries.library("transformers")
     door.register()
-    config, name, options = (MODELS | OF_FULL_SIZE)[kind]
+    config, name, options = (MODELS | MORE)[kind]
     config = getattr(library, config)(**options, use_cache=False)
     torch.manual_seed(0)
     model = getattr(library, name)._from_config(config, attn_implementation=implementation)

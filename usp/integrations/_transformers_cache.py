@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._answer import Tokens
 from usp.integrations._region import current_region
+from usp.integrations._transformers_latents import CACHED, Latents, lead_through
 from usp.integrations._transformers_masks import Described
 from usp.integrations._transformers_states import StatesLayer, check_spread
 from usp.masks import Mask
@@ -21,15 +21,13 @@ from usp.nn.decoding import decode_attention
 from usp.planning.masks.mask import Intersection
 from usp.planning.masks.terms import Interval
 
-# Keys that were cached a moment ago: attention is handed the tensor and not the cache.
-_NEW: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-
-def just_cached(key: Tensor) -> Layer | None:
-    """The layer that these keys have come to, told once; None for keys of no such cache."""
-    found = cast("Layer | None", _NEW.pop(key, None))
+def just_cached(key: Tensor, latents: Latents | None) -> Layer | None:
+    """The layer that these keys have come to, told once, which keeps them or what they are made
+    of; None for keys of no such cache."""
+    found = cast("Layer | None", CACHED.pop(key if latents is None else latents.latent, None))
     if found is not None:
-        found.cache.waiting = None
+        found.keep(latents)
     return found
 
 
@@ -62,6 +60,7 @@ class Layer:
         self.cache, self.mesh, self.is_initialized = cache, mesh, True
         self.held = ShardedCache(mesh)
         self.is_read = False
+        self._new: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first keys say what is held."""
@@ -78,17 +77,30 @@ class Layer:
             raise NotImplementedError(
                 "what a layer keeps came to a sharded cache, and its attention did not look "
                 'there: load the model with attn_implementation="usp"; models that keep latents '
-                "and make keys of them are not known here (usp.decode_attention is for them, too)"
+                "and make keys of them in a way that is not known here can do it with "
+                "usp.decode_attention"
             )
-        k, v, region = key_states.transpose(1, 2), value_states.transpose(1, 2), current_region()
+        self._new = key_states, value_states
+        self.cache.waiting = CACHED[key_states] = self
+        return key_states, value_states
+
+    def keep(self, latents: Latents | None) -> None:
+        """What has come a moment ago, which is keys and values, or what these are made of."""
+        assert self._new is not None
+        k: Tensor = self._new[0].transpose(1, 2)
+        v: Tensor | None = self._new[1].transpose(1, 2)
+        self._new, self.cache.waiting, region = None, None, current_region()
+        if latents is not None:
+            if not self.held.length:
+                width = latents.latent.shape[-1]
+                self.held = ShardedCache(self.mesh, value_dim=width, page=self.held.page)
+            k, v = latents.together, None
         if region is None:
             self.held.append(k, v)
         else:
             self._extend(k, v, region.tokens)
-        self.cache.waiting = _NEW[key_states] = self
-        return key_states, value_states
 
-    def _extend(self, k: Tensor, v: Tensor, tokens: Tokens) -> None:
+    def _extend(self, k: Tensor, v: Tensor | None, tokens: Tokens) -> None:
         spread = tokens.spread
         check_spread(tokens, self.mesh, f"{self.held.length}" if self.held.length else "")
         self.held.extend(k, v, spread.layout, spread.seq_len, spread.validate)
@@ -120,19 +132,23 @@ class Layer:
         self.held.window, self.held.padding = told
         self.is_read = True
 
-    def attend(self, query: Tensor, options: dict[str, Any]) -> Tensor:
+    def attend(self, query: Tensor, latents: Latents | None, options: dict[str, Any]) -> Tensor:
         """The last tokens' attention, (B, H, tokens, D) -> (B, tokens, H, Dv); the same on every
         rank.
 
         Args:
+            latents: Of these tokens, where the cache keeps latents.
             options: Of ``decode_attention``, and ``dropout_p``.
         """
-        options = dict(options)
+        options, q = dict(options), query.transpose(1, 2)
         if options.pop("dropout_p"):
             raise NotImplementedError("dropout beside a cache: call model.eval() first")
-        return cast(
-            Tensor, decode_attention(query.transpose(1, 2), self.held, self.mesh, **options)
-        )
+        if latents is None:
+            return cast(Tensor, decode_attention(q, self.held, self.mesh, **options))
+        if options["softmax_scale"] is None:
+            options["softmax_scale"] = q.shape[-1] ** -0.5
+        q = latents.lowered(q)
+        return latents.raised(cast(Tensor, decode_attention(q, self.held, self.mesh, **options)))
 
     def get_seq_length(self) -> int:
         return self.held.length
@@ -145,7 +161,7 @@ class Layer:
         return self.held.length + query_length, 0
 
     def reset(self) -> None:
-        self.held, self.is_read = ShardedCache(self.mesh), False
+        self.held, self.is_read, self._new = ShardedCache(self.mesh), False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Without the last ``-tokens_to_remove`` tokens."""
@@ -221,6 +237,7 @@ def sharded_cache(mesh: SequenceMesh | None) -> Any:
     Args:
         mesh: That of ``parallelize``; None is one device.
     """
+    lead_through()
     whole, layer, states = _classes()
     check_mesh(mesh)
     made = whole(layers=[])

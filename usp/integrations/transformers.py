@@ -16,10 +16,10 @@ from usp.attention.functional import long_context_attention
 from usp.integrations._answer import Tokens, answer, refuse
 from usp.integrations._region import Region, current_region
 from usp.integrations._transformers_cache import just_cached, sharded_cache
+from usp.integrations._transformers_latents import NAME, Latents, latents_behind
 from usp.integrations._transformers_masks import Described, describe
 
 __all__ = ["NAME", "attention", "register", "sharded_cache"]
-NAME = "usp"
 
 
 def register() -> None:
@@ -75,7 +75,8 @@ def attention(
     options = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
     region = current_region()
     alone = region is None or len(region.tokens.shares) == 1
-    layer = just_cached(key)
+    latents = latents_behind(key)
+    layer = just_cached(key, latents)
     if layer is not None:
         if position_bias is not None:
             raise NotImplementedError(_OF_BIAS)
@@ -83,7 +84,7 @@ def attention(
         if alone:
             if region is not None:
                 region.answered += 1
-            return layer.attend(query, options), None
+            return layer.attend(query, latents, options), None
     if region is None or (alone and region.tokens.spread.cu_seqlens is None):
         if region is not None:
             region.answered += 1
@@ -96,7 +97,9 @@ def attention(
     if position_bias is not None:
         refuse(region.tokens.spread, NotImplementedError(_OF_BIAS))
     region.answered += 1
-    return _spread(region, query, key, value, attention_mask, hint, options)
+    if latents is not None and (isinstance(attention_mask, Tensor) or s_aux is not None):
+        (key, value), latents = latents.open(), None
+    return _spread(region, query, (key, value, latents), attention_mask, hint, options)
 
 
 _OF_BIAS = (
@@ -149,13 +152,12 @@ def _alone(
 def _spread(
     region: Region,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: tuple[Tensor, Tensor, Latents | None],
     mask: Described | Tensor | None,
     hint: bool,
     options: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    tokens = region.tokens
+    tokens, (key, value, latents) = region.tokens, keys
     fault = _fault(tokens, query, key, mask, options)
     if fault is not None:
         refuse(tokens.spread, fault)
@@ -173,6 +175,9 @@ def _spread(
         elif "key_padding_mask" in options:
             options["key_padding_mask"] = tokens.spread.shard(options["key_padding_mask"])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if latents is not None:
+        del options["sinks"]
+        return latents.spread(tokens.spread, q, options), None
     return cast(Tensor, tokens.spread.attention(q, k, v, **options)), None
 
 
