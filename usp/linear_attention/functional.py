@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.distributed.agreement import When
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.linear_attention import chunks, delta, fused, kernels, op
+from usp.linear_attention import chunks, delta, families, fused, kernels, op
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
@@ -116,7 +116,7 @@ def _attend(
     if not options.causal:
         q, k, v = _wide(given)
         return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
-    family = kernels.chosen(_traits(given))
+    family = families.chosen(_traits(given))
     if family is not None:
         tokens = kernels.Tokens(given.q, given.k, given.v, _log_decay_a_head(given, request))
         out, final = fused.attend(tokens, _initial(given), family, chain, meeting)

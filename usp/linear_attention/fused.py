@@ -78,7 +78,8 @@ class _Fused(OnceDifferentiable):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        tokens, others = Tokens(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        held = ctx.saved_tensors  # once: a checkpoint hands each out once
+        tokens, others = Tokens(*held[:4]), held[4:]
         of_ranks, saved = others[: ctx.count], others[ctx.count :]
         needs, chain, family = ctx.needs_input_grad[:5], ctx.chain, ctx.family
         with torch.no_grad():
@@ -98,5 +99,5 @@ class _Fused(OnceDifferentiable):
             x if is_needed else None
             for x, is_needed in zip((*of_tokens, before), needs, strict=True)
         ]
-        origins = dout, dfinal, *ctx.saved_tensors
+        origins = dout, dfinal, *held
         return *without_second_derivative(gradients, origins, _Fused.of), None, None, None

@@ -1,9 +1,5 @@
-"""Whose kernels compute one rank's tokens: the first family that takes the problem.
-
-Where none does, it is plain PyTorch (``chunks``). What travels between ranks does not depend on who
-computes, so ranks may differ in it.
-
-A family is a module with ``NAME`` and the functions of ``Family``.
+"""What a family of kernels of one rank's tokens is given, and what it promises: a module with
+``NAME`` and the functions of ``Family``; ``families`` has the table.
 """
 
 from __future__ import annotations
@@ -117,11 +113,3 @@ class Family(Protocol):
             dq, dk and dv, shapes and dtype of q, k and v; dg in the shape of g, or None; and the
             gradient of the state before the tokens.
         """
-
-
-FAMILIES: tuple[Family, ...] = ()
-
-
-def chosen(traits: Traits) -> Family | None:
-    """The first family that takes the problem; None for plain PyTorch."""
-    return next((family for family in FAMILIES if not family.reasons_against(traits)), None)
