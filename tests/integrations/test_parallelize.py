@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import compiling
 import doors
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import usp
+from usp.attention import functional
 
 pytestmark = pytest.mark.library
 
@@ -120,11 +122,16 @@ def mask() -> Tensor:
     return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() | (random(TOKENS, 1, seed=4) > 0.5)
 
 
-def _compared(mesh: tuple[int, int], layout: str, kind: str, masked: bool) -> dict[str, float]:
+def _compared(
+    mesh: tuple[int, int], layout: str, kind: str, masked: bool, **pieces: Any
+) -> dict[str, float]:
     placed = workers.mesh(*mesh)
     inputs = {"x": tokens(), "mask": mask() if masked else None}
     return doors.compared(
-        Model(kind), inputs, placed, lambda m: usp.parallelize(m, placed, BESIDE, layout=layout)
+        Model(kind),
+        inputs,
+        placed,
+        lambda m: usp.parallelize(m, placed, BESIDE, layout=layout, **pieces),
     )
 
 
@@ -134,6 +141,29 @@ def _compared(mesh: tuple[int, int], layout: str, kind: str, masked: bool) -> di
 def test_whole_in_and_whole_out(pool, mesh, kind, masked) -> None:
     layout = "zigzag" if kind == "function" else "contiguous"
     for wrong in pool.run(_compared, mesh, layout, kind, masked, ranks=mesh[0] * mesh[1]):
+        assert wrong == {}
+
+
+def _in_pieces(mesh: tuple[int, int], kind: str) -> dict[str, float]:
+    calls: list[int] = []
+    real = functional.chunked_attention
+
+    def counted(tensors: Any, call: Any, on: Any) -> Any:
+        calls.append(call.request.chunks)
+        return real(tensors, call, on)
+
+    with mock.patch.object(functional, "chunked_attention", counted):
+        pieces = {"chunks": 3, "head_chunks": 2, "offload": "cpu"}
+        wrong = _compared(mesh, "zigzag", kind, kind == "function", **pieces)
+    assert calls == [3, 3]  # a block each
+    return wrong
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_attention_in_chunks(pool, mesh, kind) -> None:
+    """On one device, too."""
+    for wrong in pool.run(_in_pieces, mesh, kind, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 

@@ -331,7 +331,7 @@ def test_replaces_in_place() -> None:
     model.first.register_forward_hook(lambda module, inputs, output: calls.append(module))
     modules, parameters = list(model.modules()), dict(model.named_parameters())
     keys = list(model.state_dict())
-    assert usp.replace_attention(model, layout="zigzag", causal=True) is model
+    assert usp.replace_attention(model, layout="zigzag", causal=True, chunks=2) is model
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert {n: id(p) for n, p in model.named_parameters()} == {
         n: id(p) for n, p in parameters.items()
@@ -341,6 +341,7 @@ def test_replaces_in_place() -> None:
     for module in (model.first, model.more["a"]):
         assert type(module) is usp.MultiheadAttention
         assert (module.placement.layout, module.placement.causal) == ("zigzag", True)
+        assert module.placement.options.chunks == 2
     assert model.first.batch_first and model.first.dropout == 0.1 and model.first.training
     assert not model.more["a"].training
     x = torch.randn(2, 5, 8)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -94,8 +95,12 @@ def answer(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    pieces: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensor:
     """What the call means where tokens are spread; arguments and result as torch has them.
+
+    Args:
+        pieces: Of the region.
 
     Raises:
         ValueError, NotImplementedError: it cannot be told what the call means; names the lengths.
@@ -116,6 +121,7 @@ def answer(
         refuse(spread, refusal)
     q, k, v = _heads_behind_tokens(query, key, value, enable_gqa)
     options: dict[str, Any] = {"causal": is_causal, "softmax_scale": scale, "dropout_p": dropout_p}
+    options |= pieces
     if attn_mask is not None:
         options |= _mask_options(tokens, attn_mask, query.shape, len(q))
     out = cast(Tensor, spread.attention(q, k, v, **options)).transpose(1, 2)

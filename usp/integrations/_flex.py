@@ -84,7 +84,7 @@ def _answered(
     aux = told.get("return_aux")
     wants_lse = told.get("return_lse", False) or (aux is not None and aux.lse)
     more = {"softmax_scale": told["scale"], "return_lse": wants_lse} | masks
-    found = among(tokens, query, key, value, told["enable_gqa"], **more)
+    found = among(tokens, query, key, value, told["enable_gqa"], **more, **region.pieces)
     out, lse = found if isinstance(found, tuple) else (found, None)
     out = out.transpose(1, 2)
     if aux is not None:

@@ -49,7 +49,8 @@ class Multihead(Inside):
         self._placements: dict[Spread, Placement] = {}
 
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None:
+        pieces = self.trunk.pieces
+        if len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None and not pieces:
             return self.inner(*args, **kwargs)
         given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
         for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
@@ -75,7 +76,7 @@ class Multihead(Inside):
     def _at(self, spread: Spread) -> Placement:
         often = {None: "first", True: "always", False: "never"}[spread.validate]
         where = {"mesh": spread.mesh, "layout": spread.layout, "seq_len": spread.seq_len}
-        return replace(self._placement, **where, validate=often)
+        return replace(self._placement, **where, validate=often, **self.trunk.pieces)
 
 
 class Across(Inside):

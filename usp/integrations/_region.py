@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -47,11 +47,18 @@ class Region(TorchFunctionMode):
         is_paused: Whether nothing is answered or refused just now.
         keeps_state: Whether a cache of the whole is to get the state that a linear layer finds.
         owner: Who made it, and finds it again where somebody else enters it a second time.
+        pieces: Options of ``long_context_attention`` by which attention in it is worked off.
     """
 
-    def __init__(self, tokens: Tokens, watch: bool = True, owner: object = None) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        watch: bool = True,
+        owner: object = None,
+        pieces: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.tokens, self.owner = tokens, owner
+        self.tokens, self.owner, self.pieces = tokens, owner, pieces
         self.watch = watch
         self.answered = 0
         self.is_paused = False
@@ -116,7 +123,7 @@ class Region(TorchFunctionMode):
 
     def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
         self.count()
-        return answer(self.tokens, *args, **kwargs)
+        return answer(self.tokens, *args, **kwargs, pieces=self.pieces)
 
     def count(self) -> None:
         """One more call is answered.

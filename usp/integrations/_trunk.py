@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType, ref
@@ -27,6 +27,7 @@ class Trunk:
         mesh, layout, validate: Of the sequences in here.
         boundary: Where it is, and what is in it.
         dim: The dim of tokens.
+        pieces: How attention in here is worked off, as options of ``long_context_attention``.
         is_open: Whether the model's forward runs.
         running: Tokens of the sequence that is between the first module and the last; None
             elsewhere.
@@ -39,9 +40,10 @@ class Trunk:
         validate: bool | None,
         boundary: Boundary,
         dim: int,
+        pieces: Mapping[str, Any],
     ) -> None:
         self.mesh, self.layout, self.validate = mesh, layout, validate
-        self.boundary, self.dim = boundary, dim
+        self.boundary, self.dim, self.pieces = boundary, dim, pieces
         self.is_open = False
         self.running: Tokens | None = None
         self._region: Region | None = None
@@ -204,7 +206,7 @@ class Trunk:
             with region.entered_again():
                 yield region
             return
-        with Region(tokens, owner=self) as region:
+        with Region(tokens, owner=self, pieces=self.pieces) as region:
             self._region = region
             try:
                 yield region

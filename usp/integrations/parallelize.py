@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from usp.attention.chunk_options import in_chunks, refuse_chunks
+from usp.attention.given import Options
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._boundary import Boundary
 from usp.integrations._choice import Only, any_means, choices, means, outermost, shortened
@@ -35,6 +37,9 @@ def parallelize(
     outputs: str = "joined",
     validate: bool | None = None,
     tiles: int | None = None,
+    chunks: int = 1,
+    head_chunks: int = 1,
+    offload: str | None = None,
 ) -> Model:
     """Spread the tokens of a model over the ranks of a mesh, in place.
 
@@ -61,6 +66,8 @@ def parallelize(
         validate: See ``long_context_attention``.
         tiles: In how many tiles of this rank's tokens the MLPs of the trunk compute; None: in one,
             which is kept (``usp.tiled_mlp``).
+        chunks, head_chunks, offload: How attention in the trunk is worked off: see
+            ``long_context_attention``. With one of them it is usp's on one device, too.
 
     Returns:
         ``model``.
@@ -92,6 +99,10 @@ def parallelize(
     is_local = outputs == "local"
     if is_local:
         _check_local(boundaries, names, layout, mesh)
+    in_pieces = Options(chunks=chunks, head_chunks=head_chunks, offload=offload)
+    refuse_chunks(in_pieces)
+    pieces = {"chunks": chunks, "head_chunks": head_chunks, "offload": offload}
+    pieces = pieces if in_chunks(in_pieces) else {}
     sites: list[Site] = []
     trunks: list[Trunk] = []
     for boundary in boundaries:
@@ -100,7 +111,7 @@ def parallelize(
         if len(dims) > 1:
             raise ValueError(f"modules of {boundary.trunk} have tokens along dims {sorted(dims)}")
         kind = CutTrunk if is_local else Trunk
-        trunks.append(kind(mesh, layout, validate, boundary, dims.pop()))
+        trunks.append(kind(mesh, layout, validate, boundary, dims.pop(), pieces))
         if tiles is not None:
             sites += tiled_sites(names, of_trunk(boundary, blocks, names), tiles)
         sites += _sites(trunks[-1], blocks, names)

@@ -85,7 +85,7 @@ def attention(
             if region is not None:
                 region.answered += 1
             return layer.attend(query, latents, options), None
-    if region is None or (alone and region.tokens.spread.cu_seqlens is None):
+    if region is None or (alone and region.tokens.spread.cu_seqlens is None and not region.pieces):
         if region is not None:
             region.answered += 1
         if softcap is None and s_aux is None:
@@ -97,7 +97,8 @@ def attention(
     if position_bias is not None:
         refuse(region.tokens.spread, NotImplementedError(_OF_BIAS))
     region.answered += 1
-    if latents is not None and (isinstance(attention_mask, Tensor) or s_aux is not None):
+    made_first = isinstance(attention_mask, Tensor) or s_aux is not None or region.pieces
+    if latents is not None and made_first:
         (key, value), latents = latents.open(), None
     return _spread(region, query, (key, value, latents), attention_mask, hint, options)
 
@@ -164,7 +165,7 @@ def _spread(
     if isinstance(mask, Tensor):
         scale, dropout = options["softmax_scale"], options["dropout_p"]
         grouped = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-        out = answer(tokens, query, key, value, mask, dropout, **grouped)
+        out = answer(tokens, query, key, value, mask, dropout, **grouped, pieces=region.pieces)
         return out.transpose(1, 2), None
     if mask is None:
         options = options | {"causal": hint}
@@ -178,7 +179,7 @@ def _spread(
     if latents is not None:
         del options["sinks"]
         return latents.spread(tokens.spread, q, options), None
-    return cast(Tensor, tokens.spread.attention(q, k, v, **options)), None
+    return cast(Tensor, tokens.spread.attention(q, k, v, **options, **region.pieces)), None
 
 
 def _fault(

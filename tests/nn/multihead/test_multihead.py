@@ -128,6 +128,8 @@ def test_constructor_refusals() -> None:
         ({"validate": "sometimes"}, "sometimes"),
         ({"seq_len": "long"}, "long"),
         ({"window_size": (-1, None)}, "-1"),
+        ({"chunks": 0}, "chunks must be 1 or more, got 0"),
+        ({"offload": "disk"}, "got 'disk'"),
     ]:
         with pytest.raises(ValueError, match=message):
             usp.MultiheadAttention(8, 2, **options)

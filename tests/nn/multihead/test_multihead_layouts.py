@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pool as worker
 import pytest
 import torch
@@ -27,10 +29,12 @@ def module(**options: object) -> usp.MultiheadAttention:
     return kind(6, 3, batch_first=True, add_bias_kv=True, dtype=torch.float64, **options)
 
 
-def run(shape: tuple[int, int], seq_len: tuple[int, int] | None) -> list[Tensor]:
+def run(
+    shape: tuple[int, int], seq_len: tuple[int, int] | None, pieces: dict[str, Any]
+) -> list[Tensor]:
     """Results and gradients of this rank's part of the loss; those of inputs are of the whole."""
     mesh, layouts = worker.mesh(*shape), ("zigzag", HELD)
-    ours = module(mesh=mesh, layout=layouts, seq_len=seq_len)
+    ours = module(mesh=mesh, layout=layouts, seq_len=seq_len, **pieces)
     query, key, padding = inputs()
     query, key = query.requires_grad_(), key.requires_grad_()
     mine, keys = (
@@ -46,9 +50,16 @@ def run(shape: tuple[int, int], seq_len: tuple[int, int] | None) -> list[Tensor]
     return [*whole, *gradients]
 
 
+PIECES = {"chunks": 3, "head_chunks": 2, "offload": "cpu"}
+
+
 @pytest.mark.parametrize("seq_len", [None, (QUERIES, KEYS)])
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4)], ids=str)
-def test_layouts_of_queries_and_of_keys(pool, shape: tuple, seq_len: tuple | None) -> None:
+@pytest.mark.parametrize(
+    ("shape", "pieces"), [((4, 1), {}), ((2, 2), {}), ((1, 4), {}), ((2, 2), PIECES)], ids=str
+)
+def test_layouts_of_queries_and_of_keys(
+    pool, shape: tuple, pieces: dict, seq_len: tuple | None
+) -> None:
     theirs = module()
     query, key, padding = inputs()
     query, key = query.requires_grad_(), key.requires_grad_()
@@ -56,7 +67,7 @@ def test_layouts_of_queries_and_of_keys(pool, shape: tuple, seq_len: tuple | Non
     gradients = torch.autograd.grad(
         out.pow(3).sum() + weights.pow(2).sum(), [query, key, *theirs.parameters()]
     )
-    results = pool.run(run, shape, seq_len, ranks=4)
+    results = pool.run(run, shape, seq_len, pieces, ranks=4)
     for found in results:
         torch.testing.assert_close(found[:2], [out.detach(), weights.detach()], **CLOSE)
     parts = zip(*(found[2:] for found in results), strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usp.attention import functional
-from usp.attention.given import Options, Tensors
+from usp.attention.given import Tensors
 from usp.attention.visible import visible
 from usp.distributed.agreement import When
 from usp.nn.multihead.arguments import additive
@@ -71,17 +71,12 @@ def attend(
     call: Projected, placement: Placement, extra: ExtraKeys | None, validate: When
 ) -> Tensor:
     """(N, L, H, D), the attention of this rank's queries to all keys and ``extra``."""
-    options = Options(
+    options = replace(
+        placement.options,
         causal=placement.causal or call.causal,
-        window_size=placement.window_size,
-        mask=placement.mask,
-        layout=placement.layout,
         seq_len=call.lengths,
         dropout_p=call.dropout_p,
-        transport=placement.transport,
         return_lse=extra is not None,
-        backend=placement.backend,
-        heads=placement.heads,
     )
     tensors = Tensors(call.q, call.k, call.v, call.padding, call.bias)
     result = functional.attend(tensors, options, placement.mesh, call.dropout_seed, validate)

@@ -47,7 +47,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         seq_len: Tokens of the whole sequence, or (query, key) lengths; None is the sum of what
             the ranks hold, which they tell each other at each call (48 bytes along each axis of
             the mesh, whatever ``validate`` says); "infer" is another word for it.
-        transport, backend, heads: See ``long_context_attention``.
+        transport, backend, heads, chunks, head_chunks, offload: See ``long_context_attention``;
+            weights (``need_weights``) and their keys are whole all the same.
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "first", "always" or "never"; see ``LongContextAttention``.
         causal, window_size, mask: Masks by global positions that take no memory; see
@@ -86,6 +87,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         window_size: tuple[int | None, int | None] = (None, None),
         heads: tuple[int, int] | None = None,
         mask: Mask | None = None,
+        chunks: int = 1,
+        head_chunks: int = 1,
+        offload: str | None = None,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -112,6 +116,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 window_size,
                 heads,
                 mask,
+                chunks,
+                head_chunks,
+                offload,
             )
         )
 

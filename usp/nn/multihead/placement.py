@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from usp.attention.chunk_options import refuse_chunks
+from usp.attention.given import Options
 from usp.backends import check_name
 from usp.distributed.agreement import check_validate
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
@@ -33,6 +35,9 @@ class Placement:
     window_size: tuple[int | None, int | None] = (None, None)
     heads: tuple[int, int] | None = None
     mask: Mask | None = None
+    chunks: int = 1
+    head_chunks: int = 1
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
@@ -52,6 +57,23 @@ class Placement:
                 "a tensor is an attn_mask of the call"
             )
         self.whole_mask(False)
+        refuse_chunks(self.options)
+
+    @property
+    def options(self) -> Options:
+        """Those of ``long_context_attention``, but for what a call says."""
+        return Options(
+            causal=self.causal,
+            window_size=self.window_size,
+            mask=self.mask,
+            layout=self.layout,
+            transport=self.transport,
+            backend=self.backend,
+            heads=self.heads,
+            chunks=self.chunks,
+            head_chunks=self.head_chunks,
+            offload=self.offload,
+        )
 
     @property
     def _degrees(self) -> tuple[int, int]:
