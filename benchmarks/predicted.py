@@ -79,7 +79,7 @@ class Block(nn.Module):
 def job_of(size: Size, devices: int, batch: int = 1) -> Job:
     """On this machine if it was calibrated, else on the laptop that the planner assumes."""
     cluster = measured_here() or replace(CLUSTERS["laptop"], node=devices)
-    return Job(size.model, size.tokens, batch, cluster, devices, precision=FP32)
+    return Job(size.model, size.tokens, batch, cluster, devices, precision=FP32, fused=False)
 
 
 def choices(processes: int, size: Size) -> list[Choice]:
@@ -116,7 +116,7 @@ def measure(size: Size, choice: Choice, steps: int) -> dict[str, float]:
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
 
         def step() -> None:
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             model(x).sum().backward()
             usp.all_reduce_gradients(model, mesh)
             optimizer.step()

@@ -277,7 +277,7 @@ def burst(tokens: int, devices: int, tiles: str = "loss") -> tuple[Job, Choice]:
         1,
         CLUSTERS["a800-4ib"],
         devices,
-        precision=Precision(gradients=2, loss="bf16"),
+        precision=Precision(gradients=2, loss="torch"),
         as_usp=False,
     )
     ulysses = min(8, devices)

@@ -3,12 +3,11 @@
 usp bench memory --quick
 usp bench memory --models vit llm --seq-len 2048 4096 --mesh 1x1x1 2x2 1x4 --json memory.json
 
-What a step holds at a time beside the weights: gradients, and what a forward and backward make:
-activations, messages. On a CPU storages are counted one by one (usp.testing.StorageBytes), so the
-figures are the same on every machine; on a GPU it is what torch's allocator says. Beside them
-stands what the planner predicts of the rank with most (usp.planning.choose.memory), and what the
-attention alone takes, of usp and of other rings in the same processes. Gradients are compared
-first, as in ``model``.
+What a step holds at a time beside the weights: gradients, activations, messages. On a CPU
+storages are counted one by one (usp.testing.StorageBytes), so the figures are the same on every
+machine; on a GPU it is what torch's allocator says. Beside them stands what the planner predicts of
+the rank with most (usp.planning.choose.memory), and what the attention alone takes, of usp and of
+other rings in the same processes. Gradients are compared first, as in ``model``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -35,8 +35,9 @@ from usp.bench.ring_case import ALONE, RingAttention, name_of
 from usp.bench.spread import TORCH, Place, Spread, gradient_errors, parse_spread, places, steps_of
 from usp.bench.world import World
 from usp.distributed.processes import Tell
+from usp.planning import cost
 from usp.planning.choose.cluster import CLUSTERS
-from usp.planning.choose.job import Choice, Job, Precision
+from usp.planning.choose.job import CHECKPOINTING, Choice, Job, Precision
 from usp.planning.choose.memory import memory_of
 from usp.testing import StorageBytes
 
@@ -49,6 +50,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--mesh", nargs="+", type=parse_spread, default=meshes, metavar="[DPx]UxR")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     add("--what", nargs="+", choices=("step", "attention"), default=["step", "attention"])
+    add("--checkpointing", choices=CHECKPOINTING, default="none", help="default: %(default)s")
     made.set_defaults(batch=1, layout=None, transport="auto")
     args = parse(made, argv, seq_len=256, layers=1)
     check_sizes(made, args, args.mesh)
@@ -65,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
 def cases(args: argparse.Namespace) -> Iterator[StepCase]:
     for dtype, name in itertools.product(args.dtypes, args.models):
         shape = replace(KNOWN[name], layers=args.layers or KNOWN[name].layers)
-        yield StepCase(dtype, shape, args.seq_len, args.batch)
+        sizes = args.seq_len, args.batch
+        yield StepCase(dtype, shape, *sizes, checkpointing=args.checkpointing)
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
@@ -95,36 +98,48 @@ def of_steps(case: StepCase, placed: dict[Spread, Place | None], world: World) -
             continue
         peak = max(worlds.everyone(held(step, world.device)))
         values: dict[str, Any] = {"peak_bytes": peak}
-        formula = predicted(case, spreads.get(name, Spread(1, 1, 1)))
+        formula = predicted(case, spreads.get(name, Spread(1, 1, 1)), world.device)
         values |= {"formula": formula, "of_formula": peak / formula}
         found.append(value("step", case.named(), name, values))
     return [*found, *not_timed("step", case.named(), out, refused)]
 
 
 def held(step: Any, device: str) -> int:
-    """Bytes of gradients, and of what a forward and backward hold beside them at most.
-
-    Gradients are there already, as from the second micro batch on; they are not summed over ranks.
-    """
+    """Most bytes that a step holds beside weights: gradients, activations, messages."""
     step = getattr(step, "step", step)
     if not isinstance(step, TrainStep):  # a rank that rests
         return 0
-    return step.gradient_bytes + peak_bytes(step.add, device)
+    step.module.zero_grad()
+    return peak_bytes(step, device, as_op=step.case.checkpointing == "attention")
 
 
-def predicted(case: StepCase, spread: Spread) -> float:
+def predicted(case: StepCase, spread: Spread, device: str) -> float:
     """What ``usp plan`` says a rank holds beside its weights."""
     size = DTYPES[case.dtype].itemsize
-    precision = Precision(weights=0, gradients=size, optimizer=0, element=size)
-    cluster = next(iter(CLUSTERS.values()))  # nothing of it matters to memory
-    job = Job(
-        case.model, case.seq_len, case.batch, cluster, spread.size, precision=precision, zero=0
+    precision = Precision(
+        weights=0, gradients=size, optimizer=0, element=size, matrix="fp32", loss="torch"
     )
+    cluster = CLUSTERS["laptop"]  # of its memory nothing is asked
+    job = Job(
+        case.model, case.seq_len, case.batch, cluster, spread.size,
+        precision=precision, zero=0, fused=device != "cpu",
+    )  # fmt: skip
     choice = Choice(
         dp=spread.dp, ring=spread.ring, ulysses=spread.ulysses, layout=layout_of(case),
-        micro=case.batch // spread.dp,
+        transport=transport_of(job, spread), checkpointing=case.checkpointing,
+        micro=case.batch // spread.dp // case.accumulate,
     )  # fmt: skip
     return memory_of(job, choice).total
+
+
+def transport_of(job: Job, spread: Spread) -> str:
+    """What "auto" is in the backward."""
+    model, lengths = job.model, (job.seq_len, job.seq_len)
+    dims = model.heads, model.kv_heads, model.head_dim, model.head_dim
+    layout = "zigzag" if model.causal else "contiguous"
+    place = cost.Place(spread.ring, spread.ulysses, 0, 0, layout, job.who_sees)
+    moves = cost.what_moves(cost.Shape(1, *lengths, *dims, job.dtype()), place)
+    return "query_ring" if moves.backward == "queries" else "ring"
 
 
 def of_attention(case: StepCase, world: World) -> list[Record]:
@@ -152,10 +167,16 @@ def of_attention(case: StepCase, world: World) -> list[Record]:
     return [*found, *not_timed("attention", named, out, refused)]
 
 
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """Most bytes that live at a time of those that a call makes, on this rank."""
+def peak_bytes(run: Callable[[], object], device: str, as_op: bool = False) -> int:
+    """Most bytes that live at a time of those that a call makes, on this rank.
+
+    Args:
+        as_op: Attention runs as one op, as under a checkpoint that keeps what it returns.
+    """
     if device == "cpu":
-        with StorageBytes() as memory:
+        # who listens sees an op, which also saves what it was given
+        watched = mock.patch("usp.attention.functional._is_watched", return_value=as_op)
+        with watched, StorageBytes() as memory:
             kept = run()
         del kept
         return memory.peak

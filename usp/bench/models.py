@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import usp
 from usp.bench.case import FLOPS
@@ -49,11 +51,15 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens or patches in, features of this rank's tokens out."""
+    """Tokens or patches in, features of this rank's tokens out.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        checkpointing: Of ``usp.planning.choose.job.CHECKPOINTING``, of each layer.
+    """
+
+    def __init__(self, model: Model, checkpointing: str = "none") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.checkpointing = model, checkpointing
         if model.vocabulary:
             self.embed: nn.Module = nn.Embedding(model.vocabulary, model.hidden)
             self.head = nn.Linear(model.hidden, model.vocabulary, bias=False)
@@ -66,11 +72,23 @@ class Transformer(nn.Module):
         squares of the features against the labels."""
         x = self.embed(inputs)
         for layer in self.layers:
-            x = layer(x, attend)
+            x = self._through(layer, x, attend)
         if self.model.vocabulary:
             logits = self.head(x).flatten(0, 1)
             return F.cross_entropy(logits, labels.flatten(), reduction="sum") / count
         return F.mse_loss(x.float(), labels.float(), reduction="sum") / (count * x.shape[-1])
+
+    def _through(self, layer: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+        found: Tensor
+        if self.checkpointing == "attention":
+            ops = [torch.ops.usp.attention.default]
+            saved = partial(create_selective_checkpoint_contexts, ops)
+            found = checkpoint(layer, x, attend, use_reentrant=False, context_fn=saved)
+        elif self.checkpointing == "full":
+            found = checkpoint(layer, x, attend, use_reentrant=False)
+        else:
+            found = layer(x, attend)
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class StepCase:
         model: Its shape.
         seq_len, batch: Of a whole step, over all ranks.
         accumulate: In so many micro batches.
+        checkpointing: Of ``usp.planning.choose.job.CHECKPOINTING``.
     """
 
     dtype: str
@@ -88,10 +107,12 @@ class StepCase:
     seq_len: int
     batch: int
     accumulate: int = 1
+    checkpointing: str = "none"
 
     def __str__(self) -> str:
         name, sizes = self.model.name, f"{self.batch} x {self.seq_len}"
         more = f" in {self.accumulate}" if self.accumulate > 1 else ""
+        more += f", checkpoints: {self.checkpointing}" if self.checkpointing != "none" else ""
         return f"{self.dtype} {name} {sizes}{more}"
 
     @property
@@ -116,6 +137,7 @@ class StepCase:
             "length": self.seq_len,
             "batch": self.batch,
             "accumulate": self.accumulate,
+            "checkpointing": self.checkpointing,
         }
 
     def data(self) -> tuple[Tensor, Tensor]:
@@ -153,7 +175,7 @@ class TrainStep:
     ) -> None:
         self.case, self.attend, self.mesh, self.data = case, attend, mesh, data
         dtype = dtype or DTYPES[case.dtype]
-        self.module = Transformer(case.model)
+        self.module = Transformer(case.model, case.checkpointing)
         self.module.load_state_dict(weights.state_dict())
         self.module.to(device, dtype)
         place, ranks, self.group = data

@@ -90,6 +90,8 @@ def make_job(arguments: argparse.Namespace, mask: Mask | None) -> Job:
     model = parse_model(arguments.model, bool(arguments.causal))
     cluster = _cluster(arguments.cluster)
     precision = _FP32 if arguments.dtype == "float32" else Precision()
+    if cluster.device == "cpu":
+        precision = replace(precision, loss="torch")
     if arguments.fp8:
         precision = replace(precision, matrix="fp8")
     cluster.matrix_rate(precision.matrix)
@@ -109,6 +111,7 @@ def make_job(arguments: argparse.Namespace, mask: Mask | None) -> Job:
         mask,
         precision,
         backward=not arguments.forward,
+        fused=cluster.device != "cpu",
     )
 
 

@@ -12,7 +12,7 @@ def code_of(one: Predicted) -> str:
     """What makes the mesh and wraps a model whose blocks are ``model.layers``, each with an
     ``attention`` of q, k, v and an ``mlp``."""
     choice, job = one.choice, one.job
-    device = "cpu" if job.cluster.name in ("here", "laptop") else "cuda"
+    device = job.cluster.device
     nodes, node = job.cluster.nodes(job.devices), min(job.cluster.node, job.devices)
     start = f"torchrun --nnodes {nodes} --nproc-per-node {node} train.py"
     if job.cluster.name == "frontier":  # whose launcher gives each process a GCD

@@ -59,6 +59,7 @@ class Cluster:
         contention: Of the time of a message that computation hides, the share that computation
             takes longer for it; 1 where messages are moved by the cores that compute.
         source: Where the numbers are from.
+        device: What torch calls a device.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Cluster:
     update_rate: float = 0.0
     contention: float = 0.2
     source: str = ""
+    device: str = "cuda"
 
     def matrix_rate(self, dtype: str) -> float:
         """FLOP/s of large matrix products.
@@ -215,6 +217,7 @@ CLUSTERS = {
             host=0,
             contention=1.0,
             launch=20 * US,
+            device="cpu",
             source="4 processes of a CPU with AVX2, gloo: assumed; cluster 'here' measures",
         ),
     )

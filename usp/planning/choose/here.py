@@ -34,4 +34,4 @@ def measured_here() -> Cluster | None:
 def cluster_from(found: dict[str, Any]) -> Cluster:
     """A cluster from plain numbers."""
     levels = tuple(Link(**link) for link in found["levels"])
-    return Cluster(**{**found, "levels": levels})
+    return Cluster(**{"device": "cpu", **found, "levels": levels})

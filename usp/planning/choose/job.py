@@ -18,9 +18,9 @@ from usp.planning.masks.mask import Mask
 TILES = ("none", "loss", "mlp+loss")
 CHECKPOINTING = ("none", "attention", "full")
 OFFLOAD = ("none", "inputs", "states")
-# Bytes of each logit that live at a time: in bf16 with its softmax in fp32 and its gradient, as
-# Megatron's loss does; all three in bf16, as torch's does; with a kernel that keeps no softmax.
-LOSSES = {"fp32": 8, "bf16": 6, "kernel": 4}
+# What of each logit lives at a time: itself, its softmax in fp32 and its gradient, as in Megatron's
+# loss; all three in its dtype, as in torch's; with a kernel that keeps no softmax.
+LOSSES = ("fp32", "torch", "kernel")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class Job:
         backward: Whether it trains.
         as_usp: Whether a row of several Ulysses ranks saves what usp does: beside its result that
             of its own heads, and under a checkpoint of all but attention all that was exchanged.
-            Formulas of others count neither.
+            Formulas of others count neither, nor the gradient of a weight before it is added to
+            what was there, and have a place for every gradient all the time.
+        fused: Whether a norm and a gate are a kernel each; else an RMSNorm and a gated MLP save
+            what eager torch on a CPU does, op by op.
 
     Raises:
         ValueError: numbers below 1, or a mask that does not fit.
@@ -74,6 +77,7 @@ class Job:
     zero: int = 3
     backward: bool = True
     as_usp: bool = True
+    fused: bool = True
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch", "devices"):
@@ -157,6 +161,18 @@ def shape_of(job: Job, choice: Choice) -> Shape:
     heads, kv_heads = model.heads // choice.tp, model.kv_heads // choice.tp
     dim = model.head_dim
     return Shape(choice.micro, *lengths, heads, kv_heads, dim, dim, job.dtype())
+
+
+def loss_bytes(job: Job, choice: Choice) -> float:
+    """Bytes a token of what its loss makes. Tiles of logits are about as large as the hidden
+    states, in fp32."""
+    model, element = job.model, job.precision.element
+    if not model.vocabulary:  # features in fp32, and how far they are from where they shall be
+        return 2 * 4 * model.hidden
+    if choice.tiles != "none":
+        return 3 * 4 * model.hidden
+    of_logit = {"fp32": 2 * element + 4, "torch": 3 * element, "kernel": 2 * element}
+    return float(model.vocabulary * of_logit[job.precision.loss])
 
 
 def micro_batches(job: Job, choice: Choice) -> int:

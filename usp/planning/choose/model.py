@@ -43,9 +43,19 @@ class Model:
         return self.hidden // self.heads
 
     @property
+    def keys(self) -> int:
+        """Numbers of a token's keys and values, of all heads."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def inner(self) -> int:
+        """Numbers of a token between the matrices of the MLP."""
+        return self.mlp
+
+    @property
     def attention_weights(self) -> int:
         """Of a layer's projections: q and out, k and v."""
-        return 2 * self.hidden**2 + 2 * self.hidden * self.kv_heads * self.head_dim
+        return 2 * self.hidden**2 + self.hidden * self.keys
 
     @property
     def mlp_weights(self) -> int:
@@ -56,9 +66,19 @@ class Model:
         return self.attention_weights + self.mlp_weights
 
     @property
+    def matrices(self) -> tuple[int, ...]:
+        """Weights of the largest single tensors."""
+        return self.vocabulary * self.hidden, (1 + self.gated) * self.hidden * self.mlp
+
+    @property
+    def front(self) -> int:
+        """Weights in front of the layers: an embedding, or that of patches."""
+        return self.vocabulary * self.hidden + 3 * self.patch**2 * self.hidden
+
+    @property
     def ends(self) -> int:
-        """Weights in front of the layers and behind them: embedding and head, or patches."""
-        return 2 * self.vocabulary * self.hidden + 3 * self.patch**2 * self.hidden
+        """Weights in front of the layers and behind them, which are a head."""
+        return self.front + self.vocabulary * self.hidden
 
     @property
     def weights(self) -> int:
