@@ -12,7 +12,7 @@ import torch
 from pool import Pool
 from torch import nn
 
-from usp import cli
+from usp import cli, masks
 from usp.cli import calibrate
 from usp.cli.paste import code_of
 from usp.planning.choose import here
@@ -20,6 +20,7 @@ from usp.planning.choose.cluster import CLUSTERS
 from usp.planning.choose.job import Choice, Job, Precision
 from usp.planning.choose.model import Model
 from usp.planning.choose.search import predict
+from usp.planning.cost import Bias, Place, Shape, bytes_sent
 
 PLAN = "plan --model llama3-8b --seq-len 131072 --cluster h100 --devices 64 --batch 8"
 
@@ -131,6 +132,25 @@ def test_refusals_are_one_line(
     code, out, err = run(capsys, f"plan {argv}")
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"usp: error: .*{re.escape(said)}.*\n", err), err
+
+
+def test_what_each_rank_does_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = "plan --seq-len 24 --ring 2 --ulysses 2 --causal --layout zigzag --heads 4 --bias q"
+    code, out, _ = run(capsys, f"{argv} --json")
+    found = json.loads(out)
+    assert code == 0 and found["command"] == "plan" and found["mask"] == "causal()"
+    runs = found["positions"]
+    assert runs == [[[0, 6, 1], [18, 24, 1]], [[6, 12, 1], [12, 18, 1]]]
+    assert found["pairs"] == [150, 150] and [len(steps) for steps in found["steps"]] == [2, 2]
+    places = [Place(2, 2, r, u, "zigzag", masks.causal()) for r in range(2) for u in range(2)]
+    shape = Shape(1, 24, 24, 4, 4, 128, 128, torch.bfloat16, bias=Bias("q", torch.bfloat16))
+    both = [bytes_sent(shape, p).total + bytes_sent(shape, p, backward=True).total for p in places]
+    assert [one["total"] for one in found["sent"]] == both
+    file = tmp_path / "plan.json"
+    code, out, _ = run(capsys, f"{argv} --json {file}")
+    assert code == 0 and "busiest rank" in out and json.loads(file.read_text()) == found
+    code, out, err = run(capsys, "plan --seq-len 24 --ring 3 --ring-outer 2 --json")
+    assert (code, out) == (2, "") and "--ring-outer 2 does not divide --ring 3" in err
 
 
 class Layer(nn.Module):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from usp.cli import calibrate, choose
-from usp.cli.console import UserError, table
+from usp.cli.console import UserError, present, table
 from usp.cli.expression import parse_mask
 from usp.cli.layouts import FORMS, integers, parse_layout
 from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
+from usp.cli.sent import sent_of, sent_text
 from usp.cli.work import Work, balance, of_grid, of_keys_that_come, of_queries_that_come
 from usp.planning.choose.model import MODELS
-from usp.planning.cost import Bias, Place, Shape, bias_held, bytes_sent, what_moves
+from usp.planning.cost import Bias, Place, Shape, what_moves
 from usp.planning.grid import make_grid
-from usp.planning.layout import Layout, Replicated, replicated
+from usp.planning.layout import Layout, Positions, Replicated, replicated, rows
 from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Plan, make_local_plan, make_plan
@@ -137,7 +138,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse what the planner is never asked otherwise: its callers have real meshes."""
     if arguments.seq_len is None:
         raise UserError("give --seq-len, all tokens; with --model, which degrees to choose for it")
-    for name in ("devices", "memory", "only", "simulate", "json"):
+    for name in ("devices", "memory", "only", "simulate"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} needs --model")
     least_of = {"seq_len": 0, "key_len": 0}
@@ -276,41 +277,36 @@ def chosen_shape(arguments: argparse.Namespace) -> Shape:
     return Shape(*sizes, bias=bias, latent_width=arguments.latent)
 
 
-def wire(arguments: argparse.Namespace) -> str:
-    """The bytes that leave each rank in one layer, by formula; the busiest rank, or all."""
-    shape = chosen_shape(arguments)
-    sent: list[tuple[int, ...]] = []
-    held: list[tuple[int, ...]] = []
-    for place in places(arguments):
-        there, back = bytes_sent(shape, place), bytes_sent(shape, place, backward=True)
-        parts = [there.exchange, there.blocks, back.exchange, back.blocks, back.gradients]
-        if shape.bias is not None:
-            parts += [there.bias, back.bias]
-        held.append((len(sent), *bias_held(shape, place)))
-        sent.append((len(sent), *parts, there.total + back.total))
-    which = "every rank" if arguments.show else "the busiest rank"
-    of_latents = f", latents of {arguments.latent}" if arguments.latent else ""
-    said = (
-        f"bytes sent in one layer, {which}: batch {arguments.batch}, {shape.num_heads} heads, "
-        f"{shape.num_kv_heads} key/value heads of {shape.head_dim}, {arguments.dtype}, "
-        f"{arguments.transport} transport{of_latents}\n"
-        f"{_sent_table(sent, arguments)}"
-    )
-    if shape.bias is None:
-        return said
-    shown = held if arguments.show else [max(held, key=lambda line: line[1:])]
-    rows = [("rank", "bias", "gradient"), *shown]
-    return f"{said}\n\nbytes of the bias held meanwhile, {which}\n{table(rows)}"
+def _runs(positions: Positions) -> list[tuple[int, int, int]]:
+    """Of a rank's tokens: first, one past the last, distance."""
+    ends = zip(positions.start.flatten().tolist(), positions.stop.flatten().tolist(), strict=True)
+    return [(first, stop, positions.stride) for first, stop in ends if first < stop]
 
 
-def _sent_table(sent: list[tuple[int, ...]], arguments: argparse.Namespace) -> str:
-    shown = sent if arguments.show else [max(sent, key=lambda line: line[-1])]
-    first = ["", "forward", "", "backward", "", ""]
-    second = ["rank", "heads", "blocks", "heads", "blocks", "gradients"]
-    if arguments.bias is not None:
-        first += ["bias", ""]
-        second += ["there", "back"]
-    return table([[*first, ""], [*second, "both"], *shown])
+def document(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``report`` tells, for programs.
+
+    Raises:
+        ValueError: as ``report``.
+    """
+    check(arguments)
+    (works, how), layouts = make_works(arguments), chosen_layouts(arguments)
+    numbers = "seq_len", "ring", "ring_outer", "ulysses", "batch", "heads", "head_dim", "dtype"
+    found = {name: getattr(arguments, name) for name in (*numbers, "layout", "transport")}
+    queries = [] if replicated(layouts) else rows(layouts[0], arguments.seq_len, arguments.ring)
+    return {
+        **found,
+        "key_len": key_len(arguments),
+        "mask": repr(chosen_mask(arguments)),
+        "moves": how,
+        "positions": [_runs(positions) for positions in queries],
+        "steps": [
+            [dict(zip(work.steps[0], step, strict=True)) for step in work.steps[1:]]
+            for work in works
+        ],
+        "pairs": [sum(work.pairs) for work in works],
+        "sent": sent_of(chosen_shape(arguments), places(arguments)),
+    }
 
 
 def report(arguments: argparse.Namespace) -> str:
@@ -334,10 +330,17 @@ def report(arguments: argparse.Namespace) -> str:
         picture = draw(make_plans(arguments), COLUMNS, LINES) if keys_come(arguments) else None
         if picture is not None:
             parts.append(in_signs(picture))
-    parts.append(wire(arguments))
+    parts.append(_sent(arguments))
     if arguments.ring_outer > 1 and not replicated(chosen_layouts(arguments)):
         parts.append(between_nodes(chosen_shape(arguments), places(arguments)))
     return "\n\n".join(parts)
+
+
+def _sent(arguments: argparse.Namespace) -> str:
+    shape = chosen_shape(arguments)
+    of_latents = f", latents of {arguments.latent}" if arguments.latent else ""
+    how = f"{arguments.dtype}, {arguments.transport} transport{of_latents}"
+    return sent_text(shape, sent_of(shape, places(arguments)), arguments.show, how)
 
 
 def save_picture(arguments: argparse.Namespace) -> None:
@@ -368,10 +371,11 @@ def run(arguments: argparse.Namespace) -> int:
             return calibrate.run(arguments)
         if arguments.model is not None or arguments.sources:
             return choose.run(arguments, asked_mask(arguments))
-        said = report(arguments)
+        found = {} if arguments.json is None else document(arguments)
+        said = "" if arguments.json == "-" else report(arguments)
         if arguments.png is not None:
             save_picture(arguments)
-        print(said)
+        present(arguments, found, lambda: said)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     return 0

@@ -93,6 +93,7 @@ def _cluster(name: str | None, device: str) -> Cluster:
 
 # What devices call themselves, and the cluster that has them.
 _SIGNS = {
+    "B200": "b200",
     "H200": "h200",
     "H100": "h100",
     "A800": "a800",

@@ -181,6 +181,16 @@ CLUSTERS = {
             source="8 x H200, 8 x 400 Gb/s: NVIDIA's sheet",
         ),
         Cluster(
+            "b200",
+            *(8, {"bf16": 2250e12, "fp8": 4500e12}, 180e9, 7.7e12),
+            levels=(_nvlink(900 * GB), _network(50 * GB, 50 * GB)),
+            matrix_share=0.65,
+            attention_share=0.7,
+            host_rate=55 * GB,
+            source="DGX B200, 8 x 400 Gb/s: NVIDIA's sheet; attention at 70 % of the peak, as its "
+            "fastest kernels are said to reach",
+        ),
+        Cluster(
             "frontier",
             *(8, {"bf16": 191.5e12}, 64 * GIB, 1.6e12),
             levels=(

@@ -19,8 +19,9 @@ TILES = ("none", "loss", "mlp+loss")
 CHECKPOINTING = ("none", "attention", "full")
 OFFLOAD = ("none", "inputs", "states")
 # What of each logit lives at a time: itself, its softmax in fp32 and its gradient, as in Megatron's
-# loss; all three in its dtype, as in torch's; with a kernel that keeps no softmax.
-LOSSES = ("fp32", "torch", "kernel")
+# loss; all three in its dtype, as in torch's; with a kernel that keeps no softmax; and as models of
+# transformers have it, with a copy in fp32, one that is shifted by a token, softmax and gradient.
+LOSSES = ("fp32", "torch", "kernel", "transformers")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,12 @@ def loss_bytes(job: Job, choice: Choice) -> float:
         return 2 * 4 * model.hidden
     if choice.tiles != "none":
         return 3 * 4 * model.hidden
-    of_logit = {"fp32": 2 * element + 4, "torch": 3 * element, "kernel": 2 * element}
+    of_logit = {
+        "fp32": 2 * element + 4,
+        "torch": 3 * element,
+        "kernel": 2 * element,
+        "transformers": element + 4 * 4,
+    }
     return float(model.vocabulary * of_logit[job.precision.loss])
 
 
