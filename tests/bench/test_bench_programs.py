@@ -247,6 +247,7 @@ def test_documents(pool: Pool) -> None:
     first = records[0]
     assert sum(first["degrees"].values()) == first["case"]["documents"] > 3
     assert first["cost"]["token"] > 0 and first["tokens_per_s"] > 0
+    assert all(len(r["cpu_s_of_ranks"]) == 2 and min(r["cpu_s_of_ranks"]) > 0 for r in records)
 
 
 def test_a_line_through_times_finds_what_made_them() -> None:

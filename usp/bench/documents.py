@@ -7,7 +7,8 @@ Processes of this machine train one transformer layer on packed documents with a
 "scheduled" gives each document the ranks that it is worth (usp.schedule_documents, by a cost
 measured at the start of the run); the static ones share every document among all ranks: "zigzag"
 cuts each document alike over them, "contiguous" cuts the packed batch. They run in turn, in both
-orders, a barrier before each; the slowest rank counts. Nothing is timed whose output or parameter
+orders, a barrier before each; the slowest rank counts. Records also hold the CPU seconds of each
+rank, which say more where processes share cores. Nothing is timed whose output or parameter
 gradients differ from fp64 on one process.
 """
 
@@ -175,24 +176,29 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 def measured_cost(args: argparse.Namespace, dtype: torch.dtype, device: str) -> usp.DocumentCost:
     """Of this layer here: every rank measures while all do, and the first says."""
     layer = Layer(args).to(dtype).to(device)
-    short, long = 128, max(1024, min(4096, args.longest))
+    short, long = 64, max(1024, min(4096, args.longest))
+    x = torch.randn(1, long, args.hidden).to(dtype).to(device)
 
-    def run(length: int) -> float:
-        x = torch.randn(1, length, args.hidden).to(dtype).to(device)
+    def run(length: int) -> tuple[float, float]:
+        """Seconds of packed documents of one length, and their pairs."""
+        attend = partial(
+            usp.long_context_attention, causal=True, cu_seqlens=tuple(range(0, long + 1, length))
+        )
 
         def both() -> None:
-            out = layer(x, lambda *qkv: usp.long_context_attention(*qkv, causal=True))
-            _gradients(layer, out, x)
+            _gradients(layer, layer(x, attend), x)
 
         both()
-        return min(worlds.slowest_seconds(both) for _ in range(3))
+        return min(worlds.slowest_seconds(both) for _ in range(3)), long * (length + 1) / 2
 
-    few, many = run(short) / short, run(long) / long  # token + pair (n + 1) / 2
-    pair = max(0.0, 2 * (many - few) / (long - short))
-    token = max(0.0, few - pair * (short + 1) / 2)
-    bytes_of_token = 2 * args.hidden * dtype.itemsize
+    # as many tokens both times, so that what a call costs however short it is counts to neither
+    (few, pairs), (many, all_pairs) = run(short), run(long)
+    pair = max(0.0, (many - few) / (all_pairs - pairs))
+    token = max(0.0, (few - pair * pairs) / long)
     hop, sent = _message(1, device), _message(1 << 20, device)
-    return usp.DocumentCost(token, pair, 3 * sent * bytes_of_token / 2**20, 3 * hop)
+    # keys and values twice, and their gradients in fp32
+    bytes_of_token = 2 * args.hidden * (2 * dtype.itemsize + 4)
+    return usp.DocumentCost(token, pair, sent * bytes_of_token / 2**20, 3 * hop)
 
 
 def _message(size: int, device: str) -> float:
@@ -205,6 +211,18 @@ def _message(size: int, device: str) -> float:
 
     pass_on()
     return min(worlds.slowest_seconds(pass_on) for _ in range(5))
+
+
+def cpu_seconds(run: Callable[[], object], rounds: int) -> list[float]:
+    """Of each rank, the least of some rounds: what it would take on cores of its own, where it does
+    not wait. Processes that share cores hide in their times that some have less to do."""
+    found = []
+    for _ in range(rounds):
+        worlds.everyone(None)  # together
+        begun = time.process_time()
+        run()
+        found.append(time.process_time() - begun)
+    return worlds.everyone(min(found))
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
@@ -256,6 +274,9 @@ def measure(
         name: {"tokens_per_s": batch.cuts[-1] / times.median(name), "errors": errors[name]}
         for name in times.seconds
     }
+    if device == "cpu":
+        for name, shown in more.items():
+            shown["cpu_s_of_ranks"] = cpu_seconds(runs[name], args.rounds)
     more.get(SCHEDULED, {}).update(
         degrees={d: degrees.count(d) for d in sorted(set(degrees))},
         planning_s=planning,

@@ -71,7 +71,8 @@ class DocumentCost:
         return cls(
             token=3 * 2 * weights / flops,
             pair=3.5 * 4 * hidden / flops,
-            sent=3 * 2 * kv * bytes_per_number / bandwidth,
+            # keys and values there in both passes, and their gradients home in fp32
+            sent=2 * kv * (2 * bytes_per_number + 4) / bandwidth,
             hop=3 * latency,
         )
 
