@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from usp.attention.kept import keep, kept, kind_of
 from usp.attention.learned import with_learned_scale
 from usp.attention.placement import with_placement
 from usp.attention.request import agree_on_request
-from usp.attention.sinks import with_sinks
+from usp.attention.sinks import beside_sinks
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
@@ -213,12 +212,9 @@ def attend(
     options = with_placement(tensors, options)
     if options.attn_mask is not None:
         tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)
-    if options.sinks is None:
-        return _dispatched(tensors, options, mesh, dropout_seed, validate)
-    told = replace(options, return_lse=True)
-    out, lse = _dispatched(tensors, told, mesh, dropout_seed, validate)
-    out, lse = with_sinks(out, lse, options.sinks)
-    return (out, lse) if options.return_lse else out
+    return beside_sinks(
+        options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate)
+    )
 
 
 def _dispatched(

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from usp.attention.given import Options
 from usp.planning.problem import state_dtype
+
+
+def beside_sinks(
+    options: Options, attend: Callable[[Options], Tensor | tuple[Tensor, Tensor]]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by ``attend``, and what sinks leave of it where the options name some."""
+    if options.sinks is None:
+        return attend(options)
+    out, lse = attend(replace(options, return_lse=True))
+    out, lse = with_sinks(out, lse, options.sinks)
+    return (out, lse) if options.return_lse else out
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ def attention(
     if position_bias is not None:
         refuse(region.tokens.spread, NotImplementedError(_OF_BIAS))
     region.answered += 1
-    made_first = isinstance(attention_mask, Tensor) or s_aux is not None or region.pieces
+    made_first = isinstance(attention_mask, Tensor) or region.pieces
     if latents is not None and made_first:
         (key, value), latents = latents.open(), None
     return _spread(region, query, (key, value, latents), attention_mask, hint, options)
@@ -177,7 +177,6 @@ def _spread(
             options["key_padding_mask"] = tokens.spread.shard(options["key_padding_mask"])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if latents is not None:
-        del options["sinks"]
         return latents.spread(tokens.spread, q, options), None
     return cast(Tensor, tokens.spread.attention(q, k, v, **options, **region.pieces)), None
 
