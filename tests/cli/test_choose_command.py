@@ -18,8 +18,8 @@ from usp.cli.paste import code_of
 from usp.planning.choose import here
 from usp.planning.choose.cluster import CLUSTERS
 from usp.planning.choose.job import Choice, Job, Precision
-from usp.planning.choose.model import Model
-from usp.planning.choose.search import predict
+from usp.planning.choose.model import MODELS, Model
+from usp.planning.choose.search import meshes, predict, search
 from usp.planning.cost import Bias, Place, Shape, bytes_sent
 
 PLAN = "plan --model llama3-8b --seq-len 131072 --cluster h100 --devices 64 --batch 8"
@@ -103,6 +103,7 @@ def test_sources(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama2-7b --seq-len 8 --cluster h100 --top 0", "--top must be 1 or more, got 0"),
         ("--model llama2-7b --seq-len 8 --cluster h100 --only size=2", "--only takes dp, fsdp"),
         ("--model llama2-7b --seq-len 64 --cluster h100 --only ring=3", "no mesh of 8 devices has"),
+        ("--model deepseek-v3 --seq-len 64 --cluster h100 --only ep=8", "--only takes dp, fsdp"),
         (
             "--model llama2-7b --seq-len 64 --cluster h100 --simulate 4",
             "--simulate 4 is below the 8 devices",
@@ -179,6 +180,9 @@ CHOICES = [
     Choice(ring=2, ulysses=2, layout="zigzag", transport="allgather", tiles="mlp+loss"),
     Choice(dp=2, fsdp=4, ulysses=2, checkpointing="attention"),
     Choice(dp=2, fsdp=2, ring=2, layout="zigzag", checkpointing="full", offload="inputs"),
+    Choice(ring=4, ring_outer=2, layout="zigzag", chunks=2),
+    Choice(ring=4, ring_outer=2, fsdp=4, transport="grid"),
+    Choice(ring=4, layout="zigzag", transport="query_ring"),
 ]
 
 
@@ -205,6 +209,15 @@ def pasted(number: int) -> int:
 @pytest.mark.parametrize("number", range(len(CHOICES)))
 def test_the_code_runs(pool: Pool, number: int) -> None:
     assert pool.run(pasted, number, ranks=4) == [CHOICES[number].sp] * 4
+
+
+def test_the_code_of_latents_compiles() -> None:
+    job = Job(MODELS["deepseek-v3"], 2**17, 32, CLUSTERS["h200"], 256)
+    best = search(job, [c for c in meshes(job, ("tp", "pp")) if c.ring == 16])[0]
+    assert best.choice.checkpointing != "attention"
+    code = code_of(best)
+    compile(code, "pasted", "exec")
+    assert "usp.latent_attention(q, latent, rope_key, up_k, up_v, mesh, **options)" in code
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from usp.planning.choose.cluster import CLUSTERS, cluster_of
 from usp.planning.choose.job import Choice, Job
 from usp.planning.choose.model import MODELS, Model
 from usp.planning.choose.network import Group, all_to_all, gather, hop
-from usp.planning.choose.search import search
+from usp.planning.choose.search import predict, search
 from usp.planning.choose.steps import CAUSAL, EVERYTHING, same_for_any_length, steps_of
 from usp.planning.cost import Place, Shape, bytes_sent
 from usp.planning.masks.mask import Mask
@@ -52,6 +53,58 @@ def test_work_and_bytes_are_those_of_plans(mask: Mask, layout: str) -> None:
                 assert told.blocks + told.gradients == max(
                     one.blocks + one.gradients for one in counted
                 )
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, EVERYTHING], ids=["causal", "all"])
+@pytest.mark.parametrize("latent", [None, 24])
+def test_bytes_of_other_transports_are_those_of_plans(mask: Mask, latent: int | None) -> None:
+    ways = [("query_ring", 1), ("query_ring", 2), ("ring", 2), ("allgather", 2)]
+    ways += [] if latent else [("grid", 2)]
+    for (transport, outer), ulysses in product(ways, (1, 2)):
+        length = 4 * ulysses * 12
+        sizes = 2, length, length, 6, 6 if latent else 3, 8, 8, torch.bfloat16
+        shape = Shape(*sizes, latent_width=latent)
+        layout = "zigzag" if mask is CAUSAL else "contiguous"
+        way = Way(Group(4, ulysses), Group(ulysses), layout, transport, outer)
+        places = [
+            Place(4, ulysses, r, u, layout, mask, transport, outer)
+            for r in range(4)
+            for u in range(ulysses)
+        ]
+        for backward in (False, True):
+            told = attention_bytes(shape, mask, way, backward).total
+            assert told == max(bytes_sent(shape, place, backward).total for place in places)
+
+
+def test_two_levels_of_a_ring_are_for_slow_networks() -> None:
+    """LoongTrain, arXiv:2406.18485: all adapters of a node carry what one does in a plain ring.
+    Where the network is as fast as the node nothing is won."""
+    shape = Shape(1, 2**17, 2**17, 32, 32, 128, 128, torch.bfloat16)
+    plain, double = (Way(Group(32), layout="zigzag", outer=outer) for outer in (1, 4))
+    slow = CLUSTERS["a800"]
+    seconds = [attention_seconds(shape, CAUSAL, way, slow).total for way in (plain, double)]
+    assert seconds[1] < 0.8 * seconds[0]
+    alone = replace(slow.levels[0], ranks=0)
+    fast = replace(slow, node=32, levels=(alone,))
+    seconds = [attention_seconds(shape, CAUSAL, way, fast).total for way in (plain, double)]
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.02)
+
+
+def test_queries_that_travel_in_a_backward_are_less_where_keys_have_as_many_heads() -> None:
+    for kv_heads, less in ((32, True), (8, False)):
+        shape = Shape(1, 2**15, 2**15, 32, kv_heads, 128, 128, torch.bfloat16)
+        ways = [Way(Group(8, 8), layout="zigzag", transport=t) for t in ("query_ring", "ring")]
+        rings = [attention_seconds(shape, CAUSAL, w, CLUSTERS["a800"], True).ring for w in ways]
+        assert (rings[0] < rings[1]) == less
+
+
+def test_latents_send_little_and_are_opened_on_every_rank() -> None:
+    plan = Job(MODELS["deepseek-v3"], 2**17, 1, CLUSTERS["h200"], 64)
+    keys = replace(MODELS["deepseek-v3"], latent=0, rope=0)
+    ring = Choice(ring=64, fsdp=64, layout="zigzag", checkpointing="full")
+    latents, opened = (predict(replace(plan, model=m), ring) for m in (plan.model, keys))
+    assert latents.sent.attention < opened.sent.attention / 20
+    assert latents.time.matrix > 1.5 * opened.time.matrix
 
 
 def test_links_are_slow_for_small_messages_between_nodes() -> None:
@@ -97,6 +150,9 @@ def test_every_cluster_says_where_its_numbers_are_from_and_plans(cluster: object
 
 
 def test_models_are_as_large_as_their_names() -> None:
+    deepseek = MODELS["deepseek-v3"]
+    assert deepseek.weights == pytest.approx(671e9, rel=0.05)
+    assert deepseek.met == pytest.approx(37e9, rel=0.05)
     sizes = {"llama2-7b": 6.74e9, "llama3-8b": 8.03e9, "llama3-70b": 70.6e9, "vit-22b": 21.7e9}
     for name, size in sizes.items():
         assert MODELS[name].weights == pytest.approx(size, rel=0.01)
@@ -105,6 +161,16 @@ def test_models_are_as_large_as_their_names() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="heads 6 is not a multiple of kv_heads 4"):
         Model("odd", 1, 8, 6, 4, 8)
+    experts = {"experts": 4, "active": 5}
+    with pytest.raises(ValueError, match="of experts 4 a token meets active 5"):
+        Model("odd", 1, 8, 4, 4, 8, **experts)
+    with pytest.raises(ValueError, match="latents make keys of kv_heads 2, not of 4"):
+        Model("odd", 1, 8, 4, 2, 8, latent=8)
+    with pytest.raises(ValueError, match="rope 9 is among latent 8"):
+        Model("odd", 1, 8, 4, 4, 8, latent=8, rope=9)
+    with pytest.raises(ValueError, match="ring 4 is not a multiple of ring_outer 3"):
+        two = Choice(ring=4, ring_outer=3)
+        predict(Job(MODELS["llama2-7b"], 1024, 1, CLUSTERS["h100"], 4), two)
     with pytest.raises(ValueError, match="layers must be 1 or more, got 0"):
         Model("none", 0, 8, 1, 1, 8)
     with pytest.raises(ValueError, match="unknown cluster 'moon': there are l20"):

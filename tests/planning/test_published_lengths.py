@@ -81,6 +81,21 @@ def test_arctic_long_sequences(devices: int, paper: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "devices", "paper"), [("llama3-8b", 4, 2), ("llama3-70b", 32, 4)]
+)
+def test_chunks_that_wait_on_the_host(model: str, devices: int, paper: int) -> None:
+    """FPDT, arXiv:2408.16978, and DeepSpeed's blog of it: so many million tokens on A100 of 80 GB
+    (a host of 1 TB for four), with checkpoints on the host, in chunks."""
+    cluster = replace(CLUSTERS["a100"], host=250 * GIB)
+    job = Job(MODELS[model], K, 1, cluster, devices)
+    sp = Choice(fsdp=devices, ulysses=devices, tiles="mlp+loss", checkpointing="full")
+    offloaded = replace(sp, offload="inputs")
+    whole, chunks = longest(job, offloaded), longest(job, replace(offloaded, chunks=16))
+    print(f"FPDT {model}: {whole / 1e6:.2f}M tokens, in chunks {chunks / 1e6:.2f}M, paper {paper}M")
+    assert paper * 1e6 < chunks < 2.5 * paper * 1e6 and chunks > 1.2 * whole
+
+
+@pytest.mark.parametrize(
     ("name", "backward", "paper"),
     [
         ("h100", False, (0.521, 0.852, 0.744)),

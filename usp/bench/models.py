@@ -18,12 +18,13 @@ from usp.bench.device import DTYPES
 from usp.planning.choose.model import MODELS, Model
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# For CPUs; and every model of ``usp.planning.choose.model`` by its name.
+# For CPUs; and by their names those of ``usp.planning.choose.model`` that have keys and one MLP.
 SMALL = {
     "vit": Model("vit", 4, 384, 6, 6, 1536, patch=16, gated=False, causal=False),
     "llm": Model("llm", 4, 512, 8, 2, 1408, vocabulary=8192),
 }
-KNOWN: dict[str, Model] = {**SMALL, **MODELS}
+PLAIN = {name: m for name, m in MODELS.items() if not (m.latent or m.experts)}
+KNOWN: dict[str, Model] = {**SMALL, **PLAIN}
 
 
 class Layer(nn.Module):

@@ -20,7 +20,7 @@ from usp.planning.masks.mask import Mask
 
 GIB, GB = 2**30, 1e9
 _DEGREES = ("dp", "fsdp", "ring", "ulysses", "tp", "pp")
-_HOW = ("layout", "transport", "tiles", "checkpointing", "offload", "micro")
+_HOW = ("layout", "transport", "ring_outer", "tiles", "checkpointing", "offload", "chunks", "micro")
 _FP32 = Precision(weights=4, gradients=4, optimizer=8, element=4, matrix="fp32")
 
 
@@ -173,7 +173,7 @@ def rank(job: Job, only: dict[str, str]) -> list[Predicted]:
         ValueError: nothing fits, or no mesh is as ``only`` says.
     """
     before = {name: value for name, value in only.items() if name in (*_DEGREES, "layout")}
-    before |= {name: value for name, value in only.items() if name == "transport"}
+    before |= {n: value for n, value in only.items() if n in ("transport", "ring_outer")}
     before.pop("fsdp", None)
     asked = [choice for choice in meshes(job) if _is(choice, before)]
     if only and not asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from usp.planning.choose.job import Choice
 from usp.planning.choose.search import Predicted
 
-_AXES = ("pp", "dp", "ring", "ulysses", "tp")
+_AXES = ("pp", "dp", "ring_outer", "ring", "ulysses", "tp")
 
 
 def code_of(one: Predicted) -> str:
@@ -48,12 +48,15 @@ def _imports(choice: Choice) -> list[str]:
 
 def _mesh(choice: Choice, device: str) -> list[str]:
     if choice.devices == choice.sp and choice.fsdp == 1:
+        outer = f"ring_outer_degree={choice.ring_outer}, " if choice.ring_outer > 1 else ""
         return [
             f"mesh = usp.init_mesh(ulysses_degree={choice.ulysses}, ring_degree={choice.ring}, "
-            f'device_type="{device}")'
+            f'{outer}device_type="{device}")'
         ]
-    names = [name for name in _AXES if getattr(choice, name) > 1 or name in ("ring", "ulysses")]
-    sizes = ", ".join(str(getattr(choice, name)) for name in names)
+    degrees = {name: getattr(choice, name) for name in _AXES}
+    degrees["ring"] //= choice.ring_outer  # of a DeviceMesh it is the axis inside a node
+    names = [name for name in _AXES if degrees[name] > 1 or name in ("ring", "ulysses")]
+    sizes = ", ".join(str(degrees[name]) for name in names)
     return [
         f"names = {_quoted(names)}",
         f'world = init_device_mesh("{device}", ({sizes}), mesh_dim_names=names)',
@@ -73,8 +76,17 @@ def _attention(one: Predicted) -> list[str]:
     if choice.ring > 1:
         how.append(f'transport="{choice.transport}"')
     how.append(f"seq_len={job.seq_len}")
+    if choice.chunks > 1:
+        how.append(f'chunks={choice.chunks}, offload="cpu"')
+    options = f"options = dict({', '.join(filter(None, how))})"
+    if job.model.latent:
+        return [
+            options,
+            "# each attention: usp.latent_attention(q, latent, rope_key, up_k, up_v, mesh, "
+            "**options)",
+        ]
     return [
-        f"options = dict({', '.join(filter(None, how))})",
+        options,
         "for layer in model.layers:  # what takes and returns (batch, tokens, heads, head dim)",
         "    layer.attention = usp.LongContextAttention(mesh, **options)",
     ]
@@ -106,7 +118,10 @@ def _sharing(choice: Choice, device: str) -> list[str]:
         return []
     replicas = choice.dp * choice.sp // choice.fsdp
     if choice.tp * choice.pp > 1:
-        names = [name for name in ("dp", "ring", "ulysses") if getattr(choice, name) > 1]
+        outer = choice.ring_outer
+        held = {"dp": choice.dp, "ring_outer": outer, "ring": choice.ring // outer}
+        held["ulysses"] = choice.ulysses
+        names = [name for name, degree in held.items() if degree > 1]
         made = f"world[{_quoted(names)}]"
         made += '._flatten("all")' if len(names) > 1 else ""
     elif replicas == 1:

@@ -107,6 +107,9 @@ class Choice:
         ring, ulysses, tp, pp: Ranks along these axes. Neighbours are along tp, then ulysses, ring,
             dp, pp.
         layout, transport: Of attention.
+        ring_outer: Nodes of a ring of two levels; 1 is a plain one.
+        chunks: Of a rank's tokens, worked off by attention one after the other, with ``offload=
+            "cpu"``; 1 is all at once.
         tiles: "loss": a fused head and loss; "mlp+loss": the MLPs in tiles, too.
         checkpointing: "attention" computes all but attention again, "full" everything.
         offload: "inputs": those that checkpoints keep lie on the host; "states": weights and
@@ -126,6 +129,8 @@ class Choice:
     checkpointing: str = "none"
     offload: str = "none"
     micro: int = 1
+    ring_outer: int = 1
+    chunks: int = 1
 
     @property
     def sp(self) -> int:
@@ -139,7 +144,7 @@ class Choice:
     def way(self) -> Way:
         """How a sequence lies: Ulysses on neighbours, the ring over its rows."""
         ring = Group(self.ring, self.tp * self.ulysses)
-        return Way(ring, Group(self.ulysses, self.tp), self.layout, self.transport)
+        return Way(ring, Group(self.ulysses, self.tp), self.layout, self.transport, self.ring_outer)
 
     @property
     def sharing(self) -> Group:
@@ -160,8 +165,9 @@ def shape_of(job: Job, choice: Choice) -> Shape:
     """The attention of one layer for the samples computed at a time."""
     model, lengths = job.model, (job.seq_len, job.seq_len)
     heads, kv_heads = model.heads // choice.tp, model.kv_heads // choice.tp
-    dim = model.head_dim
-    return Shape(choice.micro, *lengths, heads, kv_heads, dim, dim, job.dtype())
+    dims = model.head_dim, model.value_dim
+    latent = model.latent or None
+    return Shape(choice.micro, *lengths, heads, kv_heads, *dims, job.dtype(), latent_width=latent)
 
 
 def loss_bytes(job: Job, choice: Choice) -> float:

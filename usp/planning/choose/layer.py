@@ -56,16 +56,20 @@ def saved_of(job: Job, choice: Choice) -> Saved:
     """
     model, element = job.model, job.precision.element
     hidden, keys = element * model.hidden, element * model.keys
+    query, result = element * model.query, element * model.result
     norm = 2 * hidden
     if model.gated and not job.fused:
         norm = 2 * wide_of(job) * model.hidden + hidden
-    of_op = hidden + wide_of(job) * model.heads
-    front = norm + hidden + keys + of_op
-    if choice.ulysses > 1 and job.as_usp:
-        front += hidden  # the result of its own heads, beside that of its own tokens
-        of_op += 2 * hidden + keys
+    of_op = result + wide_of(job) * model.heads
+    front = float(norm + query + keys + of_op)
+    if choice.chunks > 1:  # all but the result waits on the host
+        front, of_op = norm + result, 0
+    elif choice.ulysses > 1 and job.as_usp:
+        front += result  # of its own heads, beside that of its own tokens
+        of_op += query + result + keys
     widths = 2 + model.gated * (1 if job.fused else 2)
     mlp = 0 if choice.tiles == "mlp+loss" else widths * element * model.inner
+    mlp += 2 * model.active * hidden  # what each expert is given, and its result
     return Saved(hidden, front, norm, mlp, of_op)
 
 
@@ -91,41 +95,46 @@ def turns_of(job: Job, choice: Choice, saved: Saved) -> Iterator[Turn]:
     model, element = job.model, job.precision.element
     hidden, keys = element * model.hidden, element * model.keys
     inner = 0 if choice.tiles == "mlp+loss" else element * model.inner
-    matrix, square = model.hidden * model.mlp, model.hidden**2
+    matrix = model.hidden * model.mlp
     yield Turn("MLP", hidden + inner, matrix)
     if model.gated:
         yield Turn("MLP", hidden + 2 * inner, 0, matrix)  # of both that were multiplied
         gone = 0 if choice.tiles == "mlp+loss" else saved.mlp - 2 * inner
         yield Turn("MLP", 2 * hidden + 2 * inner - gone, 2 * matrix, matrix)
     gone, done = saved.mlp + saved.norm, model.mlp_weights
-    yield Turn("attention", 2 * hidden - gone, square, done)
-    done += square
-    yield Turn("attention", 2 * hidden + _of_attention(job, choice) - gone, 0, done)
-    gone += 2 * hidden + keys
-    yield Turn(
-        "attention", 2 * (2 * hidden + keys) - gone, square + model.hidden * model.keys, done
-    )
+    query, result = element * model.query, element * model.result
+    yield Turn("attention", hidden + result - gone, model.hidden * model.result, done)
+    done += model.hidden * model.result
+    yield Turn("attention", hidden + result + _of_attention(job, choice) - gone, 0, done)
+    gone += result + (query + keys if choice.chunks == 1 else 0)
+    joined = model.hidden * (model.query + model.keys)
+    yield Turn("attention", 2 * (hidden + query + keys) - gone, joined, done)
 
 
 def _of_attention(job: Job, choice: Choice) -> float:
     """Of its backward, beside the gradient of its result: gradients, sums and blocks of a ring;
     and once these are done two messages of the exchange and what comes out of them."""
     model, element, wide = job.model, job.precision.element, wide_of(job)
-    gradients = element * (model.hidden + model.keys)
-    ring = float(gradients)
-    if choice.ring > 1:
-        ring = _of_ring(choice.transport, choice.ring, job, wide)
+    gradients = float(element * (model.query + model.keys))
+    if choice.chunks > 1:  # docs/offload.md: of a chunk, but for the gradients
+        of_chunk = 2 * element * (model.query + model.result) + wide * model.result
+        of_chunk += 3 * model.keys * (element + wide)
+        return gradients + of_chunk / choice.chunks
+    ring = _of_ring(job, choice) if choice.ring > 1 else gradients
     if choice.ulysses == 1:
         return ring
-    return float(element * model.hidden + max(ring, 4 * gradients))
+    return element * model.result + max(ring, 4 * gradients)
 
 
-def _of_ring(transport: str, ranks: int, job: Job, wide: int) -> float:
-    model, element = job.model, job.precision.element
-    if transport == "query_ring":  # three messages of q, dout, lse and delta, two of dq
-        message = 2 * element * model.hidden + 2 * wide * model.heads
-        return wide * (3 * model.hidden + model.keys) + 3 * message
-    sums = wide * (model.hidden + 2 * model.keys)
-    if transport == "ring":
-        return sums + model.keys * (3 * element + 2 * wide)
-    return sums + ranks * model.keys * (element + wide)
+def _of_ring(job: Job, choice: Choice) -> float:
+    model, element, wide = job.model, job.precision.element, wide_of(job)
+    queries = element * (model.query + model.result) + 2 * wide * model.heads
+    if choice.transport == "query_ring":  # three messages of q, dout, lse and delta, two of dq
+        return float(wide * (3 * model.query + model.keys) + 3 * queries)
+    sums, block = wide * (model.query + 2 * model.keys), model.keys * (element + wide)
+    if choice.transport == "grid":  # and all that queries of a node have
+        inner = choice.ring // choice.ring_outer
+        return float(sums + 2 * block + inner * (2 * queries + wide * model.query))
+    if choice.transport == "ring":
+        return float(sums + 2 * block + model.keys * element)
+    return float(sums + choice.ring * block)

@@ -63,10 +63,14 @@ def fits(job: Job, memory: Memory) -> bool:
 
 
 def _on_host(job: Job, choice: Choice) -> float:
+    model, element, layers = job.model, job.precision.element, job.model.layers / choice.pp
+    size = 0.0
+    if choice.chunks > 1:  # of the layer that computes, or of all that have no checkpoint
+        each = element * (model.query + model.keys + model.result) * _tokens(job, choice)
+        size += each * (1 if choice.checkpointing == "full" else layers)
     if choice.offload == "none":
-        return 0.0
-    inputs = job.model.hidden * job.precision.element * _tokens(job, choice)
-    size = inputs * job.model.layers / choice.pp
+        return size
+    size += model.hidden * element * _tokens(job, choice) * layers
     if choice.offload == "states":
         precision = job.precision
         each = precision.weights + precision.gradients + precision.optimizer

@@ -14,24 +14,28 @@ from usp.planning.choose.time import StepTime, model_flops, step_time
 from usp.planning.choose.traffic import Sent, bytes_of
 
 # What saves memory, by the time it costs: the first that fits is taken.
+_CHUNKS = 16
 SAVERS = tuple(
-    (tiles, checkpointing, offload)
-    for offload, checkpointing, tiles in (
-        ("none", "none", "none"),
-        ("none", "none", "loss"),
-        ("none", "none", "mlp+loss"),
-        ("none", "attention", "none"),
-        ("none", "attention", "loss"),
-        ("none", "full", "loss"),
-        ("inputs", "attention", "loss"),
-        ("inputs", "full", "loss"),
-        ("inputs", "full", "mlp+loss"),
-        ("states", "full", "loss"),
-        ("states", "full", "mlp+loss"),
+    (tiles, checkpointing, offload, chunks)
+    for offload, checkpointing, tiles, chunks in (
+        ("none", "none", "none", 1),
+        ("none", "none", "loss", 1),
+        ("none", "none", "mlp+loss", 1),
+        ("none", "attention", "none", 1),
+        ("none", "attention", "loss", 1),
+        ("none", "full", "loss", 1),
+        ("inputs", "attention", "loss", 1),
+        ("inputs", "full", "loss", 1),
+        ("inputs", "full", "mlp+loss", 1),
+        ("inputs", "full", "mlp+loss", _CHUNKS),
+        ("states", "full", "loss", 1),
+        ("states", "full", "mlp+loss", 1),
+        ("states", "full", "mlp+loss", _CHUNKS),
     )
 )
 
 
+Saver = tuple[str, str, str, int]
 _REFINED = 24
 
 
@@ -100,6 +104,8 @@ def _check(job: Job, choice: Choice) -> None:
         ("batch", job.batch, "dp x micro", choice.dp * choice.micro),
         ("dp x ring x ulysses", parallel, "fsdp", choice.fsdp),
     )
+    if choice.ring % choice.ring_outer:
+        raise ValueError(f"ring {choice.ring} is not a multiple of ring_outer {choice.ring_outer}")
     for name, whole, by, part in pairs:
         if whole % part or (name == "devices" and whole != part):
             relation = "is not" if name == "devices" else "is not a multiple of"
@@ -140,8 +146,8 @@ def _order(one: Predicted) -> tuple[float, float]:
 
 def _fitted(job: Job, choice: Choice) -> Predicted | None:
     """With the first saver of which its memory is enough."""
-    for tiles, checkpointing, offload in _savers(job):
-        tried = replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
+    for saver in _savers(job, choice):
+        tried = _with(choice, saver)
         memory = memory_of(job, tried)
         if fits(job, memory):
             return Predicted(tried, step_time(job, tried), memory, True, job)
@@ -155,11 +161,7 @@ def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
     )
     if not tried:
         return f"no mesh divides {job.devices} devices, batch {job.batch}, {job.model.heads} heads"
-    tiles, checkpointing, offload = SAVERS[-1]
-    ways = (
-        replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload)
-        for choice in tried
-    )
+    ways = (_with(choice, list(_savers(job, choice))[-1]) for choice in tried)
     least = min((memory_of(job, way) for way in ways), key=lambda memory: memory.total)
     return (
         f"{said}: {least.total / 2**30:.1f} GiB is the least that any mesh takes, with "
@@ -167,13 +169,25 @@ def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
     )
 
 
-def _savers(job: Job) -> Iterator[tuple[str, str, str]]:
-    for tiles, checkpointing, offload in SAVERS:
+def _with(choice: Choice, saver: Saver) -> Choice:
+    tiles, checkpointing, offload, chunks = saver
+    return replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload, chunks=chunks)
+
+
+def _savers(job: Job, choice: Choice) -> Iterator[Saver]:
+    in_chunks = choice.transport not in ("query_ring", "grid") and job.cluster.device != "cpu"
+    in_chunks = in_chunks and not job.model.latent
+    for saver in SAVERS:
+        tiles, checkpointing, _, chunks = saver
         if not job.backward and checkpointing != "none":
             continue
         if not job.model.vocabulary and tiles == "loss" and checkpointing == "none":
             continue
-        yield tiles, checkpointing, offload
+        if chunks > 1 and not in_chunks:
+            continue
+        if checkpointing == "attention" and job.model.latent:
+            continue  # attention of latents is no op whose result a checkpoint could keep
+        yield saver
 
 
 def meshes(job: Job, limit: Sequence[str] = ()) -> Iterator[Choice]:
@@ -197,16 +211,39 @@ def meshes(job: Job, limit: Sequence[str] = ()) -> Iterator[Choice]:
 
 
 def _ways(job: Job, degrees: Choice) -> Iterator[Choice]:
-    layouts = ["contiguous"]
-    transports = ["ring"]
+    layouts, transports = ["contiguous"], ["ring"]
     if degrees.ring > 1:
         if job.who_sees != EVERYTHING:
             layouts.append("zigzag")
         transports.append("allgather")
         if job.mask is not None and degrees.ring <= 64:
             transports.append("direct")
+        if job.backward and _queries_are_less(job):
+            transports.append("query_ring")
+    whole = replace(degrees, fsdp=degrees.dp * degrees.sp)
     for layout, transport in product(layouts, transports):
-        yield replace(degrees, layout=layout, transport=transport, fsdp=degrees.dp * degrees.sp)
+        yield replace(whole, layout=layout, transport=transport)
+    outer = _nodes_of_ring(job, degrees)
+    if outer is None:
+        return
+    two = ("ring",) if job.model.latent else ("ring", "grid")
+    for layout, transport in product(layouts, two):
+        yield replace(whole, layout=layout, transport=transport, ring_outer=outer)
+
+
+def _queries_are_less(job: Job) -> bool:
+    """In a backward, than keys and their gradients, row by row (docs/rings.md)."""
+    model, size, wide = job.model, job.precision.element, 4
+    queries = size * (model.query + model.result) + wide * (model.query + 2 * model.heads)
+    return queries < (size + wide) * model.keys
+
+
+def _nodes_of_ring(job: Job, degrees: Choice) -> int | None:
+    """Over how many nodes the ring goes, where each holds several of its ranks."""
+    inner = job.cluster.node // (degrees.tp * degrees.ulysses)
+    if inner < 2 or degrees.ring % inner or degrees.ring <= inner:
+        return None
+    return degrees.ring // inner
 
 
 def _refined(job: Job, choice: Choice) -> Iterator[Choice]:

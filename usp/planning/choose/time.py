@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import log, sqrt
 
@@ -99,6 +100,8 @@ def _micro_batch(job: Job, choice: Choice) -> dict[str, float]:
         "memory": _traffic(job, choice) / cluster.memory_rate,
         "tensor": layers * _tensor(job, choice),
     }
+    if choice.chunks > 1:
+        found["ring"] += layers * _chunks(job, choice, [one.compute for one in passes])
     if choice.pp > 1:
         sent = tokens_of(job, choice) / choice.tp * job.model.hidden * job.precision.element
         stage = Group(choice.pp, choice.devices // choice.pp)
@@ -110,11 +113,13 @@ def _products(job: Job, choice: Choice) -> float:
     """FLOP of a rank: 2 a weight and token forward, 4 backward, and what is computed again."""
     model = job.model
     times = 3 if job.backward else 1
-    of_layer = times * model.layer_weights
+    of_layer = times * model.met_weights
     if job.backward and choice.checkpointing != "none":
-        of_layer += model.layer_weights
+        of_layer += model.met_weights
     if job.backward and choice.tiles == "mlp+loss":
-        of_layer += model.mlp_weights
+        of_layer += model.met_mlp_weights
+    # each rank of a ring opens the latents of all of them for its own heads, and backward again
+    of_layer += (times + 1) * (choice.ring - 1) * model.opening
     head = model.vocabulary * model.hidden
     head *= times + (1 if job.backward and choice.tiles != "none" else 0)
     patches = times * 3 * model.patch**2 * model.hidden
@@ -122,10 +127,22 @@ def _products(job: Job, choice: Choice) -> float:
     return 2 * each * tokens_of(job, choice) / choice.tp
 
 
+def _chunks(job: Job, choice: Choice, passes: Sequence[float]) -> float:
+    """Of a layer: calls for each pair of chunks; and q, k, v, results on their way to the host and
+    back, keys for every later chunk, behind attention."""
+    model, element, cluster = job.model, job.precision.element, job.cluster
+    count, tokens = choice.chunks, tokens_of(job, choice) / choice.tp
+    calls = 3 * cluster.launch * (count * (count + 1) / 2 - 1) * choice.ring
+    once = element * (model.query + model.keys + model.result)
+    again = element * model.keys * (count - 1) / 2 * choice.ring
+    moved = (once + again) * tokens / cluster.host_rate
+    return sum(calls + _not_hidden(cluster, moved, work) for work in passes)
+
+
 def _traffic(job: Job, choice: Choice) -> float:
     model, element = job.model, job.precision.element
-    of_layer = (6 + 2 * model.kv_heads / model.heads) * model.hidden
-    of_layer += (3 if model.gated else 2) * model.mlp
+    of_layer = 4 * model.hidden + model.query + model.result + model.keys
+    of_layer += (3 if model.gated else 2) * model.inner
     passes = _PASSES if job.backward else 2
     passes += 2 if job.backward and choice.checkpointing != "none" else 0
     logits = 3 * model.vocabulary * (4 if job.backward else 1)
@@ -195,6 +212,6 @@ def model_flops(job: Job) -> float:
 
     model, times = job.model, 3 if job.backward else 1
     (whole,) = steps_of(job.who_sees, "contiguous", (job.seq_len, job.seq_len), 1, "ring")
-    each = model.layers * model.layer_weights + model.vocabulary * model.hidden
-    attention = 4 * whole.pairs[0] * model.hidden * model.layers
+    each = model.layers * model.met_weights + model.vocabulary * model.hidden
+    attention = 2 * whole.pairs[0] * (model.query + model.result) * model.layers
     return times * job.batch * (2 * each * job.seq_len + attention)
