@@ -4,14 +4,15 @@ usp bench linear --quick
 usp bench linear --json result.json        (1024 and 4096 tokens, 2 heads of 64)
 
 Four gloo processes of one thread each, on two cores, run causal linear attention with a decay a
-token and head (Mamba-2's SSD) over one sequence that they share. Four ways: gather and ring are
-usp.linear_attention's; "all-gather" gathers q, k, v and the decays and computes the whole on every
-rank, in the same chunks; "quadratic" gathers k, v and the decays and computes this rank's rows of
-all scores. --rules delta is the delta rule, with a beta a token and head (gated DeltaNet), in the
-first three. They run in turn in both orders, a barrier before each; the slowest rank counts. A
-ratio is the median over rounds of time(other) / time(gather). The bytes are those that
-usp.testing.WireBytes counts. Nothing is timed where those of usp are not the formula's, or where
-results or gradients differ from the recurrence, token by token in fp64.
+token and head (Mamba-2's SSD) over one sequence that they share. Five ways: gather and ring are
+usp.linear_attention's; "plain" is gather in plain PyTorch, without kernels of our own; "all-gather"
+gathers q, k, v and the decays and computes the whole on every rank; "quadratic" gathers k, v and
+the decays and computes this rank's rows of all scores. --rules delta is the delta rule, with a beta
+a token and head (gated DeltaNet): gather, ring and all-gather. They run in turn in both orders, a
+barrier before each; the slowest rank counts. A ratio is the median over rounds of time(other) /
+time(gather). The bytes are those that usp.testing.WireBytes counts. Nothing is timed where those
+of usp are not the formula's, or where results or gradients differ from the recurrence, token by
+token in fp64.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,13 +39,14 @@ from usp.bench.records import write_report
 from usp.bench.ring_case import differentiated
 from usp.bench.world import World
 from usp.distributed.processes import Tell
+from usp.linear_attention import families
 from usp.planning.states import numbers_sent
 from usp.testing import WireBytes, linear_recurrence
 
 MESH, PROCESSES, CORES = (4, 1), 4, 2  # ulysses x ring
 PASSES = ("forward", "both")
 SCHEMES = {
-    "decay": ("gather", "ring", "all-gather", "quadratic"),
+    "decay": ("gather", "ring", "plain", "all-gather", "quadratic"),
     "delta": ("gather", "ring", "all-gather"),
 }
 NAMES = {"decay": ("out", "dq", "dk", "dv", "ddecay")}
@@ -93,6 +96,7 @@ class Linear:
     def run(self, scheme: str, which: str) -> list[Tensor]:
         """Result, and for "both" every gradient."""
         attend: Callable[..., Tensor] = {
+            "plain": self._plain,
             "all-gather": self._gathered,
             "quadratic": self._quadratic,
         }.get(scheme, partial(self._usp, scheme))
@@ -101,6 +105,10 @@ class Linear:
     def _usp(self, method: str, *tensors: Tensor) -> Any:
         options: dict[str, Any] = {"seq_len": self.case.length, "validate": False}
         return attend(*tensors, mesh=self.mesh, method=method, **options)
+
+    def _plain(self, *tensors: Tensor) -> Any:
+        with mock.patch.object(families, "FAMILIES", ()):
+            return self._usp("gather", *tensors)
 
     def _whole(self, x: Tensor) -> Tensor:
         return usp.unshard_sequence(x, self.mesh, 1, "contiguous", self.case.length, validate=False)
@@ -169,8 +177,9 @@ def counted(linear: Linear, scheme: str, which: str) -> int:
     with WireBytes() as wire:
         linear.run(scheme, which)
     expected = wire.sent
-    if scheme in ("gather", "ring"):
-        expected = linear.case.bytes_sent(scheme, linear.mesh, which)
+    if scheme in ("gather", "ring", "plain"):
+        method = "gather" if scheme == "plain" else scheme
+        expected = linear.case.bytes_sent(method, linear.mesh, which)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (wire.sent, expected))
     for rank, (sent, formula) in enumerate(told):

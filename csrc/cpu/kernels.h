@@ -148,6 +148,18 @@ struct Kernels {
   // dbias += ds; summed over the queries first where query_stride is 0.
   void (*add_bias_gradient)(Tile<T> ds, int64_t num_rows, T* dbias, int64_t query_stride,
                             int64_t key_stride);
+
+  // Of linear attention. Triangles are (rows, rows) and stored by query, with zeros behind the
+  // diagonal up to a whole kPad; what is further on is neither read nor written.
+
+  // m[i, j] = exp of the sum of logs behind j, up to i; logs null: 1.
+  void (*decays_between)(const T* logs, int64_t rows, Matrix<T> m);
+  // since_start[i] = exp of the sum of logs up to i; room for a whole kPad.
+  void (*decays_since_start)(const T* logs, int64_t rows, T* since_start);
+  // product = a * b, element by element.
+  void (*multiply_lower)(Matrix<const T> a, Matrix<const T> b, int64_t rows, Matrix<T> product);
+  // sums[t] = the sum of a[i, j] * b[i, j] over i >= t > j; `room` is as long as a row.
+  void (*sums_across)(Matrix<const T> a, Matrix<const T> b, int64_t rows, T* sums, T* room);
 };
 
 // The table in use now for inputs of a dtype, by capability_for() (fastest.h).

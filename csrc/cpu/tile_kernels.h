@@ -3,6 +3,7 @@
 // The tile kernels of one instruction set as a table; the including file has set
 // USP_VECTOR_BYTES, USP_GEMM_ROWS, USP_GEMM_VECTORS and the compiler's target.
 
+#include "cpu/decays.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
@@ -33,6 +34,10 @@ constexpr Kernels<T> make_kernels() {
       .softmax_update = softmax_update<Words, T>,
       .gradients = gradients<Words, T>,
       .add_bias_gradient = add_bias_gradient<T>,
+      .decays_between = decays_between<T>,
+      .decays_since_start = decays_since_start<T>,
+      .multiply_lower = multiply_lower<T>,
+      .sums_across = sums_across<T>,
   };
 }
 

@@ -8,6 +8,7 @@
 #include "cpu/pack.h"
 #include "cpu/state_merge.h"
 #include "torch/attention_ops.h"
+#include "torch/linear_ops.h"
 #include "torch/move_arguments.h"
 #include "torch/torch_threads.h"
 
@@ -94,6 +95,13 @@ STABLE_TORCH_LIBRARY(usp, m) {
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
+  m.def(
+      "linear_forward(Tensor? q, Tensor? k, Tensor? v, Tensor? g, int segment, Tensor(a!) states, "
+      "Tensor(b!)? kept, Tensor(c!)? out) -> ()");
+  m.def(
+      "linear_backward(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? g, int segment, "
+      "Tensor? kept, Tensor(a!) states, Tensor(b!)? dq, Tensor(c!)? dk, Tensor(d!)? dv, "
+      "Tensor(e!)? dg) -> ()");
   m.def("cpu_level(Tensor like) -> int");
 }
 
@@ -104,5 +112,7 @@ STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));
+  m.impl("linear_forward", TORCH_BOX(&usp::linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&usp::linear_backward));
   m.impl("cpu_level", TORCH_BOX(&usp::cpu_level));
 }

@@ -31,11 +31,12 @@ def test_a_state_is_as_large_at_any_length(pool: Pool) -> None:
         assert all(len(taken) == 3 for taken in each["seconds"].values())
         of_delta = each["rule"] == "delta"
         assert all(len(of) == 5 + of_delta for of in each["errors"].values())
-        assert set(each["ratios"]) | {"quadratic"} == {"ring", "all-gather", "quadratic"}
-        assert ("quadratic" in each["ratios"]) is not of_delta
+        more = set() if of_delta else {"plain", "quadratic"}
+        assert set(each["ratios"]) == {"ring", "all-gather"} | more
         told = state if of_delta else 2 * 4
         assert each["bytes_sent"]["gather"] == 3 * (state * passes + told)
         assert each["bytes_sent"]["ring"] == state * passes
+        assert of_delta or each["bytes_sent"]["plain"] == each["bytes_sent"]["gather"]
     short, long = (next(e for e in found if e["length"] == n) for n in (21, 84))
     assert long["bytes_sent"]["all-gather"] > 3 * short["bytes_sent"]["all-gather"]
     assert all(theirs[2]["seconds"] == found[2]["seconds"] for theirs in others)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
+from unittest import mock
 
 import pool as worker
 import pytest
@@ -20,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import FlopCounterMode
 
 import usp
-from usp.linear_attention import slabs
+from usp.linear_attention import families, slabs
 from usp.linear_attention.both_ways import shared_documents
 from usp.planning.states import numbers_sent, numbers_summed
 from usp.testing import StorageBytes, WireBytes, linear_recurrence
@@ -40,6 +42,7 @@ class Case:
         delta: Whether it is the delta rule: keys of length 1, and betas between 0 and 2.
         counts: Tokens of each rank, which hold them as they are; None for equal parts.
         states: Whether a state comes in, and the last one is asked for.
+        plain: Ranks on which plain PyTorch computes, whoever else could.
     """
 
     ulysses: int = 1
@@ -58,6 +61,7 @@ class Case:
     states: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    plain: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -131,13 +135,18 @@ def run_on(mesh: usp.SequenceMesh | None, case: Case) -> dict[str, Tensor]:
     leaves = {
         name: case.part(name, x, rank).clone().requires_grad_() for name, x in tensors.items()
     }
-    found = attend(case, leaves, mesh=mesh, seq_len=case.length if case.seed % 2 else None)
+    with in_plain_torch() if rank in case.plain else nullcontext():
+        found = attend(case, leaves, mesh=mesh, seq_len=case.length if case.seed % 2 else None)
     # each rank's copy of the state has its part of the gradient
     cotangents = [case.part("out", dout, rank), dstate / case.ranks][: len(found)]
     wanted = [x.to(y.dtype) for x, y in zip(cotangents, found, strict=True)]
     gradients = torch.autograd.grad(found, list(leaves.values()), wanted)
     results = dict(zip(("out", "final"), (x.detach() for x in found), strict=False))
     return results | {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def in_plain_torch() -> Any:
+    return mock.patch.object(families, "FAMILIES", ())
 
 
 def oracle(case: Case) -> dict[str, Tensor]:
@@ -209,6 +218,7 @@ def cases(draw: st.DrawFn, meshes: list[tuple[int, int]], longest: int) -> Case:
         counts=counts,
         states=causal and draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
+        plain=draw(st.sampled_from([(), (0,), (0, 1, 2, 3)])),
     )
 
 
@@ -238,13 +248,19 @@ CHUNKS = [
 ]
 
 
+@pytest.mark.parametrize("plain", [(), (0,)], ids=["kernels", "plain"])
 @pytest.mark.parametrize("case", CHUNKS, ids=repr)
-def test_many_chunks_on_one_device(case: Case) -> None:
-    judge(case, [run_on(None, case)])
+def test_many_chunks_on_one_device(case: Case, plain: tuple[int, ...]) -> None:
+    judge(case, [run_on(None, replace(case, plain=plain))])
 
 
 def methods(case: Case) -> list[Tensor]:
     """Both methods' results, one behind the other."""
+    with in_plain_torch() if case.plain else nullcontext():
+        return of_methods(case)
+
+
+def of_methods(case: Case) -> list[Tensor]:
     mesh = worker.mesh(case.ulysses, case.ring)
     tensors, (dout, dstate) = case.whole()
     found = []
@@ -259,13 +275,15 @@ def methods(case: Case) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize(("delta", "plain"), [(False, ()), (False, (0, 1, 2, 3)), (True, ())])
 @pytest.mark.parametrize(
     "ranks", [2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format
 )
-def test_both_methods_give_the_same_bits(pool, ranks: int, delta: bool) -> None:
+def test_both_methods_give_the_same_bits(
+    pool, ranks: int, delta: bool, plain: tuple[int, ...]
+) -> None:
     options = {"decay": "tokens", "length": 13, "states": True, "dtype": torch.float32}
-    case = Case(ranks // 2, 2, dims=(11, 5), delta=delta, **options)
+    case = Case(ranks // 2, 2, dims=(11, 5), delta=delta, plain=plain, **options)
     for found in pool.run(methods, case, ranks=ranks):
         half = len(found) // 2
         for a, b in zip(found[:half], found[half:], strict=True):
@@ -441,13 +459,22 @@ def test_cost_and_memory_are_linear_in_the_length(
     monkeypatch.setattr(slabs, "SLAB", 2**10)
     flops, peaks = [], []
     for length in (128, 256):
-        case = Case(length=length, decay=decay, delta=delta, dtype=torch.float32)
+        case = Case(length=length, decay=decay, delta=delta, dtype=torch.float32, plain=(0,))
         with FlopCounterMode(display=False) as counter, StorageBytes() as memory:
             run_on(None, case)
         flops.append(counter.get_total_flops())
         peaks.append(memory.peak)
     assert flops[1] == 2 * flops[0] > 0
     assert peaks[1] <= 2 * peaks[0]
+
+
+def test_kernels_hold_a_state_for_many_tokens() -> None:
+    """And their inputs, results and gradients; no scores."""
+    case = Case(length=2048, dims=(64, 64), decay="tokens", dtype=torch.float32)
+    inputs = sum(x.nbytes for x in case.whole()[0].values())
+    with StorageBytes() as memory:
+        run_on(None, case)
+    assert memory.peak < 4 * inputs
 
 
 def test_slabs_of_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

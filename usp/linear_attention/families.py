@@ -6,9 +6,10 @@ computes, so ranks may differ in it.
 
 from __future__ import annotations
 
+from usp.linear_attention import native
 from usp.linear_attention.kernels import Family, Traits
 
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (native,)
 
 
 def chosen(traits: Traits) -> Family | None:

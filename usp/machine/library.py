@@ -22,6 +22,8 @@ OPS = (
     "state_merge",
     "pack",
     "unpack",
+    "linear_forward",
+    "linear_backward",
     "cpu_level",
 )
 

@@ -1,0 +1,260 @@
+"""The compiled CPU kernels of linear attention equal the recurrence, token by token in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from guarded import assert_untouched, guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from subjects.native import DTYPES, of_this_machine, running_on
+from torch import Tensor
+
+from usp.linear_attention import native
+from usp.linear_attention.kernels import Tokens, Traits
+from usp.ops import native as ops
+from usp.planning.problem import state_dtype
+from usp.testing import linear_recurrence
+
+pytestmark = pytest.mark.skipif(
+    ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"
+)
+# States and products are fp32 whatever the inputs are; of half precision results are rounded.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+LENGTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A walk over a rank's tokens.
+
+    Attributes:
+        level: The instruction set.
+        heads: Of q, k and v.
+        g: Size of its dims: "b" or "1" batch, "l" or "0" tokens (all alike), "h" or "1" heads.
+        strength: Factor of the logs, which lie between -1 and 0; infinite: some forget all.
+        fused: Whether q, k and v lie beside each other.
+    """
+
+    level: str = "default"
+    threads: int = 1
+    segment: int = 64
+    batch: int = 2
+    length: int = 131
+    heads: tuple[int, int, int] = (2, 2, 2)
+    dims: tuple[int, int] = (5, 7)
+    g: str | None = "blh"
+    strength: float = 1.0
+    fused: bool = False
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def inputs(self) -> tuple[Tokens, Tensor, Tensor, Tensor]:
+        """Tokens, the state before them, and cotangents of out and of the state behind them."""
+        random = torch.Generator().manual_seed(self.seed)
+        b, n, h, (d, e) = self.batch, self.length, max(self.heads), self.dims
+        widths = [each * dim for each, dim in zip(self.heads, (d, d, e), strict=True)]
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        parts = normal(b, n, sum(widths)).to(self.dtype).split(widths, -1)
+        split = [x.unflatten(2, (each, -1)) for x, each in zip(parts, self.heads, strict=True)]
+        q, k, v = split if self.fused else (x.contiguous() for x in split)
+        wide, g = state_dtype(self.dtype), None
+        if self.g is not None:
+            shape = b if self.g[0] == "b" else 1, n, h if self.g[2] == "h" else 1
+            of = (shape[0], n if self.g[1] == "l" else 1, shape[2])
+            logs = -torch.rand(of, generator=random, dtype=torch.float64)
+            infinite = self.strength == float("inf")
+            logs = logs.where(logs > -0.8, -torch.inf) if infinite else logs * self.strength
+            g = logs.to(wide).expand(shape)
+        states = [normal(b, h, d, e).to(wide) for _ in range(2)]
+        return Tokens(q, k, v, g), states[0], normal(b, n, h, e).to(self.dtype), states[1]
+
+
+def answers(case: Case) -> dict[str, Tensor]:
+    tokens, before, dout, behind = case.inputs()
+    with running_on(case.level, case.threads), mock.patch.object(native, "SEGMENT", case.segment):
+        update, kept = native.update(tokens)
+        out, final, saved = native.forward(tokens, before, kept, True)
+        alone, _, _ = native.forward(tokens, before, (), False)
+        of_state, kept = native.update_backward(tokens, dout)
+        found = native.backward(tokens, saved, dout, behind, kept, tokens.g is not None)
+        again = native.backward(tokens, saved, dout, behind, (), False)
+    assert torch.equal(alone, out)
+    assert all(torch.equal(a, b) for a, b in zip(again[:3], found[:3], strict=True))
+    names = "update", "out", "final", "of state", "dq", "dk", "dv", "dg", "dbefore"
+    results = zip(names, (update, out, final, of_state, *found), strict=True)
+    return {name: x for name, x in results if x is not None}
+
+
+def oracle(case: Case) -> dict[str, Tensor]:
+    tokens, before, dout, behind = case.inputs()
+    leaves = [x.double().requires_grad_() for x in (*tokens, before) if x is not None]
+    q, k, v, *others, state = leaves
+    h, (b, n) = max(case.heads), q.shape[:2]
+    decay = others[0].expand(b, n, h) if others else None
+    out, final = linear_recurrence(q, k, v, decay, initial_state=state)
+    update = linear_recurrence(q, k, v, decay)[1]
+
+    def gradients(dstate: Tensor) -> tuple[Tensor, ...]:
+        wanted = [dout.double(), dstate.double()]
+        return torch.autograd.grad(
+            [out, final],
+            leaves,
+            wanted,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    names = ["dq", "dk", "dv", *(["dg"] if others else []), "dbefore"]
+    found = dict(zip(names, gradients(behind), strict=True))
+    found["of state"] = gradients(torch.zeros_like(behind))[-1]
+    return found | {"update": update, "out": out, "final": final}
+
+
+def judge(case: Case) -> None:
+    expected = oracle(case)
+    found = answers(case)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        y, of_tokens = expected[name], name in ("out", "dq", "dk", "dv")
+        assert x.shape == y.shape and x.dtype == (
+            case.dtype if of_tokens else state_dtype(case.dtype)
+        ), name
+        if x.numel():
+            scale = max(1.0, y.abs().max().item())
+            error = (x.double() - y).abs().max().item() / scale
+            wide = case.dtype if of_tokens else state_dtype(case.dtype)
+            assert error <= TOLERANCE[wide], f"{name}: {error:.1e} of {scale:.2g}: {case}"
+
+
+@settings(max_examples=max(settings.default.max_examples // 2, 1))
+@given(
+    st.builds(
+        Case,
+        level=st.sampled_from(of_this_machine()),
+        threads=st.integers(1, 5),
+        segment=st.sampled_from((32, 64, 1024)),
+        batch=st.integers(1, 2),
+        length=st.sampled_from(LENGTHS),
+        heads=st.sampled_from([(1, 1, 1), (3, 3, 3), (1, 1, 3), (4, 2, 1), (2, 1, 2)]),
+        dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        g=st.sampled_from([None, "blh", "1lh", "1l1", "10h", "101"]),
+        strength=st.sampled_from([0.01, 1.0, 1000.0, float("inf")]),
+        fused=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 99),
+    )
+)
+def test_walks_equal_the_recurrence(case: Case) -> None:
+    judge(case)
+
+
+@pytest.mark.parametrize("level", of_this_machine())
+def test_every_level(level: str) -> None:
+    wide = {"dims": (67, 33), "strength": 0.1, "dtype": torch.float32}
+    judge(Case(level, 2, length=99, heads=(1, 1, 2), **wide))
+
+
+def test_the_same_threads_give_the_same_bits() -> None:
+    case = Case(of_this_machine()[-1], 3, batch=1, length=301, dtype=torch.bfloat16)
+    first = answers(case)
+    for name, x in answers(case).items():
+        assert torch.equal(x, first[name]), name
+
+
+def test_decays_above_1_overflow_to_infinity() -> None:
+    """As in plain torch, and never to something finite."""
+    x, g = torch.ones(1, 3, 1, 1), torch.full((1, 3, 1), 60.0)
+    with running_on(of_this_machine()[-1]):
+        out, _, _ = native.forward(Tokens(x, x, x, g), torch.ones(1, 1, 1, 1), (), False)
+    assert out[0, 0].item() == pytest.approx(torch.tensor(60.0).exp().item())
+    assert out.flatten()[1:].isinf().all()
+
+
+def written(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    """Results of the ops, which lie inside of larger memory."""
+    (q, k, v, g), before, dout, behind = case.inputs()
+    b, n, h, (d, e) = case.batch, case.length, max(case.heads), case.dims
+    rooms: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def room(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        rooms[name] = guarded(torch.Size(shape), float("nan"), dtype)
+        return rooms[name][0]
+
+    kept = room("kept", -(-n // case.segment), b, h, d, e)
+    state, gradient = room("state", 1, b, h, d, e), room("gradient", 1, b, h, d, e)
+    state.copy_(before)
+    gradient.copy_(behind)
+    out = room("out", b, n, h, e, dtype=case.dtype)
+    torch.ops.usp.linear_forward(q, k, v, g, case.segment, state, kept, out)
+    shapes = zip(("dq", "dk", "dv"), (d, d, e), strict=True)
+    found = [room(name, b, n, h, dim, dtype=case.dtype) for name, dim in shapes]
+    dg = room("dg", b, n, h)
+    torch.ops.usp.linear_backward(dout, q, k, v, g, case.segment, kept, gradient, *found, dg)
+    return rooms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(5, 7), (48, 64)])
+def test_nothing_else_is_written(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    case = Case(length=77, dims=dims, dtype=dtype)
+    for level in of_this_machine():
+        with running_on(level):
+            for name, (inside, around) in written(case).items():
+                assert not inside.isnan().any(), name
+                assert_untouched(around, inside)
+
+
+REFUSALS: dict[str, tuple[str, Any, str]] = {
+    "heads": ("k", torch.zeros(2, 9, 3, 5), "k has 3 heads, no divisor of 4"),
+    "head_dim": ("k", torch.zeros(2, 9, 4, 6), r"k: dim 3 \(D\) is 6, but states has D = 5"),
+    "tokens": ("v", torch.zeros(2, 8, 4, 7), r"v: dim 1 \(L\) is 8, but q has L = 9"),
+    "dtype": ("q", torch.zeros(2, 9, 4, 5).half(), "q is Half, expected Float"),
+    "logs": ("g", torch.zeros(2, 9, 3), r"g: dim 2 \(H\) is 3.*H = 4 \(or 1"),
+    "dtype of logs": ("g", torch.zeros(2, 9, 4).double(), "g is Double, expected Float"),
+    "segment": ("segment", 48, "segment is 48, expected a multiple of 32"),
+    "no segment": ("segment", 0, "segment is 0, expected a multiple of 32"),
+    "kept": ("kept", torch.zeros(2, 2, 4, 5, 7), "kept has 2 segments, expected 1"),
+    "no parts": ("states", torch.zeros(0, 2, 4, 5, 7), "states has 0 parts"),
+    "no result": ("out", None, "q and out come together"),
+    "no values": ("v", None, "k and v are needed"),
+    "result": ("out", torch.zeros(2, 9, 4, 7).half(), "out is Half, expected Float"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_linear_forward_refuses_with_both_numbers(refusal: str) -> None:
+    name, value, message = REFUSALS[refusal]
+    x, v = torch.zeros(2, 9, 4, 5), torch.zeros(2, 9, 4, 7)
+    args = {"q": x, "k": x, "v": v, "g": torch.zeros(2, 9, 4), "segment": 64}
+    args |= {"states": torch.zeros(1, 2, 4, 5, 7), "kept": None, "out": torch.zeros(2, 9, 4, 7)}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.usp.linear_forward(*(args | {name: value}).values())
+
+
+def test_linear_backward_refuses_a_part_of_its_results() -> None:
+    x, states = torch.zeros(2, 9, 4, 5), torch.zeros(1, 2, 4, 5, 5)
+    with pytest.raises(RuntimeError, match="k, v, kept, dq, dk and dv come together"):
+        torch.ops.usp.linear_backward(x, x, x, x, None, 64, None, states, x, None, None, None)
+    with pytest.raises(RuntimeError, match="dg is given, but g or dq is None"):
+        dg = torch.zeros(2, 9, 4)
+        none = (None,) * 3
+        torch.ops.usp.linear_backward(x, x, None, None, None, 64, None, states, *none, dg)
+
+
+def test_reasons_against() -> None:
+    traits = Traits(torch.device("cpu"), torch.float32, (5, 7), "channels", True)
+    assert native.reasons_against(traits) == (
+        "its kernels take one decay for all channels",
+        "it has no kernels for the delta rule",
+    )
+    other = Traits(torch.device("meta"), torch.float32, (5, 7))
+    assert native.reasons_against(other) == ("its kernels take CPU tensors, q is on meta",)
