@@ -23,7 +23,7 @@ from usp.bench.grouping import ROOFS, key_of
 from usp.bench.options import BenchError
 from usp.bench.records import Record, Report, Sink
 from usp.bench.show import duration, sizes, stream_of
-from usp.bench.table import load
+from usp.bench.shown_file import load
 
 SAME = ("program", "cpu", "cpu_capability", "gpu", "threads", "torch", "clock")
 

@@ -10,18 +10,16 @@ bar each. Rates where flops or bytes are known, else times. Needs matplotlib (us
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from usp.bench import machine
-from usp.bench.grouping import ROOFS, Group, Row, grouped
+from usp.bench.grouping import ROOFS, Group, Row
 from usp.bench.options import BenchError
 from usp.bench.records import Record
 from usp.bench.show import sizes
-from usp.bench.table import load
+from usp.bench.shown_file import groups_of, in_words, load, shown_parser
 
 OVER = (
     "length",
@@ -45,25 +43,15 @@ class Panel:
 
 
 def main(argv: Sequence[str]) -> int:
-    made = argparse.ArgumentParser(
-        prog="usp bench plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = made.add_argument
-    add("file", type=Path)
-    add("--what", nargs="+", help="only these")
-    add("--out", type=Path, metavar="FILE.png", help="by default beside FILE")
+    made = shown_parser("plot", __doc__)
+    made.add_argument("--out", type=Path, metavar="FILE.png", help="by default beside FILE")
     args = made.parse_args(list(argv))
     report = load(args.file)
-    groups = [g for g in grouped(report.records) if args.what is None or g.what in args.what]
-    panels = [panel for group in groups for panel in panels_of(group)]
+    panels = [panel for group in groups_of(report, args.what) for panel in panels_of(group)]
     if not panels:
         raise BenchError(f"{args.file} holds no times{' of these' if args.what else ''}")
     out = args.out or args.file.with_suffix(".png")
-    head = report.header
-    title = f"usp bench {head['program']}, {head['date'][:10]}: {machine.in_words(head)}"
-    draw(panels[:MOST_PANELS], title, out)
+    draw(panels[:MOST_PANELS], ", ".join(in_words(report)), out)
     print(out)
     if len(panels) > MOST_PANELS:
         print(f"{len(panels) - MOST_PANELS} panels had no place: name some with --what")

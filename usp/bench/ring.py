@@ -3,7 +3,6 @@
 usp bench ring --quick
 usp bench ring --seq-len 16384 --mesh 2x2 1x4 4x1 --json ring.json
 usp bench ring --masks causal documents --heads 32 --kv-heads 8 --head-dim 128
-usp bench ring --trace timeline.png       (draws when the ranks of a ring compute and communicate)
 
 usp on each mesh (ulysses x ring) stands beside one process with all cores, a ring written with
 torch alone, and the rings and exchanges of others as far as they can be imported
@@ -20,19 +19,14 @@ import argparse
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from usp.bench import world as worlds
 from usp.bench.case import MASKS, Case
 from usp.bench.device import DTYPES, default_device
 from usp.bench.exact import judged_by, wrong
 from usp.bench.options import (
-    NO_ANSWER,
-    BenchError,
     add_dtypes,
-    begin,
     dtypes,
-    finish,
     parse,
     parser,
 )
@@ -41,7 +35,6 @@ from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.ring_case import RingAttention, name_of
 from usp.bench.show import stream_of
-from usp.bench.timeline import traced
 from usp.bench.world import World
 from usp.distributed.processes import Tell
 
@@ -74,7 +67,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--transport", default="auto")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     add("--cores", type=int, help="that all processes share (default: all)")
-    add("--trace", type=Path, metavar="FILE.png", help="time nothing, draw one pass of a ring")
     add_dtypes(made)
     args = parse(made, argv, seq_len=256, heads=4, window=64)
     args.kv_heads = args.kv_heads or args.heads
@@ -91,14 +83,6 @@ def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
     args.device = args.device or default_device()
     args.dtypes = dtypes(args)
-    if args.trace is not None:
-        run = begin("ring", args)
-        try:
-            run.add(traced(args, args.processes, next(iter(cases(args)))))
-        except BenchError as error:
-            run.show.say(str(error))
-            return NO_ANSWER
-        return finish(run)
     for name, why in present(args.peers)[1].items():
         print(f"left out: {name}: {why}", file=stream_of(args.json))
     every = len(list(cases(args))) * len(args.passes)

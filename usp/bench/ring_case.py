@@ -160,9 +160,3 @@ def differentiated(attend: Attend, leaves: list[Tensor], dout: Tensor, which: st
             return [attend(*leaves)]
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def mesh_of_ring(world: World) -> tuple[str, usp.SequenceMesh]:
-    """All processes as one ring, and its name."""
-    shape = 1, world.size
-    return name_of(shape), worlds.mesh(shape, world.device)

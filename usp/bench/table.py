@@ -11,27 +11,19 @@ stands there too: above 1 the other is faster.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from usp.bench import machine
-from usp.bench.grouping import ROOFS, Group, Row, grouped
-from usp.bench.options import BenchError
-from usp.bench.records import Record, Report, Unreadable, read
+from usp.bench.grouping import ROOFS, Group, Row
+from usp.bench.records import Record, Report
 from usp.bench.show import duration, number
+from usp.bench.shown_file import groups_of, in_words, load, shown_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    made = argparse.ArgumentParser(
-        prog="usp bench table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = shown_parser("table", __doc__)
     add = made.add_argument
-    add("file", type=Path)
-    add("--what", nargs="+", help="only these")
     add("--over", metavar="CANDIDATE", help="ratios to this one, too")
     add("--out", type=Path, metavar="FILE.md", help="there, and not to the standard output")
     args = made.parse_args(list(argv))
@@ -43,26 +35,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def load(file: Path) -> Report:
-    """The results of a file.
-
-    Raises:
-        BenchError: it holds none.
-    """
-    try:
-        return read(file)
-    except Unreadable as error:
-        raise BenchError(str(error)) from error
-
-
 def markdown(report: Report, what: Sequence[str] | None = None, over: str | None = None) -> str:
     """All tables, each below a line that says what all its cases share."""
-    head = report.header
-    parts = [f"`usp bench {head['program']}`, {head['date'][:10]}: {machine.in_words(head)}."]
+    program, where = in_words(report)
+    parts = [f"`{program}`, {where}."]
     known = {"time", "not_timed", "value", "roofline", "end"}
-    for group in grouped(report.records):
-        if what is None or group.what in what:
-            parts += times(group, over)
+    for group in groups_of(report, what):
+        parts += times(group, over)
     parts += values([r for r in report.of("value") if what is None or r["what"] in what])
     others = dict.fromkeys(r["record"] for r in report.records if r["record"] not in known)
     for kind in others:
