@@ -36,6 +36,8 @@ class Tokens:
         across: Where attention looks at other tokens, which every rank holds whole, how many
             queries a call may have: all of this rank, or those of a stream.
         streams: What ``_streams`` knows of the two, where there are two.
+        documents: In a graph, boundaries of documents, which are read when it runs; elsewhere the
+            Spread has them.
     """
 
     spread: Spread
@@ -48,6 +50,7 @@ class Tokens:
     each: bool = False
     across: tuple[int, ...] = ()
     streams: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
+    documents: Tensor | None = field(default=None, compare=False, repr=False)
     _first: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -70,6 +73,14 @@ class Tokens:
     def is_alone(self) -> bool:
         """Whether attention among the tokens of this rank is that of the whole."""
         return len(self.shares) == 1 and self.spread.cu_seqlens is None
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``Spread.attention``, of these documents."""
+        if self.documents is not None:
+            options["cu_seqlens"] = self.documents
+        return self.spread.attention(q, k, v, **options)
 
     def count_first(self, prefix: int) -> int:
         """How many of the first tokens of the whole this rank holds."""
@@ -124,7 +135,7 @@ def answer(
     options |= pieces
     if attn_mask is not None:
         options |= _mask_options(tokens, attn_mask, query.shape, len(q))
-    out = cast(Tensor, spread.attention(q, k, v, **options)).transpose(1, 2)
+    out = cast(Tensor, tokens.attention(q, k, v, **options)).transpose(1, 2)
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     dims = max(query.dim(), key.dim(), value.dim())
     return out.reshape(*batch, *out.shape[-min(3, dims) :])
@@ -150,7 +161,7 @@ def among(
     except ValueError as refusal:
         refuse(tokens.spread, refusal)
     q, k, v = _heads_behind_tokens(query, key, value, enable_gqa)
-    return tokens.spread.attention(q, k, v, **options)
+    return tokens.attention(q, k, v, **options)
 
 
 def _check(

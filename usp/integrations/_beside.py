@@ -23,6 +23,8 @@ def cut_beside(tokens: Tokens, boundary: Boundary, name: str, whole: Any) -> Any
         ValueError: it has not; names both numbers.
     """
     if name == boundary.documents and _are_of_several(whole, tokens):
+        if torch.compiler.is_compiling():  # numbers that a graph knows
+            return torch.tensor((0, tokens.held), dtype=whole.dtype, device="cpu").to(whole.device)
         # one document, this rank's tokens; what is computed again finds the others behind it
         return torch.cat([whole.new_tensor([0, tokens.held]), whole])[:2]
     if name not in boundary.beside:
@@ -82,6 +84,8 @@ def with_documents(tokens: Tokens, boundaries: Tensor | None) -> Tokens:
                 "before it: say which documents there are to usp.cut_batch(cu_seqlens=)"
             ),
         )
+    if torch.compiler.is_compiling():
+        return replace(tokens, documents=boundaries.cpu())
     ends = tuple(boundaries.tolist())
     if ends[-1:] != (spread.seq_len,):
         refuse(

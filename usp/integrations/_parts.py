@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from usp import rng
 from usp.integrations._answer import Tokens
+from usp.integrations._beside import with_documents
 from usp.integrations._sites import Inside
 from usp.integrations._streams import held_of, join_both, stream
 from usp.integrations._trunk import Trunk
@@ -49,8 +50,12 @@ class Multihead(Inside):
         self._placements: dict[Spread, Placement] = {}
 
     def run(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        region = self.trunk.region
+        tokens = tokens if region is None else region.tokens  # which know of documents
+        if tokens.documents is not None:
+            return torch.compiler.disable(self._run_told)(tokens, args, kwargs)
         pieces = self.trunk.pieces
-        if len(tokens.shares) == 1 and tokens.spread.cu_seqlens is None and not pieces:
+        if tokens.is_alone and not pieces:
             return self.inner(*args, **kwargs)
         given = dict(zip(_MULTIHEAD_NAMES, args, strict=False)) | kwargs
         for name, dim in (("key_padding_mask", -1), ("attn_mask", -2)):
@@ -63,6 +68,12 @@ class Multihead(Inside):
         with self.trunk.entered(tokens) as region, region.paused():
             region.answered += 1
             return MultiheadAttention.forward(ours, **given)
+
+    def _run_told(self, tokens: Tokens, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Outside of a graph, which has the boundaries of documents as a tensor."""
+        told = with_documents(replace(tokens, documents=None), tokens.documents)
+        with self.trunk.entered(told) as region, region.meaning(told):
+            return self.run(told, args, kwargs)
 
     def _placed(self, spread: Spread) -> Placement:
         if spread.cu_seqlens is not None:  # others in every batch

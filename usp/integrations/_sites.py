@@ -31,6 +31,8 @@ class Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
         ctx.ranks = ranks
+        if torch.compiler.is_compiling():  # of outputs that share memory a graph makes views itself
+            return x.clone()
         return x.view_as(x)
 
     @staticmethod
@@ -85,6 +87,13 @@ class Inside(Site):
         self.trunk, self.must_answer = trunk, must_answer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not self.trunk.is_open and torch.is_grad_enabled():
+            # called by itself, or computed again in a backward: no graph can tell
+            return torch.compiler.disable(self.called)(*args, **kwargs)
+        return self.called(*args, **kwargs)
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """The module, in the trunk or by itself."""
         x = first_tensor((*args, *kwargs.values()))
         tokens = self.trunk.current(x)
         if tokens is None:  # called by itself: an ordinary module
@@ -147,7 +156,7 @@ class Block(Inside):
         parameters = inspect.signature(type(module).forward).parameters
         self._names = tuple(parameters)[1:]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def called(self, *args: Any, **kwargs: Any) -> Any:
         trunk, names, boundary = self.trunk, self._names, self.trunk.boundary
         given = dict(zip(names, args, strict=False)) | kwargs
         x = args[0] if args else kwargs.get(names[0]) if names else None

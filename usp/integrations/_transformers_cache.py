@@ -12,7 +12,7 @@ from torch import Tensor
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.integrations._answer import Tokens
 from usp.integrations._region import current_region
-from usp.integrations._transformers_latents import CACHED, Latents, lead_through
+from usp.integrations._transformers_latents import Latents, lead_through, note_cached
 from usp.integrations._transformers_masks import Described
 from usp.integrations._transformers_states import StatesLayer, check_spread
 from usp.masks import Mask
@@ -20,15 +20,6 @@ from usp.nn.cache import ShardedCache
 from usp.nn.decoding import decode_attention
 from usp.planning.masks.mask import Intersection
 from usp.planning.masks.terms import Interval
-
-
-def just_cached(key: Tensor, latents: Latents | None) -> Layer | None:
-    """The layer that these keys have come to, told once, which keeps them or what they are made
-    of; None for keys of no such cache."""
-    found = cast("Layer | None", CACHED.pop(key if latents is None else latents.latent, None))
-    if found is not None:
-        found.keep(latents)
-    return found
 
 
 class OfMesh:
@@ -81,7 +72,8 @@ class Layer:
                 "usp.decode_attention"
             )
         self._new = key_states, value_states
-        self.cache.waiting = CACHED[key_states] = self
+        self.cache.waiting = self
+        note_cached(key_states, self)
         return key_states, value_states
 
     def keep(self, latents: Latents | None) -> None:

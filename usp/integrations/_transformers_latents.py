@@ -31,8 +31,10 @@ _FILES = tuple(
 _METHOD = "expand_kv"
 # by what stands for keys, which alone comes to the function of attention
 _BEHIND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# latents that have come to a cache of ours a moment ago
-CACHED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# by keys or latents that have come to a cache of ours a moment ago, its layer
+_CACHED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# one for each that is in these and not told yet: a graph can see whether there are any
+_UNTOLD: list[None] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +74,36 @@ class Latents:
         return torch.einsum("blhc,hvc->blhv", out, self.up_v)
 
 
-def latents_behind(key: Tensor) -> Latents | None:
-    """What these keys stand for, told once; None for keys that are keys."""
-    return cast("Latents | None", _BEHIND.pop(key, None))
+def note_cached(key: Tensor, layer: Any) -> None:
+    """These have come to a layer of a cache, which ``behind`` tells once."""
+    _note(_CACHED, key, layer)
+
+
+def behind(key: Tensor) -> tuple[Latents | None, Any]:
+    """What these keys stand for and the layer that they have come to, each told once; None for
+    keys that are keys, and are in no cache of ours."""
+    if not _UNTOLD:
+        return None, None
+    if torch.compiler.is_compiling():
+        return cast("tuple[Latents | None, Any]", torch.compiler.disable(_told)(key))
+    return _told(key)
+
+
+def _told(key: Tensor) -> tuple[Latents | None, Any]:
+    latents = _told_once(_BEHIND, key)
+    return latents, _told_once(_CACHED, key if latents is None else latents.latent)
+
+
+def _note(where: WeakTensorKeyDictionary, key: Tensor, what: Any) -> None:
+    where[key] = what
+    _UNTOLD.append(None)
+
+
+def _told_once(where: WeakTensorKeyDictionary, key: Tensor) -> Any:
+    found = where.pop(key, None)
+    if found is not None:
+        _UNTOLD.pop()
+    return found
 
 
 def lead_through() -> None:
@@ -100,7 +129,7 @@ def _led(theirs: Callable[..., Any]) -> Callable[..., Any]:
         shape = latent.shape[0], heads, latent.shape[2]
         key, value = one.expand(*shape, dims[0] + rope_key.shape[-1]), one.expand(*shape, dims[1])
         opened = lambda: theirs(module, latent, rope_key)  # noqa: E731
-        _BEHIND[key] = Latents(latent, rope_key, up_k, up_v, opened)
+        _note(_BEHIND, key, Latents(latent, rope_key, up_k, up_v, opened))
         return key, value
 
     called.called_in_usp = True  # type: ignore[attr-defined]
@@ -114,7 +143,7 @@ def _is_wanted(module: Any, latent: Tensor, rope_key: Tensor) -> bool:
         return False
     if module.training and not _is_plain(module.kv_b_proj):
         return False
-    if latent in CACHED:
+    if latent in _CACHED:
         return True
     region = current_region()
     if region is None or len(region.tokens.shares) == 1:

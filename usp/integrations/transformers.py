@@ -15,8 +15,8 @@ from torch import Tensor
 from usp.attention.functional import long_context_attention
 from usp.integrations._answer import Tokens, answer, refuse
 from usp.integrations._region import Region, current_region
-from usp.integrations._transformers_cache import just_cached, sharded_cache
-from usp.integrations._transformers_latents import NAME, Latents, latents_behind
+from usp.integrations._transformers_cache import sharded_cache
+from usp.integrations._transformers_latents import NAME, Latents, behind
 from usp.integrations._transformers_masks import Described, describe
 
 __all__ = ["NAME", "attention", "register", "sharded_cache"]
@@ -75,9 +75,9 @@ def attention(
     options = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
     region = current_region()
     alone = region is None or len(region.tokens.shares) == 1
-    latents = latents_behind(key)
-    layer = just_cached(key, latents)
+    latents, layer = behind(key)
     if layer is not None:
+        layer.keep(latents)
         if position_bias is not None:
             raise NotImplementedError(_OF_BIAS)
         layer.read(attention_mask, hint)
@@ -178,7 +178,7 @@ def _spread(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if latents is not None:
         return latents.spread(tokens.spread, q, options), None
-    return cast(Tensor, tokens.spread.attention(q, k, v, **options, **region.pieces)), None
+    return cast(Tensor, tokens.attention(q, k, v, **options, **region.pieces)), None
 
 
 def _fault(
