@@ -24,7 +24,7 @@ namespace {
 template <typename T>
 struct RowTile {
   int64_t h;
-  bool started;  // out holds something
+  uint32_t started;  // a bit for each strip of rows: out holds something
   Range rows;
   Matrix<T> q_room;   // (few rows, D)
   QueryOperand<T> q;  // (D, rows)
@@ -228,17 +228,29 @@ class ForwardWorker {
       tile.softmax.sum[i] = row.sum;
       fresh &= carried_lse == minus_infinity<T>();
     }
-    tile.started = false;
+    tile.started = 0;
     if (state_.out == nullptr || fresh) return;
     start(tile);
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
                         T(1), tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
   }
 
-  // From zeros, with its padding.
+  // A bit for each strip that holds one of the rows.
+  static uint32_t strips(int64_t first_row, int64_t num_rows) {
+    const int64_t begin = first_row / kStrip, end = (first_row + num_rows - 1) / kStrip + 1;
+    return (1u << end) - (1u << begin);
+  }
+
+  // Strips that have not begun begin with zeros, with their padding.
   void start(RowTile<T>& tile) {
-    std::fill(tile.out.data, tile.out.data + tile.rows.size() * tile.out.ld, T(0));
-    tile.started = true;
+    for (int64_t row = 0; row < tile.rows.size(); row += kStrip) {
+      const int64_t rows = std::min(kStrip, tile.rows.size() - row);
+      const uint32_t strip = strips(row, rows);
+      if (tile.started & strip) continue;
+      T* out = tile.out.data + row * tile.out.ld;
+      std::fill(out, out + rows * tile.out.ld, T(0));
+      tile.started |= strip;
+    }
   }
 
   void add_keys(const Span& span, Range keys) {
@@ -262,10 +274,8 @@ class ForwardWorker {
   // Keys into the tile, or into a strip of it.
   void add_part(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
-    const bool whole = num_rows == tile.rows.size();
-    if (!whole && !tile.started) start(tile);
     const int64_t row = at.rows.begin - tile.rows.begin;
-    const QueryOperand<T> q = whole ? tile.q : tile.q.from(row);
+    const QueryOperand<T> q = tile.q.from(row);
     const SoftmaxRows<T> softmax = tile.softmax.from(row);
     const QueryPositions positions = tile.positions.from(row);
     const Matrix<T> out{tile.out.data + row * tile.out.ld, tile.out.ld};
@@ -277,14 +287,15 @@ class ForwardWorker {
     }
     const auto weights = kernels_.softmax_update(s, softmax, w_.multiplier, w_.weights);
     ahead_.advance();
-    if (tile.started) kernels_.scale_rows(out, num_rows, out.ld, softmax.factor);
-    kernels_.gemm(num_rows, out.ld, num_keys, weights, v, out, T(1), tile.started);
-    tile.started = true;
+    const uint32_t part = strips(row, num_rows), old = tile.started & part;
+    if (old != 0 && old != part) start(tile);
+    kernels_.gemm(num_rows, out.ld, num_keys, weights, v, out, {T(1), old != 0, softmax.factor});
+    tile.started |= part;
     ahead_.advance();
   }
 
   void store_state(RowTile<T>& tile) {
-    if (!tile.started) start(tile);
+    start(tile);
     T *lse = lse_of(tile), *factor = tile.softmax.factor;
     Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {

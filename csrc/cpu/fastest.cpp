@@ -39,13 +39,13 @@ class Tiles {
     for (int64_t tile = 0; tile < kTiles; ++tile) {
       std::fill(max_.begin(), max_.end(), -INFINITY);
       std::fill(sum_.begin(), sum_.end(), 0.0f);
-      table_.gemm(kKeys, kQueries, kDim, k, {q_t_.data(), kQueries}, {s_.data(), kQueries}, 0.125f,
-                  false);
+      table_.gemm(kKeys, kQueries, kDim, k, {q_t_.data(), kQueries}, {s_.data(), kQueries},
+                  {0.125f, false});
       const auto weights =
           table_.softmax_update({s_.data(), kKeys, kQueries},
                                 {max_.data(), sum_.data(), factor_.data()}, nullptr, p_.data());
-      table_.gemm(kQueries, kDim, kKeys, weights, {v_.data(), kDim}, {out.data(), kDim}, 1.0f,
-                  false);
+      table_.gemm(kQueries, kDim, kKeys, weights, {v_.data(), kDim}, {out.data(), kDim},
+                  {1.0f, false});
     }
   }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// c (m, n) = or += alpha a (m, k) b (k, n): register blocks of USP_GEMM_ROWS rows by
+// c (m, n) takes alpha a (m, k) b (k, n): register blocks of USP_GEMM_ROWS rows by
 // USP_GEMM_VECTORS vectors. a is read one word at a time, so it may be stored transposed.
 //
 // `Words` says what a word of a and b is (kernels.h) and how two of them are multiplied.
@@ -10,9 +10,24 @@
 namespace usp::cpu {
 namespace {
 
+template <bool kAdds, bool kScales, typename T, int kRows, int kVectors>
+USP_SIMD void store_block(const Vec<T> (&sum)[kRows][kVectors], T* __restrict c, int64_t ldc,
+                          Update<T> update) {
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      T* at = c + r * ldc + v * kLanes<T>;
+      Vec<T> result = update.alpha * sum[r][v];
+      if constexpr (kAdds) result += kScales ? update.factor[r] * load(at) : load(at);
+      store(at, result);
+    }
+  }
+}
+
 template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
 void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __restrict b,
-                int64_t ldb, T* __restrict c, int64_t ldc, T alpha, bool accumulate) {
+                int64_t ldb, T* __restrict c, int64_t ldc, Update<T> update) {
   Vec<T> sum[kRows][kVectors] = {};
   for (int64_t p = 0; p < words; ++p) {
     Vec<T> right[kVectors];
@@ -27,30 +42,41 @@ void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __re
       }
     }
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      T* at = c + r * ldc + v * kLanes<T>;
-      store(at, accumulate ? load(at) + alpha * sum[r][v] : alpha * sum[r][v]);
-    }
+  if (!update.adds) {
+    store_block<false, false, T>(sum, c, ldc, update);
+  } else if (update.factor == nullptr) {
+    store_block<true, false, T>(sum, c, ldc, update);
+  } else {
+    store_block<true, true, T>(sum, c, ldc, update);
   }
 }
 
 // All rows of one panel of kVectors vectors; the remainder of m takes the smaller blocks.
 template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
 void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                int64_t ldc, T alpha, bool accumulate) {
-  for (; m >= kRows; m -= kRows) {
-    gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, alpha,
-                                                       accumulate);
-    a += kRows * (kTransposed ? 1 : lda);
-    c += kRows * ldc;
+                int64_t ldc, Update<T> update) {
+  const auto pass = [&](int64_t rows) {
+    a += rows * (kTransposed ? 1 : lda);
+    c += rows * ldc;
+    update = update.from(rows);
+    m -= rows;
+  };
+  while (m >= kRows) {
+    if (kVectors == 1 && m > kRows && m < 2 * kRows) {
+      // Few sums wait for their own last products: the last two blocks are about as high.
+      const int64_t half = (m + 1) / 2;
+      gemm_panel<Words, T, kRows, kVectors, kTransposed>(half, words, a, lda, b, ldb, c, ldc,
+                                                         update);
+      pass(half);
+    } else {
+      gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, update);
+      pass(kRows);
+    }
   }
   if constexpr (kRows > 1) {
     if (m > 0) {
       gemm_panel<Words, T, kRows - 1, kVectors, kTransposed>(m, words, a, lda, b, ldb, c, ldc,
-                                                             alpha, accumulate);
+                                                             update);
     }
   }
 }
@@ -64,20 +90,20 @@ inline constexpr int kGemmRows =
 // Panels of at most kVectors vectors, about equally wide.
 template <typename Words, typename T, int kVectors, bool kTransposed>
 void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix<const T> b,
-                  Matrix<T> c, T alpha, bool accumulate) {
+                  Matrix<T> c, Update<T> update) {
   constexpr int64_t kWidth = kVectors * kLanes<T>;
   while (n > 0) {
     const int64_t panels = (n + kWidth - 1) / kWidth;
     if (n <= panels * (kWidth - kLanes<T>)) break;  // narrower ones suffice
-    gemm_panel<Words, T, kGemmRows<kVectors>, kVectors, kTransposed>(
-        m, words, a.data, a.ld, b.data, b.ld, c.data, c.ld, alpha, accumulate);
+    gemm_panel<Words, T, kGemmRows<kVectors>, kVectors, kTransposed>(m, words, a.data, a.ld, b.data,
+                                                                     b.ld, c.data, c.ld, update);
     b.data += kWidth;
     c.data += kWidth;
     n -= kWidth;
   }
   if constexpr (kVectors > 1) {
     if (n > 0) {
-      gemm_columns<Words, T, kVectors - 1, kTransposed>(m, n, words, a, b, c, alpha, accumulate);
+      gemm_columns<Words, T, kVectors - 1, kTransposed>(m, n, words, a, b, c, update);
     }
   }
 }
@@ -111,12 +137,12 @@ void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matri
 
 template <typename Words, typename T>
 void gemm(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-          T alpha, bool accumulate) {
+          Update<T> update) {
   const int64_t words = (k + Words::kElements - 1) / Words::kElements;
   if (a.transposed) {
-    gemm_columns<Words, T, USP_GEMM_VECTORS, true>(m, n, words, a, b, c, alpha, accumulate);
+    gemm_columns<Words, T, USP_GEMM_VECTORS, true>(m, n, words, a, b, c, update);
   } else {
-    gemm_columns<Words, T, USP_GEMM_VECTORS, false>(m, n, words, a, b, c, alpha, accumulate);
+    gemm_columns<Words, T, USP_GEMM_VECTORS, false>(m, n, words, a, b, c, update);
   }
 }
 

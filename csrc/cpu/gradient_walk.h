@@ -170,8 +170,7 @@ class GradientWalk {
   void add_part(const TileIndex& at, Range rows) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
     const int64_t row = at.rows.begin - rows.begin, skipped = at.keys.begin - keys_.begin;
-    const bool whole = num_rows == rows.size();
-    const auto gradients = compute_gradients(at, row, whole, {k_.data + skipped * k_.ld, k_.ld},
+    const auto gradients = compute_gradients(at, row, {k_.data + skipped * k_.ld, k_.ld},
                                              {v_.data + skipped * v_.ld, v_.ld});
     const auto from = [](Matrix<T> m, int64_t first) {
       return Matrix<T>{m.data + first * m.ld, m.ld};
@@ -187,19 +186,17 @@ class GradientWalk {
 
   void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
                    Matrix<T> sum) {
-    kernels_.gemm(m, sum.ld, k, left, right, sum, T(1), true);
+    kernels_.gemm(m, sum.ld, k, left, right, sum, {T(1), true});
     ahead_.advance();
   }
 
-  GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, bool whole,
-                                        Matrix<const T> k, Matrix<const T> v) {
+  GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, Matrix<const T> k,
+                                        Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
     const QueryPositions positions = w_.positions.from(row);
-    compute_scores<T>(a_, kernels_, at, k, whole ? w_.q_t : w_.q_t.from(row), positions, s,
-                      w_.derivative);
+    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative);
     ahead_.advance();
-    (whole ? w_.dout_t : w_.dout_t.from(row))
-        .multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
+    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }

@@ -61,6 +61,18 @@ struct SoftmaxRows {
   SoftmaxRows from(int64_t row) const { return {max + row, sum + row, factor + row}; }
 };
 
+// What becomes of row i of c in a product: factor[i] * c + alpha * product, or only the latter.
+template <typename T>
+struct Update {
+  T alpha;
+  bool adds;
+  const T* factor = nullptr;  // null: 1
+
+  Update from(int64_t row) const {
+    return {alpha, adds, factor == nullptr ? nullptr : factor + row};
+  }
+};
+
 struct TileDropout {
   const int32_t* q_pos;  // padded like the tile
   const int32_t* k_pos;
@@ -95,10 +107,10 @@ struct Kernels {
   // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
   T headroom;
 
-  // c (m, n) = or += alpha a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad,
-  // the other two are any number.
+  // c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other
+  // two are any number.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-               T alpha, bool accumulate);
+               Update<T> update);
   // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in
   // the padding columns.
   void (*products_with_few)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
@@ -124,8 +136,6 @@ struct Kernels {
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);
-  // Multiplies row i of m (rows, cols) by factor[i].
-  void (*scale_rows)(Matrix<T> m, int64_t rows, int64_t cols, const T* factor);
 
   // s = cap * tanh(s / cap); derivative (where not null) = 1 - tanh^2.
   void (*softcap)(Tile<T> s, T cap, T* derivative);

@@ -50,14 +50,15 @@ inline Matrix<const float> left_tiles(int64_t m, int64_t words, Matrix<const flo
 
 // One tile of c, of which `rows` rows are there.
 template <typename Tiles, int kTile>
-USP_SIMD void store_tile(int64_t rows, float* c, int64_t ldc, float alpha, bool accumulate) {
+USP_SIMD void store_tile(int64_t rows, float* c, int64_t ldc, Update<float> update) {
   alignas(64) float sums[kTileRows * kTileWords];
   Tiles::template store<kTile>(sums, kTileWords);
   for (int64_t r = 0; r < rows; ++r) {
+    const float kept = update.factor == nullptr ? 1.0f : update.factor[r];
     for (int64_t i = 0; i < kTileWords; i += kLanes<float>) {
-      const Vec<float> sum = alpha * load(sums + r * kTileWords + i);
+      const Vec<float> sum = update.alpha * load(sums + r * kTileWords + i);
       float* at = c + r * ldc + i;
-      store<float>(at, accumulate ? load(at) + sum : sum);
+      store<float>(at, update.adds ? kept * load(at) + sum : sum);
     }
   }
 }
@@ -66,8 +67,7 @@ USP_SIMD void store_tile(int64_t rows, float* c, int64_t ldc, float alpha, bool 
 // b.
 template <typename Tiles, int kRows, int kColumns>
 void tile_block(int64_t m, int64_t words, Matrix<const float> a, Matrix<const float> b,
-                const float* last_b, int64_t last_ld, Matrix<float> c, float alpha,
-                bool accumulate) {
+                const float* last_b, int64_t last_ld, Matrix<float> c, Update<float> update) {
   Tiles::template zero<0>();
   if constexpr (kColumns > 1) Tiles::template zero<1>();
   if constexpr (kRows > 1) Tiles::template zero<2>();
@@ -91,19 +91,18 @@ void tile_block(int64_t m, int64_t words, Matrix<const float> a, Matrix<const fl
   }
   const int64_t upper = m < kTileRows ? m : kTileRows, lower = m - kTileRows;
   float* below = c.data + kTileRows * c.ld;
-  store_tile<Tiles, 0>(upper, c.data, c.ld, alpha, accumulate);
-  if constexpr (kColumns > 1) {
-    store_tile<Tiles, 1>(upper, c.data + kTileWords, c.ld, alpha, accumulate);
-  }
-  if constexpr (kRows > 1) store_tile<Tiles, 2>(lower, below, c.ld, alpha, accumulate);
+  const Update<float> update_below = update.from(kTileRows);
+  store_tile<Tiles, 0>(upper, c.data, c.ld, update);
+  if constexpr (kColumns > 1) store_tile<Tiles, 1>(upper, c.data + kTileWords, c.ld, update);
+  if constexpr (kRows > 1) store_tile<Tiles, 2>(lower, below, c.ld, update_below);
   if constexpr (kRows > 1 && kColumns > 1) {
-    store_tile<Tiles, 3>(lower, below + kTileWords, c.ld, alpha, accumulate);
+    store_tile<Tiles, 3>(lower, below + kTileWords, c.ld, update_below);
   }
 }
 
 template <typename Tiles>
 void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matrix<const float> b,
-                   Matrix<float> c, float alpha, bool accumulate) {
+                   Matrix<float> c, Update<float> update) {
   const int64_t words = (k + 1) / 2, ragged = words % kTileWords;
   const int64_t of_left = whole_tiles(m) * whole_tiles(words);
   float* room = tile_room(of_left + kTileWords * n);
@@ -123,7 +122,7 @@ void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matri
                              ? (two_columns ? tile_block<Tiles, 2, 2> : tile_block<Tiles, 2, 1>)
                              : (two_columns ? tile_block<Tiles, 1, 2> : tile_block<Tiles, 1, 1>);
       block(m - i < 2 * kTileRows ? m - i : 2 * kTileRows, words, {a.data + i * a.ld, a.ld},
-            {b.data + j, b.ld}, last_b + j, n, {c.data + i * c.ld + j, c.ld}, alpha, accumulate);
+            {b.data + j, b.ld}, last_b + j, n, {c.data + i * c.ld + j, c.ld}, update.from(i));
     }
   }
 }

@@ -2,6 +2,8 @@
 
 // Element-wise work on score tiles (keys, queries), and the softmax along their columns.
 
+#include <type_traits>
+
 #include "cpu/words.h"
 
 namespace usp::cpu {
@@ -52,17 +54,40 @@ void add_alibi(Tile<T> s, T slope, const int32_t* q_pos, const int32_t* k_pos) {
   }
 }
 
-// The rows that see a key are an interval whose ends move up with the key.
+// One end of what kLanes rows see, from row i; rows past the last take its end.
+template <typename T>
+USP_SIMD Mask<T> ends_of(const int32_t* ends, int64_t num_rows, int64_t i) {
+  Mask<T> result;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    result[lane] = ends[i + lane < num_rows ? i + lane : num_rows - 1];
+  }
+  return result;
+}
+
+// The ends move up with the rows: what is before the last `first` or from the first `stop` on is
+// hidden from some of them.
 template <typename T>
 void mask(Tile<T> s, TileMask m) {
-  int64_t begin = 0, end = 0;
-  for (int64_t j = 0; j < s.keys; ++j) {
-    const int64_t key = m.first_key + j;
-    while (begin < m.num_rows && m.stop[begin] <= key) ++begin;
-    while (end < m.num_rows && m.first[end] <= key) ++end;
-    T* __restrict row = s.row(j);
-    for (int64_t i = 0; i < begin; ++i) row[i] = minus_infinity<T>();
-    for (int64_t i = end; i < s.queries; ++i) row[i] = minus_infinity<T>();
+  using Lane = std::remove_cvref_t<decltype(Mask<T>{}[0])>;
+  for (int64_t i = 0; i < s.queries && i < m.num_rows; i += kLanes<T>) {
+    const Mask<T> first = ends_of<T>(m.first, m.num_rows, i);
+    const Mask<T> stop = ends_of<T>(m.stop, m.num_rows, i);
+    const auto hide = [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const Mask<T> key = static_cast<Lane>(m.first_key + j) - Mask<T>{};
+        T* at = s.row(j) + i;
+        Vec<T> x = load(at);
+        x = first > key ? broadcast<T>(minus_infinity<T>()) : x;
+        x = stop <= key ? broadcast<T>(minus_infinity<T>()) : x;
+        store<T>(at, x);
+      }
+    };
+    const auto at_key = [&](int64_t key) {
+      return key < m.first_key ? 0 : key - m.first_key < s.keys ? key - m.first_key : s.keys;
+    };
+    const int64_t begin = at_key(first[kLanes<T> - 1]), end = at_key(stop[0]);
+    hide(0, begin);
+    hide(begin < end ? end : begin, s.keys);
   }
 }
 
@@ -98,6 +123,23 @@ void dropout(Tile<T> m, TileDropout d) {
   }
 }
 
+// The largest of `bound` and what the vector of query rows from row i holds: four at a time, for
+// each waits for the one before it.
+template <typename T>
+USP_SIMD Vec<T> max_of_column(Tile<T> s, Vec<T> bound, int64_t i) {
+  constexpr int kChains = 4;
+  Vec<T> max[kChains];
+#pragma GCC unroll 4
+  for (Vec<T>& chain : max) chain = bound;
+  int64_t j = 0;
+  for (; j + kChains <= s.keys; j += kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) max[c] = max_or_nan<T>(max[c], load(s.row(j + c) + i));
+  }
+  for (; j < s.keys; ++j) max[0] = max_or_nan<T>(max[0], load(s.row(j) + i));
+  return max_or_nan<T>(max_or_nan<T>(max[2], max[3]), max_or_nan<T>(max[1], max[0]));
+}
+
 // kVectors vectors of query rows from row i.
 template <typename Words, int kVectors, typename T>
 void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room, int64_t i) {
@@ -105,9 +147,13 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
   Vec<T> max[kVectors], subtracted[kVectors], sum[kVectors];  // sum of this tile alone
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) max[v] = load(rows.max + at(v));
-  for (int64_t j = 0; j < s.keys; ++j) {
+  if constexpr (kVectors == 1) {
+    max[0] = max_of_column(s, max[0], i);
+  } else {
+    for (int64_t j = 0; j < s.keys; ++j) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) max[v] = max_or_nan<T>(max[v], load(s.row(j) + at(v)));
+      for (int v = 0; v < kVectors; ++v) max[v] = max_or_nan<T>(max[v], load(s.row(j) + at(v)));
+    }
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {

@@ -69,8 +69,8 @@ struct QueryOperand {
     kernels.right_transpose(rows, num_rows, cols, transposed);
   }
 
-  // From one row on, a multiple of kPad; the rows are not few.
-  QueryOperand from(int64_t row) const { return {{transposed.data + row, transposed.ld}}; }
+  // From one row on, a multiple of kPad: the first where the rows are few.
+  QueryOperand from(int64_t row) const { return {{transposed.data + row, transposed.ld}, few}; }
 
   // products (keys, padded rows) = scale * left (keys, cols) times this.
   void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
@@ -79,8 +79,8 @@ struct QueryOperand {
     if (few.data != nullptr) {
       kernels.products_with_few(products.keys, num_rows, cols, left, few, to, scale);
     } else {
-      kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to, scale,
-                   false);
+      kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to,
+                   {scale, false});
     }
   }
 };

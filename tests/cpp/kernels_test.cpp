@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -50,14 +51,15 @@ TYPED_TEST(TileKernels, Gemm) {
           for (const bool transposed : {false, true}) {
             const int64_t lda = (transposed ? m : k) + 3, ldb = n + 5, ldc = n + 1;
             const auto a = this->randoms((transposed ? k : m) * lda), b = this->randoms(k * ldb);
-            const auto before = this->randoms(m * ldc);
-            for (const bool accumulate : {false, true}) {
+            const auto before = this->randoms(m * ldc), factor = this->randoms(m);
+            const std::vector<T> ones(factor.size(), T(1)), none(factor.size(), T(0));
+            for (const auto& kept : {none, ones, factor}) {
               auto c = before;
               table.gemm(m, n, k, {a.data(), lda, transposed}, {b.data(), ldb}, {c.data(), ldc},
-                         T(0.5), accumulate);
+                         {T(0.5), kept != none, kept == factor ? factor.data() : nullptr});
               for (int64_t i = 0; i < m; ++i) {
                 for (int64_t j = 0; j < ldc; ++j) {
-                  T expected = accumulate || j >= n ? before[i * ldc + j] : T(0);
+                  T expected = before[i * ldc + j] * (j < n ? kept[i] : T(1));
                   for (int64_t p = 0; p < k && j < n; ++p) {
                     expected +=
                         T(0.5) * (transposed ? a[p * lda + i] : a[i * lda + p]) * b[p * ldb + j];
@@ -111,6 +113,36 @@ TYPED_TEST(TileKernels, ProductsWithFew) {
             }
             ASSERT_NEAR(c[j * ldc + i], expected, 50 * this->kEpsilon);
           }
+        }
+      }
+    }
+  });
+}
+
+// Ends that move up, where rows see nothing, few keys, or all; tails of every width.
+TYPED_TEST(TileKernels, Mask) {
+  using T = TypeParam;
+  std::mt19937 random(3);
+  const auto up_to = [&](int64_t most) {
+    return std::uniform_int_distribution<int64_t>(0, most)(random);
+  };
+  this->on_each_capability([&](const Kernels<T>& table) {
+    for (int round = 0; round < 300; ++round) {
+      const int64_t rows = 1 + up_to(19), keys = 1 + up_to(39), first_key = up_to(9);
+      const int64_t columns = (rows + kPad - 1) / kPad * kPad, step = up_to(4);
+      std::vector<int32_t> first(rows), stop(rows);
+      for (int64_t i = 0, low = up_to(30), high = low; i < rows; ++i) {
+        first[i] = static_cast<int32_t>(low += up_to(step));
+        stop[i] = static_cast<int32_t>(high = std::max(low, high + up_to(2 * step)));
+      }
+      const auto before = this->randoms(keys * columns);
+      auto s = before;
+      table.mask({s.data(), keys, columns}, {first.data(), stop.data(), rows, first_key});
+      for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const bool seen = first[i] <= first_key + j && first_key + j < stop[i];
+          const T hidden = -std::numeric_limits<T>::infinity();
+          ASSERT_EQ(s[j * columns + i], seen ? before[j * columns + i] : hidden);
         }
       }
     }
@@ -256,7 +288,7 @@ TEST_P(Bf16Products, OfRowsWithRows) {
           table().right_transpose(left(q, queries, q_memory, bytes), queries, dim,
                                   {q_t.data(), columns});
           table().gemm(keys, columns, dim, left(k, keys, k_memory, bytes), {q_t.data(), columns},
-                       {s.data(), columns}, 0.25f, false);
+                       {s.data(), columns}, {0.25f, false});
           for (int64_t j = 0; j < keys; ++j) {
             for (int64_t i = 0; i < columns; ++i) {
               float expected = 0;
@@ -320,8 +352,8 @@ TEST_P(Bf16Products, OfTilesWithRows) {
         const auto product = [&](const Bf16Rows& x, int64_t rows, int64_t m,
                                  Matrix<const float> tile) {
           std::vector<float> sum(m * ld);
-          table().gemm(m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld}, 1.0f,
-                       true);
+          table().gemm(m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld},
+                       {1.0f, true});
           return sum;
         };
         const auto by_query = product(k, keys, queries, operands.scores_by_query);
@@ -364,7 +396,7 @@ TEST_P(Bf16Products, OfSoftmaxWeights) {
             {s.data(), keys, columns}, {max.data(), sum.data(), factor.data()},
             dropped ? multiplier.values.data() : nullptr, memory.data());
         table().gemm(columns, 16, keys, weights, right(v, keys, right_memory), {out.data(), 16},
-                     1.0f, true);
+                     {1.0f, true});
         for (int64_t i = 0; i < columns; ++i) {
           float expected[5] = {}, count = 0;
           for (int64_t j = 0; j < keys; ++j) {

@@ -105,6 +105,8 @@ def make_span(case: Call, generator: torch.Generator) -> tuple[Tensor | None, Te
     elif case.span == "gaps":  # two far runs of rows, as zigzag with a window makes them
         late = (i >= case.lq // 2).long()
         first, stop = i // 8 + late * (lk * 2 // 3), i // 8 + 3 + late * (lk * 2 // 3)
+    elif case.span == "terraces":
+        first, stop = i // 32 * 128, i // 32 * 128 + 300
     elif case.span in ("bands", "bands_at_once"):  # sinks, a window and what lies far ahead
         window = (i - 11).clamp(0, lk), (i + 6).clamp(0, lk)
         far = torch.maximum(i + 40, window[1]), i + 43
