@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import compiling
 import pool as worker
 import pytest
 import torch
@@ -46,16 +48,22 @@ def given_tensors(case: Case) -> dict[str, Tensor]:
     }
 
 
-def attended(case: Case, rank: int, mesh: Any) -> tuple[list[Tensor], tuple[int, int]]:
+def attended(
+    case: Case,
+    rank: int,
+    mesh: Any,
+    attend: Any = usp.latent_attention,
+    listening: tuple[Any, Any] | None = None,
+) -> tuple[list[Tensor], tuple[int, int]]:
     """This rank's out, lse and gradients, and the bytes that it sent in each pass."""
     given, mine = given_tensors(case), local(case, rank)
     own = shards(case, case.seq_len)[rank]
     given |= {"q": mine.q, **{name: given[name][:, own] for name in ("latent", "rope_key")}}
     leaves = [x.clone().requires_grad_() for x in given.values()]
     sinks = None if mine.sinks is None else mine.sinks.clone().requires_grad_()
-    forward, backward = WireBytes(), WireBytes()
+    forward, backward = listening or (WireBytes(), WireBytes())
     with forward:
-        out, lse = usp.latent_attention(
+        out, lse = attend(
             *leaves,
             mesh,
             causal=case.causal,
@@ -78,12 +86,30 @@ def attended(case: Case, rank: int, mesh: Any) -> tuple[list[Tensor], tuple[int,
     with backward:
         leaves += [] if sinks is None else [sinks]
         found = torch.autograd.grad([out, lse], leaves, [mine.dout, mine.dlse])
-    return [out.detach(), lse.detach(), *found], (forward.sent, backward.sent)
+    sent = (0, 0) if listening else (forward.sent, backward.sent)
+    return [out.detach(), lse.detach(), *found], sent
 
 
 def run(case: Case) -> tuple[list[Tensor], tuple[int, int]]:
     mesh = worker.mesh(case.ulysses, case.ring, case.ring_outer)
-    return attended(case, dist.get_rank(), mesh if case.ranks > 1 else None)
+    deaf = None if is_heard(case) else (nullcontext(), nullcontext())
+    return attended(case, dist.get_rank(), mesh if case.ranks > 1 else None, listening=deaf)
+
+
+def is_heard(case: Case) -> bool:
+    """Whether bytes are counted: under a mode that listens it is the op that runs."""
+    return case.seed % 2 == 0
+
+
+def run_compiled(case: Case) -> tuple[list[Tensor], tuple[int, int]]:
+    """In one graph; and once more, with other numbers in it."""
+    mesh = worker.mesh(case.ulysses, case.ring, case.ring_outer)
+    mesh = mesh if case.ranks > 1 else None
+    with compiling.afresh():
+        graph = torch.compile(usp.latent_attention, backend="aot_eager", fullgraph=True)
+        deaf = nullcontext(), nullcontext()  # no graph is made under a mode
+        attended(replace(case, seed=case.seed + 1), dist.get_rank(), mesh, graph, deaf)
+        return attended(case, dist.get_rank(), mesh, graph, deaf)
 
 
 def expected(case: Case) -> list[Tensor]:
@@ -104,9 +130,9 @@ def expected(case: Case) -> list[Tensor]:
     return [out.detach(), lse.detach(), *found]
 
 
-def judge(case: Case, pool: Any) -> None:
-    results, sent = zip(*pool.run(run, case, ranks=case.ranks), strict=True)
-    if case.ranks > 1:
+def judge(case: Case, pool: Any, run: Any = run) -> None:
+    results, sent = zip(*pool.run(run, case, ranks=case.ranks, timeout=250), strict=True)
+    if case.ranks > 1 and is_heard(case) and run is not run_compiled:
         assert list(sent) == [by_formula(case, rank) for rank in range(case.ranks)]
     order = torch.tensor([i for row in shards(case, case.seq_len) for i in row])
     for i, reference in enumerate(expected(case)):
@@ -178,6 +204,39 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_latents_give_what_their_keys_and_values_give_and_send_no_more(pool, case: Case) -> None:
     judge(case, pool)
+
+
+OF_GRAPHS = {"heads": 3, "kv_heads": 3, "head_dim": 5, "value_dim": 4, "return_lse": True}
+OF_GRAPHS |= {"seq_len": 13, "batch": 2, "causal": True, "sinks": True}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(ulysses=2, ring=2, padding=0.3, alibi="h", dropout_p=0.3, **OF_GRAPHS),
+        Case(ulysses=4, window=(5, None), layout="zigzag", **OF_GRAPHS),  # a rank without heads
+        Case(ring=3, transport="query_ring", softcap=2.0, layout="striped", **OF_GRAPHS),
+    ],
+    ids=repr,
+)
+def test_in_one_graph(pool, case: Case) -> None:
+    judge(case, pool, run_compiled)
+
+
+@pytest.mark.long
+def test_an_exported_program_holds_it() -> None:
+    case = Case(seq_len=11, heads=3, kv_heads=3, head_dim=5, value_dim=4)
+    given = tuple(given_tensors(case).values())
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return usp.latent_attention(*tensors, causal=True)
+
+    program = torch.export.export(Module(), given)
+    torch.testing.assert_close(program.module()(*given), Module()(*given))
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.usp.latent_attention.default in targets
 
 
 def shape_of(case: Case, width: int | None) -> Shape:

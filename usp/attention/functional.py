@@ -237,7 +237,7 @@ def _dispatched(
     if is_fake(tensors.q):
         with getattr(tensors.q, "fake_mode", nullcontext()):
             return op.attention(tensors, options, mesh, dropout_seed, validate)
-    if _is_watched():
+    if is_watched():
         return op.attention(tensors, options, mesh, dropout_seed, validate)
     assert not isinstance(dropout_seed, Tensor)
     return _attend(tensors, options, mesh, dropout_seed, validate)
@@ -256,7 +256,7 @@ def _attend_in_chunks(
     return _attend(tensors, options, mesh, seed, None if validate == "first" else validate)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody keeps, replaces or repeats the operations that he sees."""
     if torch._C._is_tracing():
         raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")

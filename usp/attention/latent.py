@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from usp.attention import latent_op
 from usp.attention.arguments import drops
-from usp.attention.functional import draw_dropout_seed
+from usp.attention.functional import draw_dropout_seed, is_watched
 from usp.attention.given import Latents, Options, Tensors
 from usp.attention.hybrid import (
     own_slopes,
@@ -20,14 +22,13 @@ from usp.attention.request import agree_on_request
 from usp.attention.sinks import beside_sinks
 from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.ops.precision import in_autocast
 from usp.planning.kinds import is_fake
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
 
 
-@untraced
 def latent_attention(
     q: Tensor,
     latent: Tensor,
@@ -88,7 +89,7 @@ def latent_attention(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as ``long_context_attention``; latents and
-            up-projections that do not fit; it runs on real tensors alone (no export).
+            up-projections that do not fit.
     """
     options = Options(
         causal=causal,
@@ -112,13 +113,34 @@ def latent_attention(
     )
     q, given = in_autocast(q), options.latents
     assert given is not None
-    if is_fake(q):
-        raise NotImplementedError("usp.latent_attention has no op for graphs: run it eagerly")
     tensors = Tensors(q, *_like_keys(q, given), key_padding_mask, None, alibi_slopes)
     tensors, options = with_learned_scale(tensors, options)
-    return beside_sinks(options, lambda told: _attend(tensors, told, mesh, dropout_seed, validate))
+    return beside_sinks(
+        options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate)
+    )
 
 
+def _dispatched(
+    tensors: Tensors,
+    options: Options,
+    mesh: SequenceMesh | None,
+    dropout_seed: int | None,
+    validate: bool | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        mesh = check_mesh(mesh)
+        several = mesh is not None and mesh.size > 1
+        on = mesh if several else None
+        return latent_op.attention(tensors, options, on, dropout_seed, validate)
+    if is_fake(tensors.q):
+        with getattr(tensors.q, "fake_mode", nullcontext()):
+            return latent_op.attention(tensors, options, mesh, dropout_seed, validate)
+    if is_watched():
+        return latent_op.attention(tensors, options, mesh, dropout_seed, validate)
+    return _attend(tensors, options, mesh, dropout_seed, validate)
+
+
+@untraced
 def _attend(
     tensors: Tensors,
     options: Options,

@@ -40,11 +40,11 @@ def attend_latents(what: tuple[Tensor | None, ...], call: Call) -> tuple[Tensor,
     if is_differentiated(what):
         out, lse, _ = cast(Any, _LatentAttention).apply(*what, call)
     else:
-        out, lse, _ = cast(Any, _forward)(*what, call)
+        out, lse, _ = cast(Any, latent_forward)(*what, call)
     return out, lse
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """What a rank computes with.
 
     Attributes:
@@ -76,7 +76,7 @@ def _key_cut(call: Call) -> Cut:
     return Cut.of_key_heads(call.request.key_lengths, heads)
 
 
-def _scattered(
+def scattered_latents(
     q: Tensor,
     keys: Tensor,
     up_k: Tensor,
@@ -84,7 +84,7 @@ def _scattered(
     mask: Tensor | None,
     slopes: Tensor | None,
     call: Call,
-) -> _Held:
+) -> Held:
     if call.ulysses.size > 1:
         moving = [(q, call.query_cut), (keys, _key_cut(call))]
         if mask is not None:
@@ -94,10 +94,10 @@ def _scattered(
         q, keys, *rest = scatter_heads(call.ulysses, tensors, cuts)
         mask = rest[0][:, :, 0, 0] if rest else None
     q = q if q.stride(-1) == 1 else q.contiguous()
-    return _Held(q, keys.flatten(2), up_k, up_v, mask, slopes)
+    return Held(q, keys.flatten(2), up_k, up_v, mask, slopes)
 
 
-def _ring(held: _Held, call: Call) -> LatentRing:
+def _ring(held: Held, call: Call) -> LatentRing:
     """The ring of a pass."""
     ring = call.ring
     assert isinstance(ring, Ring)
@@ -109,7 +109,7 @@ def _ring(held: _Held, call: Call) -> LatentRing:
     return LatentRing(**given, latents=opening)
 
 
-def _forward(
+def latent_forward(
     q: Tensor,
     keys: Tensor,
     up_k: Tensor,
@@ -117,8 +117,8 @@ def _forward(
     mask: Tensor | None,
     slopes: Tensor | None,
     call: Call,
-) -> tuple[Tensor, Tensor | None, tuple[_Held, Results]]:
-    held = _scattered(q, keys, up_k, up_v, mask, slopes, call)
+) -> tuple[Tensor, Tensor | None, tuple[Held, Results]]:
+    held = scattered_latents(q, keys, up_k, up_v, mask, slopes, call)
     with as_given(q.device):
         inputs = held.opened(call)
         if isinstance(call.ring, QueryRing):
@@ -129,8 +129,8 @@ def _forward(
     return out, lse, (held, results)
 
 
-def _backward(
-    dout: Tensor, dlse: Tensor | None, held: _Held, results: Results, call: Call
+def latent_backward(
+    dout: Tensor, dlse: Tensor | None, held: Held, results: Results, call: Call
 ) -> list[Tensor]:
     """Gradients of q, keys, up_k and up_v."""
     dout, dlse = scattered_gradients(dout, dlse, call)
@@ -184,7 +184,7 @@ class _LatentAttention(OnceDifferentiable):
         slopes: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        out, lse, (held, results) = _forward(q, keys, up_k, up_v, mask, slopes, call)
+        out, lse, (held, results) = latent_forward(q, keys, up_k, up_v, mask, slopes, call)
         # what was computed with has no history after an exchange, an output has
         anchor = out.new_empty(0)
         ctx.save_for_backward(*held, results.out, results.lse, anchor)
@@ -197,5 +197,5 @@ class _LatentAttention(OnceDifferentiable):
     ) -> tuple[Tensor | None, ...]:
         *held, out, lse, anchor = ctx.saved_tensors
         with torch.no_grad():
-            found = _backward(dout, dlse, _Held(*held), Results(out, lse, None), ctx.call)
+            found = latent_backward(dout, dlse, Held(*held), Results(out, lse, None), ctx.call)
         return *without_second_derivative(found, (dout, dlse, anchor)), None, None, None

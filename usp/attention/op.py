@@ -86,14 +86,14 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     if call.ulysses.size == 1:
         lse = levels.returned(done.results.lse, done.results.level)
     kept = _kept(done, call, given)
-    if _agrees(given):
+    if agrees(given):
         seed, rows = request.scoring.dropout_seed, call.bias_cut and call.bias_cut.has_rows
         told = (request.query_len, request.key_len, seed, name or 0, int(bool(rows)))
         kept.insert(0, torch.tensor(told, device="cpu"))
     return done.out, done.out.new_empty(0) if lse is None else lse, kept
 
 
-def _agrees(given: Arguments) -> bool:
+def agrees(given: Arguments) -> bool:
     """Whether a call says more than its arguments: it drew a seed, or ranks met."""
     return given.dropout_seed is not None or given.mesh is not None
 
@@ -119,16 +119,11 @@ def _kept(done: Forward, call: Call, given: Arguments) -> list[Tensor]:
         if call.bias_cut is None or not call.bias_cut.has_rows:
             rows = rows[:, :0]
         kept.append(rows)
-    return [_filled_up(x, shape) for x, (shape, _) in zip(kept, _rooms(given), strict=True)]
+    return [filled_up(x, shape) for x, (shape, _) in zip(kept, _rooms(given), strict=True)]
 
 
 def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what a row of several ranks keeps, without asking anybody.
-
-    How many tokens the row has depends on what the others hold; where they are dealt out evenly,
-    this one, the u-th of U ranks, holds L of at most U L + u. So much room there is, and the rest
-    of it is empty.
-    """
+    """Shapes and dtypes of what a row of several ranks keeps, without asking anybody."""
     q, k, v, mask, bias, *_ = given
     mesh = given.on
     assert mesh is not None
@@ -136,12 +131,7 @@ def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     heads = split_heads(int(q.shape[2]), int(k.shape[2]), degree)[rank]
     first, stop = heads.kv_range
     batch, own, own_kv = q.shape[0], heads.count, stop - first
-    queries, keys = (degree * x.shape[1] + rank for x in (q, k))
-    of_queries, of_keys = given.layouts
-    if isinstance(of_queries, Held):
-        queries = sum(of_queries.counts[mesh.rank - rank :][:degree])
-    if isinstance(of_keys, Held):
-        keys = sum(of_keys.counts[mesh.rank - rank :][:degree])
+    queries, keys = room_of_row(given)
     state = state_dtype(q.dtype)
     rooms: list[tuple[tuple[int, ...], torch.dtype]] = [
         ((batch, queries, own, q.shape[3]), q.dtype),
@@ -160,13 +150,32 @@ def _rooms(given: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return rooms
 
 
+def room_of_row(given: Arguments) -> tuple[int, int]:
+    """Room for the queries and keys of a row.
+
+    How many tokens the row has depends on what the others hold; where they are dealt out evenly,
+    this one, the u-th of U ranks, holds L of at most U L + u. So much room there is, and the rest
+    of it is empty.
+    """
+    mesh = given.on
+    assert mesh is not None
+    degree, rank = mesh.ulysses_degree, mesh.ulysses_rank
+    queries, keys = (degree * x.shape[1] + rank for x in (given.q, given.k))
+    of_queries, of_keys = given.layouts
+    if isinstance(of_queries, Held):
+        queries = sum(of_queries.counts[mesh.rank - rank :][:degree])
+    if isinstance(of_keys, Held):
+        keys = sum(of_keys.counts[mesh.rank - rank :][:degree])
+    return queries, keys
+
+
 def _may_have_rows(given: Arguments) -> bool:
     """Whether a bias may differ among queries; a single one cannot tell."""
     bias = given.attn_bias
     return bias is not None and (bias.shape[2] != 1 or given.q.shape[1] == 1)
 
 
-def _filled_up(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def filled_up(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A contiguous tensor of that shape that begins with x."""
     if tuple(x.shape) == shape:
         return x.contiguous()
@@ -180,7 +189,7 @@ def _recalled(
 ) -> tuple[Tensors, Results, Call]:
     """The inputs and results of this rank's heads, and the very call; nobody is asked again."""
     tensors, options, seed, rows = given.tensors, given.options, 0, 0
-    if _agrees(given):
+    if agrees(given):
         told, *kept = kept
         query_len, key_len, seed, name, rows = told.tolist()
         options = replace(options, seq_len=(query_len, key_len))
@@ -240,7 +249,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     batch, length, heads = q.shape[:3]
     out = q.new_empty((batch, length, heads, v.shape[3]))
     lse = q.new_empty((batch, heads, length), dtype=state_dtype(q.dtype))
-    kept = [torch.empty(5, dtype=torch.int64, device="cpu")] if _agrees(given) else []
+    kept = [torch.empty(5, dtype=torch.int64, device="cpu")] if agrees(given) else []
     if given.heads_change_hands:
         kept += [q.new_empty(shape, dtype=dtype) for shape, dtype in _rooms(given)]
         return out, lse if given.return_lse else q.new_empty(0), kept
@@ -297,9 +306,14 @@ class _Attention(OnceDifferentiable):
 
 
 def _below_autograd(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    once = nullcontext() if overload == "default" else saved_in_graph()
+    return below_autograd(getattr(torch.ops.usp.attention, overload), *args)
+
+
+def below_autograd(op: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """An overload as it is without gradients; in a graph on a mesh it is saved."""
+    once = nullcontext() if op._overloadname == "default" else saved_in_graph()
     with once, torch._C._AutoDispatchBelowAutograd():
-        out, lse, kept = getattr(torch.ops.usp.attention, overload)(*args)
+        out, lse, kept = op(*args)
     return out, lse, kept
 
 
@@ -344,16 +358,32 @@ def _register() -> None:
         ),
     }
     for op, (schema, kernel, fake) in ops.items():
-        for overload in ("default", "mesh"):
-            name = op if overload == "default" else f"{op}.{overload}"
-            _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
-            if op == "attention":
-                _LIBRARY.impl(name, partial(_differentiable, overload), "Autograd")
-                vmapped = partial(_vmapped, overload)
-                torch.library.register_vmap(f"usp::{name}", vmapped, lib=_LIBRARY)
-        has_effect(getattr(torch.ops.usp, op).mesh)
+        register(op, schema, kernel, fake, _differentiable if op == "attention" else None)
+    for overload in ("default", "mesh"):
+        name = "usp::attention" if overload == "default" else f"usp::attention.{overload}"
+        torch.library.register_vmap(name, partial(_vmapped, overload), lib=_LIBRARY)
+
+
+def register(
+    op: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None,
+) -> None:
+    """An op and its overload ``mesh``, which has an effect.
+
+    Args:
+        differentiable: Called with the overload and the arguments; None for gradients.
+    """
+    for overload in ("default", "mesh"):
+        name = op if overload == "default" else f"{op}.{overload}"
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
+        if differentiable is not None:
+            _LIBRARY.impl(name, partial(differentiable, overload), "Autograd")
+    has_effect(getattr(torch.ops.usp, op).mesh)
 
 
 _register()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Ops of usp that make tensors and communicate inside. Their first argument is a tensor.
 OPAQUE = {"usp::attention", "usp::attention_gradients"}
+OPAQUE |= {"usp::latent_attention", "usp::latent_attention_gradients"}
 
 
 def call_inside(
