@@ -14,7 +14,8 @@ mkdir -p build
 running=()
 for part in $(seq "$parts"); do
   "$pytest" -m gpu -p no:cacheprovider --part "$part/$parts" tests/gpu/test_gpu.py \
-    tests/gpu/test_gpu_libraries.py tests/gpu/test_gpu_tiles.py tests/gpu/test_gpu_offload.py "$@" \
+    tests/gpu/test_gpu_libraries.py tests/gpu/test_gpu_linear.py tests/gpu/test_gpu_tiles.py \
+    tests/gpu/test_gpu_offload.py "$@" \
     >"build/gpu-tests-$part.log" 2>&1 &
   running+=($!)
 done

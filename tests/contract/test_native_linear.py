@@ -11,14 +11,13 @@ import torch
 from guarded import assert_untouched, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_walks import Walk, assert_walk, walked
 from subjects.native import DTYPES, of_this_machine, running_on
 from torch import Tensor
 
 from usp.linear_attention import native
 from usp.linear_attention.kernels import Tokens, Traits
 from usp.ops import native as ops
-from usp.planning.problem import state_dtype
-from usp.testing import linear_recurrence
 
 pytestmark = pytest.mark.skipif(
     ops.load_error() is not None, reason=f"compiled ops: {ops.load_error()}"
@@ -29,110 +28,26 @@ LENGTHS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Walk):
     """A walk over a rank's tokens.
 
     Attributes:
         level: The instruction set.
-        heads: Of q, k and v.
-        g: Size of its dims: "b" or "1" batch, "l" or "0" tokens (all alike), "h" or "1" heads.
-        strength: Factor of the logs, which lie between -1 and 0; infinite: some forget all.
-        fused: Whether q, k and v lie beside each other.
     """
 
     level: str = "default"
     threads: int = 1
     segment: int = 64
-    batch: int = 2
-    length: int = 131
-    heads: tuple[int, int, int] = (2, 2, 2)
-    dims: tuple[int, int] = (5, 7)
-    g: str | None = "blh"
-    strength: float = 1.0
-    fused: bool = False
     dtype: torch.dtype = torch.float64
-    seed: int = 0
-
-    def inputs(self) -> tuple[Tokens, Tensor, Tensor, Tensor]:
-        """Tokens, the state before them, and cotangents of out and of the state behind them."""
-        random = torch.Generator().manual_seed(self.seed)
-        b, n, h, (d, e) = self.batch, self.length, max(self.heads), self.dims
-        widths = [each * dim for each, dim in zip(self.heads, (d, d, e), strict=True)]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random, dtype=torch.float64)
-
-        parts = normal(b, n, sum(widths)).to(self.dtype).split(widths, -1)
-        split = [x.unflatten(2, (each, -1)) for x, each in zip(parts, self.heads, strict=True)]
-        q, k, v = split if self.fused else (x.contiguous() for x in split)
-        wide, g = state_dtype(self.dtype), None
-        if self.g is not None:
-            shape = b if self.g[0] == "b" else 1, n, h if self.g[2] == "h" else 1
-            of = (shape[0], n if self.g[1] == "l" else 1, shape[2])
-            logs = -torch.rand(of, generator=random, dtype=torch.float64)
-            infinite = self.strength == float("inf")
-            logs = logs.where(logs > -0.8, -torch.inf) if infinite else logs * self.strength
-            g = logs.to(wide).expand(shape)
-        states = [normal(b, h, d, e).to(wide) for _ in range(2)]
-        return Tokens(q, k, v, g), states[0], normal(b, n, h, e).to(self.dtype), states[1]
 
 
 def answers(case: Case) -> dict[str, Tensor]:
-    tokens, before, dout, behind = case.inputs()
     with running_on(case.level, case.threads), mock.patch.object(native, "SEGMENT", case.segment):
-        update, kept = native.update(tokens)
-        out, final, saved = native.forward(tokens, before, kept, True)
-        alone, _, _ = native.forward(tokens, before, (), False)
-        of_state, kept = native.update_backward(tokens, dout)
-        found = native.backward(tokens, saved, dout, behind, kept, tokens.g is not None)
-        again = native.backward(tokens, saved, dout, behind, (), False)
-    assert torch.equal(alone, out)
-    assert all(torch.equal(a, b) for a, b in zip(again[:3], found[:3], strict=True))
-    names = "update", "out", "final", "of state", "dq", "dk", "dv", "dg", "dbefore"
-    results = zip(names, (update, out, final, of_state, *found), strict=True)
-    return {name: x for name, x in results if x is not None}
-
-
-def oracle(case: Case) -> dict[str, Tensor]:
-    tokens, before, dout, behind = case.inputs()
-    leaves = [x.double().requires_grad_() for x in (*tokens, before) if x is not None]
-    q, k, v, *others, state = leaves
-    h, (b, n) = max(case.heads), q.shape[:2]
-    decay = others[0].expand(b, n, h) if others else None
-    out, final = linear_recurrence(q, k, v, decay, initial_state=state)
-    update = linear_recurrence(q, k, v, decay)[1]
-
-    def gradients(dstate: Tensor) -> tuple[Tensor, ...]:
-        wanted = [dout.double(), dstate.double()]
-        return torch.autograd.grad(
-            [out, final],
-            leaves,
-            wanted,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-
-    names = ["dq", "dk", "dv", *(["dg"] if others else []), "dbefore"]
-    found = dict(zip(names, gradients(behind), strict=True))
-    found["of state"] = gradients(torch.zeros_like(behind))[-1]
-    return found | {"update": update, "out": out, "final": final}
+        return walked(native, case)
 
 
 def judge(case: Case) -> None:
-    expected = oracle(case)
-    found = answers(case)
-    assert found.keys() == expected.keys()
-    for name, x in found.items():
-        y, of_tokens = expected[name], name in ("out", "dq", "dk", "dv")
-        assert x.shape == y.shape and x.dtype == (
-            case.dtype if of_tokens else state_dtype(case.dtype)
-        ), name
-        if x.numel():
-            scale = max(1.0, y.abs().max().item())
-            error = (x.double() - y).abs().max().item() / scale
-            wide = case.dtype if of_tokens else state_dtype(case.dtype)
-            assert error <= TOLERANCE[wide], f"{name}: {error:.1e} of {scale:.2g}: {case}"
+    assert_walk(case, answers(case), TOLERANCE)
 
 
 @settings(max_examples=max(settings.default.max_examples // 2, 1))
@@ -160,11 +75,11 @@ def test_walks_equal_the_recurrence(case: Case) -> None:
 @pytest.mark.parametrize("level", of_this_machine())
 def test_every_level(level: str) -> None:
     wide = {"dims": (67, 33), "strength": 0.1, "dtype": torch.float32}
-    judge(Case(level, 2, length=99, heads=(1, 1, 2), **wide))
+    judge(Case(level=level, threads=2, length=99, heads=(1, 1, 2), **wide))
 
 
 def test_the_same_threads_give_the_same_bits() -> None:
-    case = Case(of_this_machine()[-1], 3, batch=1, length=301, dtype=torch.bfloat16)
+    case = Case(level=of_this_machine()[-1], threads=3, batch=1, length=301, dtype=torch.bfloat16)
     first = answers(case)
     for name, x in answers(case).items():
         assert torch.equal(x, first[name]), name

@@ -30,12 +30,15 @@ from usp import kernels
 pytest.importorskip("triton")
 
 import ptx
+from linear_walks import Walk, assert_walk
 from ptx.hopper import HopperMachine
-from ptx_triton import TritonOps
+from ptx_triton import TritonOps, executed
 from torch import Tensor
 from triton import knobs
 
 from usp.kernels import configs
+from usp.linear_attention import triton
+from usp.linear_attention.trust import results
 
 pytestmark = pytest.mark.device_code
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -227,3 +230,12 @@ def test_broken(pipelined: bool, pattern: str, new: str, message: str) -> None:
     with pytest.raises((AssertionError, ptx.Refused, ValueError), match=message):
         x, out, _ = attended(ops, CAUSAL)
         assert largest(out - expected(CAUSAL, x)["out"]) <= 1e-2, "out is off"
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90"])
+def test_linear_attention(family: str) -> None:
+    walk = Walk(batch=1, length=70, heads=(1, 1, 2), dims=(16, 16), dtype=torch.bfloat16)
+    with executed(family) as launched:
+        found = results(triton, *walk.inputs())
+    assert_walk(walk, found, TOLERANCE, rounds=True)
+    assert set(launched) == {"states_kernel", "read_kernel", "decay_kernel"}

@@ -16,6 +16,7 @@ from parts import taken_part
 NAMES = (
     "test_gpu.py",
     "test_gpu_libraries.py",
+    "test_gpu_linear.py",
     "test_gpu_offload.py",
     "test_gpu_tiles.py",
     "test_gpu_trust.py",

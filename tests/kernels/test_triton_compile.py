@@ -56,6 +56,10 @@ LOOPS = {
     ("cuda:90", "queries", 128): (415, 1020),
 }
 KERNELS = {"forward", "keys", "queries", "bias_gradient"}
+# Of linear attention, what takes most registers: its tiles do not grow with wider heads, and what
+# is computed from fp16 is multiplied in fp32.
+LINEAR = ["bfloat16:128", "float16:128"]
+LINEAR_KERNELS = {"states", "read", "decay"}
 
 
 def command() -> tuple[list[str], dict[str, str]]:
@@ -63,18 +67,29 @@ def command() -> tuple[list[str], dict[str, str]]:
     tasks = [f"{target}/{problem}" for target, problems in ASKED.items() for problem in problems]
     # what takes longest first: no core waits at the end
     tasks.sort(key=lambda task: -int(task.rpartition(":")[2]))
+    tasks += [f"{target}/{problem}/linear" for target in ASKED for problem in LINEAR]
     program = [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks]
     return program, environment() | {"USP_MAIN_LOOPS": "1"}
 
 
+def by_target(said: Said, kind: str) -> dict[str, list[dict[str, Any]]]:
+    """What the compiler says of attention's kernels, or linear attention's."""
+    assert said.code == 0, said.err[-4000:]
+    found: dict[str, list[dict[str, Any]]] = {target: [] for target in ASKED}
+    for row in map(json.loads, said.out.splitlines()):
+        if row["kind"] == kind:
+            found[row["target"]].append(row)
+    return found
+
+
 @pytest.fixture(scope="module")
 def rows(ahead_of_time: Said) -> dict[str, list[dict[str, Any]]]:
-    """What the compiler says, by target."""
-    assert ahead_of_time.code == 0, ahead_of_time.err[-4000:]
-    found: dict[str, list[dict[str, Any]]] = {target: [] for target in ASKED}
-    for row in map(json.loads, ahead_of_time.out.splitlines()):
-        found[row["target"]].append(row)
-    return found
+    return by_target(ahead_of_time, "")
+
+
+@pytest.fixture(scope="module")
+def linear_rows(ahead_of_time: Said) -> dict[str, list[dict[str, Any]]]:
+    return by_target(ahead_of_time, "linear")
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -96,12 +111,24 @@ def instructions(row: dict[str, Any]) -> set[str]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", ASKED)
 def test_defaults_compile_without_spills_in_loops(target: str, rows: dict[str, Any]) -> None:
-    found = sorted(rows[target], key=lambda row: (row.get("head_dim", 0), row.get("dtype", "")))
+    assert_compiled(rows[target], target, KERNELS, ASKED[target])
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", ASKED)
+def test_linear_attention_compiles_without_spills(target: str, linear_rows: dict[str, Any]) -> None:
+    assert_compiled(linear_rows[target], target, LINEAR_KERNELS, LINEAR)
+
+
+def assert_compiled(
+    rows: list[dict[str, Any]], target: str, kernels: set[str], problems: list[str]
+) -> None:
+    found = sorted(rows, key=lambda row: (row.get("head_dim", 0), row.get("dtype", "")))
     refused = [row["error"] for row in found if "error" in row]
     assert not refused, "\n".join(refused)[-4000:]
     print("", *map(row_text, found), sep="\n")
     seen = {(row["kernel"], f"{row['dtype']}:{row['head_dim']}") for row in found}
-    assert seen == {(kernel, problem) for kernel in KERNELS for problem in ASKED[target]}
+    assert seen == {(kernel, problem) for kernel in kernels for problem in problems}
     spilling = [row_text(row) for row in found if row["in_loops"]]
     assert not spilling, "\n".join(spilling)
     slow = [row_text(row) for row in found if not instructions(row) & row["matrix"].keys()]

@@ -193,6 +193,27 @@ def _region(argument: Any) -> ptx.Region | None:
     return region("argument", tensor, writable=False) if isinstance(tensor, Tensor) else None
 
 
+@contextmanager
+def executed(family: str) -> Iterator[list[str]]:
+    """In here launches run as that GPU's PTX, on memory that may all be written; gives names."""
+    launched: list[str] = []
+
+    def run(launch: Launch) -> None:
+        tensors = [getattr(x, "base", x) for x in launch.arguments]
+        regions = [region("argument", x, writable=True) for x in tensors if isinstance(x, Tensor)]
+        HopperMachine(ptx.Memory(regions)).launch(
+            _entry(launch.ptx, launch.name),
+            launch.parameters,
+            launch.grid,
+            launch.threads,
+            launch.shared,
+        )
+        launched.append(launch.name)
+
+    with launches(family, run):
+        yield launched
+
+
 class TritonOps:
     """The ops with the contract's arguments, by our Triton kernels.
 

@@ -1,8 +1,9 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
 ``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row
-for each kernel, or each of the Hopper kernels, from as many processes as there are cores. With
-``USP_MAIN_LOOPS=1`` a row holds the instructions of the loop over whole tiles.
+for each kernel, each of the Hopper kernels, or with ``/linear`` each launch of linear attention's,
+from as many processes as there are cores. With
+``USP_MAIN_LOOPS=1`` a row of attention holds the instructions of the loop over whole tiles.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from usp.kernels.arguments import BackwardInputs, KernelOptions, KernelSpan
 from usp.kernels.attention_backward import attention_backward
 from usp.kernels.attention_forward import attention_forward
 from usp.kernels.bias_gradient import bias_gradient
+from usp.linear_attention import triton as linear
+from usp.linear_attention.kernels import Tokens
 from usp.planning.visit import transposed
 
 WARP_SIZES = {"cuda": 32, "hip": 64}
@@ -109,10 +112,24 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
     bias_gradient(given, KernelOptions(first, stop, bias, *scoring), seen_by, bias)
 
 
+def linear_launches(dtype: torch.dtype, head_dim: int) -> None:
+    """Every kernel of linear attention, with a decay a token and shared heads of queries."""
+    q, k = (torch.empty(2, LENGTH, heads, head_dim, dtype=dtype) for heads in (2, 4))
+    g, state = torch.empty(2, LENGTH, 4), torch.empty(2, 4, head_dim, head_dim)
+    tokens = Tokens(q, k, k, g)
+    out, _, saved = linear.forward(tokens, state, (), True)
+    linear.backward(tokens, saved, out, state, (), True)
+
+
 def compiled(
-    target: str, dtype: torch.dtype, head_dim: int, hopper: bool = False
+    target: str, dtype: torch.dtype, head_dim: int, kind: str = ""
 ) -> list[dict[str, Any]]:
-    """What the compiler says of each kernel."""
+    """What the compiler says of each kernel.
+
+    Args:
+        kind: "hopper", "linear", or neither.
+    """
+    hopper = kind == "hopper"
     driver.set_active(NoDevice(target_of(target)))
     rows: list[dict[str, Any]] = []
     run = JITFunction.run
@@ -121,7 +138,8 @@ def compiled(
         assert self.is_gluon() == hopper, f"{self.__name__} is not the kernel that was asked for"
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found = resources(kernel) | (pipeline(kernel, log.getvalue()) if hopper else {})
+        loops = not kind and bool(os.environ.get("USP_MAIN_LOOPS"))
+        found = resources(kernel, loops) | (pipeline(kernel, log.getvalue()) if hopper else {})
         rows.append({"kernel": self.__name__.removesuffix("_kernel"), **found})
         return kernel
 
@@ -132,9 +150,12 @@ def compiled(
         configs.pipelined() if hopper else contextlib.nullcontext(),
     ):
         configs.forget()
-        launches(dtype, head_dim, hopper)
+        if kind == "linear":
+            linear_launches(dtype, head_dim)
+        else:
+            launches(dtype, head_dim, hopper)
     about = {"target": target, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}
-    return [about | row for row in rows]
+    return [about | {"kind": kind} | row for row in rows]
 
 
 def pipeline(kernel: Any, log: str) -> dict[str, Any]:
@@ -148,8 +169,9 @@ def pipeline(kernel: Any, log: str) -> dict[str, Any]:
     }
 
 
-def resources(kernel: Any) -> dict[str, Any]:
-    """Registers of a thread, bytes of them spilled, shared memory, matrix instructions.
+def resources(kernel: Any, loops: bool) -> dict[str, Any]:
+    """Registers of a thread, bytes of them spilled, shared memory, matrix instructions; with
+    ``loops`` the instructions of the main loop.
 
     ``in_loops`` are the instructions in loops that move what is spilled. AMD's loops are not looked
     for: there it is what is spilled at all.
@@ -160,7 +182,7 @@ def resources(kernel: Any) -> dict[str, Any]:
     matrix = {name: text.count(name) for name in names if name in text}
     found: dict[str, Any] = nvidia_usage(asm["cubin"]) if "cubin" in asm else amd_usage(text)
     found |= {"shared": kernel.metadata.shared, "matrix": matrix}
-    if os.environ.get("USP_MAIN_LOOPS"):
+    if loops:
         found["main_loop"] = main_loop(disassembled(asm["cubin"]) if "cubin" in asm else text)
     return found
 
@@ -190,13 +212,15 @@ def amd_usage(text: str) -> dict[str, int]:
 
 def rows_of(task: str) -> list[dict[str, Any]]:
     """Of one target, dtype and head dim; one row with the error where they do not compile."""
-    target, problem, *hopper = task.split("/")
+    target, problem, *more = task.split("/")
     dtype, _, head_dim = problem.partition(":")
-    knobs.nvidia.dump_ptxas_log = bool(hopper)
+    kind = "".join(more)
+    knobs.nvidia.dump_ptxas_log = kind == "hopper"
     try:
-        return compiled(target, getattr(torch, dtype), int(head_dim), bool(hopper))
+        return compiled(target, getattr(torch, dtype), int(head_dim), kind)
     except Exception:
-        return [{"target": target, "error": f"{problem}: {traceback.format_exc()}"}]
+        error = f"{problem}: {traceback.format_exc()}"
+        return [{"target": target, "kind": kind, "error": error}]
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Kernels that move and merge show on a GPU that they are right before they are used there.
+"""Kernels that move and merge, and those of linear attention, show on a GPU that they are right
+before they are used there.
 
 Nobody has measured who merges and packs fastest, and no committed result covers any of them. On a
 CPU they are one source, whatever the machine.
@@ -12,25 +13,34 @@ import torch
 
 from usp.machine import verdicts
 
-_found: dict[tuple[str, str, torch.device], bool] = {}
+_found: dict[tuple[str, str, torch.device, tuple[str, ...]], bool] = {}
 
 
-def may_run(op: str, name: str, task: verdicts.Task, device: torch.device) -> bool:
+def may_run(
+    op: str,
+    name: str,
+    task: verdicts.Task,
+    device: torch.device,
+    about: tuple[str, ...] = (),
+) -> bool:
     """Whether kernels are right on a device, as far as anybody asks.
 
     Args:
         op: What they do.
         name: Whose they are.
-        task: Says what is wrong with those of a name on a device, given ``[name, str(device)]``.
+        task: Says what is wrong with those of a name on a device, given ``[name, str(device),
+            *about]``.
+        about: What else the verdict holds for alone.
     """
     if not _is_asked_of(device):
         return True
-    key = op, name, device
+    key = op, name, device, about
     if key not in _found:
         if not verdicts.are_asked_for() or verdicts.must_wait(device):
             return True
-        about = verdicts.Subject(f"{op} by {name}", task, [name, str(device)], device, ("triton",))
-        wrong = verdicts.wrong_with(about, apart=_in_own_process(device))
+        title, told = " ".join([f"{op} by {name}", *about]), [name, str(device), *about]
+        subject = verdicts.Subject(title, task, told, device, ("triton",))
+        wrong = verdicts.wrong_with(subject, apart=_in_own_process(device))
         _found[key] = wrong is None
         if wrong is not None:
             message = f"{op} by {name!r} is left out here: {wrong}. The next that can does it"

@@ -1,0 +1,1 @@
+"""Linear attention in chunks of tokens: states before chunks, and what tokens see."""
