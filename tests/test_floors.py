@@ -21,7 +21,9 @@ SOURCES = sorted(set(PACKAGE.rglob("*.py")) - NEUTRAL - {DOOR})
 # The only files that may touch torch.distributed, and what each may use of it.
 DISTRIBUTED = {
     "distributed/comm.py": None,
-    "distributed/mesh.py": {"DeviceMesh", "ProcessGroup", "device_mesh"},
+    "distributed/making.py": {"DeviceMesh", "ProcessGroup", "device_mesh"},
+    "distributed/mesh.py": {"DeviceMesh", "device_mesh"},
+    "distributed/mesh_axes.py": {"DeviceMesh", "device_mesh"},
     "testing/wire.py": {"unbox", "ProcessGroup"},  # listens to the c10d ops, which is not a call
     "sharding/gradients.py": {"ProcessGroup"},  # a type
     "sharding/loss.py": {"ProcessGroup"},

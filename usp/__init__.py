@@ -5,7 +5,8 @@ from usp._version import __version__
 from usp.attention.functional import long_context_attention
 from usp.attention.latent import latent_attention
 from usp.backends import backends, use_kernel
-from usp.distributed.mesh import SequenceMesh, init_mesh
+from usp.distributed.making import init_mesh
+from usp.distributed.mesh import SequenceMesh
 from usp.distributed.submeshes import submeshes
 from usp.integrations import (
     Boundary,

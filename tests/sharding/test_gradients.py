@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import usp
-from usp.distributed.mesh import init_mesh
+from usp.distributed.making import init_mesh
 from usp.sharding import gradients
 from usp.sharding.gradients import all_reduce_gradients
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from usp.attention.functional import long_context_attention
 from usp.cli.console import NoAnswer, UserError, present, table
 from usp.distributed.comm import Axis, join_locally
-from usp.distributed.mesh import init_mesh
+from usp.distributed.making import init_mesh
 from usp.distributed.processes import ProcessFailed, Tell
 from usp.distributed.processes import run as run_processes
 from usp.machine.cpu import model as cpu_model

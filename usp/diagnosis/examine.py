@@ -15,7 +15,8 @@ from usp.diagnosis import links
 from usp.diagnosis.checks import Check, LeftOut, Wrong, checks
 from usp.diagnosis.ranks import Note
 from usp.diagnosis.report import LEFT_OUT, NO_ANSWER, RAISED, RIGHT, WRONG, Outcome, RankReport
-from usp.distributed.mesh import SequenceMesh, init_mesh
+from usp.distributed.making import init_mesh
+from usp.distributed.mesh import SequenceMesh
 from usp.machine import cpu
 from usp.ops import native
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import combinations, count
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import count
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
@@ -14,15 +12,10 @@ import torch
 
 from usp.distributed import comm
 from usp.distributed.comm import Axis
-from usp.distributed.degrees import checked_degrees, checked_outer
-from usp.distributed.launch import choose_device, default_device_type
+from usp.distributed.mesh_axes import check_ring, sequence_axes
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-    from typing_extensions import Unpack
-
-    from usp.planning.choose.auto import Attention
 
 _NUMBERS = count()
 _PROCESS = ""
@@ -56,7 +49,7 @@ class SequenceMesh:
         ring_outer: str | None = "ring_outer",
     ):
         names = {"ring_outer": ring_outer, "ring": ring, "ulysses": ulysses}
-        found = _sequence_axes(device_mesh, names)
+        found = sequence_axes(device_mesh, names)
         self.device_mesh = device_mesh
         self._names = {kind: names[kind] for kind, ranks in found.items() if ranks is not None}
         rank = comm.global_rank()
@@ -70,7 +63,7 @@ class SequenceMesh:
         self._home: str | None = None  # the process that made it, where that is another
         if self.ring_levels is not None:
             self._ring_ranks = tuple(self._gather_along_ring(rank))
-            _check_ring(self._ring_ranks)
+            check_ring(self._ring_ranks)
             _ = self.ring  # makes its group, which all must do together
         self._take_name()
 
@@ -254,188 +247,3 @@ def degrees_and_place(mesh: SequenceMesh | None) -> tuple[tuple[int, int], tuple
         return (1, 1), (0, 0)
     check_mesh(mesh)
     return (mesh.ring_degree, mesh.ulysses_degree), (mesh.ring_rank, mesh.ulysses_rank)
-
-
-def _axis_ranks(device_mesh: DeviceMesh, kind: str, name: str | None) -> list[int] | None:
-    """Global ranks along the axis; None if it is not there and need not be.
-
-    Raises:
-        TypeError, ValueError: see ``SequenceMesh.from_device_mesh``.
-    """
-    if name is None:
-        return None
-    if not isinstance(name, str):
-        raise TypeError(f"{kind} must be the name of an axis or None, got {name!r}")
-    ranks, names = comm.axis_ranks(device_mesh, name), device_mesh.mesh_dim_names or ()
-    near = get_close_matches(name, names, n=1)
-    if ranks is None and (name != kind or near):
-        raise ValueError(
-            f"the device mesh has axes {names}, none is called {name!r}"
-            f"{f' (did you mean {near[0]!r}?)' if near else ''}: pass {kind}= the name of an "
-            "axis, or None for a degree of 1"
-        )
-    return ranks
-
-
-def _sequence_axes(
-    device_mesh: DeviceMesh, names: dict[str, str | None]
-) -> dict[str, list[int] | None]:
-    """Global ranks along each of the sequence axes, at least one of which is there."""
-    if not hasattr(device_mesh, "mesh_dim_names"):
-        raise TypeError(f"device_mesh must be a DeviceMesh, got {type(device_mesh).__name__}")
-    if device_mesh.get_coordinate() is None:
-        raise ValueError(
-            f"rank {comm.global_rank()} is not in the device mesh of ranks "
-            f"{device_mesh.mesh.flatten().tolist()} and has no place on it"
-        )
-    found = {kind: _axis_ranks(device_mesh, kind, name) for kind, name in names.items()}
-    if all(ranks is None for ranks in found.values()):
-        raise ValueError(
-            f"the device mesh has axes {device_mesh.mesh_dim_names}, and none of them is to share "
-            "the sequence: name one or two in ring= and ulysses=; one device needs no mesh "
-            "(mesh=None)"
-        )
-    for one, other in combinations(names, 2):
-        shared = set(found[one] or ()) & set(found[other] or ())
-        if (names[one] == names[other] and names[one] is not None) or len(shared) > 1:
-            raise ValueError(
-                f"{one} axis {names[one]!r} and {other} axis {names[other]!r} of the device mesh "
-                f"both hold ranks {sorted(shared)}, but a rank needs a place of its own on either: "
-                "name axes that do not overlap, or None for a degree of 1"
-            )
-    _check_order(device_mesh, [name for name in names.values() if name is not None])
-    return found
-
-
-def _check_ring(ranks: tuple[int, ...]) -> None:
-    """Refuse a double ring that is in no order of torch's groups, alike on all its ranks.
-
-    Raises:
-        ValueError: shows the ranks.
-    """
-    if list(ranks) != sorted(ranks):
-        raise ValueError(
-            f"the ring goes over ranks {list(ranks)} of the device mesh, node by node, and torch's "
-            "process groups count up: make the DeviceMesh of ranks that count up along ring_outer, "
-            "then ring"
-        )
-
-
-def _check_order(device_mesh: DeviceMesh, names: list[str]) -> None:
-    """Refuse where two ranks would have one place: groups are in the order of global ranks, so
-    that a place in them is no place in a mesh that goes up and down.
-
-    Raises:
-        ValueError: the same on all ranks of the mesh; shows its table.
-    """
-    axes = list(device_mesh.mesh_dim_names or ())
-    names = [name for name in names if name in axes]
-    if len(names) < 2:
-        return
-    dims = [axes.index(name) for name in names]
-    own: Sequence[int] = device_mesh.get_coordinate() or ()
-    index = tuple(slice(None) if dim in dims else place for dim, place in enumerate(own))
-    table = device_mesh.mesh[index].permute([sorted(dims).index(dim) for dim in dims])
-    for dim in range(len(dims)):
-        places = table.argsort(dim).argsort(dim).movedim(dim, 0).flatten(1)
-        if bool((places != places[:, :1]).any()):
-            axes_said = " x ".join(map(repr, names))
-            raise ValueError(
-                f"the ranks {table.tolist()} of the device mesh, axes {axes_said}, are in no order "
-                "that torch's process groups have, which count up: make the DeviceMesh of ranks "
-                "that count up along all axes"
-            )
-
-
-def init_mesh(
-    ulysses_degree: int | Literal["auto"],
-    ring_degree: int | None = None,
-    *,
-    ring_outer_degree: int = 1,
-    device_type: str | None = None,
-    group: ProcessGroup | None = None,
-    **attention: Unpack[Attention],
-) -> SequenceMesh:
-    """Make the mesh of the ranks that share one sequence.
-
-    Every rank of the group calls it, with the same degrees, which they compare. Without a process
-    group it starts the default one, from torchrun's variables or else from those of Slurm's
-    ``srun`` (``MASTER_ADDR`` and ``MASTER_PORT`` count where they are set), and makes this rank's
-    accelerator the current one: that of its local rank, or the only one it can see.
-
-    ``init_mesh("auto", seq_len=131072, heads=32)`` takes the degrees that the planner predicts to
-    be the fastest for one attention (docs/planner.md).
-
-    Args:
-        ulysses_degree: Ranks that share the heads of a row; neighbours in the group. "auto": the
-            planner says, of all degrees that make up the group.
-        ring_degree: Rows that pass blocks of keys around.
-        ring_outer_degree: Nodes over which these rows lie, as many in each: above 1 the ring is a
-            double one (arXiv:2406.18485), so that a block crosses to each other node once, while
-            the ring inside a node turns. The axes of the mesh are then ``ring_outer``, ``ring``
-            (inside a node) and ``ulysses``.
-        device_type: "cpu" or "cuda" (also for AMD); by default the accelerator that is there,
-            else the CPU.
-        group: The ranks of the mesh, in their order; the whole world by default.
-        **attention: Of "auto" alone: ``seq_len`` and ``heads``, and ``kv_heads``, ``head_dim``
-            (128), ``causal`` (False) and ``cluster`` (what was measured, or what the device is
-            called) where they are others.
-
-    Raises:
-        TypeError: a degree is no integer, or an argument of "auto" is not known, or is there
-            without it.
-        ValueError: "auto" lacks seq_len or heads, the degrees do not make up the group or differ
-            between its ranks, this process is not in it, there is no process group to begin with,
-            or no device for this rank.
-    """
-    started = comm.ensure_initialised()
-    ranks, rank = comm.group_ranks(group), comm.global_rank()
-    if rank not in ranks:
-        raise ValueError(f"rank {rank} is not in the group {ranks} and cannot make its mesh")
-    told, own, error = "", None, None
-    try:
-        kind = torch.device(device_type or default_device_type()).type
-        if started is not None:
-            own = choose_device(kind, started)
-        degrees = checked_degrees((ulysses_degree, ring_degree), len(ranks), attention, kind)
-        outer = checked_outer(ring_outer_degree, degrees[1])
-        told = f"ulysses_degree x ring_degree x device_type = {degrees}, {kind}"
-        told += f", ring_outer_degree = {outer}"
-    except Exception as refusal:  # the others must not wait for this rank
-        error = refusal
-    comm.compare_before_groups(group, told, own, error)
-    table = torch.tensor(ranks, device="cpu").view(outer, -1, degrees[0])
-    return SequenceMesh(_device_mesh(table, group, kind))
-
-
-def mesh_among(
-    ranks: Sequence[int], degrees: tuple[int, int], group: ProcessGroup | None, device_type: str
-) -> SequenceMesh:
-    """This rank's of meshes side by side, whose ranks are neighbours; all make theirs together.
-
-    Args:
-        ranks: Global ranks of all these meshes, in order.
-        degrees: Of the ring and of Ulysses in each.
-        group: All of ``ranks``, which have compared already; None is the world.
-        device_type: "cpu" or "cuda".
-    """
-    from torch.distributed.device_mesh import DeviceMesh
-
-    table = torch.tensor(ranks, device="cpu").view(-1, *degrees)
-    lines = [table.movedim(1, 2).flatten(0, 1).tolist(), table.flatten(0, 1).tolist()]
-    groups = comm.axis_groups(lines, group)
-    own = table[ranks.index(comm.global_rank()) // (degrees[0] * degrees[1])]
-    names = "ring", "ulysses"
-    return SequenceMesh(DeviceMesh.from_group(groups, device_type, mesh=own, mesh_dim_names=names))
-
-
-def _device_mesh(table: torch.Tensor, group: ProcessGroup | None, device_type: str) -> DeviceMesh:
-    """Over ranks (ring_outer, ring, ulysses); a plain ring has no outer axis."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    names: tuple[str, ...] = "ring_outer", "ring", "ulysses"
-    if len(table) == 1:
-        table, names = table[0], names[1:]
-    lines = [table.movedim(dim, -1).flatten(0, -2).tolist() for dim in range(table.dim())]
-    groups = comm.axis_groups(lines, group)
-    return DeviceMesh.from_group(groups, device_type, mesh=table, mesh_dim_names=names)

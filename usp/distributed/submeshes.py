@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from usp.distributed import comm
-from usp.distributed.mesh import SequenceMesh, check_mesh, mesh_among
+from usp.distributed.making import mesh_among
+from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.degrees import nested_degrees
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from usp.distributed.comm import join_locally
-from usp.distributed.mesh import SequenceMesh, init_mesh
+from usp.distributed.making import init_mesh
+from usp.distributed.mesh import SequenceMesh
 from usp.distributed.processes import ProcessFailed, Tell, run
 from usp.integrations._boundary import Boundary
 from usp.planning.kinds import integer
