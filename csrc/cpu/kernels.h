@@ -136,6 +136,8 @@ struct Kernels {
   // dst (rows, cols) += scale * src.
   void (*add_rows)(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
                    int64_t dst_stride);
+  // Multiplies row i of m (rows, cols) by factor[i].
+  void (*scale_rows)(Matrix<T> m, int64_t rows, int64_t cols, const T* factor);
 
   // s = cap * tanh(s / cap); derivative (where not null) = 1 - tanh^2.
   void (*softcap)(Tile<T> s, T cap, T* derivative);

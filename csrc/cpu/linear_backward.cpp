@@ -86,7 +86,7 @@ class BackwardWalk {
       const Matrix<T> next = state(i + 1);
       std::copy_n(state(i).data, a_.Dv * next.ld, next.data);
       decay_state(next, a_.Dv, w_.decays.of_all(kChunk));
-      table_.gemm(a_.Dv, next.ld, kChunk, transposed(update), k, next, T(1), true);
+      table_.gemm(a_.Dv, next.ld, kChunk, transposed(update), k, next, {T(1), true});
     }
   }
 
@@ -99,7 +99,7 @@ class BackwardWalk {
     if (wants_inputs()) inputs(tokens, q, dout, state(i));
     const auto update = scaled(table_, dout, rows, w_.decays.since_start, w_.scaled);
     decay_state(w_.gradient, a_.D, w_.decays.of_all(rows));
-    table_.gemm(a_.D, w_.gradient.ld, rows, transposed(q), update, w_.gradient, T(1), true);
+    table_.gemm(a_.D, w_.gradient.ld, rows, transposed(q), update, w_.gradient, {T(1), true});
   }
 
   // The chunk that ends there comes next.
@@ -149,7 +149,7 @@ class BackwardWalk {
   void of_queries(Range tokens, Matrix<const T> q, Matrix<const T> k, Matrix<const T> dout,
                   Matrix<T> state) {
     const int64_t rows = tokens.size();
-    table_.gemm(rows, w_.d_keys.ld, a_.Dv, dout, as_const(state), w_.d_keys, T(1), false);
+    table_.gemm(rows, w_.d_keys.ld, a_.Dv, dout, as_const(state), w_.d_keys, {T(1), false});
     decay_rows(table_, w_.d_keys, rows, w_.decays.since_start);
     if (g_.dg != nullptr) row_products(rows, q, w_.of_queries);
     add_lower_times(table_, rows, w_.d_keys.ld, w_.dscores, k, w_.d_keys);
@@ -158,8 +158,8 @@ class BackwardWalk {
 
   void of_keys(Range tokens, Matrix<const T> q, Matrix<const T> k, Matrix<const T> v) {
     const int64_t rows = tokens.size();
-    table_.gemm(rows, w_.d_keys.ld, a_.Dv, v, as_const(w_.gradient_transposed), w_.d_keys, T(1),
-                false);
+    table_.gemm(rows, w_.d_keys.ld, a_.Dv, v, as_const(w_.gradient_transposed), w_.d_keys,
+                {T(1), false});
     decay_rows(table_, w_.d_keys, rows, w_.decays.to_end(rows));
     if (g_.dg != nullptr) row_products(rows, k, w_.of_keys);
     add_upper_times(table_, rows, w_.d_keys.ld, w_.dscores, q, w_.d_keys);
@@ -168,7 +168,7 @@ class BackwardWalk {
 
   void of_values(Range tokens, Matrix<const T> k, Matrix<const T> dout) {
     const int64_t rows = tokens.size();
-    table_.gemm(rows, w_.d_values.ld, a_.D, k, as_const(w_.gradient), w_.d_values, T(1), false);
+    table_.gemm(rows, w_.d_values.ld, a_.D, k, as_const(w_.gradient), w_.d_values, {T(1), false});
     decay_rows(table_, w_.d_values, rows, w_.decays.to_end(rows));
     add_upper_times(table_, rows, w_.d_values.ld, w_.scores, dout, w_.d_values);
     store_result(table_, a_, at_, tokens, w_.d_values, a_.Dv, g_.dv);

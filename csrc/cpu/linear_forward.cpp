@@ -61,7 +61,7 @@ class ForwardWalk {
     const auto update = scaled(table_, v, rows, w_.decays.to_end(rows), w_.v_scaled);
     decay_state(w_.state, a_.D, w_.decays.of_all(rows));
     ahead_.advance();
-    table_.gemm(a_.D, w_.state.ld, rows, transposed(k), update, w_.state, T(1), true);
+    table_.gemm(a_.D, w_.state.ld, rows, transposed(k), update, w_.state, {T(1), true});
   }
 
   // What the tokens see of the state before them, and of each other.
@@ -70,7 +70,7 @@ class ForwardWalk {
     const auto q = rows_of(table_, a_.q, at_, a_.H, tokens, a_.D, w_.q);
     w_.k_transposed.ld = padded(rows);
     table_.right_transpose(k, rows, a_.D, w_.k_transposed);
-    table_.gemm(rows, w_.out.ld, a_.D, q, as_const(w_.state), w_.out, T(1), false);
+    table_.gemm(rows, w_.out.ld, a_.D, q, as_const(w_.state), w_.out, {T(1), false});
     decay_rows(table_, w_.out, rows, w_.decays.since_start);
     ahead_.advance();
     lower_product(table_, rows, a_.D, q, as_const(w_.k_transposed), w_.scores);

@@ -204,5 +204,15 @@ void add_rows(Matrix<const T> src, int64_t rows, int64_t cols, T scale, T* dst,
   }
 }
 
+template <typename T>
+void scale_rows(Matrix<T> m, int64_t rows, int64_t cols, const T* factor) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T f = factor[i];
+    if (f == T(1)) continue;
+    T* __restrict row = m.data + i * m.ld;
+    for (int64_t d = 0; d < cols; ++d) row[d] *= f;
+  }
+}
+
 }  // namespace
 }  // namespace usp::cpu

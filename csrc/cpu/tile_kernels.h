@@ -25,6 +25,7 @@ constexpr Kernels<T> make_kernels() {
       .store_rows = store_rows<T>,
       .row_products = row_products<T>,
       .add_rows = add_rows<T>,
+      .scale_rows = scale_rows<T>,
       .softcap = softcap<T>,
       .add_bias = add_bias<T>,
       .add_alibi = add_alibi<T>,
