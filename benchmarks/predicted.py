@@ -1,13 +1,15 @@
 """The planner against this machine: steps of a small transformer, predicted and measured.
 
-usp plan --calibrate --devices 4
-usp bench predicted --processes 4
-usp bench predicted --processes 4 --json result.json
+usp bench predicted --processes 1 2 4
+usp bench predicted --processes 1 2 4 --json result.json
+usp bench predicted --processes 2 --kept             (after usp plan --calibrate --devices 2)
 
-Each mesh of so many local processes trains a transformer for some steps: seconds are the median of
-the slowest rank's, bytes those that usp.testing.WireBytes counts, memory the most that
-usp.testing.StorageBytes sees. Beside each stands what `usp plan` predicts for the cluster "here".
-Let nothing else run: the machine was calibrated with all processes busy.
+For each number of local processes the machine is measured, as usp plan --calibrate does it, with
+the links of usp bench comm; then each mesh of them trains a transformer for some steps: seconds are
+the median of the slowest rank's, bytes those that usp.testing.WireBytes counts, memory the most
+that usp.testing.StorageBytes sees. Beside each stands what `usp plan` predicts. Let nothing else
+run: the machine is measured with all processes busy. Exit code 1 where seconds are off by more than
+20 %, memory by more than 10 %, or bytes by any.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import usp
+from usp import bench as usp_bench
+from usp.cli import calibrate
 from usp.distributed.comm import join_locally
 from usp.distributed.processes import Tell
 from usp.distributed.processes import run as run_processes
-from usp.planning.choose.cluster import CLUSTERS
-from usp.planning.choose.here import measured_here
+from usp.planning.choose.cluster import CLUSTERS, Cluster
+from usp.planning.choose.here import cluster_from, measured_here
 from usp.planning.choose.job import Choice, Job, Precision
 from usp.planning.choose.model import Model
 from usp.planning.choose.search import predict
@@ -76,10 +80,23 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(y)))
 
 
-def job_of(size: Size, devices: int, batch: int = 1) -> Job:
-    """On this machine if it was calibrated, else on the laptop that the planner assumes."""
-    cluster = measured_here() or replace(CLUSTERS["laptop"], node=devices)
-    return Job(size.model, size.tokens, batch, cluster, devices, precision=FP32, fused=False)
+def job_of(size: Size, devices: int, cluster: Cluster | None = None) -> Job:
+    """On this machine if it was measured, else on the laptop that the planner assumes."""
+    cluster = cluster or measured_here() or replace(CLUSTERS["laptop"], node=devices)
+    return Job(size.model, size.tokens, 1, cluster, devices, precision=FP32, fused=False)
+
+
+def measured_now(processes: int, quick: bool) -> Cluster:
+    """This machine with so many processes, its links as ``usp bench comm`` measures them."""
+    found = calibrate.measure(processes)
+    if processes > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "comm.json")
+            argv = ["--processes", str(processes), "--json", str(file), *["--quick"] * quick]
+            if usp_bench.run("comm", argv):
+                raise SystemExit("usp bench comm: not every verb was right")
+            found["levels"][0] |= calibrate.links_of(file)[1]
+    return cluster_from(found)
 
 
 def choices(processes: int, size: Size) -> list[Choice]:
@@ -153,9 +170,14 @@ def _on_rank(settings: tuple[str, int, Size, Choice, int], rank: int, _: Tell) -
         torch.distributed.destroy_process_group()
 
 
-def compared(size: Size, choice: Choice, found: Sequence[dict[str, float]]) -> dict[str, Any]:
+def compared(
+    size: Size,
+    choice: Choice,
+    found: Sequence[dict[str, float]],
+    cluster: Cluster | None = None,
+) -> dict[str, Any]:
     """The busiest rank's numbers beside the prediction."""
-    told = predict(job_of(size, choice.devices), choice)
+    told = predict(job_of(size, choice.devices, cluster), choice)
     each = {
         "seconds": told.time.total,
         "attention": told.sent.attention,
@@ -172,40 +194,69 @@ def compared(size: Size, choice: Choice, found: Sequence[dict[str, float]]) -> d
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2], metavar="N")
     for name, value in vars(Size()).items():
         if name != "causal":
             parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--kept", action="store_true", help="as usp plan --calibrate has kept it")
+    parser.add_argument("--quick", action="store_true", help="measure links in less time")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
-    if measured_here() is None:
-        raise SystemExit(f"first: usp plan --calibrate --devices {args.processes}")
-    size = Size(**{name: getattr(args, name) for name in vars(Size())})
+# How far a prediction may be from what was measured.
+ALLOWED = {"seconds": 0.2, "memory": 0.1, "attention": 0.0}
+
+
+def ratios(record: dict[str, Any]) -> dict[str, float]:
+    """Predicted over measured."""
+    real, told = record["measured"], record["predicted"]
+    return {name: told[name] / real[name] if real[name] else 1.0 for name in ALLOWED}
+
+
+def on_processes(size: Size, processes: int, cluster: Cluster, steps: int) -> list[dict[str, Any]]:
+    """Every mesh of them, shown as it is done."""
     records = []
-    print(f"{'mesh':34}{'seconds':>10}{'predicted':>11}{'ratio':>7}{'memory':>8}{'bytes':>7}")
-    for choice in choices(args.processes, size):
+    for choice in choices(processes, size):
         with tempfile.TemporaryDirectory() as folder:
-            settings = str(Path(folder, "store")), args.processes, size, choice, args.steps
-            found = run_processes(_on_rank, settings, args.processes, lambda *_: None, 1200.0)
-        record = compared(size, choice, found)
+            settings = str(Path(folder, "store")), processes, size, choice, steps
+            found = run_processes(_on_rank, settings, processes, lambda *_: None, 1200.0)
+        record = compared(size, choice, found, cluster)
         records.append(record)
-        real, told = record["measured"], record["predicted"]
-        ratio = {name: told[name] / real[name] if real[name] else 1.0 for name in told}
+        real, told, ratio = record["measured"], record["predicted"], ratios(record)
         mesh = f"ring {choice.ring} ulysses {choice.ulysses} {choice.layout} {choice.transport}"
         print(
-            f"{mesh:34}{real['seconds']:10.4f}{told['seconds']:11.4f}{ratio['seconds']:7.2f}"
-            f"{ratio['memory']:8.3f}{ratio['attention']:7.3f}"
+            f"{processes:>9} {mesh:34}{real['seconds']:10.4f}{told['seconds']:11.4f}"
+            f"{ratio['seconds']:7.2f}{ratio['memory']:8.3f}{ratio['attention']:7.3f}",
+            flush=True,
         )
+    return records
+
+
+def main() -> int:
+    args = parse()
+    size = Size(**{name: getattr(args, name) for name in vars(Size())})
+    records, clusters = [], []
+    for processes in args.processes:
+        cluster = measured_here() if args.kept else measured_now(processes, args.quick)
+        if cluster is None or cluster.node != processes:
+            raise SystemExit(f"first: usp plan --calibrate --devices {processes}")
+        clusters.append(vars(cluster) | {"levels": [vars(link) for link in cluster.levels]})
+        heads = ("seconds", 10), ("predicted", 11), ("ratio", 7), ("memory", 8), ("bytes", 7)
+        print(f"{'processes':>9} {'mesh':34}" + "".join(f"{name:>{w}}" for name, w in heads))
+        records += on_processes(size, processes, cluster, args.steps)
     if args.json:
-        cluster = vars(measured_here()) | {"levels": [vars(x) for x in measured_here().levels]}
-        args.json.write_text(json.dumps({"cluster": cluster, "records": records}, indent=1) + "\n")
+        found = {"clusters": clusters, "records": records}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    off = [
+        name for record in records for name, ratio in ratios(record).items()
+        if abs(ratio - 1) > ALLOWED[name]
+    ]  # fmt: skip
+    print(f"of {len(records)} meshes off: {', '.join(off) if off else 'nothing'}")
+    return 1 if off else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import usp
+from usp.planning.choose.cluster import CLUSTERS
 from usp.planning.choose.search import predict
 from usp.testing import WireBytes
 
 SIZES = {"full": {}, "causal": {"causal": True}, "uneven": {"tokens": 250, "heads": 6}}
+NAMES = "seconds", "attention", "gradients", "memory"
 SMALL = {"layers": 3, "hidden": 48, "heads": 4, "mlp": 160, "tokens": 256}
 
 
@@ -45,6 +50,34 @@ def test_bytes_and_memory_of_a_step(pool: Pool, name: str, ranks: int) -> None:
         marks = sum(2 * marks * (axis.size - 1) // axis.size for axis in choice.reduced)
         assert told["gradients"] + marks == real["gradients"], choice
         assert told["memory"] == pytest.approx(real["memory"], rel=0.1), choice
+
+
+@pytest.mark.parametrize(
+    ("factor", "code", "said"), [(1.1, 0, "nothing"), (1.3, 1, ", ".join(4 * ["seconds"]))]
+)
+def test_exit_codes_say_what_is_off(
+    factor: float,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    program, alone = module("predicted"), replace(CLUSTERS["laptop"], node=1)
+    file = tmp_path / "found.json"
+
+    def measured(work: Any, settings: Any, processes: int, *_: Any) -> list[dict[str, float]]:
+        told = program.compared(settings[2], settings[3], [dict.fromkeys(NAMES, 1.0)], alone)
+        exact = told["predicted"]
+        return [exact | {"seconds": factor * exact["seconds"]}] * processes
+
+    monkeypatch.setattr(program, "run_processes", measured)
+    monkeypatch.setattr(program, "measured_now", lambda n, quick: replace(alone, node=n))
+    monkeypatch.setattr(sys, "argv", f"predicted --processes 1 2 --json {file}".split())
+    assert program.main() == code
+    assert capsys.readouterr().out.endswith(f"of 4 meshes off: {said}\n")
+    found = json.loads(file.read_text())
+    assert [one["node"] for one in found["clusters"]] == [1, 2] and len(found["records"]) == 4
 
 
 def sent_under_fsdp(number: int, ranks: int) -> int:

@@ -255,7 +255,10 @@ def test_rates_come_out_of_times() -> None:
     times |= {"attention": 0.2, "small attention": 1e-3}
     for name in ("gather", "hop", "all_to_all", "all_reduce"):
         times |= {f"{name} small": 1e-4, f"{name} large": 1e-2}
+    alone = here.cluster_from(calibrate._as_cluster(times, 1))
     cluster = here.cluster_from(calibrate._as_cluster(times, 4))
+    assert alone.node == 1 and alone.attention_rate == cluster.attention_rate
+    assert cluster.device == "cpu"
     assert cluster.attention_rate == pytest.approx(14 * 1024**2 * 512 / 0.199)
     assert cluster.launch == pytest.approx(1e-5) and cluster.call == pytest.approx(4.7e-4)
     assert cluster.levels[0].of_flow == pytest.approx((2**23 - 2**14) / (1e-2 - 1e-4))

@@ -109,7 +109,8 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def measure(processes: int) -> dict[str, Any]:
-    """The arguments of ``Cluster`` for so many processes of this machine, all busy at once.
+    """The arguments of ``Cluster`` for so many processes of this machine, all busy at once; of a
+    single one without links.
 
     Raises:
         NoAnswer: one of them died.
@@ -130,7 +131,6 @@ def _silent(done: int, total: int) -> None:
 
 def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
     """Rates out of times. Those of a small message and a large one give latency and rate."""
-    others = processes - 1
     weights = 4 * _HIDDEN**2 + 2 * _HIDDEN * _MLP
     products = 6 * weights * _TOKENS
     matrix = products / seconds["products"]
@@ -141,22 +141,8 @@ def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
     traffic = 5 * 4 * _TOKENS * (8 * _HIDDEN + 2 * _MLP)
     rest = seconds["layer"] - seconds["products"] - seconds["small layer"]
     rest = max(rest, 0.02 * seconds["layer"])
-    links = {}
-    for name in ("gather", "hop", "all_to_all", "all_reduce"):
-        large, small = seconds[f"{name} large"], seconds[f"{name} small"]
-        moved = _LARGE - _SMALL
-        links[name] = (moved / max(large - small, 1e-9), small)
+    link = _as_link(seconds, processes) if processes > 1 else {"ranks": 0, "rate": 1, "latency": 0}
     peak = max(matrix, attention)
-    share = others / processes
-    link = {
-        "ranks": 0,
-        "rate": links["gather"][0] * share,
-        "latency": links["gather"][1] / others,
-        "flow": links["hop"][0],
-        "hop": links["hop"][1],
-        "all_to_all": links["all_to_all"][0] * share,
-        "all_reduce": 2 * links["all_reduce"][0] * share,
-    }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     return {
         "name": here.NAME,
@@ -176,13 +162,31 @@ def _as_cluster(seconds: dict[str, float], processes: int) -> dict[str, Any]:
     }
 
 
+def _as_link(seconds: dict[str, float], processes: int) -> dict[str, float]:
+    others, links = processes - 1, {}
+    for name in ("gather", "hop", "all_to_all", "all_reduce"):
+        large, small = seconds[f"{name} large"], seconds[f"{name} small"]
+        moved = _LARGE - _SMALL
+        links[name] = (moved / max(large - small, 1e-9), small)
+    share = others / processes
+    return {
+        "ranks": 0,
+        "rate": links["gather"][0] * share,
+        "latency": links["gather"][1] / others,
+        "flow": links["hop"][0],
+        "hop": links["hop"][1],
+        "all_to_all": links["all_to_all"][0] * share,
+        "all_reduce": 2 * links["all_reduce"][0] * share,
+    }
+
+
 def _measured(settings: tuple[str, int], rank: int, tell: Tell) -> dict[str, float]:
     """Seconds of each thing, on one of the processes."""
     store, processes = settings
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     join_locally(store, rank, processes, 120.0)
     axis = init_mesh(processes, 1, device_type="cpu").ulysses
-    return {**_computing(axis), **_sending(axis)}
+    return {**_computing(axis), **(_sending(axis) if processes > 1 else {})}
 
 
 def _take_turns(axis: Axis, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
