@@ -20,7 +20,7 @@ from .wave import LANES, VCC, Wave, bits_of, mask_of
 def build(instruction: Instruction) -> Step | None:
     """What such an instruction does; None where this file does not know it."""
     made = _BUILDERS.get(instruction.name)
-    if made is None:
+    if made is None or instruction.encoding == "sdwa":  # of which vector.py knows some
         return None
     instruction.allow()
     return made(instruction.operands)  # type: ignore[no-any-return]

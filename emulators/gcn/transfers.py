@@ -38,7 +38,7 @@ _LOADS = ("global_load", "buffer_load", "scratch_load", "s_load", "ds_read", "ds
 _GLOBAL = re.compile(
     r"global_(load|store)_(ubyte|byte|ushort|short_d16_hi|short|dword(?:x[234])?)$"
 )
-_LOCAL = re.compile(r"ds_(read|write)_(b8|u8|b16|u16|b32|b64|b128)$")
+_LOCAL = re.compile(r"ds_(?:(read)|write)_(b8|u8|b16|u16|b32|b64|b128)$|ds_write_(b16)_d16_hi$")
 _LOCAL_PAIR = re.compile(r"ds_(read|write)2(st64)?_(b32|b64)$")
 
 
@@ -48,7 +48,7 @@ def build(instruction: Instruction) -> Step | None:
     if (found := _GLOBAL.match(name)) is not None:
         return _global(instruction, found[1] == "load", found[2])
     if (found := _LOCAL.match(name)) is not None:
-        return _local(instruction, found[1] == "read", SIZES[found[2]])
+        return _local(instruction, found[1] == "read", SIZES[found[2] or found[3]], bool(found[3]))
     if (found := _LOCAL_PAIR.match(name)) is not None:
         step = 64 if found[2] else 1
         return _local_pair(instruction, found[1] == "read", SIZES[found[3]], step)
@@ -120,7 +120,7 @@ def _global(instruction: Instruction, loads: bool, kind: str) -> Step:
     return step
 
 
-def _local(instruction: Instruction, reads: bool, size: int) -> Step:
+def _local(instruction: Instruction, reads: bool, size: int, high: bool) -> Step:
     instruction.allow("offset")
     first, second = instruction.operands
     address = reader(second if reads else first, "u32")
@@ -137,7 +137,7 @@ def _local(instruction: Instruction, reads: bool, size: int) -> Step:
                 lambda: put_bytes(w, n, lanes, w.lds.read(places, size)),
             )
         else:
-            content = get_bytes(w, n, lanes, size)
+            content = get_bytes(w, n, lanes, size, high=high)
             w.transfer(w.local_transfers, frozenset(), lambda: w.lds.write(places, content))
 
     return step

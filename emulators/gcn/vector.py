@@ -6,6 +6,7 @@ Source: "CDNA3 ISA" 6 "Vector ALU Operations", 12.7-12.12 (VOP2, VOP1, VOPC, VOP
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,11 @@ _FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_cvt_f32_f16": ("f32 u32", convert.from_f16),
 }
 
+# Those with CLAMP, which holds unsigned integers within 0 and 2^32 - 1.
+_CLAMPED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "v_sub_u32": ("u32 u32 u32", lambda a, b: np.where(a > b, a - b, _U32(0))),
+}
+
 # destination += product
 _ACCUMULATE: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_fmac_f32": ("f32", convert.fma),
@@ -174,6 +180,9 @@ _FLOAT_RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
 def build(instruction: Instruction) -> Step | None:
     """What a vector instruction does; None where this file does not know it."""
     name, operands = instruction.name, instruction.operands
+    if name in _CLAMPED and "clamp" in instruction.modifiers:
+        rest = {key: x for key, x in instruction.modifiers.items() if key != "clamp"}
+        return _function(replace(instruction, modifiers=rest), *_CLAMPED[name])
     if name in _FUNCTIONS:
         return _function(instruction, *_FUNCTIONS[name])
     if name in _ACCUMULATE:
@@ -181,6 +190,8 @@ def build(instruction: Instruction) -> Step | None:
         kind, function = _ACCUMULATE[name]
         put, *read = writer(operands[0], kind), *(reader(x, kind) for x in operands)
         return lambda w: put(w, function(read[1](w), read[2](w), read[0](w)))
+    if name == "v_cndmask_b32" and instruction.encoding == "sdwa":
+        return _choice(instruction)
     if name.startswith("v_cmp_"):
         return _comparison(instruction)
     if name in _CARRIES:
@@ -243,6 +254,13 @@ def _destination(instruction: Instruction) -> Callable[[Wave, Any], None]:
     put = writer(instruction.operands[0], "u32")
     shift, ones = _SELECT[instruction.modifiers["dst_sel"]]
     return lambda w, x: put(w, (x.view(_U32) & _U32(ones)) << _U32(shift))
+
+
+def _choice(instruction: Instruction) -> Step:
+    """The second source where the mask has a 1, of some of their bits."""
+    put, mask = _destination(instruction), scalar_reader(instruction.operands[3], 64)
+    a, b = _selected(instruction, instruction.operands[1:3], ["u32", "u32"])
+    return lambda w: put(w, np.where(mask_of(mask(w)), b(w), a(w)))
 
 
 def _comparison(instruction: Instruction) -> Step:

@@ -28,12 +28,15 @@ def test_local_memory(late: bool) -> None:
               ds_read_u16 v13, v0 offset:38
               ds_read2st64_b32 v[14:15], v0 offset0:1 offset1:2
               ds_write_b16 v0, v1 offset:2000
+              ds_write_b16_d16_hi v0, v1 offset:2002
+              ds_read_b32 v16, v0 offset:2000
               s_waitcnt lgkmcnt(0)"""
     run(text, w)
     given = words(w, 1, 4)
     assert np.array_equal(words(w, 5, 4), given)
     assert np.array_equal(words(w, 9, 4), given[:, [2, 3, 0, 1]])
     assert np.array_equal(w.u32[13], given[:, 1] >> 16)
+    assert np.array_equal(w.u32[16], given[:, 0])
     flat = given.ravel()
     assert np.array_equal(w.u32[14][:32], flat[(256 - 32) // 4 :: 4][:32])
     assert np.array_equal(w.u32[15][:32], flat[(512 - 32) // 4 :: 4][:32])

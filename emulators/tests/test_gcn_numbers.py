@@ -82,6 +82,12 @@ def signed(x: int) -> int:
         ("v_bfrev_b32_e32 v2, v0", lambda a, b: int(f"{a:032b}"[::-1], 2)),
         ("v_pack_b32_f16 v2, v0, v1", lambda a, b: a % 2**16 | b << 16),
         ("v_xad_u32 v2, v0, 8, v1", lambda a, b: (a ^ 8) + b),
+        ("v_sub_u32_e64 v2, v0, v1 clamp", lambda a, b: max(a - b, 0)),
+        (
+            "v_cndmask_b32_sdwa v2, v0, v1, vcc dst_sel:DWORD dst_unused:UNUSED_PAD "
+            "src0_sel:DWORD src1_sel:WORD_1",
+            lambda a, b: b >> 16 if a % 2 else a,
+        ),
         (
             "v_perm_b32 v2, v0, v1, 0x70c0104",
             lambda a, b: (a >> 24) << 24 | (b >> 8 & 255) << 8 | a & 255,
@@ -93,6 +99,7 @@ def test_integers(text: str, value: Callable[[int, int], int]) -> None:
     w = wave()
     w.u32[0][:], w.u32[1][:] = integers(), integers()
     w.u32[0][0] = 0
+    w.set_pair(VCC, sum(1 << i for i, a in enumerate(w.u32[0].tolist()) if a % 2))
     run(text, w)
     given = zip(w.u32[0].tolist(), w.u32[1].tolist(), strict=True)
     assert w.u32[2].tolist() == [value(a, b) % 2**32 for a, b in given]

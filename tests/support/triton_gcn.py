@@ -1,6 +1,7 @@
 """Our Triton kernels compiled for AMD and executed by ``gcn``, launched by their own host code.
 
-``python tests/triton_gcn.py hip:gfx942`` prints the names of the kernels that were right.
+``python tests/triton_gcn.py hip:gfx942`` prints the names of the kernels that were right, and with
+``linear`` behind it those of linear attention.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gcn.assembly import Assembly
 from gcn.machine import Launchable, Order
 from gcn.memory import Memory
 from kernel_call import Call
+from linear_walks import Walk, assert_walk
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,6 +28,8 @@ from triton_ahead import FAMILIES, WARP_SIZES, NoDevice, target_of
 from triton_interpreter import Kernels
 
 from usp.kernels import configs
+from usp.linear_attention import triton
+from usp.linear_attention.trust import results
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LSE_TOLERANCE = {torch.bfloat16: 1e-6, torch.float16: 5e-5}  # see test_gpu_gcn.py
@@ -118,7 +122,19 @@ def check(target: str, case: Call, order: Order) -> list[str]:
     return launched
 
 
+def check_linear(target: str, order: Order) -> list[str]:
+    """Every result of linear attention's kernels against its recurrence."""
+    walk = Walk(batch=1, length=70, heads=(1, 1, 2), dims=(16, 16), dtype=torch.bfloat16)
+    with executed(target, order) as launched:
+        found = results(triton, *walk.inputs())
+    assert_walk(walk, found, {torch.bfloat16: 1e-2}, rounds=True)
+    return launched
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == ["linear"]:
+        print(*check_linear(sys.argv[1], Order()))
+        sys.exit()
     orders = (Order(), Order(late=False, descending=True))
     for case_, order_ in zip(CASES[sys.argv[1]], orders, strict=False):
         print(*check(sys.argv[1], case_, order_))
