@@ -4,8 +4,6 @@
 // only ever added up, over the tokens between two others, and never subtracted: one of -inf forgets
 // what was before, and no digits are lost.
 
-#include <limits>
-
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -16,7 +14,7 @@ namespace {
 template <typename T>
 USP_SIMD Vec<T> exp_or_infinity(Vec<T> x) {
   constexpr T kHighest = sizeof(T) == 8 ? T(709.7) : T(88.7);
-  const Vec<T> infinity = broadcast<T>(std::numeric_limits<T>::infinity());
+  const Vec<T> infinity = broadcast<T>(static_cast<T>(__builtin_inf()));
   return x > broadcast<T>(kHighest) ? infinity : exp<T>(x);
 }
 
