@@ -165,7 +165,7 @@ def between_projections(module: nn.Module, projected: Tensor, low: torch.dtype |
     leaf = projected.detach().requires_grad_()
     x, mask = torch.zeros(31, 2, 24), torch.linspace(-2, 2, 31 * 31).view(31, 31).sin()
     with (
-        patch.object(projections, "_projections", lambda *_: leaf.chunk(3, -1)),
+        patch.object(projections, "_projections", lambda *_: leaf.view(31, 2, 3, 3, 8).unbind(2)),
         patch.object(module, "out_proj", nn.Identity()),
         region(low),
     ):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import usp
 from usp.attention import kept, request
+from usp.planning.masks.bands import Bands
+from usp.planning.masks.mask import Mask
 from usp.planning.masks.options import Window
 from usp.testing import dense_attention
 
@@ -52,16 +54,43 @@ def test_what_differs_is_checked_anew() -> None:
     assert checks(*calls, *calls) == len(calls)
 
 
-def test_what_may_change_in_place_is_never_kept() -> None:
+def test_what_may_change_in_place_is_told_apart() -> None:
+    """Lists by what they hold; tensors are never kept."""
     bounds = torch.tensor([0, 3, 5])
+    held = bounds.tolist()
     kept._KEPT.clear()
     for middle in (3, 1):
-        bounds[1] = middle
-        for given in (bounds, bounds.tolist()):
+        bounds[1] = held[1] = middle
+        for given in (bounds, held):
             out = usp.long_context_attention(*qkv(), cu_seqlens=given)
             expected, _ = dense_attention(*qkv(), cu_seqlens=tuple(bounds.tolist()))
             torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-    assert not kept._KEPT
+    assert len(kept._KEPT) == 2
+
+
+def test_masks_of_classes_that_are_made_anew_are_other_masks() -> None:
+    """As in a notebook: equal names, equal values."""
+
+    def made(visible: bool) -> Mask:
+        class Mine(Mask):
+            def bands(self, positions: Tensor, key_len: int, trim: bool = True) -> Bands:
+                ends = torch.zeros(2, 1, len(positions), dtype=torch.int32)
+                ends[1] = key_len if visible else 1
+                return Bands(*ends)
+
+            def __eq__(self, other: object) -> bool:
+                return type(other) is type(self)
+
+            def __hash__(self) -> int:
+                return 1
+
+        return Mine()
+
+    for visible in (True, False, True):
+        out = usp.long_context_attention(*qkv(), mask=made(visible))
+        v = qkv()[2]
+        expected = dense_attention(*qkv())[0] if visible else v[:, :1].expand_as(v)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +103,8 @@ def test_what_may_change_in_place_is_never_kept() -> None:
         ({"cu_seqlens": ((0, 1, 5), (0, 5))}, {"cu_seqlens": ((0, True, 5), (0, 5))}),
         ({"window_size": (5, None)}, {"window_size": (5.0, None)}),
         ({"prefix_len": 1, "causal": True}, {"prefix_len": True, "causal": True}),
+        ({"cu_seqlens": (0, np.int8(1), 5)}, {"cu_seqlens": (0, np.True_, 5)}),
+        ({"query_offset": [1, 1]}, {"query_offset": [1, True]}),
         ({"seq_len": (5, 5)}, {"seq_len": (5.0, 5)}),
         ({"cu_seqlens": (0, 1, 5)}, {"cu_seqlens": (0, True, 5)}),
         ({"validate": True}, {"validate": 1}),

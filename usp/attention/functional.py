@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from usp.attention.attn_mask import with_attn_mask
 from usp.attention.chunk_options import in_chunks, refuse_graphs
 from usp.attention.chunked import chunked_attention
 from usp.attention.given import Options, Tensors
-from usp.attention.hybrid import hybrid_attention, prepare
+from usp.attention.hybrid import Call, hybrid_attention, prepare
 from usp.attention.kept import keep, kept, kind_of
 from usp.attention.learned import with_learned_scale
 from usp.attention.placement import with_placement
@@ -208,12 +208,18 @@ def attend(
     if torch._C._is_any_autocast_enabled():
         q, k, v = in_autocast(tensors.q), in_autocast(tensors.k), in_autocast(tensors.v)
         tensors = tensors._replace(q=q, k=k, v=v)
+    kind = None
+    if mesh is None and dropout_seed is None and _is_eager():
+        kind = kind_of(tensors, options, validate)
+        found = kept(kind, tensors, options)
+        if found is not None:
+            return _attended(*found, None)
     tensors, options = with_learned_scale(tensors, options)
     options = with_placement(tensors, options)
     if options.attn_mask is not None:
         tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)
     return beside_sinks(
-        options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate)
+        options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate, kind)
     )
 
 
@@ -223,10 +229,11 @@ def _dispatched(
     mesh: SequenceMesh | None,
     dropout_seed: int | Tensor | None,
     validate: When,
+    kind: Hashable | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if in_chunks(options):
         refuse_graphs(tensors)
-        return _attend_in_chunks(tensors, options, mesh, dropout_seed, validate)
+        return _attend_in_chunks(tensors, options, mesh, dropout_seed, validate, kind)
     if torch.compiler.is_compiling():
         for name, x in zip(Tensors._fields, tensors, strict=True):
             if x is not None:
@@ -240,7 +247,7 @@ def _dispatched(
     if is_watched():
         return op.attention(tensors, options, mesh, dropout_seed, validate)
     assert not isinstance(dropout_seed, Tensor)
-    return _attend(tensors, options, mesh, dropout_seed, validate)
+    return _attend(tensors, options, mesh, dropout_seed, validate, kind)
 
 
 @untraced
@@ -250,10 +257,16 @@ def _attend_in_chunks(
     mesh: SequenceMesh | None,
     dropout_seed: int | Tensor | None,
     validate: When,
+    kind: Hashable | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """No graph holds it: it is many collectives, and its memory that of none of its results."""
     seed = None if dropout_seed is None else int(dropout_seed)
-    return _attend(tensors, options, mesh, seed, None if validate == "first" else validate)
+    return _attend(tensors, options, mesh, seed, None if validate == "first" else validate, kind)
+
+
+def _is_eager() -> bool:
+    """Whether nobody but autograd sees what is done."""
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or is_watched())
 
 
 def is_watched() -> bool:
@@ -270,22 +283,27 @@ def _attend(
     mesh: SequenceMesh | None,
     dropout_seed: int | None,
     validate: When,
+    kind: Hashable | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    kind = kind_of(tensors, options, validate) if mesh is None and dropout_seed is None else None
-    found, name = kept(kind, tensors, options), None
-    if found is None:
-        drawn = None
-        if dropout_seed is None and drops(options.dropout_p):
-            drawn = int(draw_dropout_seed())
-        request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
-        found = prepare(tensors, request, mesh)
-        keep(kind, tensors, options, found[1])
-    if found[1].request.in_chunks:
-        out, lse = chunked_attention(*found, mesh)
-    else:
-        out, lse = hybrid_attention(*found)
+    drawn = None
+    if dropout_seed is None and drops(options.dropout_p):
+        drawn = int(draw_dropout_seed())
+    request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
+    tensors, call = prepare(tensors, request, mesh)
+    keep(kind, tensors, options, call)
+    found = _attended(tensors, call, mesh)
     if mesh is not None and name is not None:
-        meet_in_backward(out, mesh, name)
+        meet_in_backward(found if isinstance(found, Tensor) else found[0], mesh, name)
+    return found
+
+
+def _attended(
+    tensors: Tensors, call: Call, mesh: SequenceMesh | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    if call.request.in_chunks:
+        out, lse = chunked_attention(tensors, call, mesh)
+    else:
+        out, lse = hybrid_attention(tensors, call)
     return out if lse is None else (out, lse)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from usp.attention.grid import GridRing, grid_backward, grid_forward
 from usp.attention.query_ring import QueryRing, query_ring_backward
 from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
+from usp.attention.single import single_backward, single_forward, single_visit
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
@@ -31,6 +33,7 @@ from usp.ops.derivatives import (
 from usp.ops.precision import as_given
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.layout import replicated
+from usp.planning.visit import Visit
 
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
@@ -82,6 +85,7 @@ class Call:
         request: The arguments.
         bias_cut: How the bias changes hands, if there is one.
         back: That of the backward.
+        visit: The only one, where that is all there is to do.
     """
 
     ulysses: Axis
@@ -90,6 +94,7 @@ class Call:
     request: Request
     bias_cut: BiasCut | None
     back: Ring | QueryRing
+    visit: Visit | None = None
 
     @cached_property
     def query_cut(self) -> Cut:
@@ -133,7 +138,8 @@ def prepare(
         held = replace(held, offset=held.offset + request.first_head, total=request.all_heads)
     make = local_executor if replicated(request.layouts) else executors
     executor, back = make(mesh, held, tensors, request)
-    return tensors, Call(ulysses, executor, heads, request, bias_cut, back)
+    visit = single_visit(tensors, executor) if ulysses.size == 1 else None
+    return tensors, Call(ulysses, executor, heads, request, bias_cut, back, visit)
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
@@ -143,6 +149,13 @@ def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call)
 
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
     """Exchange, ring, exchange."""
+    if call.visit is not None:
+        inputs = Tensors(*map(last_dim_contiguous, tensors[:3]))
+        with as_given(tensors.q.device):
+            out, lse = single_forward(inputs, cast(Ring, call.ring), call.visit)
+        return Forward(
+            out, lse if call.request.return_lse else None, inputs, Results(out, lse, None)
+        )
     inputs, large_bias = scattered(tensors, call), False
     if inputs.attn_bias is not None:
         bias, large_bias = levels.prepared(inputs.attn_bias)
@@ -222,6 +235,10 @@ def attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
+    if call.visit is not None:
+        with as_given(dout.device):
+            own = last_dim_contiguous(dout), dlse, results.out, results.lse
+            return *single_backward(inputs, own, cast(Ring, call.ring), call.visit), None
     dout, dlse = scattered_gradients(dout, dlse, call)
     ring, dtype = call.back, inputs.q.dtype
     if isinstance(call.ring, Replicas):
@@ -262,10 +279,10 @@ class _Attention(OnceDifferentiable):
         bias: Tensor | None,
         slopes: Tensor | None,
         call: Call,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         given = attention_forward(Tensors(q, k, v, mask, bias, slopes), call)
         # what was computed with has no history after an exchange, an output has
-        anchor = given.out.new_empty(0)
+        anchor = None if given.results.out is given.out else given.out.new_empty(0)
         ctx.save_for_backward(*given.inputs, *given.results, anchor)
         ctx.call = call
         return given.out, given.lse, anchor
@@ -276,9 +293,9 @@ class _Attention(OnceDifferentiable):
     ) -> tuple[Tensor | None, ...]:
         *inputs, out, lse, level, anchor = ctx.saved_tensors
         results = Results(out, lse, level)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             found = attention_backward(
                 dout, dlse, Tensors(*inputs), results, ctx.call, ctx.needs_input_grad[4]
             )
-        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, anchor))
+        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, out, anchor))
         return dq, dk, dv, None, dbias, None, None

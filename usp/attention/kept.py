@@ -8,9 +8,10 @@ asked again: what it can take may change, by an environment variable say.
 
 from __future__ import annotations
 
+import marshal
+import pickle
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any
 
 from torch import Tensor
 
@@ -21,42 +22,29 @@ from usp.backends import select
 from usp.planning.problem import Traits
 
 _MOST = 256
-# What has no parts of other types, and is told apart by its own.
-_PLAIN = frozenset((bool, int, float, str, type(None)))
 _KEPT: OrderedDict[Hashable, tuple[Call, Traits]] = OrderedDict()
 
 
 def kind_of(tensors: Tensors, options: Options, validate: object) -> Hashable | None:
     """What two calls must share to be checked and planned alike; None where that is not known.
 
-    Values are told apart by their types too: 1 is no True, and 5.0 no 5.
+    Masks and layouts compare by value. All else is told apart by its types too, at any depth: 1 is
+    no True, and 5.0 no 5.
     """
-    values = (*vars(options).values(), validate)
-    others = [value for value in values if type(value) not in _PLAIN]
-    if any(isinstance(value, Tensor) for value in others) or drops(options.dropout_p):
-        return None
+    values = *({**vars(options), "mask": None, "layout": None}).values(), validate
     try:
-        types = tuple(map(type, values)), tuple(map(_types, others))
-        kind = values, types, tuple(map(_what, tensors))
-        hash(kind)
-    except (TypeError, RuntimeError, AttributeError):  # a list; a nested tensor; none at all
+        marshal.dumps(values, 2)  # raises for tensors and for what is no number, word or list
+        kind = pickle.dumps(values), options.mask, options.layout, *map(_what, tensors)
+        hash((options.mask, options.layout))
+    except (ValueError, TypeError, RuntimeError, AttributeError):  # a nested tensor; none at all
         return None
-    return kind
-
-
-def _types(value: object) -> Any:
-    """Of a value and of all that tuples in it hold."""
-    if not isinstance(value, tuple):
-        return type(value)
-    if any(isinstance(each, tuple) for each in value):
-        return type(value), tuple(_types(each) for each in value)
-    return type(value), tuple(map(type, value))
+    return None if drops(options.dropout_p) else kind
 
 
 def _what(x: Tensor | None) -> Hashable:
     if x is None:
         return None
-    return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad, x.is_nested
+    return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
 def kept(kind: Hashable | None, tensors: Tensors, options: Options) -> tuple[Tensors, Call] | None:

@@ -17,7 +17,7 @@ from usp.backends._local import LocalRow
 from usp.machine import cpu
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart quickly, at each call
 class Preference:
     """What "auto" tries first.
 
@@ -59,7 +59,7 @@ def measured_on(architecture: str) -> str:
     return cpu.kind() if architecture == "cpu" else architecture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Some names in an order, and where they come from."""
 

@@ -27,7 +27,7 @@ from usp.planning.problem import Traits
 
 # It is what others are compared with.
 REFERENCE = "reference"
-_MOST = 4096
+_MOST, _NOT_ASKED = 4096, ""
 _found: dict[tuple[Any, Traits], str | None] = {}
 _said: set[tuple[str, str]] = set()
 
@@ -41,9 +41,9 @@ def wrong_with(backend: Any, traits: Traits, covered: Callable[[str, Traits], bo
         covered: Whether a committed result of such a device has judged a family of that name.
     """
     key = backend, traits
-    if key in _found:
-        seen = _found[key]
-        return seen if seen is None or verdicts.are_asked_for() else None
+    found = _found.get(key, _NOT_ASKED)
+    if found is not _NOT_ASKED:
+        return found if found is None or verdicts.are_asked_for() else None
     if not verdicts.are_asked_for() or verdicts.must_wait(_device(traits)):
         return None
     # Triton's interpreter is for looking at kernels, and very slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -143,30 +143,30 @@ class LongContextAttention(nn.Module):
             ValueError: ``spread`` and one of ``seq_len`` and ``cu_seqlens``, beside what the
                 function refuses.
         """
-        options = replace(
-            self.options,
-            softmax_scale=self.softmax_scale,
-            sinks=self.sinks,
-            cu_seqlens=self.cu_seqlens if cu_seqlens is None else cu_seqlens,
-            mask=self.mask if mask is None else mask,
-            attn_mask=attn_mask,
-            key_lengths=key_lengths,
-            query_offset=self.query_offset if query_offset is None else query_offset,
-            seq_len=self.seq_len if seq_len is None else seq_len,
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )
+        told = vars(self.options) | {
+            "softmax_scale": self.softmax_scale,
+            "sinks": self.sinks,
+            "cu_seqlens": self.cu_seqlens if cu_seqlens is None else cu_seqlens,
+            "mask": self.mask if mask is None else mask,
+            "attn_mask": attn_mask,
+            "key_lengths": key_lengths,
+            "query_offset": self.query_offset if query_offset is None else query_offset,
+            "seq_len": self.seq_len if seq_len is None else seq_len,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }
         mesh = self.mesh
         if spread is not None:
             if seq_len is not None or cu_seqlens is not None:
                 raise ValueError("spread says the length and documents: leave out the others")
             placed = {"cu_seqlens": None} | spread.options
             mesh = placed.pop("mesh")
-            options = replace(options, **placed)
+            told |= placed
         slopes = self.alibi_slopes if alibi_slopes is None else alibi_slopes
         tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
         compare = compares_now(self.validate, self._compared)
-        out = attend(tensors, options, mesh, None, compare)
-        if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing
+        out = attend(tensors, Options(**told), mesh, None, compare)
+        # a graph is run many times, and must change nothing
+        if not self._compared and not torch.compiler.is_compiling():
             self._compared = True
         return out
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 def as_given(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast switched off for tensors of a device; nothing where it is not on."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     kind = device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -243,7 +243,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = multihead_forward.weights(call, self.placement, extra)
                 weights = weights.mean(1) if average_attn_weights else weights
                 weights = weights if arguments.is_batched else weights[0]
-        if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing
+        # a graph is run many times, and must change nothing
+        if self._compared is not self.placement and not torch.compiler.is_compiling():
             self._compared = self.placement
         return join_heads(self, out, arguments), weights
 

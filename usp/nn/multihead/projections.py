@@ -22,7 +22,7 @@ def project(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor
         NotImplementedError: a parameter is spread over ranks itself.
     """
     _check_parameters(module, arguments)
-    return tuple(_split_heads(module, x) for x in _projections(module, arguments))
+    return tuple(_batch_first(module, x) for x in _projections(module, arguments))
 
 
 def join_heads(module: nn.MultiheadAttention, out: Tensor, arguments: Arguments) -> Tensor:
@@ -36,7 +36,7 @@ def join_heads(module: nn.MultiheadAttention, out: Tensor, arguments: Arguments)
 
 
 def _check_parameters(module: nn.MultiheadAttention, arguments: Arguments) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module._parameters.items():
         if type(parameter).__name__ == "DTensor":
             raise NotImplementedError(
                 f"{name} is a DTensor, and usp spreads the sequence, not the projections: leave "
@@ -56,7 +56,7 @@ def _check_parameters(module: nn.MultiheadAttention, arguments: Arguments) -> No
 
 
 def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor, ...]:
-    """Query, key and value with E features each, by one product where they are one tensor."""
+    """Query, key and value in heads, in the order of their dims; one product where they are one."""
     x = arguments.query, arguments.key, arguments.value
     biases: tuple[Tensor | None, ...] = (None, None, None)
     packed = cast("Tensor | None", module.in_proj_weight)
@@ -64,17 +64,21 @@ def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[T
     if packed is None:
         weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
     elif x[0] is x[1] and x[1] is x[2]:
-        return F.linear(x[0], packed, module.in_proj_bias).chunk(3, -1)
+        return _heads(module, F.linear(x[0], packed, module.in_proj_bias), 3).unbind(-3)
     else:
         weights = packed.chunk(3)
     if module.in_proj_bias is not None:
         biases = module.in_proj_bias.chunk(3)
-    return tuple(F.linear(*item) for item in zip(x, weights, biases, strict=True))
+    return tuple(_heads(module, F.linear(*i)) for i in zip(x, weights, biases, strict=True))
 
 
-def _split_heads(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """(L, N, E), (N, L, E) or (L, E) -> (N, L, H, D)."""
-    x = x.unflatten(-1, (module.num_heads, module.head_dim))
+def _heads(module: nn.MultiheadAttention, x: Tensor, *parts: int) -> Tensor:
+    """(..., E) -> (..., H, D), and of so many parts (..., parts, H, D)."""
+    return x.view(*x.shape[:-1], *parts, module.num_heads, module.head_dim)
+
+
+def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """(L, N, H, D), (N, L, H, D) or (L, H, D) -> (N, L, H, D)."""
     if x.dim() == 3:
         return x[None]
     return x if module.batch_first else x.transpose(0, 1)
