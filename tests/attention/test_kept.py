@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import usp
 from usp.attention import kept, request
+from usp.backends import _local, native, packages
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.mask import Mask
 from usp.planning.masks.options import Window
@@ -130,6 +132,22 @@ def test_a_backend_that_is_gone_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(NotImplementedError, match="not there"):
         usp.long_context_attention(*qkv(), backend="native")
+
+
+def test_an_order_that_was_measured_anew_counts_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    expected = usp.long_context_attention(*qkv())
+    row = _local.LocalRow(("reference",), "today", (1.0,))
+    try:
+        _local.keep(torch.device("cpu"), packages(), row)
+        for _ in range(2):
+            with mock.patch.object(native, "attention_forward", side_effect=AssertionError):
+                out = usp.long_context_attention(*qkv())
+            torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    finally:
+        _local.drop(torch.device("cpu"), packages())
 
 
 def test_few_are_kept() -> None:

@@ -211,7 +211,7 @@ def attend(
     kind = None
     if mesh is None and dropout_seed is None and _is_eager():
         kind = kind_of(tensors, options, validate)
-        found = kept(kind, tensors, options)
+        found = kept(kind, tensors)
         if found is not None:
             return _attended(*found, None)
     tensors, options = with_learned_scale(tensors, options)

@@ -18,11 +18,10 @@ from torch import Tensor
 from usp.attention.arguments import drops, slopes_of, traits_of
 from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import Call
-from usp.backends import select
-from usp.planning.problem import Traits
+from usp.backends import Selected
 
 _MOST = 256
-_KEPT: OrderedDict[Hashable, tuple[Call, Traits]] = OrderedDict()
+_KEPT: OrderedDict[Hashable, tuple[Call, Selected]] = OrderedDict()
 
 
 def kind_of(tensors: Tensors, options: Options, validate: object) -> Hashable | None:
@@ -47,13 +46,13 @@ def _what(x: Tensor | None) -> Hashable:
     return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
-def kept(kind: Hashable | None, tensors: Tensors, options: Options) -> tuple[Tensors, Call] | None:
+def kept(kind: Hashable | None, tensors: Tensors) -> tuple[Tensors, Call] | None:
     """The call of that kind, with these tensors as it takes them."""
     found = _KEPT.get(kind) if kind is not None else None
     if found is None:
         return None
-    call, traits = found
-    if select(options.backend, traits) is not call.ring.backend:
+    call, selected = found
+    if not selected.holds():
         return None
     if tensors.alibi_slopes is not None:
         tensors = tensors._replace(alibi_slopes=slopes_of(tensors))
@@ -64,6 +63,7 @@ def keep(kind: Hashable | None, tensors: Tensors, options: Options, call: Call) 
     """For the next call of that kind."""
     if kind is None:
         return
-    _KEPT[kind] = call, traits_of(tensors, call.request.scoring, options.return_lse)
+    traits = traits_of(tensors, call.request.scoring, options.return_lse)
+    _KEPT[kind] = call, Selected.now(call.ring.backend, traits)
     while len(_KEPT) > _MOST:
         _KEPT.popitem(last=False)

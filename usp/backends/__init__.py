@@ -201,6 +201,33 @@ def select(name: str, traits: Traits) -> StateBackend | PartialBackend:
     raise NotImplementedError(f"backend={name!r} cannot take this problem: " + "; ".join(against))
 
 
+class Selected(NamedTuple):
+    """A backend that was selected for a problem, and whether it would be again.
+
+    Attributes:
+        backend, traits: Which, for what.
+        changes: Of orders that were measured here, until then.
+    """
+
+    backend: Backend
+    traits: Traits
+    changes: int
+
+    @classmethod
+    def now(cls, backend: Backend, traits: Traits) -> Selected:
+        """One that ``select`` has just found."""
+        return cls(backend, traits, _local.changes())
+
+    def holds(self) -> bool:
+        """Whether nothing that can change in a process speaks against it."""
+        backend, traits, changes = self
+        return (
+            changes == _local.changes()
+            and not backend.reasons_against(traits)
+            and trust.wrong_with(backend, traits, _is_covered) is None
+        )
+
+
 class Tuned(NamedTuple):
     """What ``tune`` found.
 

@@ -34,6 +34,17 @@ def store() -> Path:
 
 
 _recalled: dict[tuple[torch.device, tuple[str, ...]], LocalRow | None] = {}
+_changes = 0
+
+
+def changes() -> int:
+    """How often rows have changed in this process."""
+    return _changes
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1
 
 
 def recall(device: torch.device, packages: Sequence[str]) -> LocalRow | None:
@@ -55,6 +66,7 @@ def keep(device: torch.device, packages: Sequence[str], row: LocalRow) -> None:
         OSError: the file cannot be written; this process has the row all the same.
     """
     _recalled[device, tuple(packages)] = row
+    _changed()
     kept.add(store(), {place(device, packages): asdict(row)})
 
 
@@ -65,6 +77,7 @@ def drop(device: torch.device, packages: Sequence[str]) -> None:
         OSError: the file cannot be written.
     """
     _recalled[device, tuple(packages)] = None
+    _changed()
     if store().is_file():
         kept.add(store(), {place(device, packages): None})
 
@@ -72,6 +85,7 @@ def drop(device: torch.device, packages: Sequence[str]) -> None:
 def forget() -> None:
     """Look the rows up anew."""
     _recalled.clear()
+    _changed()
 
 
 def _read(device: torch.device, packages: Sequence[str]) -> Any:
