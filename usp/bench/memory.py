@@ -175,7 +175,7 @@ def peak_bytes(run: Callable[[], object], device: str, as_op: bool = False) -> i
     """
     if device == "cpu":
         # who listens sees an op, which also saves what it was given
-        watched = mock.patch("usp.attention.functional._is_watched", return_value=as_op)
+        watched = mock.patch("usp.attention.functional.is_watched", return_value=as_op)
         with watched, StorageBytes() as memory:
             kept = run()
         del kept
