@@ -219,7 +219,7 @@ def deepspeed_compared(stage: int) -> dict[str, float] | str:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed(others, stage, ranks) -> None:
     for wrong in others.run(deepspeed_compared, stage, ranks=ranks, timeout=280):
         if isinstance(wrong, str):
