@@ -111,7 +111,8 @@ def test_on_one_device_it_is_what_transformers_computes(kind) -> None:
 
 
 class Whole(nn.Module):
-    """Images and text, of which the tower alone is spread."""
+    """Images among a text, whose tokens have three positions each; of Qwen3-VL the tower alone is
+    spread."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -121,33 +122,74 @@ class Whole(nn.Module):
         ids = torch.randint(1, 50, (1, 40), generator=torch.Generator().manual_seed(1))
         ids[:, 5 : 5 + TOKENS // 4] = 55  # a row of the tower's for each, the images one by one
         given = {"image_grid_thw": GRIDS, "use_cache": False}
-        given["position_ids"] = torch.arange(40).expand(3, 1, -1)
+        places = torch.arange(40)
+        given["position_ids"] = torch.stack((places, places // 5, places % 7))[:, None]
         out = self.model(input_ids=ids, pixel_values=pixels, labels=ids, **given)
         return out.loss, out.logits
+
+
+TEXT = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
+TEXT |= {"intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0, "head_dim": 10}
+TEXT["rope_parameters"] = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "mrope_section": [1, 2, 2],
+}
+
+
+class Text(nn.Module):
+    """Of images and texts that are embedded already, each token with three positions; packed, where
+    a fourth says where it stands in its document."""
+
+    def __init__(self, model: nn.Module, packed: bool) -> None:
+        super().__init__()
+        self.model, self.packed = model, packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(27)
+        grid = (places % 11, places // 5, places % 7, places % 3)[not self.packed :]
+        given = {"position_ids": torch.stack(grid)[:, None].expand(-1, 2, -1), "use_cache": False}
+        return self.model(inputs_embeds=x, **given).last_hidden_state
+
+
+def _compared_text(packed: bool) -> dict[str, float]:
+    library = libraries.library("transformers.models.qwen2_5_vl")
+    door.register()
+    config = library.configuration_qwen2_5_vl.Qwen2_5_VLTextConfig(**TEXT)
+    kind = library.modeling_qwen2_5_vl.Qwen2_5_VLTextModel
+    model = kind._from_config(config, attn_implementation="usp")
+    model, mesh = Text(doors.randomize(model), packed).eval(), workers.mesh(2, 2)
+    x = {"x": random(2, 27, 20, seed=1)}
+    return doors.compared(model, x, mesh, lambda m: usp.parallelize(m, mesh, layout="zigzag"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_by_itself_has_three_positions_a_token(pool, packed) -> None:
+    libraries.library("transformers")
+    for wrong in pool.run(_compared_text, packed, ranks=4, timeout=250):
+        assert wrong == {}
 
 
 def _compared_whole(degrees: tuple[int, int], kind: str) -> dict[str, float]:
     library = libraries.library("transformers")
     door.register()
     vision = PATCHES | TOWERS[kind][3]
-    text = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
-    text |= {"intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0, "head_dim": 10}
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "mrope_section": [1, 2, 2],
-    }
     tokens = {"image_token_id": 55, "video_token_id": 56, "vision_start_token_id": 57}
-    prefix = {"Qwen2.5-VL": "Qwen2_5_VL", "Qwen3-VL": "Qwen3VL"}[kind]
-    config = getattr(library, f"{prefix}Config")(text_config=text, vision_config=vision, **tokens)
+    if kind == "Qwen2-VL":
+        vision["hidden_size"] = 20  # its tower ends in what it calls so
+    prefix = {"Qwen2-VL": "Qwen2VL", "Qwen2.5-VL": "Qwen2_5_VL", "Qwen3-VL": "Qwen3VL"}[kind]
+    config = getattr(library, f"{prefix}Config")(text_config=TEXT, vision_config=vision, **tokens)
     name = getattr(library, f"{prefix}ForConditionalGeneration")
     model = Whole(doors.randomize(name._from_config(config, attn_implementation="usp"))).eval()
     mesh = workers.mesh(*degrees)
-    return doors.compared(model, pixels(), mesh, lambda m: usp.parallelize(m, mesh))
+    found = doors.compared(model, pixels(), mesh, lambda m: usp.parallelize(m, mesh))
+    spread = usp.parallelize(model, mesh).model.model.language_model.layers[0].__dict__
+    assert ("forward" in spread) is (kind != "Qwen3-VL")
+    return found
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
-@pytest.mark.parametrize("kind", ["Qwen2.5-VL", "Qwen3-VL"])
+@pytest.mark.parametrize("kind", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
 def test_the_whole_model_has_its_loss_and_every_gradient(pool, kind, degrees) -> None:
     libraries.library("transformers")
     ranks = degrees[0] * degrees[1]

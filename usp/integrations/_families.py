@@ -39,6 +39,10 @@ _PACKED = Boundary(
 # what it takes from inner layers it merges, four neighbours to a token
 _STACKED = replace(_PACKED, reads="*deepstack_merger_list.*")
 
+# these towers beside a text, whose tokens have three positions each and images among them
+_OF_IMAGES_AND_TEXT = (_PACKED.under("visual."), _ROTATED.under("language_model."))
+
+_QWEN_VL = "transformers.models.qwen"
 _DIFFUSERS = "diffusers.models.transformers"
 # a text that all ranks hold whole, looked at by a second attention
 _TEXT = {"*.attn2": "encoder_hidden_states"}
@@ -126,11 +130,15 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         after_prefix=("position_embeddings",),
         mlp=_MLP,
     ),
-    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": _PACKED,
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl."
-    "Qwen2_5_VisionTransformerPretrainedModel": _PACKED,
-    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": _STACKED,
-    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": _STACKED,
+    f"{_QWEN_VL}2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": _PACKED,
+    f"{_QWEN_VL}2_vl.modeling_qwen2_vl.Qwen2VLTextModel": _ROTATED,
+    f"{_QWEN_VL}2_vl.modeling_qwen2_vl.Qwen2VLModel": _OF_IMAGES_AND_TEXT,
+    f"{_QWEN_VL}2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": _PACKED,
+    f"{_QWEN_VL}2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLTextModel": _ROTATED,
+    f"{_QWEN_VL}2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel": _OF_IMAGES_AND_TEXT,
+    # its text adds what the tower merges between its layers, to the tokens of the whole
+    f"{_QWEN_VL}3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": _STACKED,
+    f"{_QWEN_VL}3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": _STACKED,
     "transformers.models.bert.modeling_bert.BertEncoder": Boundary("layer", never=("cache",)),
     "transformers.models.llama.modeling_llama.LlamaModel": _ROTATED,
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": _ROTATED,
