@@ -140,6 +140,13 @@ class Recurrent(Part):
         return x + self.gru(x)[0]
 
 
+class Whole(Part):
+    """A function of all tokens, of which it is given this rank's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (F.normalize(x, dim=1) if self.wrong == "normalized" else x.flip(1))
+
+
 class Mixed(Part):
     """A causal convolution of two taps, by hand."""
 

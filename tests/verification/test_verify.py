@@ -75,6 +75,12 @@ FAULTS = {
     "own norm": case(
         lambda: Net(middle=models.Standardised("own norm")), "blocks.1.middle", STATISTICS
     ),
+    "normalized": case(
+        lambda: Net(middle=models.Whole("normalized")), "blocks.1.middle", STATISTICS
+    ),
+    "turned": case(
+        lambda: Net(middle=models.Whole("turned")), "blocks.1.middle", "^tokens in another order"
+    ),
     "table": case(lambda: Net(models.Table("table")), "places", POSITIONS),
     "embedding": case(lambda: Net(models.Numbers("embedding")), "places", POSITIONS),
     "sines": case(lambda: Net(models.Sines("sines")), "places", POSITIONS),

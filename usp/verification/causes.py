@@ -23,6 +23,8 @@ from usp.verification.evidence import (
 _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
 _MOMENTS = {"mean", "var", "std", "var_mean", "std_mean", "sum", "norm", "nanmean", "cumsum"}
 _MOMENTS |= {"instance_norm", "group_norm", "batch_norm", "amax", "max", "logsumexp", "median"}
+_MOMENTS |= {"normalize", "softmax", "log_softmax", "linalg_vector_norm", "topk", "amin", "min"}
+_ORDER = {"flip", "fliplr", "sort", "argsort", "msort"}
 _PLACES = {"arange", "embedding", "cos", "sin", "outer", "narrow", "linspace", "cumsum"}
 _EDGES = {"roll", "unfold", "pad", "conv1d", "conv2d", "conv3d", "shift", "diff"}
 _GOES_ON = {"lstm", "gru", "rnn_tanh", "rnn_relu", "cumsum", "cumprod", "logcumsumexp"}
@@ -208,6 +210,15 @@ def _of_recurrence(e: Evidence) -> str | None:
     return None
 
 
+def _of_order(e: Evidence) -> str | None:
+    if e.is_cut and e.functions & _ORDER:
+        return (
+            "tokens in another order: it turns round or sorts those that a rank holds; do so "
+            "before the sequence is cut, or behind usp.unshard_sequence"
+        )
+    return None
+
+
 def _of_moments(e: Evidence) -> str | None:
     if not e.functions & _MOMENTS:
         return None
@@ -231,6 +242,7 @@ _OF_OUTPUTS: Sequence[Guess] = (
     _of_shifts,
     _of_place,
     _of_edges,
+    _of_order,
     _of_moments,
     _by_pattern,
 )
