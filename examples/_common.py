@@ -16,12 +16,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
 
 import usp
 
 # torch says so of each checkpoint of one process by itself
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+# each parameter's state under the parameter's name: a rank may have other ones than the next
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 Batch = TypeVar("Batch")
 Train = Callable[[argparse.Namespace, "usp.SequenceMesh | None", torch.device], list[float]]
 
@@ -57,13 +64,13 @@ class Run:
     def __init__(
         self,
         args: argparse.Namespace,
-        mesh: usp.SequenceMesh | None,
+        mesh: usp.SequenceMesh | DeviceMesh | None,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.args, self.mesh, self.model, self.optimizer = args, mesh, model, optimizer
         self.losses: list[float] = []
-        self._is_first = mesh is None or mesh.rank == 0
+        self._is_first = mesh is None or dist.get_rank() == 0
         if args.resume:
             self._resume()
 
@@ -103,7 +110,7 @@ class Run:
 
     def _state(self) -> dict[str, object]:
         """Nothing of a mesh is in it: ranks draw in step, so one state is that of all."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=BY_NAME)
         losses = torch.zeros(self.args.steps, dtype=torch.float64)
         losses[: len(self.losses)] = torch.tensor(self.losses)
         return {"model": model, "optimizer": optimizer, "random": torch.get_rng_state()} | {
@@ -127,6 +134,7 @@ class Run:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=BY_NAME,
         )
         torch.set_rng_state(state["random"])
         self.losses = state["losses"][: int(state["step"])].tolist()

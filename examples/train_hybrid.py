@@ -16,10 +16,12 @@ import os
 import sys
 import sysconfig
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import _common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -119,8 +121,11 @@ def make_stage(args: argparse.Namespace, place: Place) -> nn.Sequential:
     own = blocks[args.depth * stage // stages : args.depth * (stage + 1) // stages]
     for block in own:
         block.spread(place, args.seq_len)
-    first, last = [embedding] if stage == 0 else [], [head] if stage == stages - 1 else []
-    return nn.Sequential(*first, *own, *last).to(place.device)
+    layers = {"embedding": embedding, **{f"block {n}": block for n, block in enumerate(blocks)}}
+    layers["head"] = head  # names of the whole, which a checkpoint goes by on any mesh
+    here = {embedding: stage == 0, head: stage == stages - 1} | dict.fromkeys(own, True)
+    own_layers = {name: layer for name, layer in layers.items() if here.get(layer)}
+    return nn.Sequential(OrderedDict(own_layers)).to(place.device)
 
 
 def part_of_loss(logits: Tensor, targets: Tensor, count: int) -> Tensor:
@@ -171,8 +176,8 @@ def train(args: argparse.Namespace, place: Place) -> list[float]:
     (own, data), group = place.axis("data"), None
     if place.whole is not None:
         group = place.whole.get_group("data")
-    losses = []
-    for step, bytes_of_all in enumerate(batches(args)):
+    run = _common.Run(args, place.whole, model, optimizer)
+    for bytes_of_all in run.over(batches(args)):
         own_bytes = bytes_of_all.chunk(data)[own].long().to(place.device)
         tokens, targets = (
             usp.shard_sequence(x, place.sequence, dim=1, layout=LAYOUT)
@@ -188,29 +193,20 @@ def train(args: argparse.Namespace, place: Place) -> list[float]:
         if place.whole is not None:  # tensor ranks have the same loss
             for axis in ("pipeline", "ring", "ulysses", "data"):
                 dist.all_reduce(loss, group=place.whole.get_group(axis))
-        losses.append(float(loss) / data)
-        is_first = place.whole is None or dist.get_rank() == 0
-        if is_first and (step + 1) % args.log_every == 0:
-            print(f"step {step + 1:4}  loss {losses[-1]:.6f}", flush=True)
-    return losses
+        run.losses.append(float(loss) / data)
+    return run.losses
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for axis in AXES:
+    parser = _common.parser(__doc__.splitlines()[0], [LAYOUT], steps=20)
+    for axis in ("data", "pipeline", "tensor"):
         parser.add_argument(f"--{axis}", type=int, default=1, help="ranks along this axis")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a pipeline, and a step")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=257)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda; by default a GPU for each process, if any")
-    parser.add_argument("--log-every", type=int, default=5)
-    parser.add_argument("--compare", action="store_true", help="then train again on one process")
     return parser.parse_args(argv)
 
 
@@ -218,10 +214,11 @@ def start(args: argparse.Namespace) -> Place:
     """This process's place; without torchrun or srun it is the only one."""
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sizes = tuple(getattr(args, axis) for axis in AXES)
-    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        # Starts the processes under Slurm, too, and makes each one's own device the current one.
+        usp.init_mesh(1, math.prod(sizes), device_type=kind)
+    if not dist.is_initialized():
         return Place(torch.device(kind))
-    # Starts the processes under Slurm, too, and makes each one's own device the current one.
-    usp.init_mesh(1, math.prod(sizes), device_type=kind)
     whole = init_device_mesh(kind, sizes, mesh_dim_names=AXES)
     return Place(torch.device(kind), whole, usp.SequenceMesh.from_device_mesh(whole))
 
@@ -235,7 +232,10 @@ def main() -> int:
     if place.whole is None or dist.get_rank() == 0:
         world = 1 if place.whole is None else dist.get_world_size()
         print(f"{args.steps} steps on {world} process(es): {time.perf_counter() - began:.1f} s")
+        if args.plot:
+            _common.draw(losses, args.plot, f"train_hybrid, {world} process(es)")
         if args.compare:
+            args.save = args.resume = None
             alone = train(args, Place(place.device))
             difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
             print(f"largest difference of the loss from one process: {difference:.1e}")

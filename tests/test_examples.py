@@ -13,6 +13,7 @@ import example_programs as examples
 import pytest
 from launched import launched
 from places import EXAMPLES, ROOT
+from pool import Pool
 
 import usp
 
@@ -139,16 +140,39 @@ def test_under_torchrun(alone, tmp_path):
         assert "largest difference of the loss from one process" in printed
 
 
+@pytest.fixture
+def eight():
+    pool = Pool(size=8)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.long
-def test_every_kind_of_parallelism_at_once():
-    """On 8 processes, each axis once beside each kind of the others."""
-    meshes = ["--pipeline 2 --ring 2 --tensor 2", "--data 2 --ulysses 2 --tensor 2"]
-    small = "--seq-len 61 --dim 32 --batch 4 --micro-batches 2 --steps 6 --log-every 1 --compare"
-    file = str(EXAMPLES / "train_hybrid.py")
-    for printed in launched(8, [[file, *mesh.split(), *small.split()] for mesh in meshes]):
-        losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", printed, re.M)]
-        _assert_same(losses[:6], losses[6:], 6)  # those of all processes, and those of one
-        assert losses[5] < losses[0] - 0.1
+def test_every_kind_of_parallelism_at_once(eight, tmp_path):
+    """On 8 processes each axis once beside each kind of the others; the second mesh goes on where
+    the first ended, and one process where that did."""
+    told = "--seq-len 61 --dim 32 --batch 4 --micro-batches 2 --device cpu"
+    small = told.split()
+    alone = eight.run(examples.train_hybrid, [*small, "--steps", "7"], ranks=1, timeout=200)[0]
+    folder = ["--save", str(tmp_path), "--resume", str(tmp_path)]
+    for mesh, ranks, steps in (
+        ("--pipeline 2 --ring 2 --tensor 2", 8, 3),
+        ("--data 2 --ulysses 2 --tensor 2", 8, 6),
+        ("", 1, 7),
+    ):
+        options = [*small, *mesh.split(), "--steps", str(steps), *folder]
+        for losses in eight.run(examples.train_hybrid, options, ranks=ranks, timeout=200):
+            _assert_same(losses, alone, steps)
+    assert alone[6] < alone[0] - 0.1
+
+
+@pytest.mark.long
+def test_the_hybrid_program_draws_and_compares(tmp_path, monkeypatch):
+    picture = tmp_path / "loss.png"
+    told = "--seq-len 31 --dim 16 --batch 2 --heads 2 --steps 2 --compare --device cpu --plot"
+    monkeypatch.setattr(sys, "argv", ["train_hybrid.py", *told.split(), str(picture)])
+    assert examples.module("train_hybrid").main() == 0
+    assert picture.stat().st_size > 5000
 
 
 # what the scripts find on a cluster: so many tasks of srun, which all run here

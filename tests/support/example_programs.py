@@ -26,5 +26,13 @@ def train(program: str, options: list[str], ulysses_degree: int, ring_degree: in
     return found.train(found.parse(options), mesh, torch.device("cpu"))
 
 
+def train_hybrid(options: list[str]) -> list[float]:
+    """On a worker: the losses, on the mesh that the options say, or alone where they say none."""
+    found = module("train_hybrid")
+    args, alone = found.parse(options), found.Place(torch.device("cpu"))
+    sizes = [getattr(args, axis) for axis in found.AXES]
+    return found.train(args, alone if max(sizes) == 1 else found.start(args))
+
+
 def largest_difference(losses: list[float], expected: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(losses, expected, strict=True))
