@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 import usp
 from usp import bench as usp_bench
+from usp.bench.memory import attention_runs
 from usp.cli import calibrate
 from usp.distributed.comm import join_locally
 from usp.distributed.processes import Tell
@@ -126,9 +126,7 @@ def measure(size: Size, choice: Choice, steps: int) -> dict[str, float]:
         seq_len=size.tokens,
         validate="never",
     )
-    # who listens sees attention as one op, which also saves what it was given
-    unseen = mock.patch("usp.attention.functional._is_watched", return_value=False)
-    with unseen, StorageBytes() as memory:
+    with attention_runs(as_op=False), StorageBytes() as memory:
         model = nn.Sequential(*(Block(size, attention) for _ in range(size.layers)))
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
 

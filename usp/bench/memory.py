@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -174,9 +175,7 @@ def peak_bytes(run: Callable[[], object], device: str, as_op: bool = False) -> i
         as_op: Attention runs as one op, as under a checkpoint that keeps what it returns.
     """
     if device == "cpu":
-        # who listens sees an op, which also saves what it was given
-        watched = mock.patch("usp.attention.functional.is_watched", return_value=as_op)
-        with watched, StorageBytes() as memory:
+        with attention_runs(as_op), StorageBytes() as memory:
             kept = run()
         del kept
         return memory.peak
@@ -186,6 +185,12 @@ def peak_bytes(run: Callable[[], object], device: str, as_op: bool = False) -> i
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def attention_runs(as_op: bool) -> AbstractContextManager[object]:
+    """Who listens sees attention as an op, which also saves what it was given; or as it runs where
+    nobody does."""
+    return mock.patch("usp.attention.functional.is_watched", return_value=as_op)
 
 
 def value(what: str, case: dict[str, Any], name: str, values: dict[str, Any]) -> Record:

@@ -186,7 +186,7 @@ def _savers(job: Job, choice: Choice) -> Iterator[Saver]:
         if chunks > 1 and not in_chunks:
             continue
         if checkpointing == "attention" and job.model.latent:
-            continue  # attention of latents is no op whose result a checkpoint could keep
+            continue  # the memory of its op is not known here
         yield saver
 
 
