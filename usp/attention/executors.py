@@ -66,5 +66,6 @@ def executors(
         return Ring(ring, make_plan(*what, ring.rank, of_keys(transport), outer), *shared, levels)
 
     forward = of(moves.forward, False)
-    alike = moves.forward == moves.backward != "queries"
+    # one plan for both passes, but for queries that have a nearer way back, node by node
+    alike = moves.forward == moves.backward and (moves.forward != "queries" or outer == 1)
     return forward, forward if alike else of(moves.backward, True)

@@ -289,7 +289,8 @@ def _moved(
         moved.append((Axes(inner, mine % inner), grid.key_route, by_key))
         moved.append((Axes(1, mine // inner * inner), grid.query_route, queries))
     elif move == "queries":
-        name = of_query_steps(place.transport) if backward else "direct"
+        as_forward = moves.forward == "queries" and not 1 < outer < place.ring_degree
+        name = of_query_steps(place.transport) if backward and not as_forward else "direct"
         steps = make_query_steps(*what, mine, name, outer if backward else 1)
         moved.append((Axes(1, 0), steps.route, queries))
     else:
