@@ -206,6 +206,15 @@ def test_c5_llama3_on_two_nodes_fits(
     assert (memory <= 80) == fits
 
 
+def test_c5_208k_tokens_on_two_nodes() -> None:
+    """The abstract of arXiv:2405.07719: Llama3-8B at 208K on 16 A800. No sequence parallelism alone
+    holds it, as at 120K."""
+    job = usp_job("llama3-8b", 208 * K, 1, 16)
+    sizes = {tp: memory_of(job, usp_choice(16, 16 // tp, tp=tp)).total / GIB for tp in (1, 8)}
+    said("C5: TP, GiB of 80", sizes.items())
+    assert sizes[8] <= 80 < sizes[1]
+
+
 def test_c6_llama3_on_two_nodes_in_order() -> None:
     found = rates(
         usp_job("llama3-8b", 64 * K, 1, 16),
