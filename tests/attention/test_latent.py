@@ -150,8 +150,8 @@ def judge(case: Case, pool: Any, run: Any = run) -> None:
             got, reference = got.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0)
         if reference.numel():
             error = largest(got - reference) / max(1.0, largest(reference))
-            # a sink's gradient is a sum over all rows
-            allowed = (30 if name == "dsinks" else 3) * TOLERANCE[case.dtype]
+            # sums over all rows, of products that may cancel
+            allowed = {"dsinks": 30, "dup_k": 6, "dup_v": 6}.get(name, 3) * TOLERANCE[case.dtype]
             assert error <= allowed, f"{name}: {error} {case!r}"
 
 
