@@ -12,17 +12,16 @@ namespace usp::gpu {
 namespace {
 
 // Tiles of one backward block: two of own rows, two that are walked over.
-template <typename T, int kDim, Gradient kGradient>
+template <typename T, int kDim, Gradient kGradient, bool kPlain>
 struct BackwardShared {
-  static constexpr Tiles kTiles = backward_tiles(kGradient, kDim);
-  using Own = SharedRows<T, kTiles.rows(), kDim>;
+  static constexpr Tiles kTiles = backward_tiles(kGradient, kDim, kPlain);
+  using Own = SharedRows<T, kTiles.shared_rows(), kDim>;
   using Walked = SharedStages<SharedRows<T, kTiles.columns, kDim>, kTiles.stages>;
   static constexpr int kStride = Own::kStride;
   static constexpr int kResults = kTiles.stages * kTiles.columns;  // lse, and delta, of queries
   static constexpr int kWalkedBytes = 2 * Walked::kBytes + 2 * kResults * 4;
-  static constexpr int kBytes = !kTiles.hold_left            ? 2 * Own::kBytes + kWalkedBytes
-                                : Own::kBytes > kWalkedBytes ? Own::kBytes
-                                                             : kWalkedBytes;
+  static constexpr int kBytes = kWalkedBytes + (kTiles.hold_left ? 0 : 2 * Own::kBytes);
+  static_assert(!kTiles.hold_left || Own::kBytes <= kWalkedBytes);
 
   using Operands = OwnRows<T, kTiles.tile, kTiles.strips, kDim, kTiles.hold_left>;
 
@@ -45,20 +44,20 @@ struct BackwardShared {
 
 template <typename T, int kDim, bool kPlain>
 USP_KERNEL USP_LAUNCH_BOUNDS(
-    backward_tiles(Gradient::kKeyValue, kDim).threads(),
-    backward_tiles(Gradient::kKeyValue, kDim)
+    backward_tiles(Gradient::kKeyValue, kDim, kPlain).threads(),
+    backward_tiles(Gradient::kKeyValue, kDim, kPlain)
         .blocks_at_once) void key_value_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(Gradient::kKeyValue, kDim);
+  constexpr Tiles kTiles = backward_tiles(Gradient::kKeyValue, kDim, kPlain);
   constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
   constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
-  using Shared = BackwardShared<T, kDim, Gradient::kKeyValue>;
+  using Shared = BackwardShared<T, kDim, Gradient::kKeyValue, kPlain>;
   constexpr int kStride = Shared::kStride;
   constexpr int kParts = key_value_parts(kDim), kPartDim = kDim / kParts;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const BlockPlace place = place_of_block<kParts>(arguments.first, tiles_of(a.Lk, kTiles.rows()));
-  const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lk);
+  const BlockPlace place = place_of_block(arguments.order, block_index());
+  const Range range = rows_of_tile(place.tile / kParts, kTiles.rows(), a.Lk);
   const Range visible = visible_queries(a.span, range), unmasked = unmasked_queries(a.span, range);
   const Walk walk = Walk::over(visible, unmasked, kColumns);
   const Rows heads = Rows::of(a.query_heads(place.h));
@@ -98,7 +97,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   seen.for_each([&](Rows& queries, int row) {
     queries = queries_that_see(a.span, first_key + row, Rows::of(visible), Rows::of(unmasked));
   });
-  const int first_dim = place.part * kPartDim;
+  const int first_dim = place.tile % kParts * kPartDim;
   dk.clear();
   dv.clear();
   const auto next = [](int step) { return step + 1; };  // all of them see some key of the tile
@@ -133,19 +132,19 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
 }
 
 template <typename T, int kDim, bool kPlain>
-USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
-                             backward_tiles(Gradient::kQuery, kDim)
+USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim, kPlain).threads(),
+                             backward_tiles(Gradient::kQuery, kDim, kPlain)
                                  .blocks_at_once) void query_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(Gradient::kQuery, kDim);
+  constexpr Tiles kTiles = backward_tiles(Gradient::kQuery, kDim, kPlain);
   constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
   constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
-  using Shared = BackwardShared<T, kDim, Gradient::kQuery>;
+  using Shared = BackwardShared<T, kDim, Gradient::kQuery, kPlain>;
   constexpr int kStride = Shared::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
-  const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
+  const BlockPlace place = last_tiles_first(arguments.order);
+  const Range range = rows_of_tile(place.tile, kTiles.rows(), a.Lq);
   const Walk walk = Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kColumns);
   if (walk.count == 0 && !arguments.dq.is_overwritten()) return;
 
@@ -187,7 +186,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
   const Scoring<kPlain> scoring(a, place.b, place.h);
   OutputSums<kTile, kStrips, kDim / kTile> dq;
   dq.clear();
-  const SeenSteps steps(a.span, range, walk, kColumns);
+  const SeenSteps steps(a.span, own, walk, kColumns);
   const auto next = [&](int step) { return steps.next(step); };
   walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
     const int first_key = walk.step(step, kColumns).begin;
@@ -214,14 +213,16 @@ USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kQuery, kDim).threads(),
 template <typename T, int kDim, bool kPlain>
 void launch_backward(const BackwardArguments& arguments, Stream stream) {
   const Attention<float>& a = arguments.inputs;
-  using OfKeys = BackwardShared<T, kDim, Gradient::kKeyValue>;
-  using OfQueries = BackwardShared<T, kDim, Gradient::kQuery>;
+  using OfKeys = BackwardShared<T, kDim, Gradient::kKeyValue, kPlain>;
+  using OfQueries = BackwardShared<T, kDim, Gradient::kQuery, kPlain>;
   static_assert(OfKeys::kBytes <= kSharedLimit && OfQueries::kBytes <= kSharedLimit);
   launch_blocks(key_value_kernel<T, kDim, kPlain>, arguments,
                 tiles_of(a.Lk, OfKeys::kTiles.rows()) * key_value_parts(kDim), a.G, a.B,
+                sequences_together(a.span, a.Lq * a.group_size * bytes_of_row(a)),
                 OfKeys::kTiles.threads(), OfKeys::kBytes, stream);
   launch_blocks(query_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, OfQueries::kTiles.rows()),
-                a.H, a.B, OfQueries::kTiles.threads(), OfQueries::kBytes, stream);
+                a.H, a.B, query_heads_together(a), OfQueries::kTiles.threads(), OfQueries::kBytes,
+                stream);
 }
 
 template <typename T>

@@ -15,7 +15,7 @@ namespace {
 struct ForwardArguments {
   Attention<float> inputs;
   AttentionState<float> state;
-  FirstBlock first;
+  BlockOrder order;
   bool vectors;
 };
 
@@ -47,11 +47,9 @@ USP_DEVICE void drop(Sums<kTile, kStrips, kKeys>& weights, const Scoring<kPlain>
 
 template <typename T, bool kAligned>
 USP_DEVICE StateRows<T, kAligned> state_of_wave(const ForwardArguments& arguments,
-                                                const Tiles& tiles) {
+                                                const BlockPlace& place, int64_t row) {
   const Attention<float>& a = arguments.inputs;
   const AttentionState<float>& state = arguments.state;
-  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, tiles.rows()));
-  const int64_t row = int64_t{place.row_tile} * tiles.rows() + wave() * tiles.wave_rows();
   const auto rows_of = [&]<typename Number>(Number* matrix) -> MatrixRows<Number> {
     const int64_t offset = ((place.b * a.Lq + row) * a.H + place.h) * a.Dv;
     return {in_global_memory(matrix) + (matrix == nullptr ? 0 : offset), a.H * a.Dv,
@@ -65,13 +63,12 @@ USP_DEVICE StateRows<T, kAligned> state_of_wave(const ForwardArguments& argument
 template <typename T, int kDim, bool kPlain>
 struct ForwardShared {
   static constexpr Tiles kTiles = forward_tiles(kDim, kPlain);
-  using Queries = SharedRows<T, kTiles.rows(), kDim>;
+  using Queries = SharedRows<T, kTiles.shared_rows(), kDim>;
   using Keys = SharedStages<SharedRows<T, kTiles.columns, kDim>, kTiles.stages>;
   static constexpr int kStride = Queries::kStride;
   static constexpr int kWalkedBytes = 2 * Keys::kBytes;
-  static constexpr int kBytes = !kTiles.hold_left                ? Queries::kBytes + kWalkedBytes
-                                : Queries::kBytes > kWalkedBytes ? Queries::kBytes
-                                                                 : kWalkedBytes;
+  static constexpr int kBytes = kWalkedBytes + (kTiles.hold_left ? 0 : Queries::kBytes);
+  static_assert(!kTiles.hold_left || Queries::kBytes <= kWalkedBytes);
 
   Queries q;
   Keys k, v;
@@ -95,8 +92,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   constexpr int kStride = ForwardShared<T, kDim, kPlain>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
 
-  const BlockPlace place = place_of_block(arguments.first, tiles_of(a.Lq, kTiles.rows()));
-  const Range range = rows_of_tile(place.row_tile, kTiles.rows(), a.Lq);
+  const BlockPlace place = last_tiles_first(arguments.order);
+  const Range range = rows_of_tile(place.tile, kTiles.rows(), a.Lq);
   const Walk walk =
       Walk::over(visible_keys(a.span, range), unmasked_keys(a.span, range), kTiles.columns);
   if (walk.count == 0 && arguments.state.result == nullptr) return;
@@ -111,7 +108,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
   const int first_query = rows.begin + wave() * kTiles.wave_rows();
   RunningRows<kTile, kStrips> running;
   OutputSums<kTile, kStrips, kDimTiles> out;
-  state_of_wave<T, kPlain>(arguments, kTiles).load(running, out);
+  state_of_wave<T, kPlain>(arguments, place, first_query).load(running, out);
 
   const auto queries = OwnRows<T, kTile, kStrips, kDim, kTiles.hold_left>::template load<kThreads>(
       shared.q, q, rows, vectors);
@@ -128,7 +125,7 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     values.store(n);
   };
   const Scoring<kPlain> scoring(a, place.b, place.h);
-  const SeenSteps seen(a.span, range, walk, kTiles.columns);
+  const SeenSteps seen(a.span, rows, walk, kTiles.columns);
   const auto next = [&](int step) { return seen.next(step); };
   walk_tiles<kTiles.stages>(walk.count, next, request, store, [&](int step, int n) {
     const Rows here = walk.step(step, kTiles.columns);
@@ -141,7 +138,8 @@ USP_KERNEL USP_LAUNCH_BOUNDS(
     if (scoring.drops()) drop(scores, scoring, first_query, here);
     multiply_accumulate<true>(out, scores, values.tile(n), kStride);
   });
-  state_of_wave<T, kPlain>(arguments, kTiles).store(running, out);
+  const BlockPlace again = last_tiles_first(arguments.order);
+  state_of_wave<T, kPlain>(arguments, again, first_query).store(running, out);
 }
 
 template <typename T, int kDim, bool kPlain>
@@ -150,7 +148,8 @@ void launch_forward(const ForwardArguments& arguments, Stream stream) {
   const Attention<float>& a = arguments.inputs;
   static_assert(ForwardShared<T, kDim, kPlain>::kBytes <= kSharedLimit);
   launch_blocks(forward_kernel<T, kDim, kPlain>, arguments, tiles_of(a.Lq, kTiles.rows()), a.H, a.B,
-                kTiles.threads(), ForwardShared<T, kDim, kPlain>::kBytes, stream);
+                query_heads_together(a), kTiles.threads(), ForwardShared<T, kDim, kPlain>::kBytes,
+                stream);
 }
 
 template <typename T>

@@ -10,7 +10,7 @@ namespace {
 
 template <typename T, int kDim>
 struct BiasShared {
-  static constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
+  static constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim, false);
   using Queries = SharedRows<T, kTiles.rows(), kDim>;
   using Keys = SharedRows<T, kTiles.columns, kDim>;
   static constexpr int kStride = Queries::kStride;
@@ -53,12 +53,12 @@ USP_DEVICE Range shared_part(int64_t index, int64_t stride, int64_t all) {
 }
 
 USP_DEVICE BiasTile tile_of_block(const BiasView<float*>& dbias, const Attention<float>& a,
-                                  const Tiles& tiles, FirstBlock first) {
-  const auto key_tiles = static_cast<uint32_t>(tiles_of(a.Lk, tiles.columns));
-  return {shared_part(first.batch + block_index_z(), dbias.batch_stride, a.B),
-          shared_part(first.head + block_index_y(), dbias.head_stride, a.H),
-          shared_part(block_index() / key_tiles, dbias.query_stride, tiles_of(a.Lq, tiles.rows())),
-          block_index() % key_tiles};
+                                  const Tiles& tiles, const BlockOrder& order) {
+  const auto [b, h, tile] = place_of_block(order, block_index());
+  const int64_t key_tiles = tiles_of(a.Lk, tiles.columns);
+  return {shared_part(b, dbias.batch_stride, a.B), shared_part(h, dbias.head_stride, a.H),
+          shared_part(tile / key_tiles, dbias.query_stride, tiles_of(a.Lq, tiles.rows())),
+          tile % key_tiles};
 }
 
 // Adds the sums over all rows of all waves to one row of the bias, which is contiguous.
@@ -95,17 +95,17 @@ USP_DEVICE void add_column_sums(Sums<kTile, kStrips, kColumns>& sums, float* scr
 }
 
 template <typename T, int kDim>
-USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim).threads(),
-                             backward_tiles(Gradient::kBias, kDim)
+USP_KERNEL USP_LAUNCH_BOUNDS(backward_tiles(Gradient::kBias, kDim, false).threads(),
+                             backward_tiles(Gradient::kBias, kDim, false)
                                  .blocks_at_once) void bias_kernel(BackwardArguments arguments) {
-  constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
+  constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim, false);
   constexpr int kThreads = kTiles.threads(), kColumns = kTiles.columns;
   constexpr int kTile = kTiles.tile, kStrips = kTiles.strips;
   constexpr int kStride = BiasShared<T, kDim>::kStride;
   const Attention<float> a = in_global_memory(arguments.inputs);
   const AttentionGradients<float> g = in_global_memory(arguments.gradients);
 
-  const BiasTile tile = tile_of_block(g.dbias, a, kTiles, arguments.first);
+  const BiasTile tile = tile_of_block(g.dbias, a, kTiles, arguments.order);
   const Range key_range = rows_of_tile(tile.key_tile, kColumns, a.Lk);
   const Rows key_rows = Rows::of(key_range);
   const BiasShared<T, kDim> shared(shared_memory());
@@ -176,12 +176,12 @@ template <typename T>
 void bias_backward_of(const BackwardArguments& arguments, Stream stream) {
   with_head_dim<false>(arguments.inputs, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim);
+    constexpr Tiles kTiles = backward_tiles(Gradient::kBias, kDim, false);
     const Attention<float>& a = arguments.inputs;
     const BiasGrid grid = BiasGrid::of(arguments.gradients.dbias, a, kTiles);
     static_assert(BiasShared<T, kDim>::kBytes <= kSharedLimit);
     launch_blocks(bias_kernel<T, kDim>, arguments, grid.query_tiles * grid.key_tiles, grid.heads,
-                  grid.batch, kTiles.threads(), BiasShared<T, kDim>::kBytes, stream);
+                  grid.batch, 1, kTiles.threads(), BiasShared<T, kDim>::kBytes, stream);
   });
 }
 

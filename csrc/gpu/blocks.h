@@ -23,22 +23,37 @@ USP_DEVICE Attention<float> in_global_memory(Attention<float> a) {
   return a;
 }
 
-// Batch entry and head of a launch's first blocks: a grid may be too small for all of them.
-struct FirstBlock {
-  uint32_t head = 0, batch = 0;
+// The blocks of a launch. A sequence is a head of a batch entry.
+struct BlockOrder {
+  uint32_t tiles;      // of a sequence
+  uint32_t heads;      // of a batch entry
+  uint32_t together;   // sequences whose blocks start side by side
+  uint32_t sequences;  // of this launch
+  uint32_t first_batch, first_head;
 };
 
 struct BlockPlace {
-  int b, h, row_tile, part;
+  int b, h, tile;
 };
 
-// The last tile first: with a causal mask it has most to do. kParts blocks share a tile.
-template <int kParts = 1>
-USP_DEVICE BlockPlace place_of_block(FirstBlock first, int64_t row_tiles) {
-  const auto tile = static_cast<int>(block_index() / kParts);
-  return {static_cast<int>(first.batch + block_index_z()),
-          static_cast<int>(first.head + block_index_y()), static_cast<int>(row_tiles) - 1 - tile,
-          static_cast<int>(block_index() % kParts)};
+// Tile 0 of `together` sequences comes first, then tile 1 of them: where the longest tiles do, the
+// last blocks to start are short ones. Source of the order: FlashAttention-3,
+// hopper/tile_scheduler.hpp.
+USP_HOST_DEVICE BlockPlace place_of_block(const BlockOrder& order, uint32_t index) {
+  const uint32_t group = index / (order.tiles * order.together) * order.together;
+  const uint32_t rest = order.sequences - group;
+  const uint32_t here = rest < order.together ? rest : order.together;
+  const uint32_t inside = index - group * order.tiles, tile = inside / here;
+  const uint32_t head = order.first_head + group + inside % here;
+  return {static_cast<int>(order.first_batch + head / order.heads),
+          static_cast<int>(head % order.heads), static_cast<int>(tile)};
+}
+
+// Of tiles of queries: with a causal mask the last ones have most to do, as of keys the first.
+USP_DEVICE BlockPlace last_tiles_first(const BlockOrder& order) {
+  BlockPlace place = place_of_block(order, block_index());
+  place.tile = static_cast<int>(order.tiles) - 1 - place.tile;
+  return place;
 }
 
 USP_DEVICE Range rows_of_tile(int64_t tile, int size, int64_t count) {
@@ -102,7 +117,7 @@ struct Walk {
 // as under a causal mask or a window, that is all of them; packed documents leave gaps between.
 class SeenSteps {
  public:
-  USP_DEVICE SeenSteps(const Span& span, Range rows, const Walk& walk, int size)
+  USP_DEVICE SeenSteps(const Span& span, Rows rows, const Walk& walk, int size)
       : span_(span), rows_(rows), walk_(walk), size_(size), has_gaps_(find_gaps()) {}
 
   // The first such step after `step`.
@@ -116,21 +131,21 @@ class SeenSteps {
  private:
   USP_DEVICE bool is_seen(int step) const {
     const Rows keys = walk_.step(step, size_);
-    return may_see_any(span_, rows_, {keys.begin, keys.end});
+    return may_see_any(span_, {rows_.begin, rows_.end}, {keys.begin, keys.end});
   }
 
   // Once for all steps. Every wave finds the same.
   USP_DEVICE bool find_gaps() const {
     if (span_.sees_all()) return false;
     bool found = false;
-    for (int64_t i = rows_.begin + lane(); i + 1 < rows_.end; i += kWaveSize) {
+    for (int i = rows_.begin + lane(); i + 1 < rows_.end; i += kWaveSize) {
       found = found || span_.stop[i] < span_.first[i + 1];
     }
     return any_lane(found);
   }
 
   const Span& span_;
-  const Range rows_;
+  const Rows rows_;
   const Walk& walk_;
   const int size_;
   const bool has_gaps_;
@@ -140,20 +155,39 @@ USP_HOST_DEVICE int64_t tiles_of(int64_t rows, int tile_rows) {
   return (rows + tile_rows - 1) / tile_rows;
 }
 
-// Launches `kernel` for `tiles` blocks of each head of each batch entry.
+// Sequences whose rows, which blocks walk over, fit a cache: 5/8 of the L2 of an A100 (40 MB) or a
+// gfx90a (8 MB), for blocks write, too. Without a mask all tiles take equally long.
+inline int64_t sequences_together(const Span& span, int64_t bytes_of_sequence) {
+  constexpr int64_t kCached = (kWarps ? 25 : 5) << 20;
+  if (span.sees_all() || bytes_of_sequence >= kCached) return 1;
+  return kCached / (bytes_of_sequence < 1 ? 1 : bytes_of_sequence);
+}
+
+// Of q and dout, or of k and v.
+inline int64_t bytes_of_row(const Attention<float>& a) { return (a.D + a.Dv) * 2; }
+
+// Query heads that share a key head stay together.
+inline int64_t query_heads_together(const Attention<float>& a) {
+  return sequences_together(a.span, a.Lk * bytes_of_row(a)) * a.group_size;
+}
+
+// Launches `kernel` for `tiles` blocks of each head of each batch entry, in the order above.
 template <typename Arguments>
 void launch_blocks(void (*kernel)(Arguments), Arguments arguments, int64_t tiles, int64_t heads,
-                   int64_t batch, int threads, size_t shared_bytes, Stream stream) {
-  constexpr int64_t kMost = 65535;  // blocks along y and z
+                   int64_t batch, int64_t together, int threads, size_t shared_bytes,
+                   Stream stream) {
   if (tiles == 0) return;
-  for (int64_t b = 0; b < batch; b += kMost) {
-    for (int64_t h = 0; h < heads; h += kMost) {
-      arguments.first = {static_cast<uint32_t>(h), static_cast<uint32_t>(b)};
-      const Grid grid{static_cast<uint32_t>(tiles),
-                      static_cast<uint32_t>(intersect({h, h + kMost}, {0, heads}).size()),
-                      static_cast<uint32_t>(intersect({b, b + kMost}, {0, batch}).size())};
-      launch(kernel, grid, threads, shared_bytes, stream, arguments);
-    }
+  const int64_t all = heads * batch, most = tiles < kMostBlocks ? kMostBlocks / tiles : 1;
+  for (int64_t first = 0; first < all; first += most) {
+    const int64_t sequences = all - first < most ? all - first : most;
+    arguments.order = {static_cast<uint32_t>(tiles),
+                       static_cast<uint32_t>(heads),
+                       static_cast<uint32_t>(together < sequences ? together : sequences),
+                       static_cast<uint32_t>(sequences),
+                       static_cast<uint32_t>(first / heads),
+                       static_cast<uint32_t>(first % heads)};
+    launch(kernel, static_cast<uint32_t>(sequences * tiles), threads, shared_bytes, stream,
+           arguments);
   }
 }
 

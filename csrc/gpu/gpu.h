@@ -6,7 +6,7 @@
 // of HIP's headers. The emulated GPU runs the threads of a block as fibres (emulated/simt.h); the
 // macro USP_GPU_EMULATED_WAVE says whether they form NVIDIA's warps of 32 or AMD's waves of 64.
 //
-// Blocks are one-dimensional. A wave is CUDA's warp, HIP's wavefront.
+// Blocks and grids are one-dimensional. A wave is CUDA's warp, HIP's wavefront.
 
 #include <cstddef>
 #include <cstdint>
@@ -59,16 +59,20 @@ const char* hipGetErrorString(int error);
 
 namespace usp::gpu {
 
-struct Grid {
-  uint32_t x = 1, y = 1, z = 1;
-};
-
 #if defined(USP_GPU_CUDA)
 inline constexpr int kWaveSize = 32;
 #elif defined(USP_GPU_HIP)
 inline constexpr int kWaveSize = 64;
 #else
 inline constexpr int kWaveSize = USP_GPU_EMULATED_WAVE;
+#endif
+
+// Of one launch, with up to 256 threads each: HIP counts threads in 32 bits. In tests a few, so
+// that there are problems that take several launches.
+#if defined(USP_GPU_EMULATED)
+inline constexpr int64_t kMostBlocks = 61;
+#else
+inline constexpr int64_t kMostBlocks = (int64_t{1} << 24) - 1;
 #endif
 
 // --- Host: launching -----------------------------------------------------------------------------
@@ -86,36 +90,36 @@ inline const char* last_error() {
 #endif
 }
 
-// Starts `kernel` on `stream` with `shared_bytes` of dynamic shared memory. Errors: last_error().
+// Starts `blocks` of `kernel` on `stream` with `shared_bytes` of dynamic shared memory. Errors:
+// last_error().
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), Grid grid, int block, size_t shared_bytes, Stream stream,
-            Parameters... arguments) {
+void launch(void (*kernel)(Parameters...), uint32_t blocks, int threads, size_t shared_bytes,
+            Stream stream, Parameters... arguments) {
 #if defined(USP_GPU_EMULATED)
   (void)stream;
   const emulated::Argument given[] = {{&arguments, sizeof(arguments)}...};
-  const emulated::Index3 blocks{grid.x, grid.y, grid.z};
   const emulated::Launch told{reinterpret_cast<const void*>(kernel),
                               given,
                               sizeof...(arguments),
-                              blocks,
-                              block,
+                              {blocks, 1, 1},
+                              threads,
                               shared_bytes};
   if (emulated::redirected(told)) return;
-  emulated::run_grid(blocks, block, kWaveSize, shared_bytes, [&] { kernel(arguments...); });
+  emulated::run_grid(blocks, threads, kWaveSize, shared_bytes, [&] { kernel(arguments...); });
 #else
   void* pointers[] = {static_cast<void*>(&arguments)...};
   const void* function = reinterpret_cast<const void*>(kernel);
-  const dim3 blocks{grid.x, grid.y, grid.z}, threads{static_cast<uint32_t>(block), 1, 1};
+  const dim3 grid{blocks, 1, 1}, block{static_cast<uint32_t>(threads), 1, 1};
 #if defined(USP_GPU_CUDA)
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(shared_bytes));
   }
-  cudaLaunchKernel(function, blocks, threads, pointers, shared_bytes,
+  cudaLaunchKernel(function, grid, block, pointers, shared_bytes,
                    static_cast<cudaStream_t>(stream.handle));
 #else
-  (void)hipLaunchKernel(function, blocks, threads, pointers, shared_bytes,
+  (void)hipLaunchKernel(function, grid, block, pointers, shared_bytes,
                         static_cast<ihipStream_t*>(stream.handle));
 #endif
 #endif
@@ -133,33 +137,16 @@ USP_DEVICE uint32_t thread_index() {
 #endif
 }
 
+// Asked again, it is read again: what follows from it need not wait in a register.
 USP_DEVICE uint32_t block_index() {
 #if defined(USP_GPU_CUDA)
-  return blockIdx.x;
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
 #elif defined(USP_GPU_HIP)
   return __builtin_amdgcn_workgroup_id_x();
 #else
-  return emulated::block_index().x;
-#endif
-}
-
-USP_DEVICE uint32_t block_index_y() {
-#if defined(USP_GPU_CUDA)
-  return blockIdx.y;
-#elif defined(USP_GPU_HIP)
-  return __builtin_amdgcn_workgroup_id_y();
-#else
-  return emulated::block_index().y;
-#endif
-}
-
-USP_DEVICE uint32_t block_index_z() {
-#if defined(USP_GPU_CUDA)
-  return blockIdx.z;
-#elif defined(USP_GPU_HIP)
-  return __builtin_amdgcn_workgroup_id_z();
-#else
-  return emulated::block_index().z;
+  return emulated::block_index();
 #endif
 }
 

@@ -50,7 +50,7 @@ struct BackwardArguments {
   Attention<float> inputs;
   AttentionGradients<float> gradients;
   GradientTarget dq, dk, dv;
-  FirstBlock first;
+  BlockOrder order;
   bool vectors;
 };
 

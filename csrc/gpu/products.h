@@ -152,6 +152,7 @@ struct MatrixRows {
 template <typename T, int kTile, int kStrips, int kDim, bool kHold>
 class LeftRows {
  public:
+  LeftRows() = default;  // rows to come
   USP_DEVICE LeftRows(const T* rows, int stride) : rows_(rows), stride_(stride) {
     if constexpr (kHold) {
       USP_UNROLL

@@ -51,7 +51,7 @@ const char* launch_rows(void (*kernel)(Arguments, int), const Arguments& argumen
   const int64_t rows_per_block = kRowThreads / per_row;
   const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
   if (blocks > 0x7FFFFFFF) return "more rows than one launch takes";
-  launch(kernel, {static_cast<uint32_t>(blocks)}, kRowThreads, 0, stream, arguments, per_row);
+  launch(kernel, static_cast<uint32_t>(blocks), kRowThreads, 0, stream, arguments, per_row);
   return last_error();
 }
 

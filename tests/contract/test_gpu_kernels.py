@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_emulated import GpuEmulatedOps, emulated_ops
+from gpu_emulated import BlockOrder, GpuEmulatedOps, emulated_ops
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_call import computed, expected, largest, make_inputs, new_state, options
 from subjects.gpu_emulated import SUBJECTS, TOLERANCE, WAVES
 
@@ -21,6 +23,44 @@ SMALL = SUBJECTS[0].base
 @pytest.fixture(params=WAVES)
 def ops(request: pytest.FixtureRequest) -> GpuEmulatedOps:
     return emulated_ops(WAVES[request.param])
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_tiles_of_sequences_that_fit_a_cache_start_in_turn(data: st.DataObject) -> None:
+    """Whatever a launch begins with; which tile is long is the kernels' to say."""
+    tiles, heads, batch = (data.draw(st.integers(1, most)) for most in (7, 9, 5))
+    first = data.draw(st.integers(0, heads * batch - 1))
+    sequences = data.draw(st.integers(1, heads * batch - first))
+    together = data.draw(st.integers(1, sequences))
+    order = BlockOrder(tiles, heads, together, sequences, *divmod(first, heads))
+    ops = emulated_ops(WAVES["warps_of_32"])
+    here = range(first, first + sequences)
+    groups = [here[i : i + together] for i in range(0, sequences, together)]
+    assert [ops.place(order, index) for index in range(tiles * sequences)] == [
+        (*divmod(sequence, heads), tile)
+        for group in groups
+        for tile in range(tiles)
+        for sequence in group
+    ]
+
+
+def test_launches_begin_with_the_longest_tiles(ops: GpuEmulatedOps) -> None:
+    """Causal: of queries the last tile sees most, of keys the first is seen by most."""
+    case = replace(SMALL, batch=2, lq=300, lk=300, heads=(2, 0, 1), span="causal")
+    x = make_inputs(case)
+    call = options(case, x, slice(None), masked=True)
+    written = {name: torch.full_like(x.q, torch.nan) for name in ("out", "dq", "dk", "dv")}
+    zeros = torch.zeros(2, 2, 300)
+    with ops.first_blocks(2 * 2):  # a tile of each head
+        ops.attention_forward(x.q, x.k, x.v, *call, None, zeros.clone(), written["out"])
+        gradients = (written["dq"], written["dk"], written["dv"], None, True)
+        ops.attention_backward(x.dout, x.q, x.k, x.v, zeros, zeros, *call, *gradients)
+    for name, tensor in written.items():
+        rows = tensor.isfinite().all(3).nonzero()[:, 1].unique().tolist()
+        assert 0 < len(rows) < 300 and not tensor.isfinite().all(3)[:, rows].logical_not().any()
+        at_end = name in ("out", "dq")
+        assert rows == list(range(300 - len(rows), 300) if at_end else range(len(rows))), name
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

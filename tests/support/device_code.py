@@ -53,6 +53,7 @@ class Kernel:
         instructions: How often each of INSTRUCTIONS stands in it; those that do.
         loads_ahead: Whether vectors from global memory are on their way during products (AMD).
         narrow_reads: How many reads of the LDS fill less than a register (AMD).
+        moves: How many moves from and to the registers of the matrix unit (AMD).
     """
 
     source: str
@@ -65,6 +66,7 @@ class Kernel:
     instructions: dict[str, int] = field(default_factory=dict)
     loads_ahead: bool = False
     narrow_reads: int = 0
+    moves: int = 0
 
 
 def readable(mangled: str) -> str:
@@ -140,6 +142,7 @@ def hip_kernels(assembly: Iterable[Path]) -> list[Kernel]:
                     instructions=count_instructions(body),
                     loads_ahead=_LOAD_AHEAD.search(body) is not None,
                     narrow_reads=len(_NARROW_READ.findall(body)),
+                    moves=body.count("v_accvgpr"),
                 )
             )
     return kernels

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_void_p
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> _Input
     )
 
 
+class BlockOrder(Structure):
+    """csrc/gpu/blocks.h: the blocks of a launch."""
+
+    _fields_ = [
+        *[(name, c_uint32) for name in ("tiles", "heads", "together", "sequences")],
+        *[(name, c_uint32) for name in ("first_batch", "first_head")],
+    ]
+
+
 class GpuEmulatedOps:
     """Has the ops' own arguments, as in docs/contract.md; tensors are bf16 or fp16, on the CPU."""
 
@@ -109,6 +120,15 @@ class GpuEmulatedOps:
     def descending_waves(self, descending: bool) -> None:
         self._library.usp_gpu_descending_waves(int(descending))
 
+    @contextmanager
+    def first_blocks(self, most: int) -> Iterator[None]:
+        """In here a launch ends after so many blocks."""
+        self._library.usp_gpu_block_limit(c_uint32(most))
+        try:
+            yield
+        finally:
+            self._library.usp_gpu_block_limit(c_uint32(2**32 - 1))
+
     def layout(self, name: str, lane: int, element: int) -> tuple[int, int]:
         row, column = c_int(), c_int()
         found = self._library.usp_gpu_layout(
@@ -116,6 +136,12 @@ class GpuEmulatedOps:
         )
         assert found, name
         return row.value, column.value
+
+    def place(self, order: BlockOrder, index: int) -> tuple[int, int, int]:
+        """Batch entry, head and tile of a block."""
+        b, h, tile = c_int(), c_int(), c_int()
+        self._library.usp_gpu_place(byref(order), c_uint32(index), byref(b), byref(h), byref(tile))
+        return b.value, h.value, tile.value
 
     def attention_forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
         options, state = rest[:NUM_OPTIONS], rest[NUM_OPTIONS:]

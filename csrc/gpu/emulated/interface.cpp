@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "gpu/attention.h"
+#include "gpu/blocks.h"
 #include "gpu/emulated/simt.h"
 #include "gpu/gpu.h"
 #include "gpu/layouts.h"
@@ -109,6 +110,8 @@ void usp_gpu_descending_waves(int descending) {
   usp::gpu::emulated::set_wave_order(descending ? WaveOrder::kDescending : WaveOrder::kAscending);
 }
 
+void usp_gpu_block_limit(uint32_t most) { usp::gpu::emulated::set_block_limit(most); }
+
 // Returns 0 for a name that is not known.
 int usp_gpu_layout(const char* name, int lane, int element, int* row, int* column) {
   for (const auto& layout : usp::gpu::kLayouts) {
@@ -119,6 +122,12 @@ int usp_gpu_layout(const char* name, int lane, int element, int* row, int* colum
     return 1;
   }
   return 0;
+}
+
+// Of a block of a launch, see blocks.h.
+void usp_gpu_place(const usp::gpu::BlockOrder* order, uint32_t index, int* b, int* h, int* tile) {
+  const usp::gpu::BlockPlace place = usp::gpu::place_of_block(*order, index);
+  *b = place.b, *h = place.h, *tile = place.tile;
 }
 
 // `result` has the dtype of q.

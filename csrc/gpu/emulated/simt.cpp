@@ -48,7 +48,7 @@ struct Block {
   std::vector<char> shared;
   char* aligned_shared = nullptr;
   const std::function<void()>* body = nullptr;
-  Index3 index{};
+  uint32_t index = 0, limit = ~0u;  // of a launch
   int threads = 0, wave_size = 32, current = 0, at_barrier = 0, running = 0;
   WaveOrder order = WaveOrder::kAscending;
   jmp_buf done;
@@ -130,7 +130,7 @@ void run_block() {
 
 }  // namespace
 
-void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
+void run_grid(uint32_t blocks, int threads, int wave_size, size_t shared_bytes,
               const std::function<void()>& body) {
   if (threads % wave_size != 0) fail("a block is not a whole number of waves");
   constexpr size_t kAlign = 16;
@@ -142,12 +142,11 @@ void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
   block.shared.resize(shared_bytes + kAlign);
   const auto address = reinterpret_cast<uintptr_t>(block.shared.data());
   block.aligned_shared = block.shared.data() + (kAlign - address % kAlign) % kAlign;
-  for (block.index.z = 0; block.index.z < grid.z; ++block.index.z) {
-    for (block.index.y = 0; block.index.y < grid.y; ++block.index.y) {
-      for (block.index.x = 0; block.index.x < grid.x; ++block.index.x) run_block();
-    }
-  }
+  const uint32_t end = blocks < block.limit ? blocks : block.limit;
+  for (block.index = 0; block.index < end; ++block.index) run_block();
 }
+
+void set_block_limit(uint32_t most) { block.limit = most; }
 
 void redirect_launches(LaunchListener to) { listener = to; }
 
@@ -160,7 +159,7 @@ void set_wave_order(WaveOrder order) { block.order = order; }
 
 uint32_t thread_index() { return static_cast<uint32_t>(block.current); }
 
-Index3 block_index() { return block.index; }
+uint32_t block_index() { return block.index; }
 
 char* shared_memory() { return block.aligned_shared; }
 

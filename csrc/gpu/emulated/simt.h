@@ -41,16 +41,19 @@ bool redirected(const Launch& launch);
 // Ends the program: a kernel broke a rule of the machine.
 [[noreturn]] void fail(const char* what);
 
-// Runs `body` once for each thread of each block.
-void run_grid(Index3 grid, int threads, int wave_size, size_t shared_bytes,
+// Runs `body` once for each thread of each block, in their order.
+void run_grid(uint32_t blocks, int threads, int wave_size, size_t shared_bytes,
               const std::function<void()>& body);
 
 // Which wave of a block goes first: results must not depend on it.
 enum class WaveOrder { kAscending, kDescending };
 void set_wave_order(WaveOrder order);
 
+// From now on a launch ends after so many blocks: shows which come first.
+void set_block_limit(uint32_t most);
+
 uint32_t thread_index();
-Index3 block_index();
+uint32_t block_index();
 char* shared_memory();
 
 void barrier();
