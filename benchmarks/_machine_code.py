@@ -25,8 +25,10 @@ _INTEGERS = {
     "VIADD", "VIADDMNMX", "VIMNMX", "IABS", "SGXT", "PLOP3", "BMSK",
 }  # fmt: skip
 # Cycles of an AMD SIMD for one instruction of a wave: the CDNA 3 ISA guide's four passes of 16
-# lanes, exp2 at a quarter of that rate; MFMA from MI300X' 1307 TFLOP/s / (304 CU x 2.1 GHz).
+# lanes, exp2 at a quarter of that rate; MFMA from MI300X' 1307 TFLOP/s / (304 CU x 2.1 GHz) and
+# MI250X' 383 / (220 x 1.7).
 _MFMA = {"32x32x8": 32.0, "16x16x16": 16.0}
+_SLOWER = {"hip:gfx90a": 2.0}
 _WAVE = 4.0
 
 
@@ -59,7 +61,7 @@ def _kind(opcode: str) -> str:
 def cycles(target: str, code: Code) -> dict[str, float]:
     """Of each resource for a round of one warp, or wave."""
     if target.startswith("hip:"):
-        return _amd(code)
+        return _amd(target, code)
     found = dict.fromkeys(("matrix", "exp", "fp32", "integer", "shared", "issue"), 0.0)
     for opcode, operands in code:
         kind = _kind(opcode)
@@ -95,7 +97,7 @@ def _clocks(opcode: str) -> float:
     return next((widths[part] for part in opcode.split(".")[::-1] if part in widths), 1.0)
 
 
-def _amd(code: Code) -> dict[str, float]:
+def _amd(target: str, code: Code) -> dict[str, float]:
     found = dict.fromkeys(("matrix", "exp", "issue"), 0.0)
     for opcode, _ in code:
         kind = _kind(opcode)
@@ -104,7 +106,8 @@ def _amd(code: Code) -> dict[str, float]:
             found["exp"] += 4 * _WAVE
         if kind == "matrix":
             shape = re.search(r"_(\d+x\d+x\d+)", opcode)
-            found["matrix"] += _MFMA[shape[1]] if shape else 0.0
+            taken = _MFMA[shape[1]] if shape else 0.0
+            found["matrix"] += taken * _SLOWER.get(target, 1.0)
     return found
 
 

@@ -24,6 +24,7 @@ from device_code import (
     table,
 )
 from gpu_builds import BUILD_TIMEOUT_S, Builds, Built
+from programs import module
 from usp_build import native, toolchains
 from wheels import ROOT
 
@@ -39,6 +40,16 @@ MATRIX_INSTRUCTIONS: dict[str, dict[str, set[str]]] = {
     "attention_forward": _BOTH,
     "attention_backward": _BOTH,
     "bias_backward": _NVIDIA | {"gfx90a": {_SMALL}, "gfx942": {_SMALL}},
+}
+# Instructions of a warp's round over whole tiles, and clocks of shared memory: a tenth above what
+# nvcc 13.0 makes for sm_80 or sm_90, whichever is more.
+COUNTS = {
+    ("forward", 64): (770, 860),
+    ("keys", 64): (650, 1580),
+    ("queries", 64): (435, 790),
+    ("forward", 128): (675, 1425),
+    ("keys", 128): (560, 1650),
+    ("queries", 128): (410, 1280),
 }
 GPU_OPS = (
     *("attention_forward", "attention_delta", "attention_backward"),
@@ -106,6 +117,38 @@ def test_operands_are_read_in_whole_registers(built: Built) -> None:
         f"{k.narrow_reads} {k.name} {k.architecture}" for k in built.kernels if k.narrow_reads
     ]
     assert not narrow, "reads of 16 bits from the LDS:\n" + "\n".join(narrow)
+
+
+@pytest.mark.parametrize("built", ["cuda"], indirect=True)
+def test_main_loops_keep_their_counts(built: Built) -> None:
+    """As ``usp bench machine_code`` prints them."""
+    pytest.importorskip("triton", reason="its wheel has the disassembler")
+    from csrc_loops import SOURCES, texts_of
+    from sass import main_loop
+
+    model, over = module("_machine_code"), []
+    for target in ("cuda:80", "cuda:90"):
+        architecture = target.replace("cuda:", "compute_")
+        texts = texts_of(built.kept / f"{source}.{architecture}.cubin" for source in SOURCES)
+        for kernel, head_dim in COUNTS:
+            code = main_loop(texts[kernel, head_dim])
+            taken = model.counts(code)["all"], model.cycles(target, code)["shared"]
+            most = COUNTS[kernel, head_dim]
+            if any(n > m for n, m in zip(taken, most, strict=True)):
+                over.append((target, kernel, head_dim, taken, most))
+    assert not over
+
+
+@pytest.mark.parametrize("built", ["hip"], indirect=True)
+def test_sums_stay_out_of_the_registers_of_the_matrix_unit(built: Built) -> None:
+    """Where two waves share a SIMD (tiles.h), they are rescaled or added to where they lie."""
+    shared = [
+        k
+        for k in built.kernels
+        if k.name.startswith(("forward_kernel", "query_kernel")) and "192, true" not in k.name
+    ]
+    moving = [k for k in shared if k.moves]
+    assert shared and not moving, table(moving)
 
 
 def test_the_table_names_files_that_are_there() -> None:

@@ -1,9 +1,9 @@
 """The Hopper kernels compiled ahead of time for sm_90a, as their own launches call them.
 
 No GPU is needed. The table of registers, shared memory and asynchronous instructions is printed
-(``pytest -s``). The test fails where a kernel spills, or where the compiler gives up the order of
-products that the kernel is made for. Each head dim is compiled in one dtype, to save time: bf16 and
-fp16 differ in the type that the same instructions name.
+(``pytest -s``). The test fails where a kernel spills in its loop, or where the compiler gives up
+the order of products that the kernel is made for. Each head dim is compiled in one dtype, to save
+time: bf16 and fp16 differ in the type that the same instructions name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ PROBLEMS = {
     "bfloat16:256": ["forward"],
 }
 SHARED = 227 * 1024
+# Instructions of a warp's round over whole tiles: a tenth above what Triton 3.6 or 3.9 makes,
+# whichever is more.
+COUNTS = {
+    ("forward", 64): 470,
+    ("keys", 64): 295,
+    ("queries", 64): 435,
+    ("forward", 128): 520,
+    ("keys", 128): 345,
+    ("queries", 128): 305,
+}
 
 
 @pytest.mark.timeout(900)
@@ -34,7 +44,7 @@ def test_defaults_keep_their_registers_and_their_order() -> None:
     tasks = [f"cuda:90/{problem}/hopper" for problem in PROBLEMS]
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks],
-        env=environment(),
+        env=environment() | {"USP_MAIN_LOOPS": "1"},
         capture_output=True,
         text=True,
     )
@@ -48,10 +58,14 @@ def test_defaults_keep_their_registers_and_their_order() -> None:
     assert seen == [(kernel, problem) for problem in PROBLEMS for kernel in PROBLEMS[problem]]
     for row in rows:
         found = row["asynchronous"]
-        assert not row["spilled"] and not found["LDL"] and not found["STL"], row_text(row)
+        # with Triton 3.6 dk and dv keep 8 bytes at head dim 128, before and after their loop
+        assert not row["in_loops"] and row["spilled"] <= 8, row_text(row)
         assert not row["serialized"], f"products wait for each other: {row_text(row)}"
         assert found["HGMMA"] and found["UTMALDG"] and found["USETMAXREG"], row_text(row)
         assert row["shared"] <= SHARED, row_text(row)
+        most = COUNTS.get((row["kernel"], row["head_dim"]))
+        taken = len(row["main_loop"])
+        assert most is None or taken <= most, f"{taken} in a round, not {most}: {row_text(row)}"
         # of a tile of scores just the maximum crosses threads: two halvings for each of a thread's
         # two rows, in four copies of the softmax; of the sum what is left at the end, twice;
         # and four of Triton 3.6 itself

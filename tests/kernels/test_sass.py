@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from programs import module
-from sass import blocks, local_accesses, loops, main_loop, opcodes
+from sass import blocks, functions, local_accesses, loops, main_loop, opcodes
 
 # A loop of two blocks, one of which lies behind the end; and what is before and after.
 TEXT = """
@@ -42,6 +42,38 @@ def test_a_jump_to_nowhere_is_refused() -> None:
         blocks("        /*0000*/                   BRX R4 -0x10 ;\n")
 
 
+NESTED = """
+	.section	.text.one,"ax"
+.L_dispatch:
+        /*0000*/               @P0 BRA `(.L_end) ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+.L_loop:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0030*/               @P1 BRA `(.L_whole) ;
+        /*0040*/                   ISETP.GE P2, R1, R2 ;
+        /*0050*/                   FSEL R5, R4, R6, P2 ;
+.L_whole:
+        /*0060*/               @P3 BRA `(.L_last) ;
+        /*0070*/                   LDGSTS.E.128 [R1], [R2] ;
+.L_last:
+        /*0080*/              @!P4 BRA `(.L_loop) ;
+        /*0090*/                   BRA `(.L_dispatch) ;
+.L_end:
+        /*00a0*/                   EXIT ;
+	.section	.text.two,"ax"
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_a_round_of_whole_tiles_has_no_mask_and_loads_the_next() -> None:
+    """Inside of a loop that multiplies once more, over a mask, and through the copies."""
+    line = next(line for line in NESTED.splitlines() if "/*0020*/" in line)
+    one, two = functions(NESTED.replace(line, "\n".join([line] * 40))).values()
+    found = [opcode.partition(".")[0] for opcode, _ in main_loop(one)]
+    assert found == ["HMMA"] * 40 + ["BRA", "BRA", "LDGSTS", "BRA"]
+    assert "EXIT" in two and "HMMA" not in two
+
+
 AMD = """
 \ts_cbranch_scc1 .LBB0_3
 .LBB0_1:                                ; in a loop
@@ -64,4 +96,5 @@ def test_the_cycles_of_a_loop() -> None:
     assert model.cycles("cuda:90", code)["shared"] == 2 * 64 * 16 * 2 / 128
     waves = main_loop(AMD)
     assert model.cycles("hip:gfx942", waves) == {"matrix": 32, "exp": 16, "issue": 24}
+    assert model.cycles("hip:gfx90a", waves)["matrix"] == 64
     assert model.bound(model.cycles("hip:gfx942", waves)) == ("matrix", 1)

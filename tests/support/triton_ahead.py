@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sass import TOOLS, disassembled, local_accesses, main_loop
+from sass import TOOLS, disassembled, local_accesses, local_in_main_loop, main_loop
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -166,6 +166,7 @@ def pipeline(kernel: Any, log: str) -> dict[str, Any]:
     return {
         "asynchronous": {name: len(re.findall(rf"\b{name}\b", said)) for name in names},
         "serialized": "serialized" in log,
+        "in_loops": local_in_main_loop(said),
     }
 
 
@@ -173,8 +174,9 @@ def resources(kernel: Any, loops: bool) -> dict[str, Any]:
     """Registers of a thread, bytes of them spilled, shared memory, matrix instructions; with
     ``loops`` the instructions of the main loop.
 
-    ``in_loops`` are the instructions in loops that move what is spilled. AMD's loops are not looked
-    for: there it is what is spilled at all.
+    ``in_loops`` are the instructions in loops that move what is spilled; of a Hopper kernel in the
+    loop over tiles, for a dispatcher's lies around all of it. AMD's loops are not looked for: there
+    it is what is spilled at all.
     """
     asm = kernel.asm
     text = asm.get("ptx") or asm["amdgcn"]
