@@ -101,6 +101,7 @@ _BINARY: dict[str, tuple[tuple[int, int, int], Callable[[int, int, int], tuple[i
     "s_mul_hi_i32": ((32, 32, 32), lambda a, b, c: (signed(a) * signed(b) >> 32, c)),
     "s_min_i32": ((32, 32, 32), _choose_signed(lambda a, b: a < b)),
     "s_max_i32": ((32, 32, 32), _choose_signed(lambda a, b: a >= b)),
+    "s_min_u32": ((32, 32, 32), lambda a, b, c: (a, 1) if a < b else (b, 0)),
     "s_lshl_b32": ((32, 32, 32), _is_set(32, lambda a, b: a << (b & 31))),
     "s_lshr_b32": ((32, 32, 32), _is_set(32, lambda a, b: a >> (b & 31))),
     "s_ashr_i32": ((32, 32, 32), _is_set(32, lambda a, b: signed(a) >> (b & 31))),

@@ -124,7 +124,9 @@ def test_scalar_arithmetic() -> None:
               s_cmpk_gt_u32 s2, 0xffff
               s_cselect_b32 s21, 1, 2
               s_lshl2_add_u32 s22, s0, s14
-              s_orn2_b64 s[18:19], s[0:1], s[2:3]"""
+              s_orn2_b64 s[18:19], s[0:1], s[2:3]
+              s_min_u32 s23, s1, s2
+              s_cselect_b32 s24, 1, 2"""
     run(text, w)
     a, b, ones = w.pair(0), w.pair(2), 2**64 - 1
     assert w.pair(4) == (a + b) & ones
@@ -136,6 +138,7 @@ def test_scalar_arithmetic() -> None:
     assert w.s[20:23] == [2, 1, (4 * (a % 2**32) + 1) % 2**32]
     assert w.pair(16) == ones
     assert w.pair(18) == a | (b ^ ones)
+    assert w.s[23:25] == [0x1234_5678, 1]
 
 
 # -- floating point
