@@ -44,7 +44,7 @@ def test_defaults_keep_their_registers_and_their_order() -> None:
     tasks = [f"cuda:90/{problem}/hopper" for problem in PROBLEMS]
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "triton_ahead.py"), *tasks],
-        env=environment() | {"USP_MAIN_LOOPS": "1"},
+        env=environment(USP_MAIN_LOOPS="1"),
         capture_output=True,
         text=True,
     )

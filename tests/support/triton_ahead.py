@@ -138,7 +138,7 @@ def compiled(
         assert self.is_gluon() == hopper, f"{self.__name__} is not the kernel that was asked for"
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-        loops = not kind and bool(os.environ.get("USP_MAIN_LOOPS"))
+        loops = kind != "linear" and bool(os.environ.get("USP_MAIN_LOOPS"))
         found = resources(kernel, loops) | (pipeline(kernel, log.getvalue()) if hopper else {})
         rows.append({"kernel": self.__name__.removesuffix("_kernel"), **found})
         return kernel
