@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,11 @@ def test_another_version_on_a_rank_is_said(pool: Pool) -> None:
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_or_raises_is_named_and_ends_nothing_else(pool: Pool) -> None:
+def test_a_rank_that_hangs_or_raises_is_named_and_ends_nothing_else() -> None:
     for fault, said in (("hangs", "ranks 0, 1 got no further in 2 s"), ("raises", "lost")):
-        report = report_with(pool, fault, 2.0)
+        # the threads that got no further wake up again: no other test may meet them
+        with closing(Pool(2)) as alone:
+            report = report_with(alone, fault, 2.0)
         assert report.is_silent
         told = " ".join(report.sentences())
         assert "attention, 1 ulysses x 2 ring, direct" in told and said in told

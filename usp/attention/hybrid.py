@@ -279,10 +279,11 @@ class _Attention(OnceDifferentiable):
         bias: Tensor | None,
         slopes: Tensor | None,
         call: Call,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         given = attention_forward(Tensors(q, k, v, mask, bias, slopes), call)
-        # what was computed with has no history after an exchange, an output has
-        anchor = None if given.results.out is given.out else given.out.new_empty(0)
+        # what was computed with has no history after an exchange, an output has; and a checkpoint
+        # that computes torch's attention in the place of this one counts fewer tensors
+        anchor = given.out.new_empty(0)
         ctx.save_for_backward(*given.inputs, *given.results, anchor)
         ctx.call = call
         return given.out, given.lse, anchor
@@ -297,5 +298,5 @@ class _Attention(OnceDifferentiable):
             found = attention_backward(
                 dout, dlse, Tensors(*inputs), results, ctx.call, ctx.needs_input_grad[4]
             )
-        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, out, anchor))
+        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, anchor))
         return dq, dk, dv, None, dbias, None, None
