@@ -57,7 +57,7 @@ void add_alibi(Tile<T> s, T slope, const int32_t* q_pos, const int32_t* k_pos) {
 // One end of what kLanes rows see, from row i; rows past the last take its end.
 template <typename T>
 USP_SIMD Mask<T> ends_of(const int32_t* ends, int64_t num_rows, int64_t i) {
-  Mask<T> result;
+  Mask<T> result{};
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
     result[lane] = ends[i + lane < num_rows ? i + lane : num_rows - 1];
   }

@@ -1,6 +1,6 @@
 """What one layer saves for its backward, and what its backward makes: bytes a token.
 
-Checked against storages that a step makes, one by one (``tests/planning/test_memory.py``).
+Checked against storages that a step makes, one by one (``tests/planning/test_memory_of_steps.py``).
 """
 
 from __future__ import annotations
