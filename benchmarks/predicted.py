@@ -15,7 +15,6 @@ run: the machine is measured with all processes busy. Exit code 1 where seconds 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -30,7 +29,9 @@ from torch import Tensor, nn
 
 import usp
 from usp import bench as usp_bench
+from usp.bench.machine import header
 from usp.bench.memory import attention_runs
+from usp.bench.records import write_report
 from usp.cli import calibrate
 from usp.distributed.comm import join_locally
 from usp.distributed.processes import Tell
@@ -245,9 +246,8 @@ def main() -> int:
         heads = ("seconds", 10), ("predicted", 11), ("ratio", 7), ("memory", 8), ("bytes", 7)
         print(f"{'processes':>9} {'mesh':34}" + "".join(f"{name:>{w}}" for name, w in heads))
         records += on_processes(size, processes, cluster, args.steps)
-    if args.json:
-        found = {"clusters": clusters, "records": records}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    about = header("predicted", "cpu", vars(args), "wall")
+    write_report(args.json, about, cluster=clusters, mesh=records)
     off = [
         name for record in records for name, ratio in ratios(record).items()
         if abs(ratio - 1) > ALLOWED[name]

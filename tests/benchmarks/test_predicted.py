@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import usp
+from usp.bench.records import read
 from usp.planning.choose.cluster import CLUSTERS
 from usp.planning.choose.search import predict
 from usp.testing import WireBytes
@@ -76,8 +76,8 @@ def test_exit_codes_say_what_is_off(
     monkeypatch.setattr(sys, "argv", f"predicted --processes 1 2 --json {file}".split())
     assert program.main() == code
     assert capsys.readouterr().out.endswith(f"of 4 meshes off: {said}\n")
-    found = json.loads(file.read_text())
-    assert [one["node"] for one in found["clusters"]] == [1, 2] and len(found["records"]) == 4
+    found = read(file)
+    assert [one["node"] for one in found.of("cluster")] == [1, 2] and len(found.of("mesh")) == 4
 
 
 def sent_under_fsdp(number: int, ranks: int) -> int:
