@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training_case import Model, Place, loss_of, make_model, sample_of
 
@@ -93,6 +93,23 @@ def plain(place: Place, batches: int) -> dict[str, Tensor]:
     return parameters_of(model)
 
 
+def scaled(place: Place, batches: int) -> dict[str, Tensor]:
+    """By a GradScaler, which looks for inf in the sums of all ranks."""
+    model = place.model()
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=256.0)
+    data = place.device_mesh.get_group("data")
+    for step in range(STEPS):
+        for micro in range(batches):
+            scaler.scale(part_of_loss(model, place, step, micro) / batches).backward()
+        usp.all_reduce_gradients(model, place.mesh, data)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return parameters_of(model)
+
+
 def under_ddp(place: Place, batches: int) -> dict[str, Tensor]:
     model = DistributedDataParallel(place.model())
     optimizer = optimizer_of(model)
@@ -105,10 +122,10 @@ def under_ddp(place: Place, batches: int) -> dict[str, Tensor]:
     return parameters_of(model)
 
 
-def sharded(place: Place) -> Model:
+def sharded(place: Place, **policies: Any) -> Model:
     model, ranks = place.model(), place.device_mesh._flatten()
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=ranks)
+        fully_shard(module, mesh=ranks, **policies)
     return model
 
 
@@ -123,20 +140,32 @@ def train_sharded(
         step_of_all(model, optimizer)
 
 
-def under_fsdp(place: Place, batches: int) -> dict[str, Tensor]:
-    model = sharded(place)
+def under_fsdp(place: Place, batches: int, **policies: Any) -> dict[str, Tensor]:
+    model = sharded(place, **policies)
     train_sharded(model, optimizer_of(model), place, batches, range(STEPS))
     return parameters_of(model)
 
 
-def assert_ends_there(found: list[dict[str, Tensor]], wanted: dict[str, Tensor]) -> None:
+def offloaded(place: Place, batches: int) -> dict[str, Tensor]:
+    return under_fsdp(place, batches, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def mixed(place: Place, batches: int) -> dict[str, Tensor]:
+    """Computed in fp32, summed in fp64."""
+    policy = MixedPrecisionPolicy(torch.float32, torch.float64, cast_forward_inputs=True)
+    return under_fsdp(place, batches, mp_policy=policy)
+
+
+def assert_ends_there(
+    found: list[dict[str, Tensor]], wanted: dict[str, Tensor], allowed: float = 1e-7
+) -> None:
     start = parameters_of(make_model())
     for actual in found:
         assert actual.keys() == wanted.keys()
         for name, end in wanted.items():
             moved = (end - start[name]).abs().max()
             error = (actual[name] - end).abs().max()
-            assert error <= 1e-7 * moved, f"{name}: off by {error}, moved by {moved}"
+            assert error <= allowed * moved, f"{name}: off by {error}, moved by {moved}"
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
@@ -147,13 +176,15 @@ def assert_ends_there(found: list[dict[str, Tensor]], wanted: dict[str, Tensor])
         *(pytest.param(plain, n, marks=pytest.mark.long) for n in (1, 3)),
         *(pytest.param(under_ddp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
         *(pytest.param(under_fsdp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
+        *(pytest.param(run, 2, marks=pytest.mark.long) for run in (scaled, offloaded, mixed)),
     ],
 )
 def test_five_steps_end_where_one_process_ends(
     pool: Any, place: Place, run: Callable[..., dict[str, Tensor]], batches: int
 ) -> None:
     found = pool.run(run, place, batches, ranks=place.ranks)
-    assert_ends_there(found, of_one_process(place, batches))
+    allowed = 1e-3 if run is mixed else 1e-7
+    assert_ends_there(found, of_one_process(place, batches), allowed)
 
 
 def first_steps(place: Place, folder: str) -> None:
