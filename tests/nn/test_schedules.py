@@ -183,7 +183,7 @@ def test_five_steps_end_where_one_process_ends(
     pool: Any, place: Place, run: Callable[..., dict[str, Tensor]], batches: int
 ) -> None:
     found = pool.run(run, place, batches, ranks=place.ranks)
-    allowed = 1e-3 if run is mixed else 1e-7
+    allowed = 3e-5 if run is mixed else 1e-7  # rounding of fp32
     assert_ends_there(found, of_one_process(place, batches), allowed)
 
 

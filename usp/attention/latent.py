@@ -12,10 +12,7 @@ from usp.attention import latent_op
 from usp.attention.arguments import drops
 from usp.attention.functional import draw_dropout_seed, is_watched
 from usp.attention.given import Latents, Options, Tensors
-from usp.attention.hybrid import (
-    own_slopes,
-    prepare,
-)
+from usp.attention.hybrid import own_slopes, prepare
 from usp.attention.latent_passes import attend_latents
 from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request

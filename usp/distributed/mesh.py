@@ -210,8 +210,9 @@ class SequenceMesh:
 
 def _this_process() -> str:
     """A word that no other process has, forked ones included."""
+    global _PROCESS
     if not _PROCESS.startswith(f"{os.getpid()}-"):
-        globals()["_PROCESS"] = f"{os.getpid()}-{uuid4()}"
+        _PROCESS = f"{os.getpid()}-{uuid4()}"
     return _PROCESS
 
 
