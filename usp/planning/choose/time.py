@@ -18,6 +18,7 @@ _PASSES = 5
 # How much nodes differ, as a share of a step that the slowest one sets: GPUs of one kind spread by
 # 8 % in arXiv:2208.11035, less in their mean over a node.
 _SPREAD = 0.015
+_BACKWARD = 2 / 3  # of a micro batch
 CALLS = {False: 14, True: 40}  # kernels of a layer beside attention, of a forward and of both
 _HOST_ADAM = 28  # bytes of host memory that a step of AdamW reads and writes for each weight
 
@@ -185,14 +186,9 @@ def _once(job: Job, choice: Choice, one: dict[str, float]) -> dict[str, float]:
     """What comes once a step."""
     if not job.backward:
         return {"gradients": 0.0, "optimizer": 0.0, "offload": 0.0}
-    cluster, precision, here = job.cluster, job.precision, weights_here(job, choice)
-    gradients = 0.0
-    shared = here / choice.fsdp
-    if job.zero < 3 and choice.fsdp > 1:
-        gradients += gather(cluster, choice.sharing, here * precision.gradients)
-        gradients += gather(cluster, choice.sharing, here * precision.weights)
-    size = shared * precision.gradients
-    gradients += sum(all_reduce(cluster, group, size) for group in choice.reduced)
+    cluster, precision = job.cluster, job.precision
+    shared = weights_here(job, choice) / choice.fsdp
+    gradients = _gradients(job, choice, sum(one.values()))
     states = 2 * (precision.optimizer + precision.gradients + precision.weights)
     offload, optimizer = 0.0, states * shared / (cluster.update_rate or cluster.memory_rate)
     if choice.offload == "states":
@@ -204,6 +200,25 @@ def _once(job: Job, choice: Choice, one: dict[str, float]) -> dict[str, float]:
         moved = 2 * inputs * job.model.layers / choice.pp / cluster.host_rate
         offload += _not_hidden(cluster, moved, sum(one.values())) * micro_batches(job, choice)
     return {"gradients": gradients, "optimizer": optimizer, "offload": offload}
+
+
+def _gradients(job: Job, choice: Choice, busy: float) -> float:
+    """Sums of gradients, and weights that come back where ranks share the optimizer's states alone.
+
+    FSDP and ZeRO add layer by layer behind the last micro batch's backward, a collective for each;
+    ``usp.all_reduce_gradients`` adds once all are there.
+    """
+    cluster, precision, here = job.cluster, job.precision, weights_here(job, choice)
+    size = here / choice.fsdp * precision.gradients
+    if choice.fsdp == 1:
+        return sum(all_reduce(cluster, group, size) for group in choice.reduced)
+    units = job.model.layers / choice.pp + 1
+    moves = sum(all_reduce(cluster, group, size / units) for group in choice.reduced)
+    weights = 0.0
+    if job.zero < 3:
+        moves += gather(cluster, choice.sharing, here * precision.gradients / units)
+        weights = units * gather(cluster, choice.sharing, here * precision.weights / units)
+    return weights + _not_hidden(cluster, units * moves, _BACKWARD * busy)
 
 
 def model_flops(job: Job) -> float:
