@@ -19,7 +19,7 @@ from usp.bench.machine import header
 from usp.bench.records import write_report
 from usp.planning.layout import DocumentZigzag, Layout, rows
 from usp.planning.plan import make_plan
-from usp.planning.query_ring import make_query_steps
+from usp.planning.query_ring import make_query_ring
 from usp.planning.reach import needed_queries, needed_rows
 from usp.planning.samples import masks_of
 
@@ -57,12 +57,12 @@ def main() -> None:
             first, later, backward = [], [], []
             what = masks_of(mask), (layout, layout), lengths, args.ring, args.ring // 2
             for _ in range(args.repeats):
-                for cache in (rows, needed_rows, needed_queries, make_plan, make_query_steps):
+                for cache in (rows, needed_rows, needed_queries, make_plan, make_query_ring):
                     cache.cache_clear()
                 for times, run in (
                     (first, partial(make_plan, *what)),
                     (later, partial(make_plan, *what)),
-                    (backward, partial(make_query_steps, *what, "auto")),
+                    (backward, partial(make_query_ring, *what, "auto")),
                 ):
                     start = time.perf_counter()
                     run()

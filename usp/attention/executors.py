@@ -5,7 +5,6 @@ from __future__ import annotations
 from usp.attention.arguments import Request
 from usp.attention.given import Tensors
 from usp.attention.grid import GridRing
-from usp.attention.query_ring import QueryRing
 from usp.attention.replicas import Replicas
 from usp.attention.ring import Ring
 from usp.distributed.comm import Axis
@@ -15,11 +14,11 @@ from usp.planning.grid import make_grid
 from usp.planning.heads import Heads
 from usp.planning.layout import Replicated
 from usp.planning.plan import make_local_plan, make_plan
-from usp.planning.query_ring import make_query_steps
+from usp.planning.query_ring import make_query_ring
 from usp.planning.route import of_keys, of_query_steps
 
 ALONE = Axis(1, 0, None)
-Executor = Ring | QueryRing | Replicas  # a grid's is a ring, too
+Executor = Ring | Replicas
 
 
 def local_executor(
@@ -37,7 +36,7 @@ def local_executor(
 
 def executors(
     mesh: SequenceMesh | None, heads: Heads, tensors: Tensors, request: Request
-) -> tuple[Ring | QueryRing, Ring | QueryRing]:
+) -> tuple[Ring, Ring]:
     """Whether keys move, queries or both, and how, in a forward and in its backward."""
     ring, levels = (ALONE, None) if mesh is None else (mesh.ring, mesh.ring_levels)
     what = request.masks, request.layouts, (request.query_len, request.key_len), ring.size
@@ -54,15 +53,16 @@ def executors(
         grid = outer if request.latent_width is None else 1
         moves = which_move(transport, what, sizes, tensors.attn_bias is not None, grid)
 
-    def of(move: str, backward: bool) -> Ring | QueryRing:
+    def of(move: str, backward: bool) -> Ring:
         if move == "queries":
             along = (of_query_steps(transport), outer) if backward else ("direct",)
-            steps = make_query_steps(*what, ring.rank, *along)
-            return QueryRing(ring, steps, *shared, levels if backward else None)
+            grid = make_query_ring(*what, ring.rank, *along)
+            way = ring, levels if backward else None
+            return GridRing(ALONE, grid.plans[0], *shared, None, grid, *way)
         if move == "both":
             assert levels is not None
             grid = make_grid(*what, ring.rank, outer)
-            return GridRing(levels[0], grid.plans[0], *shared, None, levels[1], grid)
+            return GridRing(levels[0], grid.plans[0], *shared, None, grid, levels[1])
         return Ring(ring, make_plan(*what, ring.rank, of_keys(transport), outer), *shared, levels)
 
     forward = of(moves.forward, False)

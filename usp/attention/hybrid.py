@@ -15,10 +15,8 @@ from usp.attention import block, levels
 from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
 from usp.attention.executors import ALONE, Executor, executors, local_executor
-from usp.attention.gathered import gathered_forward
 from usp.attention.given import Tensors
 from usp.attention.grid import GridRing, grid_backward, grid_forward
-from usp.attention.query_ring import QueryRing, query_ring_backward
 from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.single import single_backward, single_forward, single_visit
@@ -93,7 +91,7 @@ class Call:
     heads: tuple[Heads, ...]
     request: Request
     bias_cut: BiasCut | None
-    back: Ring | QueryRing
+    back: Ring
     visit: Visit | None = None
 
     @cached_property
@@ -161,9 +159,7 @@ def attention_forward(tensors: Tensors, call: Call) -> Forward:
         bias, large_bias = levels.prepared(inputs.attn_bias)
         inputs = inputs._replace(attn_bias=bias)
     with as_given(tensors.q.device):
-        if isinstance(call.ring, QueryRing):
-            held = Results(*gathered_forward(inputs, call.ring), None)
-        elif isinstance(call.ring, GridRing):
+        if isinstance(call.ring, GridRing):
             held = Results(*grid_forward(inputs, call.ring), None)
         elif isinstance(call.ring, Replicas):
             held = Results(*replicas_forward(inputs, call.ring), None)
@@ -250,9 +246,7 @@ def attention_backward(
     kv_dtype = results.lse.dtype if kv_heads_shared(call.heads) else dtype
     with as_given(dout.device):
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, ring.backend)
-        if isinstance(ring, QueryRing):
-            grads = query_ring_backward(inputs, saved, ring, kv_dtype)
-        elif isinstance(ring, GridRing):
+        if isinstance(ring, GridRing):
             grads = grid_backward(inputs, saved, ring, kv_dtype)
         else:
             grads = ring_backward(inputs, saved, ring, bias_gradient, kv_dtype, results.level)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from usp.attention import block
-from usp.attention.gathered import gathered_forward
 from usp.attention.given import Tensors
+from usp.attention.grid import GridRing, grid_backward, grid_forward
 from usp.attention.hybrid import Call, Results, returned, scattered_gradients
 from usp.attention.latent_blocks import LatentRing, LatentTransport, UpProjections
-from usp.attention.query_ring import QueryRing, query_ring_backward
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.double_ring import transport_along
@@ -121,8 +120,8 @@ def latent_forward(
     held = scattered_latents(q, keys, up_k, up_v, mask, slopes, call)
     with as_given(q.device):
         inputs = held.opened(call)
-        if isinstance(call.ring, QueryRing):
-            results = Results(*gathered_forward(inputs, call.ring), None)
+        if isinstance(call.ring, GridRing):
+            results = Results(*grid_forward(inputs, call.ring), None)
         else:
             results = Results(*ring_forward(inputs, _ring(held, call)))
     out, lse = returned(results, call)
@@ -138,11 +137,12 @@ def latent_backward(
     with as_given(dout.device):
         inputs = held.opened(call)
         saved = block.saved_for_backward(dout, dlse, results.out, results.lse, backend)
-        if isinstance(call.back, QueryRing):
-            grads: Gradients = query_ring_backward(inputs, saved, call.back, dtype)
-            parts = [load.samples for load in call.back.plan.steps[0].loads]
-            inner = transport_along(call.back.axis, None)
-            opening = LatentTransport(inner, held.up(call), held.latent, None, parts, dtype)
+        if isinstance(call.back, GridRing):
+            grads: Gradients = grid_backward(inputs, saved, call.back, dtype)
+            parts = call.back.samples
+            opening = LatentTransport(
+                call.back.transport, held.up(call), held.latent, None, parts, dtype
+            )
             own = [[each.of(grads.dk), each.of(grads.dv)] for each in parts]
             opening.fold(opening.latents, own, opening.totals)
         else:

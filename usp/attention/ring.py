@@ -207,19 +207,28 @@ def _new_level(inputs: Tensors, ring: Ring) -> Tensor:
     return torch.full(shape, -torch.inf, dtype=state_dtype(inputs.q.dtype), device=bias.device)
 
 
-def calls(inputs: Tensors, step: Step, held: Parts, ring: Ring, bands: int) -> Iterator[Call]:
-    """The kernel's view of one step, in visits of at most so many bands."""
-    if not inputs.q.numel():
-        return
+def calls(
+    inputs: Tensors,
+    step: Step,
+    held: Parts,
+    ring: Ring,
+    bands: int,
+    queries: Sequence[Tensor] | None = None,
+) -> Iterator[Call]:
+    """The kernel's view of one step, in visits of at most so many bands.
+
+    Args:
+        queries: Those of the plan's row that are here, of each part; None for this rank's own.
+    """
     for part, (load, (k, v, *mask)) in enumerate(zip(step.loads, held, strict=True)):
-        if load.seen is None:
-            continue
         samples, plan, slopes = load.samples, ring.plan, inputs.alibi_slopes
-        q, heads = samples.of(inputs.q), ring.heads
-        q_pos = k_pos = None
+        q = samples.of(inputs.q) if queries is None else queries[part]
+        if load.seen is None or not q.numel():
+            continue
+        heads, q_pos, k_pos = ring.heads, None, None
         if slopes is not None or ring.scoring.dropout_p:
-            q_pos = (plan.queries.on(q.device) + load.query_offset).int()
-            k_pos = _columns(plan.keys[step.owner], load.rows, q.device).int()
+            q_pos = (_places(plan.queries, load.queries, q.device) + load.query_offset).int()
+            k_pos = _places(plan.keys[step.owner], load.rows, q.device).int()
         bias = _bias(inputs, mask[0] if mask else None, step.owner, load, plan)
         if ring.scoring.dropout_p:
             heads = samples_heads(heads, samples)
@@ -244,7 +253,7 @@ def _bias(
         if not load.samples.are_all:  # each part has levels of its own
             bias = bias.expand(load.samples.count(inputs.q.shape[0]), -1, -1, -1)
         if plan.ring_degree > 1:
-            bias = bias.index_select(3, _columns(plan.keys[owner], load.rows, bias.device))
+            bias = bias.index_select(3, _places(plan.keys[owner], load.rows, bias.device))
         bias = bias.to(dtype)
     if mask is not None:
         hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -253,14 +262,16 @@ def _bias(
     return bias
 
 
-def _columns(keys: Positions, rows: Rows, device: torch.device) -> Tensor:
-    """Global positions of the keys that are here."""
-    positions = keys.on(device)
-    return positions if rows.are_all else positions.index_select(0, rows.on(device))
+def _places(row: Positions, rows: Rows | None, device: torch.device) -> Tensor:
+    """Global positions of the rows that are here; None is all of them."""
+    positions = row.on(device)
+    if rows is None or rows.are_all:
+        return positions
+    return positions.index_select(0, rows.on(device))
 
 
 def _add_columns(dbias: Tensor, found: Tensor, owner: int, load: Load, plan: Plan) -> None:
     """Add the columns of one owner's keys, summed over the dims the bias is broadcast along."""
     dbias = load.samples.of(dbias)
-    columns = _columns(plan.keys[owner], load.rows, dbias.device)
+    columns = _places(plan.keys[owner], load.rows, dbias.device)
     dbias.index_add_(3, columns, found.sum_to_size((*dbias.shape[:3], found.shape[3])))

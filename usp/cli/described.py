@@ -10,7 +10,7 @@ import torch
 from usp.cli.console import UserError
 from usp.cli.expression import parse_mask
 from usp.cli.layouts import parse_layout
-from usp.cli.work import Work, of_grid, of_keys_that_come, of_queries_that_come
+from usp.cli.work import Work, of_grid, of_keys_that_come
 from usp.planning.choose.model import MODELS
 from usp.planning.cost import Bias, Place, Shape, what_moves
 from usp.planning.grid import make_grid
@@ -18,7 +18,7 @@ from usp.planning.layout import Layout, Replicated, replicated
 from usp.planning.masks.mask import Mask, shifted
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Plan, make_local_plan, make_plan
-from usp.planning.query_ring import make_query_steps
+from usp.planning.query_ring import make_query_ring
 from usp.planning.route import of_keys
 from usp.planning.samples import masks_of
 
@@ -157,10 +157,8 @@ def make_works(arguments: argparse.Namespace) -> tuple[list[Work], str]:
             of_grid(grid) for grid in grids
         ], f"queries move in a node, keys between nodes{back}"
     if moves.forward == "queries":
-        plans = (make_query_steps(*what, ring, rank, "direct") for rank in range(ring))
-        return [
-            of_queries_that_come(plan) for plan in plans
-        ], f"queries move to the keys they see{back}"
+        grids = (make_query_ring(*what, ring, rank, "direct") for rank in range(ring))
+        return [of_grid(grid) for grid in grids], f"queries move to the keys they see{back}"
     works = [of_keys_that_come(plan) for plan in make_plans(arguments)]
     if not replicated(layouts):
         return works, f"keys move to the queries that see them{back}"

@@ -1,4 +1,4 @@
-"""Who computes what, in tables: keys that come in steps, queries that come, or what is here."""
+"""Who computes what, in tables: keys that come in steps, or queries too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from usp.cli.console import table
 from usp.planning.double_ring import DoubleRing
 from usp.planning.grid import Grid
 from usp.planning.plan import Load, Plan
-from usp.planning.query_ring import QuerySteps
 from usp.planning.route import Ring, Route
 
 Row = tuple[object, ...]
@@ -41,19 +40,8 @@ def of_keys_that_come(plan: Plan) -> Work:
     return Work(len(plan.queries), [step.pairs for step in plan.steps], rows)
 
 
-def of_queries_that_come(plan: QuerySteps) -> Work:
-    """Each step the queries of one rank against the keys here."""
-    rows: list[Row] = [("step", "queries of", "queries", "keys", "sees", "visible pairs")]
-    for index, step in enumerate(plan.steps):
-        (load,) = step.loads
-        what = len(load.rows) if index else len(plan.queries[step.owner]), len(plan.keys)
-        rows.append((index, step.owner, *what, sees(load), step.pairs))
-    pairs = [step.pairs for step in plan.steps]
-    return Work(len(plan.queries[plan.ring_rank]), pairs, rows)
-
-
 def of_grid(grid: Grid) -> Work:
-    """Each step the queries of one rank of the node against the keys of one rank of the place."""
+    """Each step queries of one rank, the own ones or some that came, against keys of one."""
     rows: list[Row] = [
         ("step", "queries of", "keys of", "queries", "keys", "sees", "visible pairs")
     ]
@@ -62,7 +50,8 @@ def of_grid(grid: Grid) -> Work:
     for index, (plan, at) in enumerate(tiles):
         step = plan.steps[at]
         (load,) = step.loads
-        what = len(plan.queries), len(load.rows), sees(load), step.pairs
+        here = len(plan.queries if load.queries is None else load.queries)
+        what = here, len(load.rows), sees(load), step.pairs
         rows.append((index, plan.ring_rank, step.owner, *what))
         pairs.append(step.pairs)
     return Work(len(grid.plans[0].queries), pairs, rows)

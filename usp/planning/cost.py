@@ -20,7 +20,7 @@ from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.plan import make_plan
 from usp.planning.problem import state_dtype
-from usp.planning.query_ring import make_query_steps
+from usp.planning.query_ring import make_query_ring
 from usp.planning.route import Route, Sent, of_keys, of_query_steps
 from usp.planning.samples import Masks, masks_of
 from usp.planning.shares import pieces, row_pieces
@@ -286,13 +286,13 @@ def _moved(
     move = moves.backward if backward else moves.forward
     if move == "both":
         grid, inner = make_grid(*what, mine, outer), place.ring_degree // outer
-        moved.append((Axes(inner, mine % inner), grid.key_route, by_key))
+        moved.append((Axes(inner, mine % inner), grid.plans[0].route, by_key))
         moved.append((Axes(1, mine // inner * inner), grid.query_route, queries))
     elif move == "queries":
         as_forward = moves.forward == "queries" and not 1 < outer < place.ring_degree
         name = of_query_steps(place.transport) if backward and not as_forward else "direct"
-        steps = make_query_steps(*what, mine, name, outer if backward else 1)
-        moved.append((Axes(1, 0), steps.route, queries))
+        grid = make_query_ring(*what, mine, name, outer if backward else 1)
+        moved.append((Axes(1, 0), grid.query_route, queries))
     else:
         plan = make_plan(*what, mine, of_keys(place.transport), outer)
         moved.append((Axes(1, 0), plan.route, by_key))
@@ -302,8 +302,7 @@ def _moved(
         return sum(
             count * len(some)
             for to, cargo in messages
-            # whole rows of the batch together, or of each part
-            for count, some in zip(batches if len(cargo) > 1 else [shape.batch], cargo, strict=True)
+            for count, some in zip(batches, cargo, strict=True)
             if node_size is None or axes.rank(to) // node_size != mine // node_size
         )
 

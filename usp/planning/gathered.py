@@ -194,7 +194,7 @@ def grid_is_less(
     needs = [needed_rows(part.mask, layouts, lengths, ring_degree) for part in masks]
     held = [len(row) for row in rows(layouts[0], lengths[0], ring_degree)]
     queries, keys = rows_on_grid(needs, held, counts, outer_degree)
-    total = sizes.batch * queries * query.both + keys[0] * key.there + keys[1] * key.back
+    total = queries * query.both + keys[0] * key.there + keys[1] * key.back
     if other == "queries" and not backward:
         moved, _ = _rows_that_move(masks, layouts, lengths, ring_degree, sizes.batch)
         return total < moved * query.both

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from usp.planning.double_ring import between_nodes
+from usp.planning.double_ring import DoubleRing, between_nodes
 from usp.planning.layout import Layout, rows
 from usp.planning.plan import Plan, plan_of
 from usp.planning.reach import needed_rows
 from usp.planning.route import Arrival, Needs, Route, make_route, rows_moved
-from usp.planning.rows import all_rows, no_rows
+from usp.planning.rows import Rows, all_rows, no_rows
 from usp.planning.samples import Masks
 
 Layouts = tuple[Layout, Layout]
@@ -26,18 +26,16 @@ Layouts = tuple[Layout, Layout]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """What one rank computes.
+    """What one rank computes: queries of some ranks against keys of some.
 
     Attributes:
         plans: Of the own queries first, then of those that come, in the order of ``query_route``:
-            all with the same steps, the keys of this place.
-        query_route: How queries come along the inner axis, whole rows; None where none do.
-        key_route: How keys come along the outer axis, if any do.
+            all with the same steps, the blocks of keys, and the same route of these.
+        query_route: How queries come; None where none do.
     """
 
     plans: tuple[Plan, ...]
-    query_route: Route | None
-    key_route: Route | None
+    query_route: Route | DoubleRing | None
 
 
 @lru_cache(maxsize=32)
@@ -64,28 +62,31 @@ def make_grid(
     arrivals += [Arrival(owners[arrival.owner], arrival.cargo) for arrival in come]
     members = [node * inner + each for each in range(inner)]
     lengths_of = [len(queries[member]) for member in members]
-    table = [
+    whole_rows = [
         [
-            all_rows(length) if _sees(needs, member, at, inner) else no_rows(length)
-            for member, length in zip(members, lengths_of, strict=True)
+            [
+                all_rows(length) if _sees(table, member, at, inner) else no_rows(length)
+                for member, length in zip(members, lengths_of, strict=True)
+            ]
+            for at in range(inner)
         ]
-        for at in range(inner)
+        for table in needs
     ]
-    whole = [(all_rows(length),) for length in lengths_of]
-    query_route = make_route("direct", [table], whole, place)
+    whole = [tuple(all_rows(length) for _ in masks) for length in lengths_of]
+    query_route = make_route("direct", whole_rows, whole, place)
     here = [place, *(() if query_route is None else [a.owner for a in query_route.arrivals])]
     plans = tuple(
         plan_of(masks, (queries[members[each]], keys), lengths[1], arrivals, members[each], route)
         for each in here
     )
-    return Grid(plans, query_route, route)
+    return Grid(plans, query_route)
 
 
 def rows_on_grid(
     needs: Needs, lengths: Sequence[int], counts: Sequence[int], outer_degree: int
 ) -> tuple[int, tuple[int, int]]:
-    """Rows of queries that all ranks of a ring send together in their nodes, of one sample; and of
-    keys, as ``rows_moved`` counts them.
+    """Rows of queries that all ranks of a ring send together in their nodes, and of keys, as
+    ``rows_moved`` counts them.
 
     Args:
         needs: What each rank of the ring sees of each owner.
@@ -94,10 +95,11 @@ def rows_on_grid(
     """
     inner = len(lengths) // outer_degree
     queries = sum(
-        length
+        count * length
+        for count, table in zip(counts, needs, strict=True)
         for rank, length in enumerate(lengths)
         for at in range(inner)
-        if at != rank % inner and _sees(needs, rank, at, inner)
+        if at != rank % inner and _sees(table, rank, at, inner)
     )
     found = [
         rows_moved("ring", of_place, counts) for of_place in between_nodes(needs, outer_degree)
@@ -106,6 +108,6 @@ def rows_on_grid(
     return queries, (sum(sent), sum(returned))
 
 
-def _sees(needs: Needs, rank: int, at: int, inner: int) -> bool:
+def _sees(table: Sequence[Sequence[Rows]], rank: int, at: int, inner: int) -> bool:
     """Whether any query of a rank sees keys of a place."""
-    return any(len(rows) for table in needs for rows in table[rank][at::inner])
+    return any(len(rows) for rows in table[rank][at::inner])

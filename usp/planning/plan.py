@@ -36,12 +36,14 @@ class Load:
         query_offset: Position of their first query among the keys.
         rows: The owner's rows of keys that are here.
         seen: What they see of these, all bands at once; None where nothing is seen.
+        queries: The rows of queries that are here; None for all.
     """
 
     samples: Samples
     query_offset: int
     rows: Rows
     seen: Visit | None
+    queries: Rows | None = None
 
     @cached_property
     def visits(self) -> tuple[Visit, ...]:
@@ -266,12 +268,13 @@ def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) ->
 def loads_of_some(
     masks: Masks, queries: Positions, here: Cargo, keys: Positions, key_len: int
 ) -> tuple[Load, ...]:
-    """The same of the queries that are here, which are the ``rows`` of the loads."""
+    """The same of the queries that are here."""
     loads = []
     for part, some in zip(masks, here, strict=True):
         at = queries.tensor if some.are_all else queries.tensor.index_select(0, some.index)
-        seen = _seen(keys, all_rows(len(keys)), _reach(part.mask, at, keys, key_len))
-        loads.append(Load(part.samples, part.query_offset, some, seen))
+        whole = all_rows(len(keys))
+        seen = _seen(keys, whole, _reach(part.mask, at, keys, key_len))
+        loads.append(Load(part.samples, part.query_offset, whole, seen, some))
     return tuple(loads)
 
 

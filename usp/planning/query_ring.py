@@ -4,46 +4,26 @@ What a query brings, ``q, dout, lse, delta``, and dq that goes back are fewer nu
 and dV of a key where nearly as many key heads as query heads are held: for equal head dims in 16
 bits where H < 1.5 G. RingX (2025) and BurstAttention (arXiv:2403.09347) do it; here by a route of
 rows of queries (``planning/route.py``), so that it is trimmed, goes both ways and ends early as
-that of keys does.
+that of keys does. It is a grid (``planning/grid.py``) of one block of keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
-from usp.planning.double_ring import DoubleRing
-from usp.planning.layout import Layout, Positions, rows
-from usp.planning.plan import Step, loads_of_some, make_any_route, parts_of, step_of
+from usp.planning.grid import Grid
+from usp.planning.layout import Layout, rows
+from usp.planning.plan import Plan, Step, loads_of_some, make_any_route, parts_of, step_of
 from usp.planning.reach import needed_queries
-from usp.planning.route import Arrival, Route
+from usp.planning.route import Arrival
 from usp.planning.rows import all_rows
 from usp.planning.samples import Masks
 
 Layouts = tuple[Layout, Layout]
 
 
-@dataclass(frozen=True, eq=False)
-class QuerySteps:
-    """What one ring rank computes for all of them.
-
-    Attributes:
-        steps: The own queries first, then those that come: ``rows`` of their loads are the rows of
-            their owner's queries that are here, each against all keys here.
-        route: How they come; None where nobody's queries see another rank's keys.
-        queries: Every rank's row of queries.
-        keys: The row of keys of this rank, ``ring_rank``.
-    """
-
-    steps: tuple[Step, ...]
-    route: Route | DoubleRing | None
-    queries: tuple[Positions, ...]
-    keys: Positions
-    ring_rank: int
-
-
 @lru_cache(maxsize=32)
-def make_query_steps(
+def make_query_ring(
     masks: Masks,
     layouts: Layouts,
     lengths: tuple[int, int],
@@ -51,8 +31,8 @@ def make_query_steps(
     ring_rank: int,
     transport: str,
     outer_degree: int = 1,
-) -> QuerySteps:
-    """The plan of one ring rank; arguments as in ``make_plan``."""
+) -> Grid:
+    """What one ring rank computes for all of them; arguments as in ``make_plan``."""
     queries, keys = (
         rows(layout, length, ring_degree) for layout, length in zip(layouts, lengths, strict=True)
     )
@@ -62,9 +42,13 @@ def make_query_steps(
         owned = [len(row) for row in queries]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
     own = Arrival(ring_rank, tuple(all_rows(len(mine)) for _ in masks))
-    steps = [step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))]
+    steps = {ring_rank: step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))}
     for arrival in () if route is None else route.arrivals:
         theirs = queries[arrival.owner]
         loads = loads_of_some(masks, theirs, arrival.cargo, mine, lengths[1])
-        steps.append(Step(arrival.owner, loads))
-    return QuerySteps(tuple(steps), route, queries, mine, ring_rank)
+        steps[arrival.owner] = Step(ring_rank, loads)
+    plans = (
+        Plan(owner, ring_degree, (step,), None, queries[owner], keys)
+        for owner, step in steps.items()
+    )
+    return Grid(tuple(plans), route)
