@@ -100,6 +100,21 @@ struct GradientOperands {
   Matrix<const T> scores_by_query;  // (rows, keys), the same
 };
 
+// Of a chunk with a decay a channel, each (rows, cols); its two halves meet at row kPad.
+template <typename T>
+struct ChannelFactors {
+  Matrix<T> each;                     // of each token: its log, and then the factor
+  Matrix<T> since_start, to_end;      // up to each token, and behind it up to the end
+  Matrix<T> since_middle, to_middle;  // of rows of the second half, and of the first
+};
+
+// Of tokens that see each other: what they are, and gradients that are added to.
+template <typename T>
+struct ChannelGradients {
+  Matrix<const T> q, k, factors;
+  Matrix<T> dq, dk, dg;  // dg.data null: not wanted
+};
+
 template <typename T>
 struct Kernels {
   int64_t word;  // elements in one
@@ -172,6 +187,28 @@ struct Kernels {
   void (*multiply_lower)(Matrix<const T> a, Matrix<const T> b, int64_t rows, Matrix<T> product);
   // sums[t] = the sum of a[i, j] * b[i, j] over i >= t > j; `room` is as long as a row.
   void (*sums_across)(Matrix<const T> a, Matrix<const T> b, int64_t rows, T* sums, T* room);
+
+  // Of linear attention with a decay a channel: rows of tokens, cols whole vectors of channels.
+
+  // Makes factors of the logs in `to.each`.
+  void (*channel_decays)(int64_t rows, int64_t cols, ChannelFactors<T> to);
+  // scores (rows, kPad) of at most kPad tokens: the sum over channels of q_i k_j times the factors
+  // behind j, up to i; 0 where j is behind i.
+  void (*channel_scores)(int64_t rows, int64_t cols, Matrix<const T> q, Matrix<const T> k,
+                         Matrix<const T> factors, Matrix<T> scores);
+  // Adds what comes of the gradients of these scores.
+  void (*channel_gradients)(int64_t rows, int64_t cols, Matrix<const T> dscores,
+                            ChannelGradients<T> at);
+  // product = a * b, element by element; may be a.
+  void (*multiply)(Matrix<const T> a, Matrix<const T> b, int64_t rows, int64_t cols,
+                   Matrix<T> product);
+  // sums (cols,) = the sum over rows of a * b.
+  void (*sum_products)(Matrix<const T> a, Matrix<const T> b, int64_t rows, int64_t cols, T* sums);
+  // sums[t] += the sum of a[i] * b[i] over i >= t; or over i < t.
+  void (*add_products_behind)(Matrix<const T> a, Matrix<const T> b, int64_t rows, int64_t cols,
+                              Matrix<T> sums);
+  void (*add_products_before)(Matrix<const T> a, Matrix<const T> b, int64_t rows, int64_t cols,
+                              Matrix<T> sums);
 };
 
 // The table in use now for inputs of a dtype, by capability_for() (fastest.h).

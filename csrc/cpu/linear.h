@@ -13,12 +13,17 @@ namespace usp::cpu {
 // Tokens that are computed together.
 inline constexpr int64_t kChunk = 32;
 
-// (B|1, L, H|1) logs of decays with stride 0 where broadcast; data null: nothing decays.
+// (B|1, L, H|1) logs of decays, or with channels (B|1, L, H|1, D), the last dim contiguous; stride 0
+// where broadcast; data null: nothing decays.
 template <typename T>
 struct LogDecays {
   const T* data = nullptr;
   int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
+  bool has_channels = false;
 
+  const T* at(int64_t b, int64_t row, int64_t h) const {
+    return data + b * batch_stride + row * row_stride + h * head_stride;
+  }
   // Whether all chunks of a head decay alike.
   bool is_constant() const { return data == nullptr || row_stride == 0; }
 };
@@ -67,7 +72,7 @@ struct LinearGradients {
   T* states = nullptr;      // (parts, B, H, D, Dv): gradient behind each part; on return before it
   // (B, L, H, D | D | Dv), each in its dtype; data null: the gradient of states alone.
   LinearResult dq, dk, dv;
-  T* dg = nullptr;  // (B, L, H), null: not wanted
+  T* dg = nullptr;  // (B, L, H), with channels (B, L, H, D); null: not wanted
 };
 
 // Walks the tokens of each part the other way.

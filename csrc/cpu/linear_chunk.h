@@ -1,6 +1,6 @@
 #pragma once
 
-// What forward and backward of linear attention share: a chunk's rows, decays and triangles.
+// What forward and backward of linear attention share: a chunk's rows and triangles.
 //
 // All arithmetic is in T: the tables are those for inputs in T, whatever the inputs are, for states
 // and decays have digits that bf16 would lose.
@@ -56,40 +56,6 @@ void add_upper_times(const Kernels<T>& table, int64_t rows, int64_t n, Matrix<T>
   }
 }
 
-// The decays of a chunk.
-template <typename T>
-struct ChunkDecays {
-  Matrix<T> between;  // a lower triangle
-  T* since_start;     // (rows,), of the state before the chunk; null where nothing decays
-  T* logs;
-  bool is_known;  // those of a whole chunk, the same for all of the head
-
-  void carve(Carver& carver, const LogDecays<T>& g) {
-    between = {carver.take<T>(kChunk * kChunk), kChunk};
-    since_start = carver.take<T>(kChunk);
-    logs = carver.take<T>(kChunk);
-    is_known = false;
-    if (g.data == nullptr) since_start = nullptr;
-  }
-
-  void load(const Kernels<T>& table, const LogDecays<T>& g, int64_t b, int64_t h, Range tokens) {
-    if (is_known) return;
-    is_known = g.is_constant();
-    if (g.data == nullptr) return table.decays_between(nullptr, kChunk, between);
-    const int64_t rows = is_known ? kChunk : tokens.size();
-    const T* from = g.data + b * g.batch_stride + h * g.head_stride + tokens.begin * g.row_stride;
-    for (int64_t i = 0; i < kChunk; ++i) logs[i] = i < rows ? from[i * g.row_stride] : T(0);
-    table.decays_between(logs, rows, between);
-    table.decays_since_start(logs, rows, since_start);
-  }
-
-  // (rows,), of each token's update up to the end of the chunk; null where nothing decays.
-  const T* to_end(int64_t rows) const {
-    return since_start == nullptr ? nullptr : between.data + (rows - 1) * between.ld;
-  }
-  T of_all(int64_t rows) const { return since_start == nullptr ? T(1) : since_start[rows - 1]; }
-};
-
 // Which head of which part a task walks, and where its state lies.
 struct HeadTask {
   int64_t part, b, h, state;
@@ -116,15 +82,6 @@ Matrix<const T> rows_of(const Kernels<T>& table, const HeadsView& x, const HeadT
   return rows_of(table, x, at.b, x.head(at.h, heads), tokens, cols, room);
 }
 
-// Rows times a factor each; `room` where there is one.
-template <typename T>
-Matrix<const T> scaled(const Kernels<T>& table, Matrix<const T> m, int64_t rows, const T* factor,
-                       Matrix<T> room) {
-  if (factor == nullptr) return m;
-  table.store_rows(m, rows, room.ld, T(1), factor, kDType<T>, room.data, room.ld);
-  return as_const(room);
-}
-
 // Rows (rows, cols) to (B, L, H, cols).
 template <typename T>
 void store_result(const Kernels<T>& table, const LinearAttention<T>& a, const HeadTask& at,
@@ -132,19 +89,6 @@ void store_result(const Kernels<T>& table, const LinearAttention<T>& a, const He
   const int64_t first = ((at.b * a.L + tokens.begin) * a.H + at.h) * cols;
   char* dst = static_cast<char*>(to.data) + first * element_size(to.dtype);
   table.store_rows(as_const(rows), tokens.size(), cols, T(1), nullptr, to.dtype, dst, a.H * cols);
-}
-
-// x = factor[i] * x; null: as it is.
-template <typename T>
-void decay_rows(const Kernels<T>& table, Matrix<T> x, int64_t rows, const T* factor) {
-  if (factor != nullptr) table.scale_rows(x, rows, x.ld, factor);
-}
-
-// state = decay * state.
-template <typename T>
-void decay_state(Matrix<T> state, int64_t rows, T decay) {
-  if (decay == T(1)) return;
-  for (int64_t i = 0; i < rows * state.ld; ++i) state.data[i] *= decay;
 }
 
 template <typename T>

@@ -1,12 +1,12 @@
-#include "cpu/linear_chunk.h"
+#include "cpu/linear_decays.h"
 
 namespace usp::cpu {
 namespace {
 
-template <typename T>
+template <typename T, typename Decays>
 struct Workspace {
-  Matrix<T> state, q, k, k_transposed, v, v_scaled, scores, out;
-  ChunkDecays<T> decays;
+  Matrix<T> state, q, k, k_transposed, v, decayed, scores, out;
+  Decays decays;
   int64_t bytes;
 
   Workspace(const LinearAttention<T>& a, char* base) {
@@ -17,15 +17,15 @@ struct Workspace {
     k = {carver.take<T>(kChunk * d), d};
     k_transposed = {carver.take<T>(a.D * kChunk), kChunk};
     v = {carver.take<T>(kChunk * e), e};
-    v_scaled = {carver.take<T>(kChunk * e), e};
+    decayed = {carver.take<T>(kChunk * d), d};
     scores = {carver.take<T>(kChunk * kChunk), kChunk};
     out = {carver.take<T>(kChunk * e), e};
-    decays.carve(carver, a.g);
+    decays.carve(carver, a, false);
     bytes = carver.used();
   }
 };
 
-template <typename T>
+template <typename T, typename Decays>
 class ForwardWalk {
  public:
   ForwardWalk(const LinearAttention<T>& a, HeadTask at, char* room)
@@ -58,23 +58,20 @@ class ForwardWalk {
     const auto k = rows_of(table_, a_.k, at_, a_.H, tokens, a_.D, w_.k);
     const auto v = rows_of(table_, a_.v, at_, a_.H, tokens, a_.Dv, w_.v);
     if (out.data != nullptr) see(tokens, k, v, out);
-    const auto update = scaled(table_, v, rows, w_.decays.to_end(rows), w_.v_scaled);
-    decay_state(w_.state, a_.D, w_.decays.of_all(rows));
+    const auto update = w_.decays.to_end(table_, rows, k, w_.decayed);
+    w_.decays.decay_state(table_, rows, w_.state);
     ahead_.advance();
-    table_.gemm(a_.D, w_.state.ld, rows, transposed(k), update, w_.state, {T(1), true});
+    table_.gemm(a_.D, w_.state.ld, rows, transposed(update), v, w_.state, {T(1), true});
   }
 
   // What the tokens see of the state before them, and of each other.
   void see(Range tokens, Matrix<const T> k, Matrix<const T> v, LinearResult out) {
     const int64_t rows = tokens.size();
     const auto q = rows_of(table_, a_.q, at_, a_.H, tokens, a_.D, w_.q);
-    w_.k_transposed.ld = padded(rows);
-    table_.right_transpose(k, rows, a_.D, w_.k_transposed);
-    table_.gemm(rows, w_.out.ld, a_.D, q, as_const(w_.state), w_.out, {T(1), false});
-    decay_rows(table_, w_.out, rows, w_.decays.since_start);
+    const auto decayed = w_.decays.since_start(table_, rows, q, w_.decayed);
+    table_.gemm(rows, w_.out.ld, a_.D, decayed, as_const(w_.state), w_.out, {T(1), false});
     ahead_.advance();
-    lower_product(table_, rows, a_.D, q, as_const(w_.k_transposed), w_.scores);
-    table_.multiply_lower(as_const(w_.scores), as_const(w_.decays.between), rows, w_.scores);
+    w_.decays.scores(table_, rows, q, k, w_.k_transposed, w_.scores);
     ahead_.advance();
     add_lower_times(table_, rows, w_.out.ld, w_.scores, v, w_.out);
     store_result(table_, a_, at_, tokens, w_.out, a_.Dv, out);
@@ -85,13 +82,14 @@ class ForwardWalk {
     ahead_.forget();
     ahead_.add(a_.k, at_.b, a_.k.head(at_.h, a_.H), next, a_.D);
     ahead_.add(a_.v, at_.b, a_.v.head(at_.h, a_.H), next, a_.Dv);
+    look_ahead_at(a_, at_, next, ahead_);
     if (a_.q.data != nullptr) ahead_.add(a_.q, at_.b, a_.q.head(at_.h, a_.H), next, a_.D);
   }
 
   const LinearAttention<T>& a_;
   const HeadTask at_;
   const Kernels<T>& table_;
-  Workspace<T> w_;
+  Workspace<T, Decays> w_;
   Lookahead ahead_;
 };
 
@@ -101,9 +99,11 @@ template <typename T>
 void linear_forward(const LinearAttention<T>& a, T* states, T* kept, LinearResult out,
                     const ParallelFor& parallel) {
   const int64_t tasks = a.parts * a.B * a.H;
-  Scratch scratch(parallel.workers_for(tasks), Workspace<T>(a, nullptr).bytes);
-  parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
-    ForwardWalk<T>(a, HeadTask(a, task), scratch.of(worker)).run(states, kept, out);
+  with_decays(a.g, [&]<typename Decays>(Decays) {
+    Scratch scratch(parallel.workers_for(tasks), Workspace<T, Decays>(a, nullptr).bytes);
+    parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
+      ForwardWalk<T, Decays>(a, HeadTask(a, task), scratch.of(worker)).run(states, kept, out);
+    });
   });
 }
 

@@ -3,6 +3,7 @@
 // The tile kernels of one instruction set as a table; the including file has set
 // USP_VECTOR_BYTES, USP_GEMM_ROWS, USP_GEMM_VECTORS and the compiler's target.
 
+#include "cpu/channels.h"
 #include "cpu/decays.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
@@ -38,6 +39,13 @@ constexpr Kernels<T> make_kernels() {
       .decays_since_start = decays_since_start<T>,
       .multiply_lower = multiply_lower<T>,
       .sums_across = sums_across<T>,
+      .channel_decays = channel_decays<T>,
+      .channel_scores = channel_scores<T>,
+      .channel_gradients = channel_gradients<T>,
+      .multiply = multiply<T>,
+      .sum_products = sum_products<T>,
+      .add_products_behind = add_products_behind<T>,
+      .add_products_before = add_products_before<T>,
   };
 }
 

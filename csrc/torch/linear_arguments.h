@@ -18,10 +18,17 @@ inline cpu::HeadsView heads_view(ArgumentReader& args, const char* name, const T
 template <typename T>
 cpu::LogDecays<T> read_decays(ArgumentReader& args, const MaybeTensor& g) {
   if (!g) return {};
-  args.shape("g", *g, {"B|1", "L", "H|1"});
+  const bool has_channels = g->dim() == 4;
+  if (has_channels) {
+    args.shape("g", *g, {"B|1", "L", "H|1", "D"});
+    check(g->size(3) == 1 || g->stride(3) == 1, "g has stride ", g->stride(3),
+          " in its last dim, expected 1: call .contiguous()");
+  } else {
+    args.shape("g", *g, {"B|1", "L", "H|1"});
+  }
   args.dtype("g", *g, kScalarType<T>);
   return {static_cast<const T*>(g->const_data_ptr()), broadcast_stride(*g, 0), g->stride(1),
-          broadcast_stride(*g, 2)};
+          broadcast_stride(*g, 2), has_channels};
 }
 
 struct LinearTensors {

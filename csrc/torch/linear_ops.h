@@ -52,7 +52,9 @@ void linear_backward_of(const LinearTensors& given, const LinearGradientTensors&
   gradients.dv = read_result<T>(args, "dv", tensors.dv, dtype, "Dv");
   if (tensors.dg) {
     check(all && given.g.has_value(), "dg is given, but g or dq is None");
-    gradients.dg = args.template contiguous<T>("dg", *tensors.dg, {"B", "L", "H"});
+    gradients.dg = a.g.has_channels
+                       ? args.template contiguous<T>("dg", *tensors.dg, {"B", "L", "H", "D"})
+                       : args.template contiguous<T>("dg", *tensors.dg, {"B", "L", "H"});
   }
   cpu::linear_backward<T>(a, gradients, torch_threads());
 }

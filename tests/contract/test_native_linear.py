@@ -61,7 +61,7 @@ def judge(case: Case) -> None:
         length=st.sampled_from(LENGTHS),
         heads=st.sampled_from([(1, 1, 1), (3, 3, 3), (1, 1, 3), (4, 2, 1), (2, 1, 2)]),
         dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-        g=st.sampled_from([None, "blh", "1lh", "1l1", "10h", "101"]),
+        g=st.sampled_from([None, "blh", "1lh", "1l1", "10h", "101", "blhd", "10hd", "1l1d"]),
         strength=st.sampled_from([0.01, 1.0, 1000.0, float("inf")]),
         fused=st.booleans(),
         dtype=st.sampled_from(DTYPES),
@@ -72,10 +72,17 @@ def test_walks_equal_the_recurrence(case: Case) -> None:
     judge(case)
 
 
+@pytest.mark.parametrize("g", ["blh", "blhd"])
 @pytest.mark.parametrize("level", of_this_machine())
-def test_every_level(level: str) -> None:
-    wide = {"dims": (67, 33), "strength": 0.1, "dtype": torch.float32}
+def test_every_level(level: str, g: str) -> None:
+    wide = {"dims": (67, 33), "strength": 0.1, "dtype": torch.float32, "g": g}
     judge(Case(level=level, threads=2, length=99, heads=(1, 1, 2), **wide))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strong_decays_a_channel(dtype: torch.dtype) -> None:
+    """Up to 20 a token: differences of sums over a chunk would overflow, or lose all digits."""
+    judge(Case(length=131, dims=(64, 33), g="blhd", strength=20.0, dtype=dtype, segment=256))
 
 
 def test_the_same_threads_give_the_same_bits() -> None:
@@ -168,7 +175,6 @@ def test_linear_backward_refuses_a_part_of_its_results() -> None:
 def test_reasons_against() -> None:
     traits = Traits(torch.device("cpu"), torch.float32, (5, 7), "channels", True)
     assert native.reasons_against(traits) == (
-        "its kernels take one decay for all channels",
         "it has no kernels for the delta rule",
     )
     other = Traits(torch.device("meta"), torch.float32, (5, 7))

@@ -19,7 +19,8 @@ class Walk:
 
     Attributes:
         heads: Of q, k and v.
-        g: Size of its dims: "b" or "1" batch, "l" or "0" tokens (all alike), "h" or "1" heads.
+        g: Size of its dims: "b" or "1" batch, "l" or "0" tokens (all alike), "h" or "1" heads; and
+            with "d" channels.
         strength: Factor of the logs, which lie between -1 and 0; infinite: some forget all.
         fused: Whether q, k and v lie beside each other.
     """
@@ -50,6 +51,7 @@ class Walk:
         if self.g is not None:
             shape = b if self.g[0] == "b" else 1, n, h if self.g[2] == "h" else 1
             of = (shape[0], n if self.g[1] == "l" else 1, shape[2])
+            of, shape = ((*x, d) if self.g[3:] else x for x in (of, shape))
             logs = -torch.rand(of, generator=random, dtype=torch.float64)
             infinite = self.strength == float("inf")
             logs = logs.where(logs > -0.8, -torch.inf) if infinite else logs * self.strength

@@ -118,7 +118,7 @@ def _attend(
         return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
     family = families.chosen(_traits(given))
     if family is not None:
-        tokens = kernels.Tokens(given.q, given.k, given.v, _log_decay_a_head(given, request))
+        tokens = kernels.Tokens(given.q, given.k, given.v, _log_decay_of_tokens(given, request))
         out, final = fused.attend(tokens, _initial(given), family, chain, meeting)
         return out if final is None else (out, final)
 
@@ -216,10 +216,13 @@ def _log_decay(given: Given, starts: list[int]) -> Tensor:
     return g.masked_fill(is_start.to(given.q.device)[None, :, None, None], float("-inf"))
 
 
-def _log_decay_a_head(given: Given, request: Request) -> Tensor | None:
-    """(b, L, h); None where nothing decays."""
+def _log_decay_of_tokens(given: Given, request: Request) -> Tensor | None:
+    """(b, L, h), or (B, L, H, D) with one a channel; None where nothing decays."""
     starts = _starts(request)
-    return _log_decay(given, starts)[..., 0] if starts or given.decay is not None else None
+    if not starts and given.decay is None:
+        return None
+    g = _log_decay(given, starts)
+    return g if given.decay_of == "channels" else g[..., 0]
 
 
 def _traits(given: Given) -> kernels.Traits:

@@ -32,10 +32,11 @@ def attend(
 
 
 def _transition(tokens: Tokens) -> Tensor:
-    """(B | 1, H | 1, 1, 1), by which all tokens decay the state before them."""
+    """(B | 1, H | 1, D | 1, 1), by which all tokens decay the state before them."""
     if tokens.g is None:
         return tokens.q.new_ones(1, 1, 1, 1, dtype=state_dtype(tokens.q.dtype))
-    return tokens.g.sum(1).exp()[..., None, None]
+    sums = tokens.g.sum(1).exp()
+    return sums[..., None] if sums.dim() == 3 else sums[..., None, None]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class _Fused(OnceDifferentiable):
         chain: Chain,
         meeting: Meeting,
     ) -> tuple[Tensor, Tensor | None]:
-        tokens = Tokens(_rows(q), _rows(k), _rows(v), g)
+        tokens = Tokens(_rows(q), _rows(k), _rows(v), g if g is None or g.dim() == 3 else _rows(g))
         graded = any(ctx.needs_input_grad)
         of_ranks: tuple[Tensor, ...] = ()
         if chain.axis.size > 1:

@@ -21,7 +21,8 @@ class Tokens(NamedTuple):
             any other strides; L may be 0. H, the largest number of heads, is a multiple of each,
             and each head stands for H / of them neighbours.
         g: (B | 1, L, H | 1), logs of the decay of each token in the dtype of the state, any
-            strides, -inf where a document starts; None for no decay.
+            strides, -inf where a document starts; (B | 1, L, H | 1, D) with one a channel, the last
+            dim contiguous; None for no decay.
     """
 
     q: Tensor

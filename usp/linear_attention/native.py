@@ -29,8 +29,6 @@ def reasons_against(traits: Traits) -> tuple[str, ...]:
     if traits.device.type != "cpu":
         return (f"its kernels take CPU tensors, q is on {traits.device}",)
     reasons = []
-    if traits.decay == "channels":
-        reasons.append("its kernels take one decay for all channels")
     if traits.delta:
         reasons.append("it has no kernels for the delta rule")
     return tuple(reasons)
@@ -82,7 +80,9 @@ def backward(
         states, before = _gradients(tokens, behind, updates)
     q, k, v, g = tokens
     dq, dk, dv = (_room(x, tokens.heads) for x in (q, k, v))
-    dg = behind.new_empty(*q.shape[:2], tokens.heads) if decays else None
+    dg = None
+    if decays and g is not None:
+        dg = behind.new_empty(*q.shape[:2], tokens.heads, *g.shape[3:])
     torch.ops.usp.linear_backward(dout, q, k, v, g, SEGMENT, *saved, states, dq, dk, dv, dg)
     if dg is not None and g is not None:
         dg = dg.sum_to_size(g.shape)
@@ -123,12 +123,13 @@ def _of_groups(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _decays(tokens: Tokens, parts: int) -> Tensor:
-    """(parts, b, h, 1, 1), by which each decays the state before it."""
+    """(parts, b, h, d, 1), by which each decays the state before it."""
     if tokens.g is None:
         return tokens.q.new_ones(parts, 1, 1, 1, 1, dtype=state_dtype(tokens.q.dtype))
     each = -(-_segments(tokens) // parts) * SEGMENT
-    g = F.pad(tokens.g, (0, 0, 0, each * parts - tokens.g.shape[1]))
-    return g.unflatten(1, (parts, each)).sum(2).transpose(0, 1).exp()[..., None, None]
+    g = tokens.g if tokens.g.dim() == 4 else tokens.g[..., None]
+    g = F.pad(g, (0, 0, 0, 0, 0, each * parts - g.shape[1]))
+    return g.unflatten(1, (parts, each)).sum(2).transpose(0, 1).exp()[..., None]
 
 
 def _states(tokens: Tokens, state: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,9 @@ def expected(tokens: Tokens, before: Tensor, dout: Tensor, behind: Tensor) -> di
 
     leaves = [x.detach().double().requires_grad_() for x in (*tokens, before) if x is not None]
     q, k, v, *others, state = leaves
-    decay = others[0].expand(*q.shape[:2], tokens.heads) if others else None
+    decay = None
+    if others:
+        decay = others[0].expand(*q.shape[:2], tokens.heads, *others[0].shape[3:])
     with torch.enable_grad():
         out, final = linear_recurrence(q, k, v, decay, initial_state=state)
         update = linear_recurrence(q, k, v, decay)[1]
