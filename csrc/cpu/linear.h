@@ -13,8 +13,8 @@ namespace usp::cpu {
 // Tokens that are computed together.
 inline constexpr int64_t kChunk = 32;
 
-// (B|1, L, H|1) logs of decays, or with channels (B|1, L, H|1, D), the last dim contiguous; stride 0
-// where broadcast; data null: nothing decays.
+// (B|1, L, H|1) logs of decays, or with channels (B|1, L, H|1, D), the last dim contiguous; stride
+// 0 where broadcast; data null: nothing decays.
 template <typename T>
 struct LogDecays {
   const T* data = nullptr;

@@ -122,7 +122,8 @@ class BackwardWalk {
     of_states(rows, v, dout, state);
     ahead_.advance();
     const ChunkGradients<T> at{rows, q, k, w_.dq, w_.dk, w_.scores, w_.dscores};
-    if (decays) w_.decays.of_states(table_, at, {as_const(state), as_const(w_.gradient_transposed)});
+    if (decays)
+      w_.decays.of_states(table_, at, {as_const(state), as_const(w_.gradient_transposed)});
     w_.decays.within(table_, at, decays);
     ahead_.advance();
     store_result(table_, a_, at_, tokens, w_.dq, a_.D, g_.dq);

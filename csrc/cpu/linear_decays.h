@@ -1,8 +1,8 @@
 #pragma once
 
-// What decays between the tokens of a chunk of linear attention: nothing or a factor of all channels
-// (HeadDecays), or a factor of each (ChannelDecays, by channels.h). Forward and backward are walks
-// over either.
+// What decays between the tokens of a chunk of linear attention: nothing or a factor of all
+// channels (HeadDecays), or a factor of each (ChannelDecays, by channels.h). Forward and backward
+// are walks over either.
 //
 // Methods take rows of tokens of a chunk: queries are decayed since its start, keys up to its end.
 
@@ -159,10 +159,9 @@ class ChannelDecays {
     channels_ = a.D;
     value_channels_ = a.Dv;
     cols_ = padded(a.D);
-    const auto take = [&](int64_t rows) {
-      return Matrix<T>{carver.take<T>(rows * cols_), cols_};
-    };
-    for (Matrix<T>* m : {&factors_.each, &factors_.since_start, &factors_.to_end}) *m = take(kChunk);
+    const auto take = [&](int64_t rows) { return Matrix<T>{carver.take<T>(rows * cols_), cols_}; };
+    for (Matrix<T>* m : {&factors_.each, &factors_.since_start, &factors_.to_end})
+      *m = take(kChunk);
     for (Matrix<T>* m : {&factors_.since_middle, &factors_.to_middle, &later_, &earlier_}) {
       *m = take(kPad);
     }
@@ -228,10 +227,10 @@ class ChannelDecays {
     if (at.rows > kPad) through_the_seam(table, at, decays);
     for_each_half(at.rows, [&](int64_t first, int64_t count) {
       const Matrix<T> dg = decays ? from_row(gradient_, first) : Matrix<T>{nullptr, 0};
-      table.channel_gradients(count, cols_, as_const(block(at.dscores, first, first)),
-                              {from_row(at.q, first), from_row(at.k, first),
-                               as_const(from_row(factors_.each, first)), from_row(at.dq, first),
-                               from_row(at.dk, first), dg});
+      table.channel_gradients(
+          count, cols_, as_const(block(at.dscores, first, first)),
+          {from_row(at.q, first), from_row(at.k, first), as_const(from_row(factors_.each, first)),
+           from_row(at.dq, first), from_row(at.dk, first), dg});
     });
   }
 
@@ -267,8 +266,7 @@ class ChannelDecays {
   }
 
   // Queries of the second half and keys of the first, both decayed to the seam.
-  Halves across(const Kernels<T>& table, int64_t rows, Matrix<const T> q,
-                Matrix<const T> k) const {
+  Halves across(const Kernels<T>& table, int64_t rows, Matrix<const T> q, Matrix<const T> k) const {
     return {product(table, rows - kPad, from_row(q, kPad), factors_.since_middle, later_),
             product(table, kPad, k, factors_.to_middle, earlier_)};
   }

@@ -119,15 +119,17 @@ def written(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     torch.ops.usp.linear_forward(q, k, v, g, case.segment, state, kept, out)
     shapes = zip(("dq", "dk", "dv"), (d, d, e), strict=True)
     found = [room(name, b, n, h, dim, dtype=case.dtype) for name, dim in shapes]
-    dg = room("dg", b, n, h)
+    assert g is not None
+    dg = room("dg", b, n, h, *g.shape[3:])
     torch.ops.usp.linear_backward(dout, q, k, v, g, case.segment, kept, gradient, *found, dg)
     return rooms
 
 
+@pytest.mark.parametrize("g", ["blh", "blhd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dims", [(5, 7), (48, 64)])
-def test_nothing_else_is_written(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    case = Case(length=77, dims=dims, dtype=dtype)
+def test_nothing_else_is_written(dims: tuple[int, int], dtype: torch.dtype, g: str) -> None:
+    case = Case(length=77, dims=dims, dtype=dtype, g=g)
     for level in of_this_machine():
         with running_on(level):
             for name, (inside, around) in written(case).items():
@@ -141,6 +143,8 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
     "tokens": ("v", torch.zeros(2, 8, 4, 7), r"v: dim 1 \(L\) is 8, but q has L = 9"),
     "dtype": ("q", torch.zeros(2, 9, 4, 5).half(), "q is Half, expected Float"),
     "logs": ("g", torch.zeros(2, 9, 3), r"g: dim 2 \(H\) is 3.*H = 4 \(or 1"),
+    "channels": ("g", torch.zeros(2, 9, 4, 6), r"g: dim 3 \(D\) is 6, but states has D = 5"),
+    "strides": ("g", torch.zeros(2, 9, 5, 4).mT, "g has stride 4 in its last dim, expected 1"),
     "dtype of logs": ("g", torch.zeros(2, 9, 4).double(), "g is Double, expected Float"),
     "segment": ("segment", 48, "segment is 48, expected a multiple of 32"),
     "no segment": ("segment", 0, "segment is 0, expected a multiple of 32"),
@@ -174,8 +178,6 @@ def test_linear_backward_refuses_a_part_of_its_results() -> None:
 
 def test_reasons_against() -> None:
     traits = Traits(torch.device("cpu"), torch.float32, (5, 7), "channels", True)
-    assert native.reasons_against(traits) == (
-        "it has no kernels for the delta rule",
-    )
+    assert native.reasons_against(traits) == ("it has no kernels for the delta rule",)
     other = Traits(torch.device("meta"), torch.float32, (5, 7))
     assert native.reasons_against(other) == ("its kernels take CPU tensors, q is on meta",)
