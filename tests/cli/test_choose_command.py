@@ -21,6 +21,7 @@ from usp.planning.choose.job import Choice, Job, Precision
 from usp.planning.choose.model import MODELS, Model
 from usp.planning.choose.search import meshes, predict, search
 from usp.planning.cost import Bias, Place, Shape, bytes_sent
+from usp.planning.layout import DocumentZigzag
 
 PLAN = "plan --model llama3-8b --seq-len 131072 --cluster h100 --devices 64 --batch 8"
 
@@ -59,6 +60,11 @@ def test_only_some_meshes_and_masks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "causal" in window["job"]["mask"] and "window" in window["job"]["mask"]
     less = (w["choices"][0]["seconds_of"]["attention"] for w in (window, found))
     assert next(less) < next(less) / 10
+    packed = "plan --model vit-l --seq-len 4096 --cluster a800 --devices 4 --causal --cu-seqlens"
+    argv = f"{packed} 0,1000,4096 --only ring=4,layout=document-zigzag"
+    assert "layout=usp.DocumentZigzag(cu_seqlens=(0, 1000, 4096))" in run(capsys, argv)[1]
+    choice = json.loads(run(capsys, f"{argv} --json")[1])["choices"][0]
+    assert (choice["ring"], choice["layout"]) == (4, "document-zigzag")
     fp8 = json.loads(run(capsys, f"{PLAN} --fp8 --forward --json")[1])
     assert fp8["choices"][0]["seconds"] < found["choices"][0]["seconds"] / 3
 
@@ -78,7 +84,7 @@ def test_simulated_scaling(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     weak, strong = found["weak"], found["strong"]
     assert [point["devices"] for point in weak] == [64, 128, 256]
     assert [point["batch"] for point in weak] == [8, 16, 32]
-    assert 0.85 < weak[-1]["efficiency"] < 0.99 and weak[0]["efficiency"] == 1
+    assert 0.85 < weak[-1]["efficiency"] < 0.995 and weak[0]["efficiency"] == 1
     assert strong[-1]["efficiency"] < weak[-1]["efficiency"]
     pytest.importorskip("matplotlib")
     code, out, _ = run(capsys, f"{argv.replace('256', '128')} --png {file}")
@@ -183,12 +189,15 @@ CHOICES = [
     Choice(ring=4, ring_outer=2, layout="zigzag", chunks=2),
     Choice(ring=4, ring_outer=2, fsdp=4, transport="grid"),
     Choice(ring=4, layout="zigzag", transport="query_ring"),
+    Choice(ring=4, layout=DocumentZigzag((0, 12, 32)), transport="direct"),
 ]
+MASK = masks.causal() & (masks.documents((0, 12, 32)) | masks.window(3, 0))
 
 
-def job_of_tiny() -> Job:
+def job_of_tiny(choice: Choice) -> Job:
     fp32 = Precision(4, 4, 8, 4, "fp32")
-    return Job(TINY, 32, 2, CLUSTERS["laptop"], 4, precision=fp32)
+    mask = MASK if choice.transport == "direct" else None
+    return Job(TINY, 32, 2, CLUSTERS["laptop"], 4, mask, precision=fp32)
 
 
 def pasted(number: int) -> int:
@@ -196,7 +205,7 @@ def pasted(number: int) -> int:
     torch.manual_seed(0)
     choice = CHOICES[number]
     names: dict[str, Any] = {"model": Tiny()}
-    exec(code_of(predict(job_of_tiny(), choice)), names)
+    exec(code_of(predict(job_of_tiny(choice), choice)), names)
     mesh = names["mesh"]
     assert (mesh.ring_degree, mesh.ulysses_degree) == (choice.ring, choice.ulysses)
     import usp

@@ -11,12 +11,13 @@ import torch
 from usp import masks
 from usp.planning.choose.attention import Way, attention_bytes, attention_seconds
 from usp.planning.choose.cluster import CLUSTERS, cluster_of
-from usp.planning.choose.job import Choice, Job
+from usp.planning.choose.job import CHECKPOINTING, OFFLOAD, TILES, Choice, Job
 from usp.planning.choose.model import MODELS, Model
 from usp.planning.choose.network import Group, all_to_all, gather, hop
-from usp.planning.choose.search import predict, search
+from usp.planning.choose.search import meshes, predict, search
 from usp.planning.choose.steps import CAUSAL, EVERYTHING, same_for_any_length, steps_of
 from usp.planning.cost import Place, Shape, bytes_sent
+from usp.planning.layout import DocumentZigzag
 from usp.planning.masks.mask import Mask
 from usp.planning.plan import make_plan
 from usp.planning.samples import masks_of
@@ -147,6 +148,33 @@ def test_every_cluster_says_where_its_numbers_are_from_and_plans(cluster: object
     best = search(Job(MODELS["vit-l"], 2048, 8, cluster, cluster.node))
     assert best[0].fits and best == sorted(best, key=lambda one: one.time.total)
     assert {one.choice.devices for one in best} == {cluster.node}
+
+
+@pytest.mark.parametrize(
+    ("job", "degrees"),
+    [  # inputs on the host and no attention again, against all again; a layer's products again
+        (Job(MODELS["llama2-7b"], 2**20, 1, CLUSTERS["a100"], 8), Choice(fsdp=8, ulysses=8)),
+        (Job(MODELS["llama3-8b"], 2**15, 64, CLUSTERS["a800"], 16), Choice(dp=16, fsdp=16)),
+        (Job(MODELS["llama3-70b"], 2**15, 64, CLUSTERS["a800"], 16), Choice(16, 16)),
+    ],
+)
+def test_no_other_saver_that_fits_is_faster(job: Job, degrees: Choice) -> None:
+    (found,) = (one for one in search(job, [degrees]) if one.choice.micro == 1)
+    every = product(TILES, CHECKPOINTING, OFFLOAD)
+    ways = (replace(found.choice, tiles=t, checkpointing=c, offload=o) for t, c, o in every)
+    others = [one for one in (predict(job, way) for way in ways) if one.fits]
+    assert others and found.time.total <= 1.01 * min(one.time.total for one in others)
+
+
+def test_packed_documents_get_a_layout_of_their_own() -> None:
+    """A long document among short ones: zigzag rows of the whole are not even."""
+    packed = masks.causal() & masks.documents((0, 70000, 80000, 100000, 131072))
+    job = Job(MODELS["llama3-8b"], 131072, 1, CLUSTERS["h100"], 4, packed)
+    asked = [c for c in meshes(job, ("tp", "pp", "ulysses")) if c.transport == "ring"]
+    found = search(job, asked)[0]
+    assert isinstance(found.choice.layout, DocumentZigzag)
+    before = {c.layout: predict(job, replace(found.choice, layout=c.layout)).time for c in asked}
+    assert found.time.total < 0.85 * min(time.total for time in before.values())
 
 
 def test_models_are_as_large_as_their_names() -> None:

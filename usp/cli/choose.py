@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from usp.cli.console import UserError, add_json, present, table
+from usp.cli.layouts import name_of
 from usp.cli.paste import code_of
 from usp.cli.scaling import draw_scaling, scaling_of, scaling_table
 from usp.planning.choose.cluster import CLUSTERS, Cluster, cluster_of
@@ -175,7 +176,7 @@ def rank(job: Job, only: dict[str, str]) -> list[Predicted]:
     before = {name: value for name, value in only.items() if name in (*_DEGREES, "layout")}
     before |= {n: value for n, value in only.items() if n in ("transport", "ring_outer")}
     before.pop("fsdp", None)
-    asked = [choice for choice in meshes(job) if _is(choice, before)]
+    asked = [choice for choice in meshes(job, (), "layout" in only) if _is(choice, before)]
     if only and not asked:
         raise ValueError(f"no mesh of {job.devices} devices has {only}")
     found = [one for one in search(job, asked) if _is(one.choice, only)]
@@ -190,7 +191,12 @@ def rank(job: Job, only: dict[str, str]) -> list[Predicted]:
 
 
 def _is(choice: Choice, wanted: dict[str, str]) -> bool:
-    return all(str(getattr(choice, name)) == value for name, value in wanted.items())
+    return all(_shown(choice, name) == value for name, value in wanted.items())
+
+
+def _shown(choice: Choice, name: str) -> str:
+    value = getattr(choice, name)
+    return name_of(value) if name == "layout" else str(value)
 
 
 def _at_least_one(name: str, number: int) -> int:
@@ -203,7 +209,7 @@ def _found(one: Predicted) -> dict[str, Any]:
     """For programs."""
     sent = one.sent
     return {
-        **vars(one.choice),
+        **vars(one.choice) | {"layout": name_of(one.choice.layout)},
         "seconds": one.time.total,
         "flops_a_device": one.flops,
         "tokens_a_second": one.tokens_a_second,
@@ -259,7 +265,7 @@ def _ranking(shown: Iterable[Predicted]) -> str:
             f"{one.memory.total / GIB:.1f}",
             f"{one.sent.total / GB:.3g}",
         )
-        how = (getattr(choice, name) for name in (*_DEGREES, *_HOW))
+        how = (_shown(choice, name) for name in (*_DEGREES, *_HOW))
         rows.append((*how, *numbers, one.limit))
     return table(rows)
 

@@ -27,3 +27,13 @@ def parse_layout(text: str, length: int, cu_seqlens: tuple[int, ...] | None) -> 
     if cu_seqlens is None:
         raise ValueError("--layout document-zigzag cuts documents: give them as --cu-seqlens 0,...")
     return DocumentZigzag(cu_seqlens)
+
+
+def name_of(layout: Layout) -> str:
+    """As it is written on a command line and in a table."""
+    return "document-zigzag" if isinstance(layout, DocumentZigzag) else str(layout)
+
+
+def code_of_layout(layout: Layout) -> str:
+    """As it is written in Python."""
+    return f"usp.{layout!r}" if isinstance(layout, DocumentZigzag) else f'"{layout}"'

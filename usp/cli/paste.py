@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+from usp import masks
+from usp.cli.layouts import code_of_layout
 from usp.planning.choose.job import Choice
 from usp.planning.choose.search import Predicted
+from usp.planning.masks.mask import Mask
 
 _AXES = ("pp", "dp", "ring_outer", "ring", "ulysses", "tp")
 
@@ -70,9 +75,9 @@ def _quoted(names: list[str]) -> str:
 
 def _attention(one: Predicted) -> list[str]:
     choice, job = one.choice, one.job
-    mask = f"mask=usp.masks.{job.mask!r}" if job.mask is not None else ""
+    mask = f"mask={_code_of_mask(job.mask)}" if job.mask is not None else ""
     causal = "causal=True" if job.model.causal and job.mask is None else ""
-    how = [causal, mask, f'layout="{choice.layout}"']
+    how = [causal, mask, f"layout={code_of_layout(choice.layout)}"]
     if choice.ring > 1:
         how.append(f'transport="{choice.transport}"')
     how.append(f"seq_len={job.seq_len}")
@@ -90,6 +95,11 @@ def _attention(one: Predicted) -> list[str]:
         "for layer in model.layers:  # what takes and returns (batch, tokens, heads, head dim)",
         "    layer.attention = usp.LongContextAttention(mesh, **options)",
     ]
+
+
+def _code_of_mask(mask: Mask) -> str:
+    """Masks print themselves as calls; of which module, the code says."""
+    return re.sub(rf"\b({'|'.join(masks.__all__)})\(", r"usp.masks.\1(", repr(mask))
 
 
 def _savers(choice: Choice, has_logits: bool) -> list[str]:
@@ -141,7 +151,7 @@ def _sharing(choice: Choice, device: str) -> list[str]:
 def _step(choice: Choice) -> list[str]:
     lines = [
         f"# {choice.micro} sample{'s' * (choice.micro > 1)} at a time, cut by "
-        f'usp.shard_sequence(x, mesh, dim=1, layout="{choice.layout}")'
+        f"usp.shard_sequence(x, mesh, dim=1, layout={code_of_layout(choice.layout)})"
     ]
     if choice.fsdp == 1:
         group = ', world.get_group("dp")' if choice.dp > 1 else ""

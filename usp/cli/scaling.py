@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from usp.cli.console import UserError, table
+from usp.cli.layouts import name_of
 from usp.planning.choose.job import Job
 from usp.planning.choose.search import Predicted
 
@@ -81,7 +82,7 @@ def scaling_table(job: Job, curves: Curves) -> str:
                 continue
             choice, share = point.best.choice, point.efficiency
             mesh = f"dp {choice.dp} ring {choice.ring} ulysses {choice.ulysses} tp {choice.tp} "
-            mesh += f"pp {choice.pp} fsdp {choice.fsdp} {choice.layout} {choice.transport}"
+            mesh += f"pp {choice.pp} fsdp {choice.fsdp} {name_of(choice.layout)} {choice.transport}"
             numbers = f"{point.best.time.total:.4g}", f"{point.best.tokens_a_second:.4g}"
             bar = "#" * round(20 * share)
             rows.append((point.devices, point.batch, *numbers, f"{100 * share:.1f}%", bar, mesh))

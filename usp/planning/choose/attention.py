@@ -11,6 +11,7 @@ from usp.planning.choose.steps import Steps, steps_of
 from usp.planning.cost import Bytes, Place, Shape, bytes_sent, exchange_sent
 from usp.planning.gathered import Sizes, Width
 from usp.planning.heads import split_heads
+from usp.planning.layout import Layout
 from usp.planning.masks.mask import Mask
 from usp.planning.problem import state_dtype
 
@@ -31,7 +32,7 @@ class Way:
 
     ring: Group = ALONE
     ulysses: Group = ALONE
-    layout: str = "contiguous"
+    layout: Layout = "contiguous"
     transport: str = "ring"
     outer: int = 1
 

@@ -13,6 +13,7 @@ from usp.planning.choose.model import Model
 from usp.planning.choose.network import Group
 from usp.planning.choose.steps import CAUSAL, EVERYTHING
 from usp.planning.cost import Shape
+from usp.planning.layout import Layout
 from usp.planning.masks.mask import Mask
 
 TILES = ("none", "loss", "mlp+loss")
@@ -123,7 +124,7 @@ class Choice:
     ulysses: int = 1
     tp: int = 1
     pp: int = 1
-    layout: str = "contiguous"
+    layout: Layout = "contiguous"
     transport: str = "ring"
     tiles: str = "none"
     checkpointing: str = "none"

@@ -9,11 +9,14 @@ from itertools import product
 from usp.planning.choose.job import Choice, Job
 from usp.planning.choose.memory import Memory, fits, memory_of
 from usp.planning.choose.network import spans_nodes
-from usp.planning.choose.steps import EVERYTHING
+from usp.planning.choose.steps import EVERYTHING, same_for_any_length
 from usp.planning.choose.time import StepTime, model_flops, step_time
 from usp.planning.choose.traffic import Sent, bytes_of
+from usp.planning.layout import DocumentZigzag, Layout
+from usp.planning.masks.mask import Intersection
+from usp.planning.masks.terms import Documents
 
-# What saves memory, by the time it costs: the first that fits is taken.
+# What saves memory, by and large by the time it costs: the fastest that fits is taken.
 _CHUNKS = 16
 SAVERS = tuple(
     (tiles, checkpointing, offload, chunks)
@@ -28,6 +31,7 @@ SAVERS = tuple(
         ("inputs", "full", "loss", 1),
         ("inputs", "full", "mlp+loss", 1),
         ("inputs", "full", "mlp+loss", _CHUNKS),
+        ("states", "attention", "loss", 1),
         ("states", "full", "loss", 1),
         ("states", "full", "mlp+loss", 1),
         ("states", "full", "mlp+loss", _CHUNKS),
@@ -36,7 +40,7 @@ SAVERS = tuple(
 
 
 Saver = tuple[str, str, str, int]
-_REFINED = 24
+_REFINED, _RELAID = 24, 8
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,11 @@ def _check(job: Job, choice: Choice) -> None:
 def search(
     job: Job, degrees: Iterable[Choice] | None = None, limit: Sequence[str] = ()
 ) -> list[Predicted]:
-    """What fits, the fastest first, each with the cheapest saver that makes it fit.
+    """What fits, the fastest first, each with the fastest saver that makes it fit.
 
-    All meshes, layouts and transports are compared with one sample at a time and states shared by
-    all ranks; of the fastest also the other ways of sharing and larger micro batches.
+    All meshes and transports are compared in rows that are contiguous or zigzag, with one sample at
+    a time and states shared by all ranks; of the fastest also the other ways of sharing, larger
+    micro batches, and the layouts that take long to plan.
 
     Args:
         job: What is to be trained.
@@ -135,7 +140,8 @@ def search(
         raise ValueError(_nothing_fits(job, tried))
     found.sort(key=_order)
     for index, one in enumerate(found[:_REFINED]):
-        others = (_fitted(job, choice) for choice in _refined(job, one.choice))
+        tries = [*_refined(job, one.choice), *(_relaid(job, one.choice) if index < _RELAID else ())]
+        others = (_fitted(job, choice) for choice in tries)
         found[index] = min([one, *(other for other in others if other is not None)], key=_order)
     return sorted(found, key=_order)
 
@@ -145,13 +151,19 @@ def _order(one: Predicted) -> tuple[float, float]:
 
 
 def _fitted(job: Job, choice: Choice) -> Predicted | None:
-    """With the first saver of which its memory is enough."""
+    """With the fastest saver of which its memory is enough: what one costs depends on links and
+    lengths, but those in front of all recomputation cost next to nothing."""
+    best: Predicted | None = None
     for saver in _savers(job, choice):
         tried = _with(choice, saver)
         memory = memory_of(job, tried)
-        if fits(job, memory):
-            return Predicted(tried, step_time(job, tried), memory, True, job)
-    return None
+        if not fits(job, memory):
+            continue
+        found = Predicted(tried, step_time(job, tried), memory, True, job)
+        best = found if best is None else min(best, found, key=_order)
+        if tried.checkpointing == "none" and tried.tiles != "mlp+loss":
+            break
+    return best
 
 
 def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
@@ -190,8 +202,14 @@ def _savers(job: Job, choice: Choice) -> Iterator[Saver]:
         yield saver
 
 
-def meshes(job: Job, limit: Sequence[str] = ()) -> Iterator[Choice]:
-    """Every mesh of a job's devices, with each layout and transport."""
+def meshes(job: Job, limit: Sequence[str] = (), every_layout: bool = False) -> Iterator[Choice]:
+    """Every mesh of a job's devices, with each layout and transport.
+
+    Args:
+        job: Of the devices.
+        limit: Names of degrees that must be 1.
+        every_layout: Also those that take long to plan.
+    """
     model, devices = job.model, job.devices
     most = min(devices, job.cluster.node)
     for tp in _divisors(model.kv_heads, 1 if "tp" in limit else most):
@@ -207,14 +225,15 @@ def meshes(job: Job, limit: Sequence[str] = ()) -> Iterator[Choice]:
                     if "ring" in limit and ring > 1:
                         continue
                     degrees = Choice(dp, 1, ring, ulysses, tp, pp)
-                    yield from _ways(job, degrees)
+                    yield from _ways(job, degrees, every_layout)
 
 
-def _ways(job: Job, degrees: Choice) -> Iterator[Choice]:
-    layouts, transports = ["contiguous"], ["ring"]
+def _ways(job: Job, degrees: Choice, every_layout: bool) -> Iterator[Choice]:
+    layouts: list[Layout] = ["contiguous"]
+    transports = ["ring"]
     if degrees.ring > 1:
         if job.who_sees != EVERYTHING:
-            layouts.append("zigzag")
+            layouts += ["zigzag", *(_planned_layouts(job) if every_layout else ())]
         transports.append("allgather")
         if job.mask is not None and degrees.ring <= 64:
             transports.append("direct")
@@ -250,6 +269,25 @@ def _refined(job: Job, choice: Choice) -> Iterator[Choice]:
     """The same mesh with other numbers of ranks that share states, and of samples at a time."""
     for fsdp, micro in product(_shares(job, choice), _micros(job, choice)):
         yield replace(choice, fsdp=fsdp, micro=micro)
+
+
+def _relaid(job: Job, choice: Choice) -> Iterator[Choice]:
+    """The same mesh with the layouts that have no formula."""
+    if choice.ring > 1:
+        for layout in _planned_layouts(job):
+            yield replace(choice, layout=layout)
+
+
+def _planned_layouts(job: Job) -> Iterator[Layout]:
+    """Striped, and zigzag in each document. Without a mask, or with a causal one alone, they work
+    as evenly as zigzag, and no better."""
+    mask = job.who_sees
+    if same_for_any_length(mask, "zigzag"):
+        return
+    yield "striped"
+    for part in mask.masks if isinstance(mask, Intersection) else (mask,):
+        if isinstance(part, Documents):
+            yield DocumentZigzag(part.cu_seqlens)
 
 
 def _shares(job: Job, degrees: Choice) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from usp.planning.layout import Layout
 from usp.planning.masks.mask import Everything, Mask
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Plan, make_plan
@@ -36,14 +37,14 @@ class Steps:
     messages: int
 
 
-def same_for_any_length(mask: Mask, layout: str) -> bool:
+def same_for_any_length(mask: Mask, layout: Layout) -> bool:
     """Whether there is a formula, so that nothing must be planned to know the work."""
     return mask == EVERYTHING or (mask == CAUSAL and layout in ("contiguous", "zigzag"))
 
 
 @lru_cache(maxsize=4096)
 def steps_of(
-    mask: Mask, layout: str, lengths: tuple[int, int], ring: int, transport: str
+    mask: Mask, layout: Layout, lengths: tuple[int, int], ring: int, transport: str
 ) -> tuple[Steps, ...]:
     """Of the ring ranks that may be the busiest.
 
@@ -63,7 +64,7 @@ def steps_of(
 
 
 def _formulas(
-    mask: Mask, layout: str, queries: int, keys: int, ring: int, transport: str
+    mask: Mask, layout: Layout, queries: int, keys: int, ring: int, transport: str
 ) -> tuple[Steps, ...]:
     """Where 2 ring divides the length these are exact, else nearly."""
     others, row, rows = ring - 1, queries / ring, keys / ring
