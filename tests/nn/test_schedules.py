@@ -1,7 +1,8 @@
 """Whole schedules: five optimizer steps on data and sequence ranks end where one process ends.
 
 Every number of data ranks, sequence ranks and accumulated batches with at most four ranks, plain,
-under DDP and under FSDP2; and training that goes on from a checkpoint on another mesh.
+by a GradScaler, under autocast, DDP and FSDP2; and training that goes on from a checkpoint on
+another mesh.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def of_one_process(place: Place, batches: int, steps: int = STEPS) -> dict[str, 
 def part_of_loss(model: nn.Module, place: Place, step: int, micro: int) -> Tensor:
     """This rank's part of the mean over the counted tokens of its sample."""
     x, targets = batch_of(place, step, micro, place.sample)
+    x = x.to(next(model.parameters()).dtype)
     lost = loss_of(model, place.shard(x), place.shard(targets), "sum")
     return lost / (targets != -100).sum()
 
@@ -93,14 +95,16 @@ def plain(place: Place, batches: int) -> dict[str, Tensor]:
     return parameters_of(model)
 
 
-def scaled(place: Place, batches: int) -> dict[str, Tensor]:
-    """By a GradScaler, which looks for inf in the sums of all ranks."""
-    model = place.model()
+def scaled(place: Place, batches: int, low: torch.dtype | None = None) -> dict[str, Tensor]:
+    """By a GradScaler, which looks for inf in the sums of all ranks; `low`: under autocast."""
+    model = place.model() if low is None else place.model().float()
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=256.0)
     data = place.device_mesh.get_group("data")
     for step in range(STEPS):
         for micro in range(batches):
-            scaler.scale(part_of_loss(model, place, step, micro) / batches).backward()
+            with torch.autocast("cpu", low, enabled=low is not None):
+                part = part_of_loss(model, place, step, micro)
+            scaler.scale(part / batches).backward()
         usp.all_reduce_gradients(model, place.mesh, data)
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -108,6 +112,10 @@ def scaled(place: Place, batches: int) -> dict[str, Tensor]:
         scaler.update()
         optimizer.zero_grad()
     return parameters_of(model)
+
+
+def autocast(place: Place, batches: int) -> dict[str, Tensor]:
+    return scaled(place, batches, torch.float16)
 
 
 def under_ddp(place: Place, batches: int) -> dict[str, Tensor]:
@@ -174,9 +182,11 @@ def assert_ends_there(
     [
         (plain, 2),
         *(pytest.param(plain, n, marks=pytest.mark.long) for n in (1, 3)),
-        *(pytest.param(under_ddp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
-        *(pytest.param(under_fsdp, n, marks=pytest.mark.long) for n in (1, 2, 3)),
-        *(pytest.param(run, 2, marks=pytest.mark.long) for run in (scaled, offloaded, mixed)),
+        *(
+            pytest.param(run, n, marks=pytest.mark.long)
+            for run in (under_ddp, under_fsdp, scaled, offloaded, mixed)
+            for n in (1, 2, 3)
+        ),
     ],
 )
 def test_five_steps_end_where_one_process_ends(
@@ -185,6 +195,24 @@ def test_five_steps_end_where_one_process_ends(
     found = pool.run(run, place, batches, ranks=place.ranks)
     allowed = 3e-5 if run is mixed else 1e-7  # rounding of fp32
     assert_ends_there(found, of_one_process(place, batches), allowed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batches", [1, 2, 3])
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_five_steps_under_autocast_end_there_but_for_its_rounding(
+    pool: Any, place: Place, batches: int
+) -> None:
+    """fp16 and a GradScaler: off by the rounding of fp16, and by no less."""
+    start, wanted = parameters_of(make_model()), of_one_process(place, batches)
+    for found in pool.run(autocast, place, batches, ranks=place.ranks):
+        assert found.keys() == wanted.keys()
+        assert {x.dtype for x in found.values()} == {torch.float32}
+        off, moved = (
+            sum((there[name] - end).square().sum() for name, end in wanted.items()).sqrt()
+            for there in (found, start)
+        )
+        assert 5e-4 < off / moved < 1e-2, f"off by {off}, moved by {moved}"
 
 
 def first_steps(place: Place, folder: str) -> None:
