@@ -139,34 +139,47 @@ TEXT["rope_parameters"] = {
 
 class Text(nn.Module):
     """Of images and texts that are embedded already, each token with three positions; packed, where
-    a fourth says where it stands in its document."""
+    a fourth says where it stands in its document. With a mesh its tokens are cut before it."""
 
     def __init__(self, model: nn.Module, packed: bool) -> None:
         super().__init__()
-        self.model, self.packed = model, packed
+        self.model, self.packed, self.mesh = model, packed, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         places = torch.arange(27)
         grid = (places % 11, places // 5, places % 7, places % 3)[not self.packed :]
-        given = {"position_ids": torch.stack(grid)[:, None].expand(-1, 2, -1), "use_cache": False}
-        return self.model(inputs_embeds=x, **given).last_hidden_state
+        positions = torch.stack(grid)[:, None].expand(-1, 2, -1)
+        given = {"inputs_embeds": x, "position_ids": positions}
+        if self.mesh is None:
+            return self.model(**given, use_cache=False).last_hidden_state
+        cut = usp.cut_batch(given, self.mesh, "zigzag")
+        out = cut["spread"].unshard(self.model(**cut, use_cache=False).last_hidden_state)
+        return out.detach() + (out - out.detach()) / self.mesh.size  # every rank has the whole
 
 
-def _compared_text(packed: bool) -> dict[str, float]:
+def _compared_text(packed: bool, outputs: str) -> dict[str, float]:
     library = libraries.library("transformers.models.qwen2_5_vl")
     door.register()
     config = library.configuration_qwen2_5_vl.Qwen2_5_VLTextConfig(**TEXT)
     kind = library.modeling_qwen2_5_vl.Qwen2_5_VLTextModel
     model = kind._from_config(config, attn_implementation="usp")
     model, mesh = Text(doors.randomize(model), packed).eval(), workers.mesh(2, 2)
-    x = {"x": random(2, 27, 20, seed=1)}
-    return doors.compared(model, x, mesh, lambda m: usp.parallelize(m, mesh, layout="zigzag"))
+
+    def spread(text: Text) -> None:
+        if outputs == "local":
+            usp.parallelize(text.model, mesh, outputs="local")
+            text.mesh = mesh
+        else:
+            usp.parallelize(text, mesh, layout="zigzag")
+
+    return doors.compared(model, {"x": random(2, 27, 20, seed=1)}, mesh, spread)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_text_by_itself_has_three_positions_a_token(pool, packed) -> None:
+@pytest.mark.parametrize("outputs", ["joined", "local"])
+def test_a_text_by_itself_has_three_positions_a_token(pool, packed, outputs) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_compared_text, packed, ranks=4, timeout=250):
+    for wrong in pool.run(_compared_text, packed, outputs, ranks=4, timeout=250):
         assert wrong == {}
 
 

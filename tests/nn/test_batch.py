@@ -58,12 +58,30 @@ def test_documents_are_read_off_positions_that_jump() -> None:
     assert "num_items_in_batch" not in usp.cut_batch({"ids": ids}, None)
 
 
+def _three_positions(rows: int) -> list[Any]:
+    places = torch.arange(13)
+    grid = torch.stack((places % 5, places, places // 2, places % 3))[4 - rows :]
+    grid = grid[:, None].expand(-1, 2, -1)
+    cut = usp.cut_batch({"input_ids": IDS, "position_ids": grid}, workers.mesh(2, 2), "zigzag")
+    spread = cut["spread"]
+    assert cut["position_ids"].shape == (rows, 2, spread.local_seq_len)
+    assert torch.equal(spread.unshard(cut["position_ids"], 2), grid)
+    return [spread.cu_seqlens]
+
+
+def test_several_positions_a_token_stand_in_front_of_the_samples(pool) -> None:
+    """Of M-RoPE; the first of four says where documents begin."""
+    assert pool.run(_three_positions, 3, ranks=4) == 4 * [[None]]
+    assert pool.run(_three_positions, 4, ranks=4) == 4 * [[(0, 5, 10, 13)]]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     ids = torch.zeros(2, 6, dtype=torch.int64)
     for batch, options, message in (
         ({"labels": ids}, {}, "needs one of input_ids, inputs_embeds, ids, got labels"),
         ({"ids": ids, "labels": ids[:, :5]}, {}, r"labels is \(2, 5\), .* has 6 tokens"),
         ({"ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}, {}, r"is \(2, 1, 6, 6\)"),
+        ({"ids": ids, "position_ids": torch.zeros(3, 6, 2)}, {}, r"is \(3, 6, 2\), and the batch"),
         ({"ids": ids, "cu_seq_lens_q": torch.tensor([0, 6])}, {}, "its cu_seqlens"),
         ({"ids": ids}, {"cu_seqlens": (0, 5)}, "the one length"),
         ({"ids": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])}, {},

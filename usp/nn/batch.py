@@ -39,8 +39,9 @@ def cut_batch(
     Args:
         batch: By name: ``input_ids`` (B, S), or ``ids``, or ``inputs_embeds`` (B, S, C);
             ``labels`` (B, S), the token that stands there, as in transformers; ``position_ids``
-            (B, S) or (1, S); ``attention_mask`` (B, S), nonzero where a token is no padding; and
-            whatever else has tokens along dim 1. What is no tensor passes through.
+            (B, S) or (1, S), or of M-RoPE (3, B, S), or (4, B, S) with those in the documents
+            first; ``attention_mask`` (B, S), nonzero where a token is no padding; and whatever
+            else has tokens along dim 1. What is no tensor passes through.
         mesh: The ranks that share the sequence; None is one device.
         layout: Which token goes where.
         cu_seqlens: Boundaries ``(0, ..., S)`` of packed documents, the same in all samples; by
@@ -82,7 +83,10 @@ def cut_batch(
         labels = _shifted(found["labels"], documents, ignore_index)
         more["num_items_in_batch"] = _count(labels, ignore_index, data_parallel_group)
         found["labels"] = labels
-    cut = {n: spread.shard(x, 1) if isinstance(x, Tensor) else x for n, x in found.items()}
+    cut = {
+        n: spread.shard(x, _dim(n, x.dim())) if isinstance(x, Tensor) else x
+        for n, x in found.items()
+    }
     if more:
         more["shift_labels"] = cut["labels"]
     return cut | more | {"spread": spread}
@@ -95,7 +99,8 @@ def _length(batch: Mapping[str, Any]) -> int:
     shapes = {name: tuple(x.shape) for name, x in batch.items() if isinstance(x, Tensor)}
     length = next(shapes[name] for name in _TOKENS if name in shapes)[1:2]
     for name, shape in shapes.items():
-        if shape[1:2] != length or not length:
+        dim = _dim(name, len(shape))
+        if shape[dim : dim + 1] != length or not length:
             raise ValueError(
                 f"{name} is {shape}, and the batch has {length[0] if length else 'no'} tokens "
                 "along dim 1: cut_batch takes what has an entry for each, (B, S, ...); a mask by "
@@ -104,12 +109,19 @@ def _length(batch: Mapping[str, Any]) -> int:
     return integer("tokens of the batch", length[0], least=0)
 
 
+def _dim(name: str, dims: int) -> int:
+    """Of tokens; several positions a token stand in front of the samples."""
+    return 2 if name == "position_ids" and dims == 3 else 1
+
+
 def _documents(positions: Tensor | None) -> tuple[int, ...] | None:
     """Boundaries where positions do not go on by one; None where they all do.
 
     Raises:
         ValueError: they are at other places in other samples.
     """
+    if positions is not None and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # the others are of frame, row and column
     if positions is None or positions.dim() != 2:
         return None
     jumps = positions.diff(dim=1) != 1
