@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import doors
+import example_programs as examples
 import libraries
 import pool as workers
 import pytest
@@ -71,11 +76,8 @@ def processor(**more: Any) -> nn.Module:
     kernels = libraries.library("anemoi.utils.config").DotDict()
     sizes = {"num_layers": 2, "num_channels": 24, "num_heads": 3, "mlp_hidden_ratio": 2}
     sizes |= {"num_chunks": 1, "layer_kernels": kernels}
-    return Grid(
-        module.TransformerProcessor(
-            attention_implementation="scaled_dot_product_attention", **sizes | more
-        )
-    )
+    sizes |= {"attention_implementation": "scaled_dot_product_attention"}
+    return Grid(module.TransformerProcessor(**sizes | more))
 
 
 class Grid(nn.Module):
@@ -106,6 +108,11 @@ MODELS: dict[str, Made] = {
     "anemoi's processor": (
         "anemoi.models.layers.processor",
         processor,
+        {"x": random(27, 24, seed=1)},
+    ),
+    "anemoi's windows": (
+        "anemoi.models.layers.processor",
+        functools.partial(processor, window_size=3),
         {"x": random(27, 24, seed=1)},
     ),
 }
@@ -139,6 +146,100 @@ def test_a_spread_model_is_the_whole_one(pool, kind, mesh) -> None:
     libraries.library(MODELS[kind][0])
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
     for wrong in pool.run(_compared, mesh, layout, kind, ranks=mesh[0] * mesh[1], timeout=250):
+        assert wrong == {}
+
+
+# Fields of the atmosphere ------------------------------------------------------------------------
+
+
+def _of_a_night(mesh: tuple[int, int], kind: str) -> dict[str, float]:
+    """Two times of what train_climate.py forecasts: 10 levels x 80 x 80 points, two quantities."""
+    placed, fields = workers.mesh(*mesh), examples.module("train_climate").fields()
+    air = fields[:2, :, :80, :80].double()
+    air = (air - air.mean((0, 2, 3), keepdim=True)) / air.std((0, 1, 2, 3))
+    if kind == "MONAI":  # 125 patches
+        sizes = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 2, "num_heads": 3}
+        nets = libraries.library("monai.networks.nets")
+        model, x = nets.ViT(2, (10, 80, 80), (2, 16, 16), **sizes), air.movedim(-1, 1)
+    else:  # 27 x 27 points, of all levels and quantities at one time
+        model = processor(num_channels=20, num_heads=2, window_size=40)
+        x = air[0, :, ::3, ::3].movedim(0, -2).reshape(27 * 27, 20)
+    model = doors.randomize(Volumes(model)).eval()
+    return doors.compared(model, {"x": x}, placed, lambda m: usp.parallelize(m, placed))
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["MONAI", "anemoi"])
+def test_fields_of_the_atmosphere(pool, kind, mesh) -> None:
+    libraries.library("iris_sample_data")
+    libraries.library({"MONAI": "monai", "anemoi": MODELS["anemoi's processor"][0]}[kind])
+    for wrong in pool.run(_of_a_night, mesh, kind, ranks=mesh[0] * mesh[1], timeout=250):
+        assert wrong == {}
+
+
+# anemoi -----------------------------------------------------------------------------------------
+
+
+def flash_attn_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any
+) -> torch.Tensor:
+    """What flash-attn computes, which needs a GPU: (batch, points, heads, head dim)."""
+    assert not given["causal"] and given["dropout_p"] == 0
+    (near, _), softcap = given["window_size"], given["softcap"]
+    away = (torch.arange(len(q[0]))[:, None] - torch.arange(len(q[0]))).abs()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores - given["alibi_slopes"].to(q)[:, :, None, None] * away
+    scores = scores.masked_fill(away > near, -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def _by_flash() -> dict[str, float]:
+    flash = types.ModuleType("flash_attn")
+    flash.flash_attn_func, flash.__version__ = flash_attn_func, "2.8.3"
+    mesh = workers.mesh(2, 2)
+    with mock.patch.dict(sys.modules, flash_attn=flash):
+        options = {"window_size": 4, "softcap": 1.5, "use_alibi_slopes": True}
+        model = processor(attention_implementation="flash_attention", **options)
+    model = doors.randomize(model).eval()
+    x = {"x": random(27, 24, seed=1)}
+    return doors.compared(model, x, mesh, lambda m: usp.parallelize(m, mesh, layout="zigzag"))
+
+
+def test_anemoi_by_flash_attn(pool) -> None:
+    """Windows, softcap and ALiBi of what it computes on one GPU."""
+    libraries.library(MODELS["anemoi's processor"][0])
+    for wrong in pool.run(_by_flash, ranks=4, timeout=200):
+        assert wrong == {}
+
+
+class Banded(nn.Module):
+    """anemoi's own mask of 40,320 x 40,320 points would be made of 13 GB of integers."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **given: Any):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        window = given["window_size"], given["window_size"]
+        return usp.long_context_attention(q, k, v, window_size=window).transpose(1, 2)
+
+
+def _of_a_globe() -> dict[str, float]:
+    mesh = workers.mesh(1, 3)
+    model = doors.randomize(processor(num_layers=1, num_channels=12, window_size=512)).eval()
+    x = {"x": random(40320, 12, seed=1)}
+    attention = model.processor.proc[0].attention
+    theirs, attention.attention = attention.attention, Banded()
+
+    def spread(ours: nn.Module) -> None:
+        ours.processor.proc[0].attention.attention = theirs
+        usp.parallelize(ours, mesh)
+
+    return doors.compared(model, x, mesh, spread)
+
+
+def test_windows_of_forty_thousand_points(pool) -> None:
+    """The octahedral grid of ECMWF at one degree (O96)."""
+    libraries.library(MODELS["anemoi's processor"][0])
+    for wrong in pool.run(_of_a_globe, ranks=3, timeout=250):
         assert wrong == {}
 
 
@@ -213,8 +314,14 @@ def _refused(case: str) -> None:
     mesh = workers.mesh(1, 2)
     if case == "prompts":
         usp.parallelize(prithvi(vpt=True, vpt_n_tokens=2), mesh)
-    elif case == "windows":
-        usp.parallelize(processor(window_size=3), mesh)
+    elif case in ("windows", "rotations"):
+        model = processor(window_size=3)
+        attention = model.processor.proc[0].attention
+        attention.attention_implementation = "triton_attention"  # of versions to come
+        if case == "rotations":
+            attention.attention_implementation = "flash_attention"
+            attention.attention.use_rotary_embeddings = True
+        usp.parallelize(model, mesh)
     elif case == "batch":
         model = processor().double()
         model.batch = 2
@@ -229,7 +336,12 @@ def _refused(case: str) -> None:
     ("library", "case", "message"),
     [
         (MODELS["Prithvi"][0], "prompts", "puts 2 prompts behind the first token"),
-        (MODELS["anemoi's processor"][0], "windows", "has window_size=3, whose mask it makes"),
+        (
+            MODELS["anemoi's processor"][0],
+            "windows",
+            "has window_size=3 by 'triton_attention', among this rank's own tokens",
+        ),
+        (MODELS["anemoi's processor"][0], "rotations", "use_rotary_embeddings, which count from 0"),
         (
             MODELS["anemoi's processor"][0],
             "batch",

@@ -89,6 +89,23 @@ def test_timm_by_hand_is_refused(pool) -> None:
         pool.run(_by_hand, ranks=2, timeout=200)
 
 
+def _windows() -> None:
+    timm = libraries.library("timm")
+    sizes = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (2, 2)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes, num_heads=(3, 3)).double()
+    with pytest.raises(ValueError, match="the trunk of SwinTransformer is not known"):
+        usp.parallelize(model, workers.mesh(1, 2))
+    usp.parallelize(model, workers.mesh(1, 2), "layers.0.blocks")
+    model(random(2, 3, 32, 32, seed=1))
+
+
+def test_timm_with_windows_is_refused(pool) -> None:
+    """Their tokens are (rows, columns), of which a rank has some rows, and windows of its own."""
+    libraries.library("timm")
+    with pytest.raises(RemoteError, match=r"SwinTransformerBlock.* called no attention that could"):
+        pool.run(_windows, ranks=2, timeout=200)
+
+
 def _rotated() -> None:
     timm = libraries.library("timm")
     model = doors.randomize(timm.create_model("eva02_tiny_patch14_224", **TINY)).eval()

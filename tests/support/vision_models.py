@@ -16,18 +16,21 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "class token": (PLAIN, {}),
     "registers, mean": (PLAIN, {"reg_tokens": 4, "global_pool": "avg", "qk_norm": True}),
     "attention pooling": (PLAIN, {"class_token": False, "global_pool": "map"}),
-    "layer scale": (PLAIN, {"init_values": 0.5}),
+    "layer scale, gates": (PLAIN, {"init_values": 0.5}),
     "rotations": ("eva02_tiny_patch14_224", {}),
     "rotations and registers": ("vit_small_patch16_dinov3", {}),
-    "learned rotations": ("vit_small_patch16_rope_mixed_224", {}),
+    "learned rotations, gates": ("vit_small_patch16_rope_mixed_224", {}),
+    "tables of relative positions": ("vit_relpos_small_patch16_224", {}),
     "relative positions": ("beit_base_patch16_224", {}),
 }
 
 
 def of_timm(kind: str, again: bool = False, **more: Any) -> nn.Module:
     name, options = TIMM[kind]
-    timm = libraries.library("timm")
-    model = doors.randomize(timm.create_model(name, **TINY, **options, **more)).eval()
+    model = libraries.library("timm").create_model(name, **TINY, **options, **more)
+    for block in model.blocks if "gates" in kind else ():
+        block.attn.gate = nn.Linear(24, 24)  # no model of theirs has them yet
+    model = doors.randomize(model).eval()
     model.set_grad_checkpointing(again)
     return model
 

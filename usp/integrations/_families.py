@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from usp.integrations._anemoi import of_grid
 from usp.integrations._boundary import Boundary, Entries, Joint
 from usp.integrations._recurrences import check_linear_layers
 
@@ -79,21 +80,14 @@ def _without_prompts(prithvi: Any) -> None:
         )
 
 
-def _without_windows(attention: Any) -> dict[str, Any]:
-    """anemoi makes the mask of its windows of the tokens that it is given."""
-    if attention.window_size is not None:
-        raise NotImplementedError(
-            f"anemoi's {type(attention).__name__} has window_size={attention.window_size}, whose "
-            "mask it makes among this rank's own tokens: usp.LongContextAttention has windows"
-        )
-    return {}
-
-
 # by the class of the model, of what it derives from, or of the one part of it that is known
 FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     "torch.nn.modules.transformer.TransformerEncoder": Boundary("layers"),
     "torchvision.models.vision_transformer.VisionTransformer": Boundary("encoder.layers", mlp=_MLP),
     "timm.models.vision_transformer.VisionTransformer": Boundary("blocks", "*.attn", mlp=_MLP),
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": Boundary(
+        "blocks", "*.attn", mlp=_MLP
+    ),
     "timm.models.eva.Eva": Boundary(
         "blocks",
         "*.attn",
@@ -109,7 +103,7 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
         dim=0,
         beside={"cond": 0},
         never=("model_comm_group",),
-        attributes=_without_windows,
+        attributes=of_grid,
         mlp=_MLP,
     ),
     "physicsnemo.models.dit.dit.DiT": Boundary("blocks", "*.attention"),
