@@ -19,7 +19,8 @@ from usp.planning.choose import here
 from usp.planning.choose.cluster import CLUSTERS
 from usp.planning.choose.job import Choice, Job, Precision
 from usp.planning.choose.model import MODELS, Model
-from usp.planning.choose.search import meshes, predict, search
+from usp.planning.choose.search import predict, search
+from usp.planning.choose.ways import meshes
 from usp.planning.cost import Bias, Place, Shape, bytes_sent
 from usp.planning.layout import DocumentZigzag
 

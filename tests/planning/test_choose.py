@@ -14,8 +14,9 @@ from usp.planning.choose.cluster import CLUSTERS, cluster_of
 from usp.planning.choose.job import CHECKPOINTING, OFFLOAD, TILES, Choice, Job
 from usp.planning.choose.model import MODELS, Model
 from usp.planning.choose.network import Group, all_to_all, gather, hop
-from usp.planning.choose.search import meshes, predict, search
+from usp.planning.choose.search import predict, search
 from usp.planning.choose.steps import CAUSAL, EVERYTHING, same_for_any_length, steps_of
+from usp.planning.choose.ways import meshes
 from usp.planning.cost import Place, Shape, bytes_sent
 from usp.planning.layout import DocumentZigzag
 from usp.planning.masks.mask import Mask

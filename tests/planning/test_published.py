@@ -19,9 +19,10 @@ from usp.planning.choose.job import Choice, Job, Precision, shape_of
 from usp.planning.choose.memory import memory_of
 from usp.planning.choose.model import MODELS, Model
 from usp.planning.choose.network import Group, all_to_all
-from usp.planning.choose.search import crosses_nodes, meshes, predict, search
+from usp.planning.choose.search import predict, search
 from usp.planning.choose.steps import CAUSAL, EVERYTHING
 from usp.planning.choose.time import model_flops, step_time
+from usp.planning.choose.ways import crosses_nodes, meshes
 from usp.planning.cost import Shape
 from usp.planning.masks.mask import Mask
 from usp.planning.switches import elements_sent

@@ -16,7 +16,8 @@ from usp.planning.choose.cluster import CLUSTERS, Cluster, cluster_of
 from usp.planning.choose.here import NAME, measured_here
 from usp.planning.choose.job import Choice, Job, Precision
 from usp.planning.choose.model import MODELS, Model
-from usp.planning.choose.search import Predicted, meshes, search
+from usp.planning.choose.search import Predicted, search
+from usp.planning.choose.ways import meshes
 from usp.planning.masks.mask import Mask
 
 GIB, GB = 2**30, 1e9
