@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -68,7 +69,10 @@ class BuildNative(build_ext):
         device = self._device_toolchain(names)
         libraries = [native.ops_library(ROOT, torch, device)]
         tag = f"{sysconfig.get_platform()}-torch-{torch.version}"
-        native.compile_libraries(ROOT, compiler, libraries, ROOT / "build" / f"native-{tag}", out)
+        objects = ROOT / "build" / f"native-{tag}"
+        if earlier := os.environ.get("USP_OBJECTS"):
+            native.start_from(Path(earlier, objects.name), objects)
+        native.compile_libraries(ROOT, compiler, libraries, objects, out)
         record = {"targets": list(names), "reason": None, "torch": torch.version}
         record["compiler"] = native.compiler_version(compiler)
         if device is not None:

@@ -92,20 +92,26 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-def _build_lines(root: Path, unit: Unit, compiler: Sequence[str], obj: Path) -> list[str]:
-    """How ninja makes one object."""
+def _build_lines(
+    root: Path, unit: Unit, compiler: Sequence[str], obj: Path, above: str
+) -> list[str]:
+    """How ninja makes one object; `above`: the root as seen from where ninja runs."""
     command = compiler if unit.device is None else unit.device.command
     common = COMMON if unit.device is None else unit.device.flags
-    flags = [*common, f"-I{root / 'csrc'}", *unit.flags]
+    flags = [*common, f"-I{above}/csrc", *unit.flags]
     return [
-        f"build {_quote(obj)}: compile {_quote(unit.source)}",
+        f"build {_quote(obj)}: compile {_quote(Path(above, unit.source.relative_to(root)))}",
         f"  compiler = {_command(command)}",
         f"  flags = {_command(flags)}",
     ]
 
 
-def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library], out: Path) -> str:
-    """The text of `build.ninja` that puts every library into `out`."""
+def ninja_file(
+    root: Path, compiler: Sequence[str], libraries: Sequence[Library], objects: Path, out: Path
+) -> str:
+    """The text of `build.ninja` in `objects` that puts every library into `out`."""
+    # relative: root and objects may be copied together, and what is up to date stays so
+    above = os.path.relpath(root.resolve(), objects.resolve())
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
     lines = [
         "ninja_required_version = 1.5",
@@ -119,14 +125,14 @@ def ninja_file(root: Path, compiler: Sequence[str], libraries: Sequence[Library]
         "  description = link $out",
     ]
     for library in libraries:
-        objects = []
+        made = []
         for unit in library.units:
             suffix = ".o" if unit.device is None else f".{unit.device.kind}.o"
             stem = unit.source.relative_to(root).with_suffix(suffix)
-            objects.append(Path(library.filename.split(".")[0], stem))
-            lines += _build_lines(root, unit, compiler, objects[-1])
+            made.append(Path(library.filename.split(".")[0], stem))
+            lines += _build_lines(root, unit, compiler, made[-1], above)
         lines += [
-            f"build {_quote(out / library.filename)}: link {' '.join(map(_quote, objects))}",
+            f"build {_quote(out / library.filename)}: link {' '.join(map(_quote, made))}",
             f"  flags = {_command(library.link_flags)}",
         ]
     return "\n".join(lines) + "\n"
@@ -144,6 +150,12 @@ def find_ninja() -> str:
     return str(Path(ninja.BIN_DIR, "ninja"))
 
 
+def start_from(earlier: Path, objects: Path) -> None:
+    """Begin with the objects of another build, of a copy of the sources, if there are any."""
+    if earlier.is_dir() and not objects.exists():
+        shutil.copytree(earlier, objects)  # with the times by which ninja judges them
+
+
 def compile_libraries(
     root: Path, compiler: Sequence[str], libraries: Sequence[Library], objects: Path, out: Path
 ) -> None:
@@ -157,7 +169,7 @@ def compile_libraries(
         raise BuildFailed(f"sources are missing: {', '.join(missing)}")
     objects.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(ninja_file(root, compiler, libraries, out))
+    (objects / "build.ninja").write_text(ninja_file(root, compiler, libraries, objects, out))
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
     if subprocess.run([find_ninja(), "-C", str(objects), *jobs], check=False).returncode:
         raise BuildFailed("the compiler refused csrc/ (its messages stand above)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -250,6 +251,32 @@ def test_ninja_runs_in_folders_with_spaces(tmp_path: Path) -> None:
     library = native.Library("f.so", (unit,))
     native.compile_libraries(root, native.find_compiler(), [library], root / "build", out)
     assert (out / "f.so").is_file()
+
+
+def test_objects_of_a_copy_of_the_sources_are_used_while_they_are_up_to_date(
+    tmp_path: Path,
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "csrc").mkdir(parents=True)
+    (first / "csrc" / "f.h").write_text("inline int g() { return 1; }\n")
+    (first / "csrc" / "f.cpp").write_text('#include "f.h"\nint f() { return g(); }\n')
+
+    def made(root: Path) -> int:
+        library = native.Library("f.so", (native.Unit(root / "csrc" / "f.cpp"),))
+        objects, out = root / "build" / "objects", root / "out"
+        native.compile_libraries(root, native.find_compiler(), [library], objects, out)
+        assert (out / "f.so").is_file()
+        return (objects / "f" / "csrc" / "f.o").stat().st_mtime_ns
+
+    made_first = made(first)
+    shutil.copytree(first / "csrc", second / "csrc")
+    native.start_from(first / "build" / "objects", second / "build" / "objects")
+    assert made(second) == made_first
+    (second / "csrc" / "f.h").write_text("inline int g() { return 2; }\n")
+    assert made(second) > made_first
+    (second / "csrc" / "f.h").unlink()
+    with pytest.raises(native.BuildFailed):
+        made(second)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Long commands that run beside the tests, which leave a core idle most of the time.
 
-They start, one behind the other and at the lowest priority, once it is known that a test which
-asks for them was collected.
+They start, one behind the other, once it is known that a test which asks for them was collected.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Background:
         if self._over.is_set():
             return Said(-1, "", "the session is over")
         process = subprocess.Popen(
-            ["nice", "-n", "19", *command],
+            command,
             env=environment,
             text=True,
             stdin=subprocess.DEVNULL,
