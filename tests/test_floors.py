@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -62,9 +63,16 @@ def label(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Imports and attributes in a file."""
+    wanted = (ast.Import, ast.ImportFrom, ast.Attribute)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, wanted)]
+
+
 def imports(path: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, inside functions and for typing too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -73,6 +81,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
 def source_of(name: str) -> Path | None:
     """The file of usp that a dotted name comes from, or None for what is not ours."""
     parts = name.split(".")
@@ -87,6 +96,7 @@ def source_of(name: str) -> Path | None:
     return None
 
 
+@functools.cache
 def our_imports(path: Path) -> set[Path]:
     found = {source_of(name) for name in imports(path)}
     return {other for other in found if other is not None} - {path} - NEUTRAL
@@ -150,7 +160,7 @@ def test_only_comm_talks_to_torch_distributed(path: Path) -> None:
     used = {name for name in imports(path) if name.startswith("torch.distributed")}
     used |= {
         ast.unparse(node)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed.")
     }
     surplus = {name for name in used if name.split(".")[-1] not in allowed}

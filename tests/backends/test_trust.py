@@ -197,13 +197,8 @@ def test_the_variant_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.variant(hopper) is None
 
 
-@pytest.mark.parametrize("where", ["in a thread", "in a process of its own"])
 @pytest.mark.long
-def test_a_right_family_is_taken(
-    where: str, family: Family, request: pytest.FixtureRequest
-) -> None:
-    if where != "in a thread":
-        request.getfixturevalue("like_a_gpu")
+def test_a_right_family_is_taken(family: Family) -> None:
     family("right")
     assert chosen(replace(TRAITS, dtype=torch.bfloat16)) == ("right", [])
     assert chosen(replace(TRAITS, bias=True, dropout=True)) == ("right", [])
@@ -226,13 +221,6 @@ def test_what_takes_its_process_with_it_is_left_out(
     trust.forget()
     with mock.patch.object(verdicts, "run_apart", side_effect=AssertionError("asked again")):
         assert chosen() == (OURS, [message])
-
-
-@pytest.mark.long
-def test_what_was_seen_in_another_process_is_told(family: Family, like_a_gpu: None) -> None:
-    family("wrong_lse", families.WRONG["wrong_lse"][0])
-    found, (message,) = chosen()
-    assert found == OURS and families.WRONG["wrong_lse"][1] in message
 
 
 @pytest.mark.long

@@ -1,8 +1,8 @@
 """Whole schedules: five optimizer steps on data and sequence ranks end where one process ends.
 
-Every number of data ranks, sequence ranks and accumulated batches with at most four ranks, plain,
-by a GradScaler, under autocast, DDP and FSDP2; and training that goes on from a checkpoint on
-another mesh.
+Every number of data ranks with each of sequence ranks that make at most four, and one to three
+accumulated batches, plain, by a GradScaler, under autocast, DDP and FSDP2; and training that goes on
+from a checkpoint on another mesh.
 """
 
 from __future__ import annotations
@@ -176,21 +176,27 @@ def assert_ends_there(
             assert error <= allowed * moved, f"{name}: off by {error}, moved by {moved}"
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
+# The number of batches goes round among the places.
+SCHEDULES = [
+    *((plain, 2, place) for place in PLACES),
+    *(
+        pytest.param(run, 1 + (first + i) % 3, place, marks=pytest.mark.long)
+        for first, run in enumerate((under_ddp, under_fsdp, scaled, offloaded, mixed))
+        for i, place in enumerate(PLACES)
+    ),
+    *(
+        pytest.param(plain, batches, place, marks=pytest.mark.long)
+        for batches in (1, 3)
+        for place in (Place(1, 2, 2), Place(2, 1, 2), Place(3, 1, 1))
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("run", "batches"),
-    [
-        (plain, 2),
-        *(pytest.param(plain, n, marks=pytest.mark.long) for n in (1, 3)),
-        *(
-            pytest.param(run, n, marks=pytest.mark.long)
-            for run in (under_ddp, under_fsdp, scaled, offloaded, mixed)
-            for n in (1, 2, 3)
-        ),
-    ],
+    ("run", "batches", "place"), SCHEDULES, ids=lambda x: getattr(x, "__name__", str(x))
 )
 def test_five_steps_end_where_one_process_ends(
-    pool: Any, place: Place, run: Callable[..., dict[str, Tensor]], batches: int
+    pool: Any, run: Callable[..., dict[str, Tensor]], batches: int, place: Place
 ) -> None:
     found = pool.run(run, place, batches, ranks=place.ranks)
     allowed = 3e-5 if run is mixed else 1e-7  # rounding of fp32

@@ -100,8 +100,10 @@ def compiled(name: str, backend: str, checkpointed: bool) -> list[str]:
     return wrong if compiler.graphs == 1 else [*wrong, f"{compiler.graphs} graphs"]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("name", "checkpointed"),
+    [*((name, False) for name in PLACES), ("both", True), ("a rank with none", True)],
+)
 def test_one_graph(pool, name: str, checkpointed: bool) -> None:
     ranks = PLACES[name][0] * PLACES[name][1]
     found = pool.run(compiled, name, "aot_eager", checkpointed, ranks=ranks, timeout=120)
