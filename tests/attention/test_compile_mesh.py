@@ -113,8 +113,14 @@ def compiled(case: Case, named: bool) -> tuple[dict[str, Tensor], int]:
     return dict(zip(names, results, strict=False)), compiler.graphs
 
 
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("name", CASES)
+# whose lengths are given, and not asked for
+NAMED = ("both axes, everything", "shared heads, a rank with none", "tokens as they are")
+NAMED += ("a mask for each sample",)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [*((name, False) for name in CASES), *((name, True) for name in NAMED)]
+)
 def test_one_graph(pool, name: str, named: bool) -> None:
     case = CASES[name]
     parts = pool.run(compiled, case, named, ranks=case.ranks, timeout=120)
