@@ -173,22 +173,27 @@ class DocumentSchedule:
                 f"a document schedule takes {sorted(_OPTIONS)}, not {wrong}: positions in it are "
                 "not those of the batch"
             )
-        # a length that is wrong is refused by all who share the part that it makes wrong
-        ends = [part.stop for part in self.parts[:-1]] + [None]
         found = [
             long_context_attention(
-                q[:, part.start : end],
-                k[:, part.start : end],
-                v[:, part.start : end],
+                *qkv,
                 part.mesh,
                 layout=part.layout,
                 seq_len=part.cu_seqlens[-1],
                 cu_seqlens=part.cu_seqlens,
                 **options,
             )
-            for part, end in zip(self.parts, ends, strict=True)
+            for part, *qkv in zip(self.parts, *map(self._cut, (q, k, v)), strict=True)
         ]
-        return torch.cat(cast("list[Tensor]", found), 1)
+        return torch.cat(cast("list[Tensor]", found), 1) if found[1:] else cast(Tensor, found[0])
+
+    def _cut(self, x: Tensor) -> Sequence[Tensor]:
+        """A tensor of all local tokens by parts; the gradients of a split are joined in one copy.
+
+        A length that is wrong is refused by all who share the part that it makes wrong.
+        """
+        stops = [min(part.stop, x.shape[1]) for part in self.parts[:-1]] + [x.shape[1]]
+        sizes = [stop - start for start, stop in pairwise((0, *stops))]
+        return x.split(sizes, 1) if sizes[1:] else (x,)
 
 
 def schedule_documents(
@@ -234,7 +239,7 @@ def schedule_documents(
         cuts = check_cu_seqlens(cu_seqlens)
         lengths = [stop - start for start, stop in pairwise(cuts)]
         most = None if most_tokens is None else integer("most_tokens", most_tokens, least=1)
-        return cuts, choose_degrees(lengths, [r * u for r, u in sizes], cost, most)
+        return cuts, choose_degrees(lengths, sizes, cost, most)
 
     if mesh is None or mesh.size == 1:
         return DocumentSchedule(meshes, *check())

@@ -11,7 +11,7 @@ sequences of a batch by a cost model; the search here is our own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import product
@@ -28,14 +28,19 @@ class DocumentCost:
     Attributes:
         token: Of a token, in all that sees tokens one by one: projections, MLP, norms.
         pair: Of a query and a key that it sees.
-        sent: Of a token whose key and value pass from rank to rank.
-        hop: Of one message, however short, times the ranks it passes.
+        sent: Of a token whose key and value pass from rank to rank (the ring).
+        hop: Of one message, however short.
+        exchanged: Of a token that leaves with q, k, v and comes back as out (Ulysses).
+        call: Of one call of attention, however short: a rank makes one for each size of groups in
+            which it has documents.
     """
 
     token: float
     pair: float
     sent: float = 0.0
     hop: float = 0.0
+    exchanged: float = 0.0
+    call: float = 0.0
 
     def __post_init__(self) -> None:
         for name, seconds in vars(self).items():
@@ -74,17 +79,20 @@ class DocumentCost:
             # keys and values there in both passes, and their gradients home in fp32
             sent=2 * kv * (2 * bytes_per_number + 4) / bandwidth,
             hop=3 * latency,
+            exchanged=2 * 2 * (hidden + kv) * bytes_per_number / bandwidth,
         )
 
-    def of_document(self, tokens: int, degree: int) -> float:
-        """Seconds of each of so many ranks, causal; the pairs are balanced over them."""
-        pairs = tokens * (tokens + 1) / 2
-        travels = tokens * (degree - 1) / degree
-        return (self.token * tokens + self.pair * pairs) / degree + self.sent * travels
+    def of_document(self, tokens: int, ring: int, ulysses: int = 1) -> float:
+        """Seconds of each rank of a ring x Ulysses group, causal; pairs are balanced over them."""
+        ranks, pairs = ring * ulysses, tokens * (tokens + 1) / 2
+        passed = tokens * (ring - 1) / ranks  # from all other rows of the ring, 1/ulysses of heads
+        scattered = tokens / ranks * (ulysses - 1) / ulysses
+        computed = (self.token * tokens + self.pair * pairs) / ranks
+        return computed + self.sent * passed + self.exchanged * scattered
 
-    def of_group(self, degree: int) -> float:
-        """Seconds of a group's messages, whatever it holds."""
-        return self.hop * (degree - 1)
+    def of_group(self, ring: int, ulysses: int = 1) -> float:
+        """Seconds of a group's call and its messages, whatever it holds."""
+        return self.call + self.hop * (ring - 1 + (ulysses > 1))
 
 
 class Placed(NamedTuple):
@@ -129,7 +137,7 @@ def _smallest_prime(number: int) -> int:
 
 def choose_degrees(
     lengths: Sequence[int],
-    degrees: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
     cost: DocumentCost,
     most_tokens: int | None = None,
 ) -> Degrees:
@@ -141,33 +149,34 @@ def choose_degrees(
 
     Args:
         lengths: Tokens of each document.
-        degrees: Sizes of the nested groups, falling from all ranks to 1, each dividing the last.
+        sizes: (ring, ulysses) of the nested groups, from all ranks to 1: ``nested_degrees``.
         cost: Of one layer.
         most_tokens: That a rank has room for.
 
     Raises:
         ValueError: the tokens have no room; says both numbers.
     """
-    ranks, total = degrees[0], sum(lengths)
+    groups = {ring * ulysses: (ring, ulysses) for ring, ulysses in sizes}
+    ranks, total = max(groups), sum(lengths)
     if most_tokens is not None and total > ranks * most_tokens:
         raise ValueError(
             f"{total} tokens do not fit {ranks} ranks of {most_tokens} tokens (most_tokens): take "
             "fewer documents at once, or more ranks"
         )
-    rising = sorted(degrees)
+    rising = sorted(groups)
 
     def least(tokens: int, seconds: float) -> int:
-        fits = (d for d in rising if cost.of_document(tokens, d) <= seconds)
+        fits = (d for d in rising if cost.of_document(tokens, *groups[d]) <= seconds)
         return next(fits, ranks)
 
     distinct = set(lengths)
-    seconds = [cost.of_document(n, d) for n, d in product(distinct, rising)]
+    seconds = [cost.of_document(n, *size) for n, size in product(distinct, sizes)]
     high = max(seconds, default=0.0)
     tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
     best: Degrees | None = None
     for threshold in sorted(tried, reverse=True):
         chosen = {n: least(n, threshold) for n in distinct}
-        found = _place(lengths, [chosen[n] for n in lengths], degrees, cost, most_tokens)
+        found = _place(lengths, [chosen[n] for n in lengths], groups, cost, most_tokens)
         if found is not None and (best is None or found.makespan < best.makespan):
             best = found
     if best is None:
@@ -175,33 +184,34 @@ def choose_degrees(
             f"{len(lengths)} documents of {total} tokens, the longest of {max(lengths)}, do not "
             f"fit {ranks} ranks of {most_tokens} tokens (most_tokens) whole: leave more room"
         )
-    return _improved(best, lengths, degrees, cost, most_tokens)
+    return _improved(best, lengths, groups, cost, most_tokens)
 
 
 def _place(
     lengths: Sequence[int],
     chosen: Sequence[int],
-    degrees: Sequence[int],
+    sizes: Mapping[int, tuple[int, int]],
     cost: DocumentCost,
     most_tokens: int | None,
 ) -> Degrees | None:
     """Documents of these degrees in groups, the largest groups first; None without room."""
-    loads = [(0.0, 0)] * degrees[0]
+    ranks = max(sizes)
+    loads = [(0.0, 0)] * ranks
     placed = [Placed(1, 0)] * len(lengths)
-    for degree in degrees:
+    for degree in sorted(sizes, reverse=True):
         own = [i for i, each in enumerate(chosen) if each == degree and lengths[i]]
         if not own:
             continue
         # inside a group all ranks are equal yet: only larger degrees have been placed
-        groups = [(*loads[g * degree], g) for g in range(degrees[0] // degree)]
+        groups = [(*loads[g * degree], g) for g in range(ranks // degree)]
         heapify(groups)
         started = set()
         for i in sorted(own, key=lambda i: -lengths[i]):
             seconds, tokens, group = heappop(groups)
             if group not in started:
                 started.add(group)
-                seconds += cost.of_group(degree)
-            seconds += cost.of_document(lengths[i], degree)
+                seconds += cost.of_group(*sizes[degree])
+            seconds += cost.of_document(lengths[i], *sizes[degree])
             tokens += -(-lengths[i] // degree)
             if most_tokens is not None and tokens > most_tokens:
                 return None
@@ -215,11 +225,12 @@ def _place(
 def _improved(
     best: Degrees,
     lengths: Sequence[int],
-    degrees: Sequence[int],
+    sizes: Mapping[int, tuple[int, int]],
     cost: DocumentCost,
     most_tokens: int | None,
 ) -> Degrees:
     """Documents of the rank that is done last to the next degrees, as long as that helps."""
+    degrees = sorted(sizes, reverse=True)
     for _ in range(_ROUNDS):
         seconds = [load for load, _ in best.loads]
         last = seconds.index(best.makespan)
@@ -231,7 +242,7 @@ def _improved(
             for degree in degrees[max(0, at - 1) : at + 2]:
                 chosen = [placed.degree for placed in best.placed]
                 chosen[i] = degree
-                moved = _place(lengths, chosen, degrees, cost, most_tokens)
+                moved = _place(lengths, chosen, sizes, cost, most_tokens)
                 if moved is not None and moved.makespan < found.makespan:
                     found = moved
         if found is best:
