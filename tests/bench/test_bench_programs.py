@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from usp.backends import native
 from usp.bench import attention, comm, documents, memory, model, ring, rivals, scaling
 from usp.bench.attention import Problem
 from usp.bench.case import Case
+from usp.bench.document_batch import Lengths
 from usp.bench.exact import relative_error
+from usp.bench.options import Run
 from usp.bench.peers import PEERS, peer
 from usp.bench.records import read
 from usp.bench.world import World
@@ -236,18 +240,40 @@ def documents_records(argv: str) -> list[dict[str, Any]]:
     """On a worker: what rank 0 tells."""
     args = documents.arguments(argv.split())
     told: list[dict[str, Any]] = []
-    documents.measure_dtypes(World(args, args.processes, 2, "cpu", ""), told.extend)
+    documents.measure_batches(World(args, args.processes, 2, "cpu", ""), told.extend)
     return told
 
 
 def test_documents(pool: Pool) -> None:
-    argv = "--quick --processes 2 --tokens 900 --longest 300 --dtypes fp32"
+    argv = "--quick --processes 2 --tokens 400 --seeds 0 1 --dtypes fp32 --clock cpu"
     records = pool.run(documents_records, argv, ranks=2)[0]
-    assert named(records, "layer, both") == {"usp scheduled", "usp zigzag", "usp contiguous"}
+    layouts = ("contiguous", "zigzag", "striped", "zigzag of documents")
+    static = {f"usp static 1x2 {layout}" for layout in layouts} | {"usp static 2x1 contiguous"}
+    ours = {"usp scheduled 1x2", "usp scheduled 2x1", "usp whole"}
+    assert named(records, "layer, both") == static | ours
     first = records[0]
     assert sum(first["degrees"].values()) == first["case"]["documents"] > 3
     assert first["cost"]["token"] > 0 and first["tokens_per_s"] > 0
-    assert all(len(r["cpu_s_of_ranks"]) == 2 and min(r["cpu_s_of_ranks"]) > 0 for r in records)
+    times = [r for r in records if r["record"] == "time"]
+    assert all(len(r["cpu_s_of_ranks"]) == 2 and min(r["cpu_s_of_ranks"]) > 0 for r in times)
+    best = [r for r in records if r["candidate"] == "best static"]
+    assert [r["case"]["seed"] for r in best] == [0, 1]
+    ratios = [r["values"] for r in records if r["record"] == "value" and r["case"]["seed"] == 0]
+    assert best[0]["values"]["wall"] == min(r["wall"] for r in ratios[1:])  # the first is "whole"
+    run = SimpleNamespace(sink=SimpleNamespace(records=records))
+    mean = {r["candidate"]: r["values"] for r in documents.means(cast(Run, run))}["best static"]
+    product = best[0]["values"]["wall"] * best[1]["values"]["wall"]
+    assert mean["wall"] == pytest.approx(product**0.5) and mean["bound"] > 0
+
+
+def test_a_batch_of_documents_has_its_longest_and_no_longer_one() -> None:
+    lengths = Lengths(8192, 1024, 64.0, 1.25)
+    cuts = [lengths.boundaries(seed) for seed in range(5)]
+    assert len(set(cuts)) == 5 and cuts[0] == lengths.boundaries(0)
+    for each in cuts:
+        assert each[0] == 0 and each[-1] == 8192
+        assert max(b - a for a, b in pairwise(each)) == 1024
+        assert min(b - a for a, b in pairwise(each)) >= 1
 
 
 def test_a_line_through_times_finds_what_made_them() -> None:

@@ -1,292 +1,267 @@
 """A batch of documents of very different lengths: a degree for each, beside one mesh for all.
 
 usp bench documents --quick
-usp bench documents --json documents.json
+usp bench documents --seeds 0 1 2 3 4 --json documents.json
+usp bench documents --tokens 16384 --longest 0.5 --hidden 256
 
-Processes of this machine train one transformer layer on packed documents with a long tail (Pareto).
-"scheduled" gives each document the ranks that it is worth (usp.schedule_documents, by a cost
-measured at the start of the run); the static ones share every document among all ranks: "zigzag"
-cuts each document alike over them, "contiguous" cuts the packed batch. They run in turn, in both
-orders, a barrier before each; the slowest rank counts. Records also hold the CPU seconds of each
-rank, which say more where processes share cores. Nothing is timed whose output or parameter
+Processes of this machine train one transformer layer (forward, backward, the sum of gradients) on
+packed documents: one of a part of the batch, the others of log-normal lengths, a batch for each
+seed. "scheduled" gives each document the ranks that it is worth (usp.schedule_documents, by a cost
+measured at the start), on the mesh (Ulysses x ring) that its model finds best; "static" shares
+every document among all ranks: on each mesh that they can form, in each layout, by the transport
+that is fastest in a first look; "whole" leaves every document on one rank. They run in turn, in
+both orders, a barrier before each; the slowest rank counts. Nothing is timed whose output or
 gradients differ from fp64 on one process.
+
+Then follow, for each batch, the times of the others over the schedule's, of which the least of a
+static one is the "best static" one's, and their geometric means over seeds: by the clock, and by
+the CPU seconds of the rank that has most, which is what counts on cores of its own, where nobody
+waits. "bound" is the best static one's time over that of whole documents, were they perfectly even:
+no schedule is above.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
-from typing import Any, cast
+from itertools import product
+from statistics import geometric_mean
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import usp
 from usp.bench import world as worlds
 from usp.bench.device import DTYPES
-from usp.bench.exact import relative_error
-from usp.bench.options import (
-    NO_ANSWER,
-    BenchError,
-    add_dtypes,
-    begin,
-    dtypes,
-    finish,
-    parse,
-    parser,
-)
+from usp.bench.document_batch import Batch, Lengths, Way
+from usp.bench.document_cost import CostOfLayer, Meshes
+from usp.bench.options import Run, add_dtypes, dtypes, parse, parser
+from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
+from usp.bench.timing import Times
 from usp.bench.world import World
 from usp.distributed.processes import Tell
 
-SCHEDULED, STATIC = "usp scheduled", ("usp zigzag", "usp contiguous")
 ALLOWED = {"fp32": 1e-5, "bf16": 5e-2}  # relative rms error; sums of thousands of rounded terms
+SCHEDULED, WHOLE, STATIC, BEST = "usp scheduled", "usp whole", "usp static", "best static"
+LAYER, RATIO = "layer, both", "static / scheduled"
+_MEANS = ("dtype", "tokens", "longest")
+_CASE = ("processes", "hidden", "heads", "mlp")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a batch: times of the clock, and CPU seconds of each rank."""
+
+    times: Times
+    cpu: dict[str, list[float]]
+    best: str  # schedule, by its model
+
+    def ratios(self, name: str) -> dict[str, float]:
+        found = {"wall": self.times.ratio(name, self.best)}
+        if self.cpu:
+            found["busiest_cpu"] = max(self.cpu[name]) / max(self.cpu[self.best])
+        return found
+
+    def best_static(self) -> dict[str, Any]:
+        """Its ratio to the schedule, by each clock on its own, and its name."""
+        found: dict[str, Any] = {}
+        each = {n: self.ratios(n) for n in self.times.seconds if n.startswith(STATIC)}
+        for clock in ("wall", "busiest_cpu") if each and self.cpu else ("wall",):
+            name = min(each, key=lambda n: each[n][clock])
+            found |= {clock: each[name][clock], f"{clock} of": name.removeprefix(f"{STATIC} ")}
+            if clock == "busiest_cpu" and WHOLE in self.cpu:
+                whole = self.cpu[WHOLE]
+                found["bound"] = max(self.cpu[name]) / (sum(whole) / len(whole))
+        return found
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("documents", __doc__)
+    made.set_defaults(seconds=5.0)
     add = made.add_argument
     add("--processes", type=int, default=4)
-    add("--tokens", type=int, default=16384, help="of all documents together")
-    add("--tail", type=float, default=0.9, help="exponent of Pareto: less is a longer tail")
-    add("--shortest", type=int, default=32)
-    add("--longest", type=int, default=4096)
-    add("--hidden", type=int, default=256)
+    add("--tokens", type=int, nargs="+", default=[4096, 8192], help="of all documents of a batch")
+    add(
+        "--longest",
+        type=float,
+        nargs="+",
+        default=[0.125, 0.25],
+        help="document, as a part of the batch",
+    )
+    add("--median", type=float, default=64.0, help="tokens of the other documents")
+    add("--sigma", type=float, default=1.25, help="of their logarithm: more is a longer tail")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a batch each")
+    add("--hidden", type=int, default=128)
     add("--heads", type=int, default=4)
-    add("--mlp", type=int, default=1024)
+    add("--mlp", type=int, help="(default: 4 x hidden)")
     add("--cores", type=int, help="that all processes share (default: all)")
     add_dtypes(made)
-    return parse(made, argv, tokens=2048, longest=1024, hidden=64, mlp=128)
+    args = parse(made, argv, tokens=[2048], longest=[0.25], hidden=64, seeds=[0])
+    if args.processes < 2:
+        made.error(f"--processes must be 2 or more, got {args.processes}")
+    if not all(0 < each <= 1 for each in args.longest):
+        made.error(f"--longest must be above 0 and at most 1, got {args.longest}")
+    args.mlp = args.mlp or 4 * args.hidden
+    return args
 
 
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
-    run = begin("documents", args)
     args.dtypes = dtypes(args)
-
-    def hear(found: list[Record]) -> None:
-        run.add(found)
-        run.show.done()
-
-    with run.show.progress(len(args.dtypes)):
-        try:
-            worlds.in_processes(measure_all, args, args.processes, hear)
-        except BenchError as error:
-            run.show.say(str(error))
-            finish(run)
-            return NO_ANSWER
-    return finish(run)
-
-
-def documents(args: argparse.Namespace) -> tuple[int, ...]:
-    """Boundaries, the same on every rank."""
-    drawn, lengths, left = random.Random(0), list[int](), args.tokens
-    while left > 0:
-        length = int(args.shortest * drawn.paretovariate(args.tail))
-        lengths.append(min(length, args.longest, left))
-        left -= lengths[-1]
-    return (0, *accumulate(lengths))
-
-
-class Layer(nn.Module):
-    """Attention and an MLP, each behind a norm."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__()
-        self.heads = args.heads
-        self.norms = nn.ModuleList(nn.LayerNorm(args.hidden) for _ in range(2))
-        self.qkv = nn.Linear(args.hidden, 3 * args.hidden)
-        self.out = nn.Linear(args.hidden, args.hidden)
-        self.up, self.down = nn.Linear(args.hidden, args.mlp), nn.Linear(args.mlp, args.hidden)
-
-    def forward(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        x = x + self.out(attend(*qkv).flatten(2))
-        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
-
-
-class Batch:
-    """A layer, a batch, and the ways to share it."""
-
-    def __init__(self, args: argparse.Namespace, dtype: torch.dtype, device: str) -> None:
-        self.cuts = documents(args)
-        torch.manual_seed(0)
-        self.layer = Layer(args).to(dtype)
-        self.x = torch.randn(1, self.cuts[-1], args.hidden).to(dtype)
-        self.cotangent = torch.randn(self.x.shape).to(dtype)
-        self.exact = None
-        if worlds.axis().rank == 0:
-            alone = Layer(args).double()
-            alone.load_state_dict(self.layer.state_dict())
-            whole = usp.schedule_documents(self.cuts, (None,), usp.DocumentCost(1, 1))
-            out = alone(self.x.double(), lambda *qkv: whole.attention(*qkv, causal=True))
-            self.exact = [out.detach(), *_gradients(alone, out, self.cotangent.double())]
-        self.layer.to(device)
-        self.x, self.cotangent = self.x.to(device), self.cotangent.to(device)
-
-    def scheduled(self, schedule: usp.DocumentSchedule) -> list[Tensor]:
-        return self._run(
-            lambda x: schedule.shard(x, 1),
-            lambda *qkv: schedule.attention(*qkv, causal=True, validate=False),
-        )
-
-    def static(self, mesh: usp.SequenceMesh, name: str) -> list[Tensor]:
-        layout = usp.DocumentZigzag(self.cuts) if name == STATIC[0] else "contiguous"
-        spread = usp.Spread(mesh, layout, self.cuts[-1], self.cuts, validate=False)
-
-        def attend(*qkv: Tensor) -> Tensor:
-            return cast(Tensor, spread.attention(*qkv, causal=True))
-
-        return self._run(lambda x: spread.shard(x, 1), attend)
-
-    def _run(
-        self, shard: Callable[[Tensor], Tensor], attend: Callable[..., Tensor]
-    ) -> list[Tensor]:
-        """This rank's output, and its part of the parameters' gradients."""
-        out = self.layer(shard(self.x), attend)
-        return [out.detach(), *_gradients(self.layer, out, shard(self.cotangent))]
-
-    def errors(self, found: list[Tensor], index: Tensor) -> dict[str, float]:
-        """Of the whole output and of the summed gradients; on rank 0."""
-        out, *gradients = found
-        whole = worlds.rows_of_all(index, [out])
-        for gradient in gradients:
-            worlds.axis().all_reduce(gradient)
-        if self.exact is None:
-            return {}
-        ours, exact = (_flat(x) for x in (gradients, self.exact[1:]))
-        return {
-            "out": relative_error(whole[0], self.exact[0]),
-            "parameters": relative_error(ours, exact),
-        }
-
-
-def _gradients(layer: nn.Module, out: Tensor, cotangent: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(out, list(layer.parameters()), cotangent))
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.flatten().double().cpu() for x in tensors])
-
-
-def measured_cost(args: argparse.Namespace, dtype: torch.dtype, device: str) -> usp.DocumentCost:
-    """Of this layer here: every rank measures while all do, and the first says."""
-    layer = Layer(args).to(dtype).to(device)
-    short, long = 64, max(1024, min(4096, args.longest))
-    x = torch.randn(1, long, args.hidden).to(dtype).to(device)
-
-    def run(length: int) -> tuple[float, float]:
-        """Seconds of packed documents of one length, and their pairs."""
-        attend = partial(
-            usp.long_context_attention, causal=True, cu_seqlens=tuple(range(0, long + 1, length))
-        )
-
-        def both() -> None:
-            _gradients(layer, layer(x, attend), x)
-
-        both()
-        return min(worlds.slowest_seconds(both) for _ in range(3)), long * (length + 1) / 2
-
-    # as many tokens both times, so that what a call costs however short it is counts to neither
-    (few, pairs), (many, all_pairs) = run(short), run(long)
-    pair = max(0.0, (many - few) / (all_pairs - pairs))
-    token = max(0.0, (few - pair * pairs) / long)
-    hop, sent = _message(1, device), _message(1 << 20, device)
-    # keys and values twice, and their gradients in fp32
-    bytes_of_token = 2 * args.hidden * (2 * dtype.itemsize + 4)
-    return usp.DocumentCost(token, pair, sent * bytes_of_token / 2**20, 3 * hop)
-
-
-def _message(size: int, device: str) -> float:
-    """Seconds in which every rank passes so many bytes on."""
-    x, axis = torch.zeros(size, dtype=torch.uint8, device=device), worlds.axis()
-    room = torch.empty_like(x)
-
-    def pass_on() -> Tensor:
-        return axis.shift(x, room)()
-
-    pass_on()
-    return min(worlds.slowest_seconds(pass_on) for _ in range(5))
-
-
-def cpu_seconds(run: Callable[[], object], rounds: int) -> list[float]:
-    """Of each rank, the least of some rounds: what it would take on cores of its own, where it does
-    not wait. Processes that share cores hide in their times that some have less to do."""
-    found = []
-    for _ in range(rounds):
-        worlds.everyone(None)  # together
-        begun = time.process_time()
-        run()
-        found.append(time.process_time() - begun)
-    return worlds.everyone(min(found))
+    cases = len(args.dtypes) * len(args.seeds) * len(args.tokens) * len(args.longest)
+    return run_in_processes("documents", args, measure_all, cases, means)
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
-    """On each process: every dtype."""
+    """On each process: every dtype and batch."""
     with worlds.joined(world, rank):
-        measure_dtypes(world, tell)
+        measure_batches(world, tell)
 
 
-def measure_dtypes(world: World, tell: Tell) -> None:
+def measure_batches(world: World, tell: Tell) -> None:
     """On every rank."""
-    meshes = usp.submeshes(worlds.mesh((1, world.size), world.device))
-    for dtype in world.args.dtypes:
-        tell(measure(world.args, dtype, meshes, world.device))
+    args, size = world.args, world.size
+    shapes = [(u, size // u) for u in range(1, min(size, args.heads) + 1) if size % u == 0]
+    forms = [usp.submeshes(worlds.mesh(shape, world.device)) for shape in shapes]
+    most = next((each for each in forms[-1] if each and each.ring_degree == 1), None)
+    for named in args.dtypes:
+        found = CostOfLayer(args, DTYPES[named], world.device)(forms[0], most)
+        cost: usp.DocumentCost = worlds.everyone(found)[0]
+        for tokens, part, seed in product(args.tokens, args.longest, args.seeds):
+            lengths = Lengths(tokens, max(1, int(part * tokens)), args.median, args.sigma)
+            batch = Batch(args, DTYPES[named], world.device, lengths.boundaries(seed))
+            case = {"dtype": named, **vars(lengths), "seed": seed, "documents": len(batch.cuts) - 1}
+            case |= {name: value for name, value in vars(args).items() if name in _CASE}
+            tell(measure(args, case, batch, forms, cost))
 
 
 def measure(
     args: argparse.Namespace,
-    named: str,
-    meshes: tuple[usp.SequenceMesh | None, ...],
-    device: str,
+    case: dict[str, Any],
+    batch: Batch,
+    forms: Sequence[Meshes],
+    cost: usp.DocumentCost,
 ) -> list[Record]:
-    dtype, mesh = DTYPES[named], meshes[0]
-    assert mesh is not None
-    batch = Batch(args, dtype, device)
-    cost: usp.DocumentCost = worlds.everyone(measured_cost(args, dtype, device))[0]
-    begun = time.perf_counter()
-    schedule = usp.schedule_documents(batch.cuts, meshes, cost)
-    planning = time.perf_counter() - begun
-    runs: dict[str, Callable[[], list[Tensor]]] = {SCHEDULED: partial(batch.scheduled, schedule)}
-    index = {SCHEDULED: schedule.positions}
-    for name in STATIC:
-        runs[name] = partial(batch.static, mesh, name)
-        layout = usp.DocumentZigzag(batch.cuts) if name == STATIC[0] else "contiguous"
-        index[name] = usp.positions(batch.cuts[-1], mesh, layout)
-    errors = worlds.everyone({n: batch.errors(run(), index[n]) for n, run in runs.items()})[0]
+    schedules = dict(_schedules(batch, forms, cost))
+    ways = {name: batch.scheduled(schedule) for name, (schedule, _) in schedules.items()}
+    ways |= _static_ways(batch, forms)
+    errors = {name: worlds.everyone(batch.errors(way))[0] for name, way in ways.items()}
+    allowed = ALLOWED[case["dtype"]]
     wrong = {
-        name: f"{what} is off by {error:.2e}, more than {ALLOWED[named]:.0e}"
+        name: f"{what} is off by {error:.2e}, more than {allowed:.0e}"
         for name, found in errors.items()
         for what, error in found.items()
-        if not error <= ALLOWED[named]
+        if not error <= allowed
     }
-    times = worlds.turns(
-        {n: r for n, r in runs.items() if n not in wrong}, args.rounds, args.seconds
-    )
-    case = {"dtype": named, **{n: v for n, v in vars(args).items() if n in _CASE}}
-    degrees = [at.degree for at in schedule.degrees.placed]
-    case |= {"documents": len(degrees), "tokens": batch.cuts[-1]}
-    more: dict[str, dict[str, Any]] = {
-        name: {"tokens_per_s": batch.cuts[-1] / times.median(name), "errors": errors[name]}
-        for name in times.seconds
-    }
-    if device == "cpu":
-        for name, shown in more.items():
-            shown["cpu_s_of_ranks"] = cpu_seconds(runs[name], args.rounds)
-    more.get(SCHEDULED, {}).update(
-        degrees={d: degrees.count(d) for d in sorted(set(degrees))},
-        planning_s=planning,
-        cost=vars(cost),
-        makespan=schedule.degrees.makespan,
-    )
-    return [
-        *time_records("layer, both", case, times, more=more),
-        *not_timed("layer, both", case, wrong, wrong),
+    right = {name: way for name, way in ways.items() if name not in wrong}
+    ours = {n: s.degrees.makespan for n, (s, _) in schedules.items() if n != WHOLE and n in right}
+    times, cpu = _timed(right, args)
+    more: dict[str, dict[str, Any]] = {name: {"errors": errors[name]} for name in right}
+    for name, shown in more.items():
+        shown["tokens_per_s"] = batch.cuts[-1] / times.median(name)
+        if cpu:
+            shown["cpu_s_of_ranks"] = cpu[name]
+        if name in schedules:
+            shown |= _told(*schedules[name]) | {"cost": vars(cost)}
+        else:
+            shown["transport"] = ways[name].transport
+    records = [
+        *time_records(LAYER, case, times, more=more),
+        *not_timed(LAYER, case, wrong, wrong),
     ]
+    if ours:
+        records += _ratios(case, Found(times, cpu, min(ours, key=lambda name: ours[name])))
+    return records
 
 
-_CASE = ("processes", "tail", "shortest", "longest", "hidden", "heads", "mlp")
+def _schedules(
+    batch: Batch, forms: Sequence[Meshes], cost: usp.DocumentCost
+) -> Iterator[tuple[str, tuple[usp.DocumentSchedule, float]]]:
+    """Schedules on each mesh, and the seconds that each took to find."""
+    # messages that nobody can pay leave every document whole
+    for name, each, price in [
+        *((f"{SCHEDULED} {_shape(each)}", each, cost) for each in forms),
+        (WHOLE, forms[0], replace(cost, hop=1e9)),
+    ]:
+        begun = time.perf_counter()
+        schedule = usp.schedule_documents(batch.cuts, each, price)
+        yield name, (schedule, time.perf_counter() - begun)
+
+
+def _whole(meshes: Meshes) -> usp.SequenceMesh:
+    assert meshes[0] is not None
+    return meshes[0]
+
+
+def _shape(meshes: Meshes) -> str:
+    return f"{_whole(meshes).ulysses_degree}x{_whole(meshes).ring_degree}"
+
+
+def _static_ways(batch: Batch, forms: Sequence[Meshes]) -> dict[str, Way]:
+    """Each mesh and layout, by the transport that is fastest in two rounds."""
+    found = {}
+    for meshes in forms:
+        for layout, ways in batch.static(_whole(meshes)):
+            seconds = [worlds.slowest_seconds(way.run) for way in ways]
+            seconds = [worlds.slowest_seconds(way.run) for way in ways] if ways[1:] else seconds
+            found[f"{STATIC} {_shape(meshes)} {layout}"] = ways[seconds.index(min(seconds))]
+    return found
+
+
+def _timed(ways: dict[str, Way], args: argparse.Namespace) -> tuple[Times, dict[str, list[float]]]:
+    """By the clock, the slowest rank; and CPU seconds, the least of each rank."""
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+
+    def run(name: str) -> list[Tensor]:
+        begun = time.process_time()
+        found = ways[name].run()
+        spent[name].append(time.process_time() - begun)
+        return found
+
+    times = worlds.turns({n: partial(run, n) for n in ways}, args.rounds, args.seconds)
+    if args.device == "cuda":
+        return times, {}
+    return times, {name: worlds.everyone(min(each[1:])) for name, each in spent.items()}
+
+
+def _told(schedule: usp.DocumentSchedule, planning: float) -> dict[str, Any]:
+    degrees = [at.degree for at in schedule.degrees.placed]
+    return {
+        "degrees": {d: degrees.count(d) for d in sorted(set(degrees))},
+        "planning_s": planning,
+        "makespan": schedule.degrees.makespan,
+    }
+
+
+def _ratios(case: dict[str, Any], found: Found) -> Iterator[Record]:
+    """Of each static way, and of the best one."""
+    told = {"record": "value", "what": RATIO, "case": case}
+    for name in found.times.seconds:
+        if name.startswith((STATIC, WHOLE)):
+            yield {**told, "candidate": name, "values": found.ratios(name)}
+    yield {**told, "candidate": BEST, "values": {**found.best_static(), "to": found.best}}
+
+
+def means(run: Run) -> Iterator[Record]:
+    """Geometric means of the ratios over the seeds."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in run.sink.records:
+        if record.get("what") == RATIO:
+            batch = tuple((name, record["case"][name]) for name in _MEANS)
+            found.setdefault((batch, record["candidate"]), []).append(record["values"])
+    for (batch, name), values in found.items():
+        yield {
+            "record": "value",
+            "what": f"geometric mean of {RATIO}",
+            "case": {**dict(batch), "batches": len(values)},
+            "candidate": name,
+            "values": {
+                clock: geometric_mean([each[clock] for each in values])
+                for clock in ("wall", "busiest_cpu", "bound")
+                if clock in values[0]
+            },
+        }

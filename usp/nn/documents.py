@@ -175,14 +175,18 @@ class DocumentSchedule:
             )
         found = [
             long_context_attention(
-                *qkv,
+                q_part,
+                k_part,
+                v_part,
                 part.mesh,
                 layout=part.layout,
                 seq_len=part.cu_seqlens[-1],
                 cu_seqlens=part.cu_seqlens,
                 **options,
             )
-            for part, *qkv in zip(self.parts, *map(self._cut, (q, k, v)), strict=True)
+            for part, q_part, k_part, v_part in zip(
+                self.parts, self._cut(q), self._cut(k), self._cut(v), strict=True
+            )
         ]
         return torch.cat(cast("list[Tensor]", found), 1) if found[1:] else cast(Tensor, found[0])
 

@@ -29,10 +29,10 @@ class DocumentCost:
         token: Of a token, in all that sees tokens one by one: projections, MLP, norms.
         pair: Of a query and a key that it sees.
         sent: Of a token whose key and value pass from rank to rank (the ring).
-        hop: Of one message, however short.
+        hop: Of one message, however short, times the ranks it passes.
         exchanged: Of a token that leaves with q, k, v and comes back as out (Ulysses).
-        call: Of one call of attention, however short: a rank makes one for each size of groups in
-            which it has documents.
+        call: Of a call of attention, however short, and once more for each axis of its mesh: a rank
+            makes one for each size of groups in which it has documents.
     """
 
     token: float
@@ -92,7 +92,8 @@ class DocumentCost:
 
     def of_group(self, ring: int, ulysses: int = 1) -> float:
         """Seconds of a group's call and its messages, whatever it holds."""
-        return self.call + self.hop * (ring - 1 + (ulysses > 1))
+        axes = (ring > 1) + (ulysses > 1)
+        return self.call * (1 + axes) + self.hop * (ring - 1 + (ulysses > 1))
 
 
 class Placed(NamedTuple):
@@ -174,9 +175,11 @@ def choose_degrees(
     high = max(seconds, default=0.0)
     tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
     best: Degrees | None = None
-    for threshold in sorted(tried, reverse=True):
-        chosen = {n: least(n, threshold) for n in distinct}
-        found = _place(lengths, [chosen[n] for n in lengths], groups, cost, most_tokens)
+    # many thresholds choose alike
+    for degrees in dict.fromkeys(
+        tuple(least(n, threshold) for n in lengths) for threshold in sorted(tried, reverse=True)
+    ):
+        found = _place(lengths, degrees, groups, cost, most_tokens)
         if found is not None and (best is None or found.makespan < best.makespan):
             best = found
     if best is None:
