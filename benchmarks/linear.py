@@ -7,7 +7,8 @@ Four gloo processes of one thread each, on two cores, run causal linear attentio
 token and head (Mamba-2's SSD) over one sequence that they share. Five ways: gather and ring are
 usp.linear_attention's; "plain" is gather in plain PyTorch, without kernels of our own; "all-gather"
 gathers q, k, v and the decays and computes the whole on every rank; "quadratic" gathers k, v and
-the decays and computes this rank's rows of all scores. --rules delta is the delta rule, with a beta
+the decays and computes this rank's rows of all scores. --rules channels is a decay a token and
+channel (GLA), without the last way. --rules delta is the delta rule, with a beta
 a token and head (gated DeltaNet): gather, ring and all-gather. They run in turn in both orders, a
 barrier before each; the slowest rank counts. A ratio is the median over rounds of time(other) /
 time(gather). The bytes are those that usp.testing.WireBytes counts. Nothing is timed where those
@@ -47,9 +48,10 @@ MESH, PROCESSES, CORES = (4, 1), 4, 2  # ulysses x ring
 PASSES = ("forward", "both")
 SCHEMES = {
     "decay": ("gather", "ring", "plain", "all-gather", "quadratic"),
+    "channels": ("gather", "ring", "plain", "all-gather"),
     "delta": ("gather", "ring", "all-gather"),
 }
-NAMES = {"decay": ("out", "dq", "dk", "dv", "ddecay")}
+NAMES = dict.fromkeys(("decay", "channels"), ("out", "dq", "dk", "dv", "ddecay"))
 NAMES["delta"] = (*NAMES["decay"], "dbeta")
 # Relative rms error against fp64 above which nothing is timed.
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2}
@@ -68,7 +70,8 @@ class LinearCase:
         random = torch.Generator().manual_seed(0)
         shape = (1, self.length, self.heads, self.head_dim)
         found = [torch.randn(shape, generator=random) for _ in range(4)]
-        per_token = [-torch.rand(shape[:3], generator=random) / 10]
+        decays = shape if self.rule == "channels" else shape[:3]
+        per_token = [-torch.rand(decays, generator=random) / 10]
         if self.rule == "delta":
             found[1] = torch.nn.functional.normalize(found[1], dim=-1)
             per_token.append(torch.rand(shape[:3], generator=random))
@@ -78,7 +81,8 @@ class LinearCase:
     def bytes_sent(self, scheme: str, mesh: usp.SequenceMesh, which: str) -> int:
         """By this rank, by the formula of a scheme of usp."""
         state = self.heads * self.head_dim**2
-        told = state if self.rule == "delta" else self.heads
+        channels = self.heads * self.head_dim
+        told = {"decay": self.heads, "channels": channels, "delta": state}[self.rule]
         sent = numbers_sent(state, told, mesh.size, mesh.rank, scheme)
         return 4 * (sent.forward + (sent.backward if which == "both" else 0))
 
@@ -223,7 +227,7 @@ def check(case: LinearCase, errors: dict[str, dict[str, float]]) -> None:
 
 def print_rows(result: dict[str, Any]) -> None:
     for scheme, seconds in result["median_seconds"].items():
-        line = f"{result['rule']:6}{result['dtype']:6}{result['length']:<8}"
+        line = f"{result['rule']:9}{result['dtype']:6}{result['length']:<8}"
         line += f"{result['pass']:9}{scheme:11}"
         line += f"{1e3 * seconds:12.1f}{result['bytes_sent'][scheme] / 1e6:9.3f}"
         if scheme in result["ratios"]:
@@ -240,7 +244,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
     add("--dtypes", nargs="+", choices=ALLOWED, default=["fp32", "bf16"])
-    add("--rules", nargs="+", choices=SCHEMES, default=["decay", "delta"])
+    add("--rules", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     add("--rounds", type=int, default=9, help="of each case, at most")
     add("--seconds", type=float, default=60.0, help="after which a case gets no further round")
     add("--quick", action="store_true", help="256 and 1024 tokens, 3 rounds")
@@ -259,7 +263,7 @@ def main() -> None:
     about = introduce("linear")
     print(
         f"\n{args.heads} heads of {args.head_dim}; MB: that leave a rank\n"
-        "rule  dtype tokens  pass     scheme     milliseconds      MB   time/gather"
+        "rule     dtype tokens  pass     scheme     milliseconds      MB   time/gather"
     )
     results = worlds.in_processes(measure_all, args, PROCESSES)[0]
     write_report(args.json, about, cases=results)

@@ -16,11 +16,15 @@ pytest.importorskip("triton")
 
 pytestmark = pytest.mark.device_code
 SECONDS = 900
+LINEAR = {
+    *("states_kernel", "read_kernel", "decay_kernel"),
+    *("pairs_kernel", "channel_gradients_kernel"),
+}
 KERNELS = {
     "hip:gfx90a": {"forward_kernel", "keys_kernel", "queries_kernel"},
     "hip:gfx942": {"forward_kernel", "keys_kernel", "queries_kernel", "bias_gradient_kernel"},
-    "hip:gfx90a linear": {"states_kernel", "read_kernel", "decay_kernel"},
-    "hip:gfx942 linear": {"states_kernel", "read_kernel", "decay_kernel"},
+    "hip:gfx90a linear": LINEAR,
+    "hip:gfx942 linear": LINEAR,
 }
 
 

@@ -232,10 +232,14 @@ def test_broken(pipelined: bool, pattern: str, new: str, message: str) -> None:
         assert largest(out - expected(CAUSAL, x)["out"]) <= 1e-2, "out is off"
 
 
+@pytest.mark.parametrize("g", ["blh", "blhd"])
 @pytest.mark.parametrize("family", ["sm_80", "sm_90"])
-def test_linear_attention(family: str) -> None:
-    walk = Walk(batch=1, length=70, heads=(1, 1, 2), dims=(16, 16), dtype=torch.bfloat16)
+def test_linear_attention(family: str, g: str) -> None:
+    channels = g == "blhd"
+    heads, length = ((1, 1, 1), 35) if channels else ((1, 1, 2), 70)
+    walk = Walk(batch=1, length=length, heads=heads, dims=(16, 16), dtype=torch.bfloat16, g=g)
     with executed(family) as launched:
         found = results(triton, *walk.inputs())
     assert_walk(walk, found, TOLERANCE, rounds=True)
-    assert set(launched) == {"states_kernel", "read_kernel", "decay_kernel"}
+    others = {"pairs_kernel", "channel_gradients_kernel"} if channels else {"decay_kernel"}
+    assert set(launched) == {"states_kernel", "read_kernel"} | others

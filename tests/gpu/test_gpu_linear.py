@@ -24,6 +24,7 @@ WALKS = {
     "shared heads": Walk(length=197, heads=(1, 2, 4), fused=True),
     "one decay": Walk(length=197, g="101", strength=0.05),
     "forgetting": Walk(length=197, g="1l1", strength=float("inf")),
+    "a decay a channel": Walk(length=197, heads=(2, 1, 2), g="blhd", strength=20.0),
     "no decay": Walk(length=197, g=None),
     "few tokens": Walk(length=3, heads=(3, 1, 3)),
 }

@@ -45,7 +45,7 @@ def judge(walk: Walk, interpreter: Pool) -> None:
         length=st.sampled_from(LENGTHS),
         heads=st.sampled_from([(1, 1, 1), (1, 1, 3), (3, 1, 1), (2, 1, 2)]),
         dims=st.tuples(st.integers(1, 32), st.integers(1, 32)),
-        g=st.sampled_from([None, "blh", "1lh", "1l1", "10h", "101"]),
+        g=st.sampled_from([None, "blh", "1lh", "1l1", "10h", "101", "blhd", "1l1d"]),
         strength=st.sampled_from([0.01, 1.0, 1000.0, float("inf")]),
         fused=st.booleans(),
         dtype=st.sampled_from(list(TOLERANCE)),
@@ -58,7 +58,10 @@ def test_walks_equal_the_recurrence(walk: Walk, interpreter: Pool) -> None:
 
 EDGES = {
     "tiles of channels": Walk(batch=1, length=18, heads=(1, 1, 1), dims=(37, 41), fused=True),
+    # of chunks of 32 tokens, in halves of 16
+    "channels": Walk(batch=1, length=35, heads=(1, 2, 2), dims=(33, 7), g="blhd", strength=20.0),
     "no tokens": Walk(length=0),
+    "no tokens of channels": Walk(length=0, g="blhd"),
     "no samples": Walk(batch=0, length=5),
 }
 
@@ -101,8 +104,9 @@ def written(walk: Walk) -> list[str]:
     return [str(inside.shape) for inside, _ in rooms if inside.isnan().any()]
 
 
-def test_nothing_else_is_written(interpreter: Pool) -> None:
-    walk = Walk(batch=1, length=19, heads=(1, 2, 2), dims=(5, 19), dtype=torch.bfloat16)
+@pytest.mark.parametrize("g", ["blh", "blhd"])
+def test_nothing_else_is_written(g: str, interpreter: Pool) -> None:
+    walk = Walk(batch=1, length=19, heads=(1, 2, 2), dims=(5, 19), dtype=torch.bfloat16, g=g)
     assert interpreter.run(written, walk, ranks=1) == [[]]
 
 
@@ -154,6 +158,5 @@ def test_reasons_against() -> None:
     assert "Triton" in where or "GPU" in where
     assert others == [
         "its state is fp32, of fp32, bf16 or fp16 and not of torch.float64",
-        "it has no decays a channel",
         "it has no delta rule",
     ]

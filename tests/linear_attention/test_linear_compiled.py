@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import usp
 from usp.distributed.comm import Axis
+from usp.linear_attention import families, native
+from usp.ops import native as ops
 
 pytestmark = pytest.mark.long
 LENGTH, HEADS, DIM = 70, 2, 5
@@ -22,8 +25,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "channels": {"decay": (2, LENGTH, HEADS, DIM), "cu_seqlens": (0, 9, 66, LENGTH)},
     "the delta rule": {"decay": (2, LENGTH, HEADS), "beta": (2, LENGTH, HEADS)},
     "states": {"decay": (HEADS,), "beta": (2, LENGTH, HEADS), "return_state": True},
+    "states of kernels": {"decay": (HEADS,), "return_state": True},
 }
-CALLS["states"]["initial_state"] = (2, HEADS, DIM, DIM)
+for with_states in ("states", "states of kernels"):
+    CALLS[with_states]["initial_state"] = (2, HEADS, DIM, DIM)
 
 
 def inputs(call: dict[str, Any], mesh: usp.SequenceMesh | None) -> dict[str, Tensor]:
@@ -62,8 +67,19 @@ def run(function: Any, leaves: dict[str, Tensor]) -> tuple[list[Tensor], int]:
     return [*(x.detach() for x in found), *(x.grad for x in leaves.values())], sum(sent)
 
 
-def compared(degrees: tuple[int, int] | None, name: str, module: bool) -> tuple[list[str], int]:
-    """What differs from eager at the first and the second call, and how many graphs there are."""
+def compared(
+    degrees: tuple[int, int] | None, name: str, module: bool, plain: bool = False
+) -> tuple[list[str], int]:
+    """What differs from eager at the first and the second call, and how many graphs there are.
+
+    Args:
+        plain: Whether there are no kernels for it.
+    """
+    with mock.patch.object(families, "FAMILIES", ()) if plain else nullcontext():
+        return of_calls(degrees, name, module)
+
+
+def of_calls(degrees: tuple[int, int] | None, name: str, module: bool) -> tuple[list[str], int]:
     mesh = None if degrees is None else worker.mesh(*degrees)
     call, wrong = CALLS[name], []
     options = {n: x for n, x in call.items() if n in ("method", "cu_seqlens", "return_state")}
@@ -80,7 +96,7 @@ def compared(degrees: tuple[int, int] | None, name: str, module: bool) -> tuple[
     leaves, compiler = inputs(call, mesh), compiling.Counting("aot_eager")
     wanted, _ = run(attend, leaves)
     wanted, sent = run(attend, leaves)
-    with compiling.afresh():
+    with compiling.afresh(), mock.patch.object(native, "backward", wraps=native.backward) as kernel:
         fast = torch.compile(attend, fullgraph=True, backend=compiler)
         for _ in range(2):
             found, bytes_of = run(fast, leaves)
@@ -89,11 +105,15 @@ def compared(degrees: tuple[int, int] | None, name: str, module: bool) -> tuple[
                     wrong.append(f"{n}: {(a - b).abs().max():.1e}")
             if bytes_of != sent:
                 wrong.append(f"{bytes_of} bytes, not {sent}")
+    taken = native in families.FAMILIES and ops.load_error() is None and "beta" not in call
+    if kernel.call_count != (2 if taken else 0):
+        wrong.append(f"{kernel.call_count} calls of the kernels")
     return wrong, compiler.graphs
 
 
-def test_one_graph_on_one_device() -> None:
-    assert compared(None, "channels", False) == ([], 1)
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_graph_on_one_device(plain: bool) -> None:
+    assert compared(None, "channels", False, plain) == ([], 1)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "channels"])

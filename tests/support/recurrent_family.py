@@ -37,7 +37,7 @@ def update(tokens: Tokens) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def forward(tokens: Tokens, before: Tensor, kept: Any, graded: bool) -> Any:
     out, behind = _walked(*tokens, before)
-    return *_spoiled(out=out.to(tokens.q.dtype), final=behind.float()), (before,)
+    return *_spoiled(out=out.to(tokens.q.dtype), final=behind.float()), (before[None],)
 
 
 def _gradients(tokens: Tokens, before: Tensor, dout: Tensor, behind: Tensor) -> Any:
@@ -61,7 +61,7 @@ def update_backward(tokens: Tokens, dout: Tensor) -> tuple[Tensor, tuple[Tensor,
 def backward(
     tokens: Tokens, saved: Any, dout: Tensor, behind: Tensor, kept: Any, decays: bool
 ) -> Any:
-    dq, dk, dv, dg, dbefore = _gradients(tokens, saved[0], dout, behind)
+    dq, dk, dv, dg, dbefore = _gradients(tokens, saved[0][0], dout, behind)
     if dg is not None:
         (dg,) = _spoiled(dg=dg)
     return *_spoiled(dq=dq, dk=dk, dv=dv), dg, dbefore

@@ -1,8 +1,8 @@
 """Compiles our kernels for a GPU on a machine without any, as their own launches call them.
 
 ``python tests/triton_ahead.py cuda:90/bfloat16:64 cuda:90/float16:128/hopper`` prints a JSON row
-for each kernel, each of the Hopper kernels, or with ``/linear`` each launch of linear attention's,
-from as many processes as there are cores. With
+for each kernel, each of the Hopper kernels, or with ``/linear`` or
+``/channels`` each launch of linear attention's, from as many processes as there are cores. With
 ``USP_MAIN_LOOPS=1`` a row of attention holds the instructions of the loop over whole tiles.
 """
 
@@ -48,6 +48,8 @@ FAMILIES = {
     "hip:gfx950": "gfx942",
 }
 LENGTH = 1024
+# Kernels of linear attention with a decay a token, and with one a channel.
+LINEAR = ("linear", "channels")
 
 
 class NoDevice(DriverBase):
@@ -112,11 +114,12 @@ def launches(dtype: torch.dtype, head_dim: int, hopper: bool = False) -> None:
     bias_gradient(given, KernelOptions(first, stop, bias, *scoring), seen_by, bias)
 
 
-def linear_launches(dtype: torch.dtype, head_dim: int) -> None:
-    """Every kernel of linear attention, with a decay a token and shared heads of queries."""
+def linear_launches(dtype: torch.dtype, head_dim: int, channels: bool) -> None:
+    """Every kernel of linear attention, with shared heads of queries and a decay a token, or one a
+    channel."""
     q, k = (torch.empty(2, LENGTH, heads, head_dim, dtype=dtype) for heads in (2, 4))
-    g, state = torch.empty(2, LENGTH, 4), torch.empty(2, 4, head_dim, head_dim)
-    tokens = Tokens(q, k, k, g)
+    state = torch.empty(2, 4, head_dim, head_dim)
+    tokens = Tokens(q, k, k, torch.empty(2, LENGTH, 4, *([head_dim] if channels else [])))
     out, _, saved = linear.forward(tokens, state, (), True)
     linear.backward(tokens, saved, out, state, (), True)
 
@@ -127,7 +130,7 @@ def compiled(
     """What the compiler says of each kernel.
 
     Args:
-        kind: "hopper", "linear", or neither.
+        kind: "hopper", "linear", "channels", or none of them.
     """
     hopper = kind == "hopper"
     driver.set_active(NoDevice(target_of(target)))
@@ -138,7 +141,7 @@ def compiled(
         assert self.is_gluon() == hopper, f"{self.__name__} is not the kernel that was asked for"
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-        loops = kind != "linear" and bool(os.environ.get("USP_MAIN_LOOPS"))
+        loops = kind not in LINEAR and bool(os.environ.get("USP_MAIN_LOOPS"))
         found = resources(kernel, loops) | (pipeline(kernel, log.getvalue()) if hopper else {})
         rows.append({"kernel": self.__name__.removesuffix("_kernel"), **found})
         return kernel
@@ -150,8 +153,8 @@ def compiled(
         configs.pipelined() if hopper else contextlib.nullcontext(),
     ):
         configs.forget()
-        if kind == "linear":
-            linear_launches(dtype, head_dim)
+        if kind in LINEAR:
+            linear_launches(dtype, head_dim, kind == "channels")
         else:
             launches(dtype, head_dim, hopper)
     about = {"target": target, "dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim}

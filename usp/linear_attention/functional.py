@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -11,18 +11,14 @@ from torch import Tensor
 from usp.distributed.agreement import When
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.linear_attention import chunks, delta, families, fused, kernels, op
+from usp.linear_attention import families, fused, kernels, op, plain, whole_op
 from usp.linear_attention.arguments import Given, Options, Request, agree
 from usp.linear_attention.both_ways import both_ways
 from usp.linear_attention.exchange import Chain
-from usp.linear_attention.slabs import in_slabs
 from usp.linear_attention.states import Meeting, begin, states_before
 from usp.planning.layout import Layout
 from usp.planning.problem import state_dtype
 from usp.planning.shares import named_lengths
-
-# Asked for once what is on its way is needed.
-Between = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 def linear_attention(
@@ -118,11 +114,11 @@ def _attend(
         return both_ways(q, k, v, request, chain.axis, meeting).to(given.q.dtype)
     family = families.chosen(_traits(given))
     if family is not None:
-        tokens = kernels.Tokens(given.q, given.k, given.v, _log_decay_of_tokens(given, request))
+        tokens = _tokens(given, request)
         out, final = fused.attend(tokens, _initial(given), family, chain, meeting)
         return out if final is None else (out, final)
 
-    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> Between:
+    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> plain.Between:
         arrived = begin(transitions, updates, initial, chain)
         return lambda: states_before(transitions, updates, initial, chain, arrived, meeting)
 
@@ -132,55 +128,33 @@ def _attend(
 def _attend_in_graph(
     given: Given, options: Options, mesh: SequenceMesh | None, validate: When
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same, with what ranks do together as an op, where they meet when it runs."""
+    """The same as one op, or by the delta rule with what ranks do together as one. They meet when
+    it runs."""
     request = agree(given, options, mesh, False)
     chain, sequence = (options.method, options.return_state), (request.first, request.documents)
     told = op.settings(chain, sequence, given.needed, mesh, validate)
+    if given.beta is None:
+        out, final = whole_op.attend(_tokens(given, request), _initial(given), told)
+        return out if final is None else (out, final)
 
-    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> Between:
+    def between(transitions: Tensor, updates: Tensor, initial: Tensor) -> plain.Between:
         return lambda: op.states(transitions, updates, initial, told)
 
     return _causal(given, request, between)
 
 
-def _causal(
-    given: Given, request: Request, between: Callable[[Tensor, Tensor, Tensor], Between]
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Chunks see each other through states; what they see of themselves is worked out while the
-    ranks' states are on their way.
-
-    Args:
-        between: Of transitions and updates of chunks and the initial state, begins to find the
-            states before chunks, and the last.
-    """
+def _causal(given: Given, request: Request, between: plain.Begin) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v = _wide(given)
-    g, length = _log_decay(given, _starts(request)), q.shape[1]
-    size = chunks.chunk_size(length)
-    q, k, v, g = (chunks.chunked(x, size) for x in (q, k, v, g))
-    if given.beta is not None:
-        beta = chunks.chunked(given.beta.to(q.dtype)[..., None], size)
-        (v,) = in_slabs(delta.written, k, v, beta, g)
-    transitions, updates = in_slabs(chunks.totals, k, v, g)
-    if given.beta is not None:
-        transitions, updates = delta.transitions(transitions, updates)
-    arrived = between(transitions, updates, _initial(given))
-    (out,) = in_slabs(chunks.within, q, k, v, g)
-    states, final = arrived()
-    if given.beta is not None:
-        (out,) = in_slabs(delta.read, q, g, out, states)
-    else:
-        out = out + in_slabs(chunks.read, q, g, states)[0]
-    out = chunks.joined(out, length).to(given.q.dtype)
+    beta = None if given.beta is None else given.beta.to(q.dtype)[..., None]
+    tokens = plain.Wide(q, k, v, _log_decay(given, _starts(request)), beta)
+    out, final = plain.walk(tokens, _initial(given), between)
+    out = out.to(given.q.dtype)
     return out if final is None else (out, final)
 
 
 def _wide(given: Given) -> tuple[Tensor, ...]:
     """q, k and v in the dtype of the state, with all heads."""
-    dtype, heads = state_dtype(given.q.dtype), given.heads
-    wide = (x.to(dtype) for x in (given.q, given.k, given.v))
-    return tuple(
-        x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2) for x in wide
-    )
+    return tuple(plain.all_heads(x, given.heads) for x in (given.q, given.k, given.v))
 
 
 def _starts(request: Request) -> list[int]:
@@ -216,13 +190,12 @@ def _log_decay(given: Given, starts: list[int]) -> Tensor:
     return g.masked_fill(is_start.to(given.q.device)[None, :, None, None], float("-inf"))
 
 
-def _log_decay_of_tokens(given: Given, request: Request) -> Tensor | None:
-    """(b, L, h), or (B, L, H, D) with one a channel; None where nothing decays."""
-    starts = _starts(request)
-    if not starts and given.decay is None:
-        return None
-    g = _log_decay(given, starts)
-    return g if given.decay_of == "channels" else g[..., 0]
+def _tokens(given: Given, request: Request) -> kernels.Tokens:
+    starts, g = _starts(request), None
+    if starts or given.decay is not None:
+        g = _log_decay(given, starts)
+        g = g if given.decay_of == "channels" else g[..., 0]
+    return kernels.Tokens(given.q, given.k, given.v, g)
 
 
 def _traits(given: Given) -> kernels.Traits:

@@ -40,6 +40,13 @@ class Tokens(NamedTuple):
         return self.q.shape[0], self.heads, self.q.shape[3], self.v.shape[3]
 
 
+def of_groups(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, by that of each head: heads that share one of x are added up."""
+    if gradient.shape[2] == x.shape[2]:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a family may have reasons against.
@@ -87,8 +94,9 @@ class Family(Protocol):
             graded: Whether there will be a backward.
 
         Returns:
-            out (B, L, H, Dv) in the dtype of q, the state behind the tokens, and what ``backward``
-            needs beside ``tokens``.
+            out (B, L, H, Dv) in the dtype of q, the state behind the tokens, and, if ``graded``,
+            one tensor (n, B, H, D, Dv) of states for ``backward``, that before the tokens or those
+            before each segment.
         """
 
     def update_backward(self, tokens: Tokens, dout: Tensor) -> tuple[Tensor, Kept]:
@@ -105,7 +113,7 @@ class Family(Protocol):
         """Every gradient.
 
         Args:
-            saved: Of ``forward``.
+            saved: Of ``forward``; there may be more states behind them.
             behind: The gradient of the state behind the tokens.
             kept: Of ``update_backward``; empty where it was not asked for.
             decays: Whether that of g is asked for.

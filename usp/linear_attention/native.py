@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usp.linear_attention.kernels import Kept, Tokens, Traits
+from usp.linear_attention.kernels import Kept, Tokens, Traits, of_groups
 from usp.linear_attention.transitions import moved, moved_back
 from usp.ops import native as ops
 from usp.planning.problem import state_dtype
@@ -20,6 +20,11 @@ NAME = "native"
 SEGMENT = 256
 # What updates of the parts cost beside all else.
 _MORE = 1.25
+
+
+def segments(length: int) -> int:
+    """How many states are kept of so many tokens."""
+    return -(-length // SEGMENT)
 
 
 def reasons_against(traits: Traits) -> tuple[str, ...]:
@@ -53,7 +58,7 @@ def forward(
         states, _ = _states(tokens, before, updates)
     shape = tokens.q.shape[:2]
     out = tokens.q.new_empty(*shape, tokens.heads, tokens.v.shape[3])
-    saved = before.new_empty(_segments(tokens), *before.shape) if graded else None
+    saved = before.new_empty(segments(shape[1]), *before.shape) if graded else None
     torch.ops.usp.linear_forward(*tokens, SEGMENT, states, saved, out)
     return out, states[-1], () if saved is None else (saved,)
 
@@ -83,27 +88,26 @@ def backward(
     dg = None
     if decays and g is not None:
         dg = behind.new_empty(*q.shape[:2], tokens.heads, *g.shape[3:])
-    torch.ops.usp.linear_backward(dout, q, k, v, g, SEGMENT, *saved, states, dq, dk, dv, dg)
+    before_segments = saved[0][: segments(q.shape[1])]
+    torch.ops.usp.linear_backward(
+        dout, q, k, v, g, SEGMENT, before_segments, states, dq, dk, dv, dg
+    )
     if dg is not None and g is not None:
         dg = dg.sum_to_size(g.shape)
-    of_q, of_k, of_v = (_of_groups(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    of_q, of_k, of_v = (of_groups(dx, x) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return of_q, of_k, of_v, dg, before
-
-
-def _segments(tokens: Tokens) -> int:
-    return -(-tokens.q.shape[1] // SEGMENT)
 
 
 def _parts(tokens: Tokens) -> int:
     """As many as let the threads be done first; one where heads are enough."""
     walks, threads = tokens.q.shape[0] * tokens.heads, torch.get_num_threads()
-    segments = _segments(tokens)
+    count = segments(tokens.q.shape[1])
 
     def cost(parts: int) -> float:
-        turns = -(-walks * parts // threads) * -(-segments // parts)
+        turns = -(-walks * parts // threads) * -(-count // parts)
         return turns * (_MORE if parts > 1 else 1.0)
 
-    return min(range(1, max(1, min(segments, 2 * threads)) + 1), key=cost)
+    return min(range(1, max(1, min(count, 2 * threads)) + 1), key=cost)
 
 
 def _zeros(tokens: Tokens) -> Tensor:
@@ -116,17 +120,11 @@ def _room(x: Tensor, heads: int) -> Tensor:
     return x.new_empty(*x.shape[:2], heads, x.shape[3], dtype=dtype)
 
 
-def _of_groups(gradient: Tensor, x: Tensor) -> Tensor:
-    if gradient.shape[2] == x.shape[2]:
-        return gradient
-    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
-
-
 def _decays(tokens: Tokens, parts: int) -> Tensor:
     """(parts, b, h, d, 1), by which each decays the state before it."""
     if tokens.g is None:
         return tokens.q.new_ones(parts, 1, 1, 1, 1, dtype=state_dtype(tokens.q.dtype))
-    each = -(-_segments(tokens) // parts) * SEGMENT
+    each = -(-segments(tokens.q.shape[1]) // parts) * SEGMENT
     g = tokens.g if tokens.g.dim() == 4 else tokens.g[..., None]
     g = F.pad(g, (0, 0, 0, 0, 0, each * parts - g.shape[1]))
     return g.unflatten(1, (parts, each)).sum(2).transpose(0, 1).exp()[..., None]

@@ -28,7 +28,7 @@ from usp.linear_attention.states import begin, gradients_of, scanned
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 
 _LIBRARY = torch.library.Library("usp", "FRAGMENT")
-_SETTINGS = (
+SETTINGS = (
     "str method, bool returns, int[] first, int[] documents, bool[] needed, str? mesh, "
     "bool? validate, bool is_first"
 )
@@ -202,13 +202,13 @@ _OF_BACKWARD = (
 for _name, _schema, _kernel, _fake in (
     (
         "linear_states",
-        f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor[], Tensor)",
+        f"({_TENSORS}, {SETTINGS}) -> (Tensor, Tensor, Tensor[], Tensor)",
         _forward,
         _fake_forward,
     ),
     (
         "linear_states_gradients",
-        f"({_OF_BACKWARD}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+        f"({_OF_BACKWARD}, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
         _gradients,
         _fake_gradients,
     ),

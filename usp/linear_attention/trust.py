@@ -28,7 +28,8 @@ def is_trusted(family: Any, traits: Traits) -> bool:
         family: A module with the functions of ``Family``.
     """
     dtype = str(traits.dtype).removeprefix("torch.")
-    about = family.__name__, dtype, *map(str, traits.dims)
+    kind = "channels" if traits.decay == "channels" else "tokens"
+    about = family.__name__, dtype, *map(str, traits.dims), kind
     return may_run("linear attention", family.NAME, check, traits.device, about)
 
 
@@ -36,19 +37,19 @@ def check(told: list[str]) -> str | None:
     """What is wrong with a family on a device, or None.
 
     Args:
-        told: ``[name, device, module, dtype, D, Dv]``.
+        told: ``[name, device, module, dtype, D, Dv, kind]``; the kind is "channels", or "tokens"
+            for every other decay.
     """
-    _, where, module, dtype, *dims = told
+    _, where, module, dtype, dim, value_dim, kind = told
     family, device = importlib.import_module(module), torch.device(where)
     begin(device)
-    for decays in (True, False):
-        given = _problem(getattr(torch, dtype), (int(dims[0]), int(dims[1])), decays)
+    for decay in ("a decay a channel",) if kind == "channels" else ("a decay a token", "no decay"):
+        given = _problem(getattr(torch, dtype), (int(dim), int(value_dim)), decay)
         found = results(family, *(_on(x, device) for x in given))
         for name, right in expected(*given).items():
             allowed = ALLOWED[dtype] * max(1.0, right.abs().max().item())
             error = (found[name].double().cpu() - right).abs().max().item()
             if not error <= allowed:  # NaN too
-                decay = "a decay a token" if decays else "no decay"
                 return f"{name} is off by {error:.2g} where {allowed:.2g} is allowed ({decay})"
     return None
 
@@ -56,7 +57,7 @@ def check(told: list[str]) -> str | None:
 Problem = tuple[Tokens, Tensor, Tensor, Tensor]
 
 
-def _problem(dtype: torch.dtype, dims: tuple[int, int], decays: bool) -> Problem:
+def _problem(dtype: torch.dtype, dims: tuple[int, int], decay: str) -> Problem:
     """More tokens than two chunks have; heads that share; and documents, where it decays."""
     random = torch.Generator(device="cpu").manual_seed(2026)
 
@@ -67,8 +68,9 @@ def _problem(dtype: torch.dtype, dims: tuple[int, int], decays: bool) -> Problem
     (d, e), state = dims, state_dtype(dtype)
     q, k, v = normal(2, 150, 1, d), normal(2, 150, 2, d), normal(2, 150, 4, e)
     g = None
-    if decays:
-        g = -normal(2, 150, 4, dtype=state).abs()
+    if decay != "no decay":
+        channels = (d,) if decay == "a decay a channel" else ()
+        g = -normal(2, 150, 4, *channels, dtype=state).abs()
         g[:, [0, 70, 131]] = -torch.inf
     before, behind = (normal(2, 4, d, e, dtype=state) for _ in range(2))
     return Tokens(q, k, v, g), before, normal(2, 150, 4, e), behind

@@ -40,12 +40,22 @@ def _amd(block_x: int, block_e: int, num_warps: int = 4, waves: int = 1) -> Conf
 
 # Tokens of a chunk: the scores of one are a tile. Exact products of fp32 take rows of registers.
 CHUNK, EXACT_CHUNK, INTERPRETED_CHUNK = 64, 32, 16
+# With a decay a channel: two halves, each of as many tokens as the smallest product has rows.
+CHANNEL_CHUNK = 32
 _CUDA = {
     "states": Config(64, 64, 4, 2),
     "read": Config(64, 128, 8, 2),
     "decay": Config(64, 64, 8, 1),
+    "pairs": Config(32, 32, 4, 1),
+    "channels": Config(32, 64, 4, 1),
 }
-_AMD = {"states": _amd(64, 64), "read": _amd(64, 64), "decay": _amd(32, 32)}
+_AMD = {
+    "states": _amd(64, 64),
+    "read": _amd(64, 64),
+    "decay": _amd(32, 32),
+    "pairs": _amd(32, 32),
+    "channels": _amd(32, 32),
+}
 TABLE: dict[str, dict[str, Config]] = {
     "sm_80": _CUDA,
     "sm_90": _CUDA,
@@ -59,8 +69,14 @@ EXACT = Config(16, 16)
 INTERPRETED = Config(32, 32)
 
 
-def chunk(dtype: torch.dtype) -> int:
-    """Tokens that are worked out together, of q, k and v in that dtype."""
+def chunk(dtype: torch.dtype, channels: bool) -> int:
+    """Tokens that are worked out together, of q, k and v in that dtype.
+
+    Args:
+        channels: Whether each channel has a decay of its own.
+    """
+    if channels:
+        return CHANNEL_CHUNK
     if kernels.interpreted():
         return INTERPRETED_CHUNK
     return EXACT_CHUNK if dtype == torch.float32 else CHUNK

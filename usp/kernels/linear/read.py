@@ -9,6 +9,9 @@ back, of heads that share a head of the result added up:
 | dq | dout | v | k | the same, transposed | forward |
 | dk | v | dout | q | gradient of the state behind the chunk, transposed | back |
 | dv | k | q | dout | the same | back |
+
+With a decay a channel it is out and dv: what pairs see of each other was worked out before
+(``channels``), and each channel of x has its weight.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import triton.language as tl
 
 from usp.kernels.linear.tiles import (
     carried,
+    carried_tile,
     inside_state,
     product,
     seen,
@@ -33,6 +37,7 @@ def read_kernel(
     y,
     z,
     g,
+    pairs,
     states,
     out,
     sizes,
@@ -49,6 +54,7 @@ def read_kernel(
     """
     Args:
         x, y: (B, L, ., X). z: (B, L, ., E). out: (B, L, ., E).
+        pairs: (B, H, n, CHUNK, CHUNK), scores with a decay a channel; None with another or none.
         states: (B, H, n, D, Dv), strides of channels in ``sizes``.
     """
     tile, sequence = program(sizes.chunks * tl.cdiv(E, BLOCK_E), None, NUM_XCDS, KEYS=True)
@@ -71,18 +77,29 @@ def read_kernel(
             x_tile = tokens_tile(
                 x_ptr, x.row, start, sizes.length, first_x, CHUNK, X, BLOCK_X, WIDE
             )
-            y_tile = tokens_tile(
-                y_ptr, y.row, start, sizes.length, first_x, CHUNK, X, BLOCK_X, WIDE
-            )
-            scores = tl.dot(x_tile, tl.trans(y_tile), scores, input_precision="ieee")
+            if pairs is None:
+                y_tile = tokens_tile(
+                    y_ptr, y.row, start, sizes.length, first_x, CHUNK, X, BLOCK_X, WIDE
+                )
+                scores = tl.dot(x_tile, tl.trans(y_tile), scores, input_precision="ieee")
+            else:
+                x_tile = x_tile.to(tl.float32) * carried_tile(
+                    g, b, h, start, sizes.length, first_x, CHUNK, X, BLOCK_X, BACK, WIDE
+                )
             at = state_pointers(
                 state_ptr, first_x, sizes.x_stride, first_e, sizes.e_stride, BLOCK_X, BLOCK_E
             )
             inside = inside_state(first_x, first_e, X, BLOCK_X, E, BLOCK_E)
             state = tl.load(at, mask=inside, other=0.0)
             of_state = product(x_tile, state, of_state, PRECISION)
-        scores = seen(scores, g, b, h, start, sizes.length, CHUNK, BACK)
-        if g is not None:
+        if pairs is None:
+            scores = seen(scores, g, b, h, start, sizes.length, CHUNK, BACK)
+        else:
+            i = tl.arange(0, CHUNK)[:, None]
+            j = tl.arange(0, CHUNK)[None, :]
+            at = pairs + place * (CHUNK * CHUNK) + (j * CHUNK + i if BACK else i * CHUNK + j)
+            scores = tl.load(at).to(tl.float32)
+        if g is not None and pairs is None:
             of_state *= carried(g, b, h, start, sizes.length, CHUNK, BACK)[:, None]
         z_tile = tokens_tile(
             base(z, b, h // sizes.z_group), z.row, start, sizes.length, first_e,

@@ -13,8 +13,10 @@ import triton.language as tl
 
 from usp.kernels.linear.tiles import (
     carried,
+    carried_tile,
     inside_state,
     logs,
+    logs_tile,
     product,
     state_pointers,
     tokens_tile,
@@ -37,12 +39,14 @@ def states_kernel(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
     BACK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr,
 ):
     """
     Args:
+        g: (B | 1, L, H | 1), with CHANNELS (B | 1, L, H | 1, X); None for no decay.
         start_state: (B, H, X, E) fp32; None is 0.
         states: (B, H, n, X, E), that before each chunk, or with BACK behind it; None for nowhere.
         last: (B, H, X, E) fp32, the state behind all chunks, or with BACK before them.
@@ -70,7 +74,13 @@ def states_kernel(
         start = chunk * CHUNK
         x_tile = tokens_tile(x_ptr, x.row, start, sizes.length, first_x, CHUNK, X, BLOCK_X, WIDE)
         y_tile = tokens_tile(y_ptr, y.row, start, sizes.length, first_e, CHUNK, E, BLOCK_E, WIDE)
-        if g is not None:
+        if CHANNELS:
+            x_tile = x_tile.to(tl.float32) * carried_tile(
+                g, b, h, start, sizes.length, first_x, CHUNK, X, BLOCK_X, not BACK, WIDE
+            )
+            all_logs = logs_tile(g, b, h, start, sizes.length, first_x, CHUNK, X, BLOCK_X, 0, WIDE)
+            state *= tl.exp2(tl.sum(all_logs, 0))[:, None]
+        elif g is not None:
             weights = carried(g, b, h, start, sizes.length, CHUNK, not BACK)
             x_tile = x_tile.to(tl.float32) * weights[:, None]
             state *= tl.exp2(tl.sum(logs(g, b, h, start, sizes.length, CHUNK, 0), 0))

@@ -31,6 +31,15 @@ def tokens_tile(
 
 
 @triton.jit
+def tokens_row(x, b, h, i, length, column, X: tl.constexpr, BLOCK_X: tl.constexpr):
+    """(BLOCK_X,) fp32 of token i, channels from ``column`` on; zeros beyond."""
+    channels = column + tl.arange(0, BLOCK_X)
+    at = base(x, b, h) + tl.cast(i, tl.int64) * x.row + channels
+    there = tl.where(i < length, X, 0)
+    return tl.load(at, mask=channels < there, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def state_pointers(ptr, x, x_stride, e, e_stride, BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr):
     """Pointers to a tile of a state: channels from x and from e on."""
     x = x + tl.arange(0, BLOCK_X)
@@ -70,6 +79,47 @@ def carried(g, b, h, start, length, CHUNK: tl.constexpr, TO_END: tl.constexpr):
     else:
         sums = tl.cumsum(logs(g, b, h, start, length, CHUNK, 0), 0)
     return tl.exp2(sums)
+
+
+@triton.jit
+def logs_tile(
+    g,
+    b,
+    h,
+    start,
+    length,
+    column,
+    BLOCK: tl.constexpr,
+    X: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BEHIND: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(BLOCK, BLOCK_X) logs to base 2 of a decay a channel, of each token or the one behind it."""
+    i = tl.arange(0, BLOCK) + BEHIND
+    inside = ((i < BLOCK) & (start + i < length))[:, None]
+    inside = inside & (column + tl.arange(0, BLOCK_X) < X)[None, :]
+    at = tile_pointers(base(g, b, h) + column, g.row, start + BEHIND, BLOCK, BLOCK_X, WIDE)
+    return tl.load(at, mask=inside, other=0.0) * LOG2E
+
+
+@triton.jit
+def carried_tile(
+    g,
+    b,
+    h,
+    start,
+    length,
+    column,
+    CHUNK: tl.constexpr,
+    X: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    TO_END: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(CHUNK, BLOCK_X) what ``carried`` is, of a decay a channel; of a chunk or a half of one."""
+    logs = logs_tile(g, b, h, start, length, column, CHUNK, X, BLOCK_X, TO_END, WIDE)
+    return tl.exp2(tl.cumsum(logs, 0, reverse=TO_END))
 
 
 @triton.jit
