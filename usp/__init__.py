@@ -10,6 +10,7 @@ from usp.distributed.mesh import SequenceMesh
 from usp.distributed.submeshes import submeshes
 from usp.integrations import (
     Boundary,
+    parallelized,
     replace_attention,
     replace_mlp,
     restore,
@@ -67,6 +68,7 @@ __all__ = [
     "long_context_attention",
     "mean",
     "parallelize",
+    "parallelized",
     "positions",
     "replace_attention",
     "replace_mlp",

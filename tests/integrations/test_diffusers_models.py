@@ -66,13 +66,14 @@ def test_checkpoints_and_our_backend(pool, kind) -> None:
         ("SD3", {"dual": ()}),
         ("CogVideoX", {"rotary": False}),
         ("Flux", {"text": 1}),
+        ("UNet", {"only_cross_attention": (True, False)}),
         ("Wan", {"each": True}),
         ("LTX", {"each": True}),
     ],
     ids=str,
 )
 def test_kinds_of_a_family(pool, kind, sizes) -> None:
-    """No second attention, no rotations, a rank without text, a time step for each token."""
+    """No second attention, none among tokens, no rotations, no text on a rank, times of tokens."""
     check(pool, (1, 2), "zigzag", kind, **sizes)
 
 

@@ -338,6 +338,24 @@ def _copied() -> dict[str, float]:
     return wrong
 
 
+def _for_a_while() -> dict[str, float]:
+    mesh, model, whole = workers.mesh(1, 2), Model(), Model()
+    wanted = doors.results(whole, {"x": tokens()})
+    with usp.parallelized(model, mesh, BESIDE, layout="zigzag") as ours:
+        assert ours is model and "forward" in model.__dict__
+        found = doors.results(model, {"x": tokens()}, lambda m: usp.all_reduce_gradients(m, mesh))
+    wrong = doors.errors(wanted, found)
+    with pytest.raises(ZeroDivisionError), usp.parallelized(model, mesh, BESIDE):
+        _ = 1 / 0
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    return wrong | doors.errors(wanted, doors.results(model, {"x": tokens()}))
+
+
+def test_for_as_long_as_a_with_lasts(pool) -> None:
+    for wrong in pool.run(_for_a_while, ranks=2):
+        assert wrong == {}
+
+
 def test_copies_restores_and_leaves_alone(pool) -> None:
     for wrong in pool.run(_copied, ranks=2):
         assert wrong == {}

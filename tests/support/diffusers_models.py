@@ -176,6 +176,21 @@ def dit() -> Made:
     }
 
 
+def unet(**more: Any) -> Made:
+    """Of 60 tokens in the outer blocks and 15 in the middle one."""
+    sizes: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "block_out_channels": (12, 24)}
+    sizes["down_block_types"] = ("CrossAttnDownBlock2D", "DownBlock2D")
+    sizes["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    sizes |= {"layers_per_block": 1, "cross_attention_dim": 20, "attention_head_dim": 3}
+    model = _model("UNet2DConditionModel", **sizes, norm_num_groups=3, **more)
+    return model, {
+        "sample": random(2, 4, 10, 6, seed=1),
+        "timestep": _steps(),
+        "encoder_hidden_states": random(2, 7, 20, seed=2),
+        "return_dict": False,
+    }
+
+
 def pixart(text: int = 7, padded: int = 2) -> Made:
     model = _model(
         "PixArtTransformer2DModel",
@@ -362,6 +377,7 @@ def sana() -> nn.Module:
 
 MODELS: dict[str, Callable[..., Made]] = {
     "DiT": dit,
+    "UNet": unet,
     "PixArt": pixart,
     "Stable Audio": stable_audio,
     "Wan": wan,

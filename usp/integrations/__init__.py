@@ -1,6 +1,7 @@
 """Doors into models that exist, a library each."""
 
 from usp.integrations._boundary import Boundary, Entries, Joint
+from usp.integrations._while import parallelized
 from usp.integrations.mlp import replace_mlp
 from usp.integrations.multihead import replace_attention
 from usp.integrations.parallelize import parallelize, restore
@@ -11,6 +12,7 @@ __all__ = [
     "Entries",
     "Joint",
     "parallelize",
+    "parallelized",
     "replace_attention",
     "replace_mlp",
     "restore",

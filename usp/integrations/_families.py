@@ -148,6 +148,13 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
     f"{_DIFFUSERS}.dit_transformer_2d.DiTTransformer2DModel": Boundary(
         "transformer_blocks", "*.attn1", mlp=_OF_STREAMS
     ),
+    # of UNets, which hold several: each has a trunk of its own
+    f"{_DIFFUSERS}.transformer_2d.Transformer2DModel": Boundary(
+        "transformer_blocks",
+        "*.attn1",
+        whole=_TEXT | {"*.attn1": "encoder_hidden_states"},  # where it has no other
+        mlp=_OF_STREAMS,
+    ),
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": Boundary(
         "transformer_blocks", "*.attn1", whole=_TEXT, mlp=_OF_STREAMS
     ),
@@ -218,15 +225,16 @@ FAMILIES: dict[str, Boundary | tuple[Boundary, ...]] = {
 
 
 def family(model: nn.Module) -> tuple[Boundary, ...]:
-    """The trunks of a model that is known, or of the one part of it that is.
+    """The trunks of a model that is known, or of the parts of it that are, if these are of a kind.
 
     Raises:
-        ValueError: none is, or several are.
+        ValueError: none is, or several of several kinds are.
     """
     known = known_parts(model)
-    if len(known) == 1:
-        return next(iter(known.values()))
     if known:
+        first, *others = (_known(model.get_submodule(name)) for name in known)
+        if all(other == first for other in others):
+            return tuple(each for found in known.values() for each in found)
         names = [each.trunk for found in known.values() for each in found]
         raise ValueError(
             f"{type(model).__qualname__} holds several parts whose trunk is known: say which are "
