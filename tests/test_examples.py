@@ -167,12 +167,15 @@ def test_every_kind_of_parallelism_at_once(eight, tmp_path):
 
 
 @pytest.mark.long
-def test_the_hybrid_program_draws_and_compares(tmp_path, monkeypatch):
+def test_the_hybrid_program_draws_and_compares(tmp_path, monkeypatch, capsys):
+    """And has a bar in a terminal, as all of them."""
     picture = tmp_path / "loss.png"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     told = "--seq-len 31 --dim 16 --batch 2 --heads 2 --steps 2 --compare --device cpu --plot"
     monkeypatch.setattr(sys, "argv", ["train_hybrid.py", *told.split(), str(picture)])
     assert examples.module("train_hybrid").main() == 0
     assert picture.stat().st_size > 5000
+    assert re.search(r"\r\[={15} {15}\] 1/2  loss \d", capsys.readouterr().err)
 
 
 # what the scripts find on a cluster: so many tasks of srun, which all run here

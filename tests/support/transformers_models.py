@@ -48,7 +48,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         LM | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
-    "Gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", LM | {"sliding_window": 7}),
+    "Gemma 2": (  # of its published size
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        LM | {"sliding_window": 7, "head_dim": 256},
+    ),
     "Gemma 3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
