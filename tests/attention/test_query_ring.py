@@ -22,7 +22,10 @@ from usp.planning.cost import Place, Shape, bytes_sent, what_moves
 from usp.planning.gathered import Moves, Sizes
 from usp.planning.layout import rows
 from usp.planning.masks.mask import Mask
+from usp.planning.query_ring import make_query_ring
 from usp.planning.reach import needed_queries
+from usp.planning.route import Ring
+from usp.planning.samples import masks_of
 from usp.testing import WireBytes
 
 
@@ -166,6 +169,17 @@ def test_with_everybodys_kernels(pool, backend: str) -> None:
     if backend != "sdpa":
         more: dict[str, Any] = {"return_lse": True, "dropout_p": 0.2, "alibi": "h", "padding": 0.2}
         judge(replace(case, transport="query_ring", ring_outer=3, window=(9, 3), **more), pool)
+
+
+def test_queries_of_one_rank_may_come_from_both_sides(pool) -> None:
+    """Of the rank across the ring, some rows from each."""
+    place = ("zigzag",) * 2, (45, 45), 4, 0, "ring"
+    grid = make_query_ring(masks_of(masks.window(9, 9)), *place)
+    assert isinstance(grid.query_route, Ring)
+    owners = [arrival.owner for arrival in grid.query_route.arrivals]
+    assert len(owners) == len({*owners}) + 1 == len(grid.plans) - 1
+    case = Case(ring=4, seq_len=45, heads=2, kv_heads=2, window=(9, 9), layout="zigzag")
+    judge(replace(case, transport="query_ring"), pool)
 
 
 def with_a_bias() -> None:

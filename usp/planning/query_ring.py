@@ -42,13 +42,11 @@ def make_query_ring(
         owned = [len(row) for row in queries]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
     own = Arrival(ring_rank, tuple(all_rows(len(mine)) for _ in masks))
-    steps = {ring_rank: step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))}
+    whole = step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))
+    steps = [(ring_rank, whole)]  # one owner's may come twice, some rows from either side
     for arrival in () if route is None else route.arrivals:
         theirs = queries[arrival.owner]
         loads = loads_of_some(masks, theirs, arrival.cargo, mine, lengths[1])
-        steps[arrival.owner] = Step(ring_rank, loads)
-    plans = (
-        Plan(owner, ring_degree, (step,), None, queries[owner], keys)
-        for owner, step in steps.items()
-    )
+        steps.append((arrival.owner, Step(ring_rank, loads)))
+    plans = (Plan(owner, ring_degree, (step,), None, queries[owner], keys) for owner, step in steps)
     return Grid(tuple(plans), route)
