@@ -2,12 +2,14 @@
 
 // Refusals that carry both numbers, and shape checks that bind names.
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
-#include <map>
+#include <cstdlib>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
-#include <string>
-#include <vector>
+#include <string_view>
 
 namespace usp {
 
@@ -21,53 +23,74 @@ void check(bool condition, const Parts&... parts) {
 
 // One dimension of an expected shape: a name ("B"), or a name that may also be broadcast ("B|1").
 struct DimName {
-  std::string name;
+  std::string_view name;
   bool may_be_one;
 
-  DimName(const char* text) : name(text), may_be_one(false) {  // NOLINT: implicit on purpose
-    const auto bar = name.find('|');
-    if (bar == std::string::npos) return;
-    may_be_one = true;
-    name.resize(bar);
+  constexpr DimName(const char* text)  // NOLINT: implicit on purpose
+      : name(text), may_be_one(name.ends_with("|1")) {
+    if (may_be_one) name.remove_suffix(2);
   }
 };
 
-// Binds each name to the first size seen for it and refuses a later size that differs.
+using DimNames = std::initializer_list<DimName>;
+
+// Binds each name to the first size seen for it and refuses a later size that differs. Without
+// memory of its own: the checks of a short sequence would take as long as its attention.
 class ShapeChecker {
  public:
-  void check_shape(const std::string& tensor, const int64_t* sizes, int64_t dim,
-                   const std::vector<DimName>& expected) {
+  void check_shape(const char* tensor, const int64_t* sizes, int64_t dim, DimNames expected) {
     const auto count = static_cast<int64_t>(expected.size());
-    check(dim == count, tensor, " has ", dim, " dims, expected ", count, " ", describe(expected));
-    for (int64_t d = 0; d < count; ++d) check_dim(tensor, d, sizes[d], expected[d]);
+    if (dim != count) refuse_dims(tensor, dim, expected);
+    int64_t d = 0;
+    for (const DimName& name : expected) {
+      check_dim(tensor, d, sizes[d], name);
+      ++d;
+    }
   }
 
-  int64_t operator[](const std::string& name) const { return bound_.at(name).size; }
+  int64_t operator[](std::string_view name) const {
+    const Binding* found = find(name);
+    check(found != nullptr, "no tensor has a dim ", name);
+    return found->size;
+  }
 
  private:
   struct Binding {
+    std::string_view name;
     int64_t size;
-    std::string tensor;
+    const char* tensor;
   };
 
-  void check_dim(const std::string& tensor, int64_t d, int64_t size, const DimName& expected) {
+  const Binding* find(std::string_view name) const {
+    const Binding* end = bound_.data() + count_;
+    const auto* found = std::find_if(bound_.data(), end, [&](auto& b) { return b.name == name; });
+    return found == end ? nullptr : found;
+  }
+
+  void check_dim(const char* tensor, int64_t d, int64_t size, const DimName& expected) {
     if (expected.may_be_one && size == 1) return;
-    const auto [binding, is_new] = bound_.try_emplace(expected.name, Binding{size, tensor});
-    if (is_new) return;
-    check(size == binding->second.size, tensor, ": dim ", d, " (", expected.name, ") is ", size,
-          ", but ", binding->second.tensor, " has ", expected.name, " = ", binding->second.size,
+    const Binding* binding = find(expected.name);
+    if (binding == nullptr) {
+      check(count_ < bound_.size(), "more than ", bound_.size(), " names of dims");
+      bound_[count_++] = {expected.name, size, tensor};
+      return;
+    }
+    check(size == binding->size, tensor, ": dim ", d, " (", expected.name, ") is ", size, ", but ",
+          binding->tensor, " has ", expected.name, " = ", binding->size,
           expected.may_be_one ? " (or 1 to broadcast)" : "");
   }
 
-  static std::string describe(const std::vector<DimName>& expected) {
-    std::string text = "(";
-    for (const auto& dim : expected) {
-      text += (text.size() > 1 ? ", " : "") + dim.name + (dim.may_be_one ? "|1" : "");
+  [[noreturn]] static void refuse_dims(const char* tensor, int64_t dim, DimNames expected) {
+    std::ostringstream names;
+    for (const DimName& name : expected) {
+      names << (names.tellp() > 0 ? ", " : "") << name.name << (name.may_be_one ? "|1" : "");
     }
-    return text + ")";
+    check(false, tensor, " has ", dim, " dims, expected ", expected.size(), " (", names.str(), ")");
+    std::abort();
   }
 
-  std::map<std::string, Binding> bound_;
+  std::array<Binding, 16> bound_;
+  size_t count_ = 0;
 };
 
 }  // namespace usp

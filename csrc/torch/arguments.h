@@ -50,11 +50,11 @@ struct OptionalTensors {
 
 class ArgumentReader {
  public:
-  explicit ArgumentReader(const Tensor& like) : like_(like) {}
+  explicit ArgumentReader(const Tensor& like) : device_(like.device()) {}
 
-  void shape(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+  void shape(const char* name, const Tensor& x, DimNames dims) {
     shapes_.check_shape(name, x.sizes().data(), x.dim(), dims);
-    check(x.device() == like_.device(), name, " is on another device than the other tensors");
+    check(x.device() == device_, name, " is on another device than the other tensors");
   }
 
   void dtype(const char* name, const Tensor& x, ScalarType expected) const {
@@ -62,8 +62,7 @@ class ArgumentReader {
           ", expected ", torch::headeronly::toString(expected));
   }
 
-  TensorView view(const char* name, const Tensor& x, ScalarType expected,
-                  const std::vector<DimName>& dims) {
+  TensorView view(const char* name, const Tensor& x, ScalarType expected, DimNames dims) {
     shape(name, x, dims);
     dtype(name, x, expected);
     check(x.size(3) <= 1 || x.stride(3) == 1, name, " has stride ", x.stride(3),
@@ -72,19 +71,19 @@ class ArgumentReader {
   }
 
   // Of any dtype.
-  void* dense(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+  void* dense(const char* name, const Tensor& x, DimNames dims) {
     shape(name, x, dims);
     check(x.is_contiguous(), name, " is not contiguous");
     return x.data_ptr();
   }
 
   template <typename T>
-  T* contiguous(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+  T* contiguous(const char* name, const Tensor& x, DimNames dims) {
     dtype(name, x, kScalarType<T>);
     return static_cast<T*>(dense(name, x, dims));
   }
 
-  const int32_t* indices(const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+  const int32_t* indices(const char* name, const Tensor& x, DimNames dims) {
     shape(name, x, dims);
     dtype(name, x, ScalarType::Int);
     check(x.is_contiguous(), name, " is not contiguous");
@@ -94,7 +93,7 @@ class ArgumentReader {
   int64_t operator[](const char* dim) const { return shapes_[dim]; }
 
  private:
-  const Tensor& like_;
+  const torch::stable::Device device_;
   ShapeChecker shapes_;
 };
 
@@ -124,10 +123,11 @@ void read_bands(ArgumentReader& args, const OptionalTensors& optional, Attention
   if (!optional.first || a.Lq == 0) return;
   const bool on_cpu = optional.first->is_cpu();  // else the host cannot look into it
   const bool many = on_cpu && optional.first->dim() == 2;
-  std::vector<DimName> dims{"Lq"};
-  if (many) dims.insert(dims.begin(), "bands");
-  a.span.first = args.indices("first", *optional.first, dims);
-  a.span.stop = args.indices("stop", *optional.stop, dims);
+  const auto ends = [&](const char* name, const Tensor& x) {
+    return many ? args.indices(name, x, {"bands", "Lq"}) : args.indices(name, x, {"Lq"});
+  };
+  a.span.first = ends("first", *optional.first);
+  a.span.stop = ends("stop", *optional.stop);
   if (many) a.num_bands = args["bands"];
   if (!on_cpu) return;
   for (int64_t band = 0; band < a.num_bands; ++band) check_ends(a.band(band));
@@ -221,7 +221,7 @@ AttentionState<T> read_state(ArgumentReader& args, const Tensor& q, const MaybeT
 template <typename T>
 void read_targets(ArgumentReader& args, const Tensor& q, const GradientTensors& g,
                   AttentionGradients<T>& gradients) {
-  const auto target = [&](const char* name, const Tensor& x, const std::vector<DimName>& dims) {
+  const auto target = [&](const char* name, const Tensor& x, DimNames dims) {
     if (g.overwrite && x.scalar_type() == q.scalar_type()) return args.dense(name, x, dims);
     return static_cast<void*>(args.contiguous<T>(name, x, dims));
   };

@@ -10,6 +10,7 @@
 #include "gpu/state_merge.h"
 #include "torch/attention_ops.h"
 #include "torch/move_arguments.h"
+#include "torch/once_ops.h"
 
 namespace usp {
 namespace {
@@ -112,6 +113,9 @@ STABLE_TORCH_LIBRARY_IMPL(usp, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&usp::attention_forward<usp::forward>));
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
+  m.impl("attention_once", TORCH_BOX(&usp::attention_once<usp::forward>));
+  m.impl("attention_once_backward",
+         TORCH_BOX((&usp::attention_once_backward<usp::attention_delta, usp::backward>)));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

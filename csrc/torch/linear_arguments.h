@@ -8,7 +8,7 @@
 namespace usp {
 
 inline cpu::HeadsView heads_view(ArgumentReader& args, const char* name, const Tensor& x,
-                                 ScalarType dtype, const std::vector<DimName>& dims, int64_t of) {
+                                 ScalarType dtype, DimNames dims, int64_t of) {
   cpu::HeadsView found{args.view(name, x, dtype, dims), x.size(2)};
   check(found.heads > 0 && of % found.heads == 0, name, " has ", found.heads,
         " heads, no divisor of ", of);

@@ -10,6 +10,7 @@
 #include "torch/attention_ops.h"
 #include "torch/linear_ops.h"
 #include "torch/move_arguments.h"
+#include "torch/once_ops.h"
 #include "torch/torch_threads.h"
 
 namespace usp {
@@ -92,6 +93,13 @@ STABLE_TORCH_LIBRARY(usp, m) {
       "float softcap, float dropout_p, int dropout_seed, Tensor(a!) dq, Tensor(b!) dk, "
       "Tensor(c!) dv, Tensor(d!)? dbias, bool overwrite=False) -> ()");
   m.def("attention_delta(Tensor dout, Tensor out, Tensor(a!) delta) -> ()");
+  m.def(
+      "attention_once(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? stop, int head_offset, "
+      "int group_size, float softmax_scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_once_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor? first, Tensor? stop, int head_offset, int group_size, "
+      "float softmax_scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("state_merge(Tensor(a!) out, Tensor(b!) lse, Tensor more_out, Tensor more_lse) -> ()");
   m.def("pack(Tensor[] tensors, Tensor(a!) message) -> ()");
   m.def("unpack(Tensor message, Tensor(a!)[] tensors) -> ()");
@@ -109,6 +117,9 @@ STABLE_TORCH_LIBRARY_IMPL(usp, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&usp::attention_forward<usp::forward>));
   m.impl("attention_backward", TORCH_BOX(&usp::attention_backward<usp::backward>));
   m.impl("attention_delta", TORCH_BOX(&usp::attention_delta));
+  m.impl("attention_once", TORCH_BOX(&usp::attention_once<usp::forward>));
+  m.impl("attention_once_backward",
+         TORCH_BOX((&usp::attention_once_backward<usp::attention_delta, usp::backward>)));
   m.impl("state_merge", TORCH_BOX(&usp::state_merge));
   m.impl("pack", TORCH_BOX(&usp::pack));
   m.impl("unpack", TORCH_BOX(&usp::unpack));

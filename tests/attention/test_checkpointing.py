@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pool as worker
 import pytest
@@ -145,19 +146,13 @@ def test_results_to_the_bit(pool, options: str, meshes: tuple[int, int] | None) 
 def forward_blocks(meshes: tuple[int, int] | None, way: str | None) -> int:
     """How many blocks of keys one forward and its backward let into the softmax."""
     mesh = None if meshes is None else worker.mesh(*meshes)
-    count, real = 0, block.attention_forward
-
-    def counted(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        real(*args)
-
-    block.attention_forward = counted
-    try:
+    counted = [
+        mock.patch.object(block, name, mock.Mock(wraps=getattr(block, name)))
+        for name in ("attention_forward", "attention_once")
+    ]
+    with counted[0] as several, counted[1] as alone:
         run(way, mesh, {})
-    finally:
-        block.attention_forward = real
-    return count
+    return several.call_count + alone.call_count
 
 
 def blocks_by_way(meshes: tuple[int, int] | None) -> dict[str | None, int]:

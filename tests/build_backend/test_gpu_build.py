@@ -53,6 +53,7 @@ COUNTS = {
 }
 GPU_OPS = (
     *("attention_forward", "attention_delta", "attention_backward"),
+    *("attention_once", "attention_once_backward"),
     *("state_merge", "pack", "unpack"),
 )
 

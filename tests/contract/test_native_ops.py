@@ -68,6 +68,39 @@ def test_delta(shape: tuple[int, ...], dtype: torch.dtype, capability: str) -> N
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=bound * shape[3])
 
 
+ALONE = [
+    Call(),
+    Call(span="bands_at_once", dtype=torch.bfloat16, heads=(3, 1, 2), softcap=2.0, layout="sliced"),
+    Call(3, 5, 2, dtype=torch.float64, span="causal", value_head_dim=7, layout="heads_first"),
+]
+
+
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("dlse", [False, True])
+def test_a_block_that_is_alone_is_one_op_to_the_bit(case: Call, dlse: bool) -> None:
+    x = make_inputs(case)
+    shared = options(case, x, slice(None), masked=True)
+    (_, lse), out = new_state(case), torch.empty_like(x.dout, memory_format=torch.contiguous_format)
+    torch.ops.usp.attention_forward(x.q, x.k, x.v, *shared, None, lse, out)
+    delta = torch.empty_like(lse)
+    torch.ops.usp.attention_delta(x.dout, out, delta)
+    sums = [torch.empty(t.shape, dtype=t.dtype) for t in (x.q, x.k, x.v)]
+    torch.ops.usp.attention_backward(
+        *(x.dout, x.q, x.k, x.v, delta - x.dlse if dlse else delta, lse),
+        *(*shared, *sums, None, True),
+    )
+    some = [shared[i] for i in (0, 1, 6, 8, 9, 10)]
+    # heads apart in memory, and a gradient of the LSE that is, too
+    dout, q, k, v = (t.mT.contiguous().mT for t in (x.dout, x.q, x.k, x.v))
+    given = (q, k, v, *some)
+    saved = (dout, x.dlse.mT.contiguous().mT if dlse else None, q, k, v, out, lse, *some)
+    forward, backward = torch.ops.usp.attention_once, torch.ops.usp.attention_once_backward
+    for found, wanted in zip((*forward(*given), *backward(*saved)), (out, lse, *sums), strict=True):
+        assert torch.equal(found, wanted) and found.is_contiguous()
+    torch.library.opcheck(forward.default, given)
+    torch.library.opcheck(backward.default, saved)
+
+
 def samples() -> list[tuple[Any, tuple[Any, ...]]]:
     found = []
     for case in (Call(), Call(bias="B1QK", span="causal", alibi="1H", dropout_p=0.1, softcap=3.0)):

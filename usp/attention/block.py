@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from usp.backends import Backend, PartialBackend, StateBackend
+from usp.backends import Backend, OnceBackend, PartialBackend, StateBackend
 from usp.ops.delta import row_products
 from usp.ops.merge import merge_into
 from usp.planning.problem import Block, Gradients, Saved, State, state_dtype
@@ -52,6 +52,29 @@ def attention_forward(block: Block, state: State, backend: Backend) -> None:
         merge_into(carried[:, rows], state.lse[:, :, rows], out, lse)
     if state.result is not None:
         state.result.copy_(carried)
+
+
+def attention_once(block: Block, backend: OnceBackend) -> tuple[Tensor, Tensor]:
+    """``attention_forward`` of the only block: out (B, Lq, H, Dv) in the dtype of q, and the LSE.
+
+    Args:
+        block: Without bias, ALiBi and dropout; any strides.
+        backend: Whose kernel.
+    """
+    return backend.attention_once(block)
+
+
+def attention_once_backward(
+    block: Block, results: tuple[Tensor, Tensor | None, Tensor, Tensor], backend: OnceBackend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of its q, k and v, in their dtype.
+
+    Args:
+        block: As in the forward.
+        results: The gradients of out and of the LSE, or None, and these.
+        backend: Whose kernel.
+    """
+    return backend.attention_once_backward(block, *results)
 
 
 def saved_for_backward(

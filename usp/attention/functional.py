@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,54 +168,58 @@ def long_context_attention(
         Ulysses arXiv:2309.14509, ring attention arXiv:2310.01889, both on one mesh
         arXiv:2405.07719.
     """
-    options = Options(
-        causal=causal,
-        window_size=window_size,
-        cu_seqlens=cu_seqlens,
-        prefix_len=prefix_len,
-        mask=mask,
-        key_lengths=key_lengths,
-        query_offset=query_offset,
-        softmax_scale=softmax_scale,
-        layout=layout,
-        seq_len=seq_len,
-        dropout_p=dropout_p,
-        softcap=softcap,
-        transport=transport,
-        return_lse=return_lse,
-        backend=backend,
-        chunks=chunks,
-        head_chunks=head_chunks,
-        offload=offload,
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        attn_mask=attn_mask,
-        sinks=sinks,
-    )
+    told = {
+        "causal": causal,
+        "window_size": window_size,
+        "cu_seqlens": cu_seqlens,
+        "prefix_len": prefix_len,
+        "mask": mask,
+        "key_lengths": key_lengths,
+        "query_offset": query_offset,
+        "softmax_scale": softmax_scale,
+        "layout": layout,
+        "seq_len": seq_len,
+        "dropout_p": dropout_p,
+        "softcap": softcap,
+        "transport": transport,
+        "return_lse": return_lse,
+        "backend": backend,
+        "chunks": chunks,
+        "head_chunks": head_chunks,
+        "offload": offload,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "attn_mask": attn_mask,
+        "sinks": sinks,
+    }
     tensors = Tensors(q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    return attend(tensors, options, mesh, dropout_seed, validate)
+    return attend(tensors, told, mesh, dropout_seed, validate)
 
 
 def attend(
     tensors: Tensors,
-    options: Options,
+    told: dict[str, Any],
     mesh: SequenceMesh | None,
     dropout_seed: int | Tensor | None,
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first", and
-    the seed a tensor, while a graph is made."""
+    the seed a tensor, while a graph is made.
+
+    Args:
+        told: Options by name. They become an object where a call is of a new kind alone.
+    """
     if torch._C._is_any_autocast_enabled():
         q, k, v = in_autocast(tensors.q), in_autocast(tensors.k), in_autocast(tensors.v)
         tensors = tensors._replace(q=q, k=k, v=v)
     kind = None
     if mesh is None and dropout_seed is None and _is_eager():
-        kind = kind_of(tensors, options, validate)
+        kind = kind_of(tensors, told, validate)
         found = kept(kind, tensors)
         if found is not None:
             return _attended(*found, None)
-    tensors, options = with_learned_scale(tensors, options)
+    tensors, options = with_learned_scale(tensors, Options(**told))
     options = with_placement(tensors, options)
     if options.attn_mask is not None:
         tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)

@@ -19,7 +19,7 @@ from usp.attention.given import Tensors
 from usp.attention.grid import GridRing, grid_backward, grid_forward
 from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
-from usp.attention.single import single_backward, single_forward, single_visit
+from usp.attention.single import Single, single_attention
 from usp.attention.ulysses import gather_heads, scatter_heads
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
@@ -31,7 +31,6 @@ from usp.ops.derivatives import (
 from usp.ops.precision import as_given
 from usp.planning.heads import Cut, Heads, kv_heads_shared, split_heads
 from usp.planning.layout import replicated
-from usp.planning.visit import Visit
 
 Exchange = Callable[[Axis, Sequence[Tensor], Sequence[Cut]], list[Tensor]]
 
@@ -42,6 +41,8 @@ def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | Non
     Returns:
         out: (B, Lq, H, Dv). lse: (B, H, Lq), None unless it was asked for.
     """
+    if call.single is not None:
+        return single_attention(tensors, call.single)
     if not is_differentiated(tensors):
         given = attention_forward(tensors, call)
         return given.out, given.lse
@@ -83,7 +84,7 @@ class Call:
         request: The arguments.
         bias_cut: How the bias changes hands, if there is one.
         back: That of the backward.
-        visit: The only one, where that is all there is to do.
+        single: The executor in their place where one visit is all there is to do.
     """
 
     ulysses: Axis
@@ -92,7 +93,7 @@ class Call:
     request: Request
     bias_cut: BiasCut | None
     back: Ring
-    visit: Visit | None = None
+    single: Single | None = None
 
     @cached_property
     def query_cut(self) -> Cut:
@@ -136,8 +137,10 @@ def prepare(
         held = replace(held, offset=held.offset + request.first_head, total=request.all_heads)
     make = local_executor if replicated(request.layouts) else executors
     executor, back = make(mesh, held, tensors, request)
-    visit = single_visit(tensors, executor) if ulysses.size == 1 else None
-    return tensors, Call(ulysses, executor, heads, request, bias_cut, back, visit)
+    single = None
+    if ulysses.size == 1:
+        single = Single.of(tensors, executor, request.return_lse)
+    return tensors, Call(ulysses, executor, heads, request, bias_cut, back, single)
 
 
 def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call) -> list[Tensor]:
@@ -147,13 +150,6 @@ def _exchanged(way: Exchange, tensors: Sequence[tuple[Tensor, Cut]], call: Call)
 
 def attention_forward(tensors: Tensors, call: Call) -> Forward:
     """Exchange, ring, exchange."""
-    if call.visit is not None:
-        inputs = Tensors(*map(last_dim_contiguous, tensors[:3]))
-        with as_given(tensors.q.device):
-            out, lse = single_forward(inputs, cast(Ring, call.ring), call.visit)
-        return Forward(
-            out, lse if call.request.return_lse else None, inputs, Results(out, lse, None)
-        )
     inputs, large_bias = scattered(tensors, call), False
     if inputs.attn_bias is not None:
         bias, large_bias = levels.prepared(inputs.attn_bias)
@@ -231,10 +227,6 @@ def attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same way back: dq, dk, dv and the bias' gradient for what this rank was given."""
-    if call.visit is not None:
-        with as_given(dout.device):
-            own = last_dim_contiguous(dout), dlse, results.out, results.lse
-            return *single_backward(inputs, own, cast(Ring, call.ring), call.visit), None
     dout, dlse = scattered_gradients(dout, dlse, call)
     ring, dtype = call.back, inputs.q.dtype
     if isinstance(call.ring, Replicas):

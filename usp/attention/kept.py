@@ -12,6 +12,7 @@ import marshal
 import pickle
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor
 
@@ -21,23 +22,29 @@ from usp.attention.hybrid import Call
 from usp.backends import Selected
 
 _MOST = 256
+_DEFAULTS = vars(Options())
 _KEPT: OrderedDict[Hashable, tuple[Call, Selected]] = OrderedDict()
 
 
-def kind_of(tensors: Tensors, options: Options, validate: object) -> Hashable | None:
+def kind_of(tensors: Tensors, told: dict[str, Any], validate: object) -> Hashable | None:
     """What two calls must share to be checked and planned alike; None where that is not known.
 
     Masks and layouts compare by value. All else is told apart by its types too, at any depth: 1 is
     no True, and 5.0 no 5.
+
+    Args:
+        told: Options by name.
     """
-    values = *({**vars(options), "mask": None, "layout": None}).values(), validate
+    given = _DEFAULTS | told
+    layout, mask, dropout_p = given.pop("layout"), given.pop("mask"), given["dropout_p"]
+    values = *given.values(), validate
     try:
         marshal.dumps(values, 2)  # raises for tensors and for what is no number, word or list
-        kind = pickle.dumps(values), options.mask, options.layout, *map(_what, tensors)
-        hash((options.mask, options.layout))
+        kind = pickle.dumps(values), mask, layout, *map(_what, tensors)
+        hash((mask, layout))
     except (ValueError, TypeError, RuntimeError, AttributeError):  # a nested tensor; none at all
         return None
-    return None if drops(options.dropout_p) else kind
+    return None if drops(dropout_p) else kind
 
 
 def _what(x: Tensor | None) -> Hashable:

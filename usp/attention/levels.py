@@ -12,7 +12,6 @@ Shape letters: b, h, q where a dim may be 1, because a bias is broadcast along i
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -136,14 +135,14 @@ def relative(block: Block, level: Tensor) -> list[Block]:
     assert bias is not None
     level = _or_zero(level)
     if bias.shape[2] != 1:
-        return [replace(block, bias=bias - level[..., None])]
+        return [block._replace(bias=bias - level[..., None])]
     starts = (level[:, :, 1:] != level[:, :, :-1]).flatten(0, 1).any(0).nonzero().flatten() + 1
     ends = [0, *starts.tolist(), level.shape[2]]
     blocks = []
     for start, stop in pairwise(ends):
         visit = _of_rows(block.visit, start, stop)
         if visit.span is None or not visit.span.is_empty:
-            blocks.append(replace(block, visit=visit, bias=bias - level[:, :, start, None, None]))
+            blocks.append(block._replace(visit=visit, bias=bias - level[:, :, start, None, None]))
     return blocks
 
 

@@ -8,7 +8,7 @@ the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -58,7 +58,7 @@ def replicas_forward(inputs: Tensors, call: Replicas) -> tuple[Tensor, Tensor]:
     bands = max_bands(local.backend, inputs.q.device)
     own = [[load.samples.of(x) for x in inputs.travelling] for load in step.loads]
     for _, samples, piece in calls(inputs, step, own, local, bands):
-        part = replace(state, out=samples.of(state.out), lse=samples.of(state.lse))
+        part = state._replace(out=samples.of(state.out), lse=samples.of(state.lse))
         block.attention_forward(piece, part, local.backend)
     found = [_rows(state.out), _rows(state.lse)]
     for axis in call.axes:

@@ -58,6 +58,18 @@ class StateBackend(Backend, Protocol):
         """Sums of ``dout * out`` over the last dim, (B, H, Lq) in the dtype of the state."""
 
 
+class OnceBackend(Backend, Protocol):
+    """A family that makes all results of a block that is alone, without bias, ALiBi and dropout."""
+
+    def attention_once(self, block: Block) -> tuple[Tensor, Tensor]:
+        """``out, lse``."""
+
+    def attention_once_backward(
+        self, block: Block, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``dq, dk, dv``."""
+
+
 class PartialBackend(Backend, Protocol):
     """A family that computes rows on their own; ``block.py`` merges them."""
 

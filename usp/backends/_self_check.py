@@ -96,8 +96,7 @@ class Problem:
 def _exact(block: Block) -> Block:
     bias, slopes, q_pos, k_pos = block.bias, block.alibi_slopes, block.q_pos, block.k_pos
     span = block.visit.span
-    return replace(
-        block,
+    return block._replace(
         q=block.q.double().cpu(),
         k=block.k.double().cpu(),
         v=block.v.double().cpu(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,26 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
     result = out.new_empty((batch, num_heads, num_rows), dtype=state_dtype(out.dtype))
     torch.ops.usp.attention_delta(dout, out, result)
     return result
+
+
+def attention_once(block: Block) -> tuple[Tensor, Tensor]:
+    found = torch.ops.usp.attention_once.default(block.q, block.k, block.v, *_of_once(block))
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+def attention_once_backward(
+    block: Block, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = torch.ops.usp.attention_once_backward.default(
+        dout, dlse, block.q, block.k, block.v, out, lse, *_of_once(block)
+    )
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
+
+
+def _of_once(block: Block) -> tuple[Any, ...]:
+    heads, scoring = block.heads, block.scoring
+    ends = block.span or (None, None)
+    return *ends, heads.offset, heads.group_size, scoring.softmax_scale, scoring.softcap
 
 
 def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:

@@ -24,6 +24,10 @@ from usp.planning.problem import Block
 COMPUTE, WAIT, SEND, RECEIVE = LANES = ("compute", "wait", "send", "receive")
 # Ranks tell each other what they were asked for, in so many bytes at most.
 MEETING, _FEW = "the ranks' meeting", 1024
+_KERNELS = (
+    *("attention_forward", "attention_once"),
+    *("attention_backward", "attention_once_backward"),
+)
 Parts = Sequence[tuple[int, Tensor]]
 
 
@@ -107,8 +111,9 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """usp's kernels and messages of this process are noted in here."""
         with ExitStack() as patches:
-            for name in ("attention_forward", "attention_backward"):
-                timed = self._timed(name.removeprefix("attention_"), getattr(block, name))
+            for name in _KERNELS:
+                which = "backward" if name.endswith("backward") else "forward"
+                timed = self._timed(which, getattr(block, name))
                 patches.enter_context(mock.patch.object(block, name, timed))
             for name, wrapped in (
                 ("shift", self._shift(Axis.shift)),

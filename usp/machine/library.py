@@ -19,6 +19,8 @@ OPS = (
     "attention_forward",
     "attention_delta",
     "attention_backward",
+    "attention_once",
+    "attention_once_backward",
     "state_merge",
     "pack",
     "unpack",

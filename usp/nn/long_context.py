@@ -164,7 +164,7 @@ class LongContextAttention(nn.Module):
         slopes = self.alibi_slopes if alibi_slopes is None else alibi_slopes
         tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
         compare = compares_now(self.validate, self._compared)
-        out = attend(tensors, Options(**told), mesh, None, compare)
+        out = attend(tensors, told, mesh, None, compare)
         # a graph is run many times, and must change nothing
         if not self._compared and not torch.compiler.is_compiling():
             self._compared = True

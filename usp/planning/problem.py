@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class Scoring:
     dropout_seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(NamedTuple):
     """Queries of this rank against the keys of one owner.
 
     Attributes:
@@ -77,8 +76,7 @@ class Block:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(NamedTuple):
     """The running softmax of this rank's queries.
 
     Attributes:
@@ -94,8 +92,7 @@ class State:
     result: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Saved:
+class Saved(NamedTuple):
     """What the backward of a block needs from the whole pass.
 
     Attributes:
@@ -112,8 +109,7 @@ class Saved:
     lse_has_gradient: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Gradients:
+class Gradients(NamedTuple):
     """Sums to add a block's gradients to, in the dtype of the state; shapes of q, k, v, bias.
 
     Attributes:

@@ -71,15 +71,14 @@ def attend(
     call: Projected, placement: Placement, extra: ExtraKeys | None, validate: When
 ) -> Tensor:
     """(N, L, H, D), the attention of this rank's queries to all keys and ``extra``."""
-    options = replace(
-        placement.options,
-        causal=placement.causal or call.causal,
-        seq_len=call.lengths,
-        dropout_p=call.dropout_p,
-        return_lse=extra is not None,
-    )
+    told = placement.told | {
+        "causal": placement.causal or call.causal,
+        "seq_len": call.lengths,
+        "dropout_p": call.dropout_p,
+        "return_lse": extra is not None,
+    }
     tensors = Tensors(call.q, call.k, call.v, call.padding, call.bias)
-    result = functional.attend(tensors, options, placement.mesh, call.dropout_seed, validate)
+    result = functional.attend(tensors, told, placement.mesh, call.dropout_seed, validate)
     if extra is None:
         return cast(Tensor, result)
     out, lse = result

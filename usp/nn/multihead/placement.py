@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,23 +59,23 @@ class Placement:
                 "a tensor is an attn_mask of the call"
             )
         self.whole_mask(False)
-        refuse_chunks(self.options)
+        refuse_chunks(Options(**self.told))
 
-    @property
-    def options(self) -> Options:
-        """Those of ``long_context_attention``, but for what a call says."""
-        return Options(
-            causal=self.causal,
-            window_size=self.window_size,
-            mask=self.mask,
-            layout=self.layout,
-            transport=self.transport,
-            backend=self.backend,
-            heads=self.heads,
-            chunks=self.chunks,
-            head_chunks=self.head_chunks,
-            offload=self.offload,
-        )
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """The options of ``long_context_attention`` by name, but for what a call says."""
+        return {
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "mask": self.mask,
+            "layout": self.layout,
+            "transport": self.transport,
+            "backend": self.backend,
+            "heads": self.heads,
+            "chunks": self.chunks,
+            "head_chunks": self.head_chunks,
+            "offload": self.offload,
+        }
 
     @property
     def _degrees(self) -> tuple[int, int]:
