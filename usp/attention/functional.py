@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from usp.attention.learned import with_learned_scale
 from usp.attention.placement import with_placement
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import beside_sinks
+from usp.attention.watched import is_eager, seen_whole
 from usp.distributed.agreement import When, meet_in_backward
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.distributed.mesh import SequenceMesh
 from usp.ops.precision import in_autocast
-from usp.planning.kinds import is_fake, tensor
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
 
@@ -214,7 +213,7 @@ def attend(
         q, k, v = in_autocast(tensors.q), in_autocast(tensors.k), in_autocast(tensors.v)
         tensors = tensors._replace(q=q, k=k, v=v)
     kind = None
-    if mesh is None and dropout_seed is None and _is_eager():
+    if mesh is None and dropout_seed is None and is_eager():
         kind = kind_of(tensors, told, validate)
         found = kept(kind, tensors)
         if found is not None:
@@ -239,18 +238,9 @@ def _dispatched(
     if in_chunks(options):
         refuse_graphs(tensors)
         return _attend_in_chunks(tensors, options, mesh, dropout_seed, validate, kind)
-    if torch.compiler.is_compiling():
-        for name, x in zip(Tensors._fields, tensors, strict=True):
-            if x is not None:
-                tensor(name, x)
-        mesh = check_mesh(mesh)
-        several = mesh is not None and mesh.size > 1
-        return op.attention(tensors, options, mesh if several else None, dropout_seed, validate)
-    if is_fake(tensors.q):
-        with getattr(tensors.q, "fake_mode", nullcontext()):
-            return op.attention(tensors, options, mesh, dropout_seed, validate)
-    if is_watched():
-        return op.attention(tensors, options, mesh, dropout_seed, validate)
+    found = seen_whole(op.attention, tensors, options, mesh, dropout_seed, validate)
+    if found is not None:
+        return found
     assert not isinstance(dropout_seed, Tensor)
     return _attend(tensors, options, mesh, dropout_seed, validate, kind)
 
@@ -267,18 +257,6 @@ def _attend_in_chunks(
     """No graph holds it: it is many collectives, and its memory that of none of its results."""
     seed = None if dropout_seed is None else int(dropout_seed)
     return _attend(tensors, options, mesh, seed, None if validate == "first" else validate, kind)
-
-
-def _is_eager() -> bool:
-    """Whether nobody but autograd sees what is done."""
-    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or is_watched())
-
-
-def is_watched() -> bool:
-    """Whether somebody keeps, replaces or repeats the operations that he sees."""
-    if torch._C._is_tracing():
-        raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 @untraced

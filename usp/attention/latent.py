@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from usp.attention import latent_op
 from usp.attention.arguments import drops
-from usp.attention.functional import draw_dropout_seed, is_watched
+from usp.attention.functional import draw_dropout_seed
 from usp.attention.given import Latents, Options, Tensors
 from usp.attention.hybrid import own_slopes, prepare
 from usp.attention.latent_passes import attend_latents
 from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import beside_sinks
+from usp.attention.watched import seen_whole
 from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
-from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.distributed.mesh import SequenceMesh
 from usp.ops.precision import in_autocast
-from usp.planning.kinds import is_fake
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
 
@@ -124,17 +123,8 @@ def _dispatched(
     dropout_seed: int | None,
     validate: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
-        mesh = check_mesh(mesh)
-        several = mesh is not None and mesh.size > 1
-        on = mesh if several else None
-        return latent_op.attention(tensors, options, on, dropout_seed, validate)
-    if is_fake(tensors.q):
-        with getattr(tensors.q, "fake_mode", nullcontext()):
-            return latent_op.attention(tensors, options, mesh, dropout_seed, validate)
-    if is_watched():
-        return latent_op.attention(tensors, options, mesh, dropout_seed, validate)
-    return _attend(tensors, options, mesh, dropout_seed, validate)
+    found = seen_whole(latent_op.attention, tensors, options, mesh, dropout_seed, validate)
+    return _attend(tensors, options, mesh, dropout_seed, validate) if found is None else found
 
 
 @untraced

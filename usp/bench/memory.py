@@ -190,7 +190,7 @@ def peak_bytes(run: Callable[[], object], device: str, as_op: bool = False) -> i
 def attention_runs(as_op: bool) -> AbstractContextManager[object]:
     """Who listens sees attention as an op, which also saves what it was given; or as it runs where
     nobody does."""
-    return mock.patch("usp.attention.functional.is_watched", return_value=as_op)
+    return mock.patch("usp.attention.watched.is_watched", return_value=as_op)
 
 
 def value(what: str, case: dict[str, Any], name: str, values: dict[str, Any]) -> Record:
