@@ -14,20 +14,14 @@ from usp.attention.arguments import check
 from usp.attention.given import Latents, Options, Tensors
 from usp.attention.hybrid import Call, Results, own_slopes, prepare
 from usp.attention.latent_passes import Held, latent_backward, latent_forward, scattered_latents
-from usp.attention.op import agrees, below_autograd, filled_up, register, room_of_row
-from usp.attention.op_arguments import SCHEMA, TENSORS, Arguments, arguments
+from usp.attention.op import agrees, filled_up, room_of_row
+from usp.attention.op_arguments import SCHEMA, Arguments, arguments
+from usp.attention.op_frame import NUMBER, called, register
 from usp.attention.request import agree_on_request
 from usp.distributed.agreement import When, meet_before_backward
 from usp.distributed.mesh import SequenceMesh
-from usp.ops.derivatives import (
-    OnceDifferentiable,
-    refuse_transforms,
-    without_second_derivative,
-)
 from usp.planning.heads import split_heads
 from usp.planning.problem import state_dtype
-
-_NUMBER = len(Latents._fields)
 
 
 class _Given(NamedTuple):
@@ -38,7 +32,7 @@ class _Given(NamedTuple):
 
     @classmethod
     def of(cls, args: Sequence[Any]) -> _Given:
-        return cls(Arguments(*args[:-_NUMBER]), Latents(*args[-_NUMBER:]))
+        return cls(Arguments(*args[:NUMBER]), Latents(*args[NUMBER:]))
 
     @property
     def options(self) -> Options:
@@ -66,10 +60,7 @@ def attention(
     assert latents is not None
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (tensors.q, *latents)]
     given = arguments(tensors, options, mesh, dropout_seed, validate)._replace(gradients=needed)
-    op = torch.ops.usp.latent_attention
-    run = op.mesh if mesh is not None and torch.compiler.is_compiling() else op.default
-    out, lse, _ = run(*given, *latents)
-    return (out, lse) if options.return_lse else out
+    return called("latent_attention", (*given, *latents), mesh, options.return_lse)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -145,7 +136,13 @@ def _recalled(of: _Given, results: Results, kept: Sequence[Tensor]) -> tuple[Hel
 
 
 def _gradients(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, kept: Sequence[Tensor], *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Sequence[Tensor],
+    bias_gradient: bool,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     of = _Given.of(args)
     held, results, call = _recalled(of, Results(out, lse, None), kept)
@@ -168,67 +165,21 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _fake_gradients(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, kept: Sequence[Tensor], *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Sequence[Tensor],
+    bias_gradient: bool,
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     of = _Given.of(args)
     return tuple(x.new_empty(x.shape) for x in (of.arguments.q, *of.latents))
 
 
-class _Attention(OnceDifferentiable):
-    """Autograd over the two ops."""
-
-    of = "latent_attention"
-
-    @staticmethod
-    def forward(ctx: Any, overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        given, latents = _Given.of(args)
-        out, lse, kept = below_autograd(getattr(torch.ops.usp.latent_attention, overload), *args)
-        ctx.save_for_backward(*given.held, *latents, out, lse, *kept)
-        ctx.settings, ctx.overload = args[TENSORS:-_NUMBER], overload
-        ctx.mesh = given.on  # is found by name, as long as somebody holds it
-        ctx.set_materialize_grads(False)
-        if not given.return_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse, kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        held, rest = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
-        latents, (out, lse, *kept) = rest[:_NUMBER], rest[_NUMBER:]
-        if dout is None:
-            dout = torch.zeros_like(out)
-        with torch.no_grad():
-            found = getattr(torch.ops.usp.latent_attention_gradients, ctx.overload)(
-                dout, dlse, out, lse, kept, *held, *ctx.settings, *latents
-            )
-        dq, *others = without_second_derivative(found, (dout, dlse, out))
-        between = (None,) * (TENSORS + len(ctx.settings) - 1)
-        return None, dq, *between, *others
-
-
-def _differentiable(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    given, latents = _Given.of(args)
-    refuse_transforms((*given.tensors, *latents))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (given.q, *latents)):
-        out, lse, kept = _Attention.apply(overload, *args)
-        return out, lse, kept
-    return below_autograd(getattr(torch.ops.usp.latent_attention, overload), *args)
-
-
-def _register() -> None:
-    given = f"{SCHEMA}, Tensor latent, Tensor rope_key, Tensor up_k, Tensor up_v"
-    results = "(Tensor out, Tensor lse, Tensor[] kept)"
-    register(
-        "latent_attention", f"({given}) -> {results}", _forward, _fake_forward, _differentiable
-    )
-    register(
-        "latent_attention_gradients",
-        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] kept, {given}) -> "
-        "(Tensor dq, Tensor dlatent, Tensor drope_key, Tensor dup_k, Tensor dup_v)",
-        _gradients,
-        _fake_gradients,
-        None,
-    )
-
-
-_register()
+register(
+    "latent_attention",
+    f"{SCHEMA}, Tensor latent, Tensor rope_key, Tensor up_k, Tensor up_v",
+    (_forward, _fake_forward, _gradients, _fake_gradients),
+    "Tensor dq, Tensor dlatent, Tensor drope_key, Tensor dup_k, Tensor dup_v",
+)

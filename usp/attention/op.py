@@ -11,8 +11,7 @@ put in another order nowhere, for the other ranks would wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,21 +33,14 @@ from usp.attention.hybrid import (
     prepare,
     scattered,
 )
-from usp.attention.op_arguments import SCHEMA, TENSORS, Arguments, arguments
+from usp.attention.op_arguments import SCHEMA, Arguments, arguments
+from usp.attention.op_frame import LIBRARY, OVERLOADS, called, register
 from usp.attention.request import agree_on_request
 from usp.distributed.agreement import When, meet_before_backward
-from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh
-from usp.ops.derivatives import (
-    OnceDifferentiable,
-    refuse_transforms,
-    without_second_derivative,
-)
 from usp.planning.heads import split_heads
 from usp.planning.layout import Held
 from usp.planning.problem import state_dtype
-
-_LIBRARY = torch.library.Library("usp", "FRAGMENT")
 
 
 def attention(
@@ -60,12 +52,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` through the op; arguments and result as there."""
     given = arguments(tensors, options, mesh, dropout_seed, validate)
-    op = torch.ops.usp.attention
-    if mesh is not None and torch.compiler.is_compiling():
-        out, lse, _ = op.mesh(*given)
-    else:
-        out, lse, _ = op.default(*given)
-    return (out, lse) if options.return_lse else out
+    return called("attention", given, mesh, options.return_lse)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -273,59 +260,6 @@ def _fake_gradients(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-class _Attention(OnceDifferentiable):
-    """Autograd over the two ops."""
-
-    @staticmethod
-    def forward(ctx: Any, overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        given = Arguments(*args)
-        out, lse, kept = _below_autograd(overload, *args)
-        ctx.save_for_backward(*given.held, out, lse, *kept)
-        ctx.settings, ctx.overload = args[TENSORS:], overload
-        ctx.mesh = given.on  # is found by name, as long as somebody holds it
-        ctx.set_materialize_grads(False)
-        if not given.return_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse, kept
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        args = (*saved[:TENSORS], *ctx.settings)
-        out, lse, *kept = saved[TENSORS:]
-        bias_gradient = ctx.needs_input_grad[1 + Arguments._fields.index("attn_bias")]
-        if dout is None:
-            dout = torch.zeros_like(out)
-        with torch.no_grad():
-            found = getattr(torch.ops.usp.attention_gradients, ctx.overload)(
-                dout, dlse, out, lse, kept, bias_gradient, *args
-            )
-        dq, dk, dv, dbias = without_second_derivative(found, (dout, dlse, out))
-        others = (None,) * (len(args) - 5)
-        return None, dq, dk, dv, None, dbias if bias_gradient else None, *others
-
-
-def _below_autograd(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return below_autograd(getattr(torch.ops.usp.attention, overload), *args)
-
-
-def below_autograd(op: Any, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """An overload as it is without gradients; in a graph on a mesh it is saved."""
-    once = nullcontext() if op._overloadname == "default" else saved_in_graph()
-    with once, torch._C._AutoDispatchBelowAutograd():
-        out, lse, kept = op(*args)
-    return out, lse, kept
-
-
-def _differentiable(overload: str, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    tensors = Arguments(*args).tensors
-    refuse_transforms(tensors)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse, kept = _Attention.apply(overload, *args)
-        return out, lse, kept
-    return _below_autograd(overload, *args)
-
-
 def _vmapped(overload: str, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """One call for each item: what is dropped, and what ranks exchange, is that of the item."""
     mapped = [isinstance(dim, int) for dim in in_dims]
@@ -343,47 +277,12 @@ def _vmapped(overload: str, info: Any, in_dims: Sequence[Any], *args: Any) -> tu
     return (torch.stack(out), torch.stack(lse), stacked), (0, 0, [0] * len(stacked))
 
 
-def _register() -> None:
-    ops: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-        "attention": (
-            f"({SCHEMA}) -> (Tensor out, Tensor lse, Tensor[] kept)",
-            _forward,
-            _fake_forward,
-        ),
-        "attention_gradients": (
-            "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] kept, "
-            f"bool bias_gradient, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-            _gradients,
-            _fake_gradients,
-        ),
-    }
-    for op, (schema, kernel, fake) in ops.items():
-        register(op, schema, kernel, fake, _differentiable if op == "attention" else None)
-    for overload in ("default", "mesh"):
-        name = "usp::attention" if overload == "default" else f"usp::attention.{overload}"
-        torch.library.register_vmap(name, partial(_vmapped, overload), lib=_LIBRARY)
-
-
-def register(
-    op: str,
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    differentiable: Callable[..., Any] | None,
-) -> None:
-    """An op and its overload ``mesh``, which has an effect.
-
-    Args:
-        differentiable: Called with the overload and the arguments; None for gradients.
-    """
-    for overload in ("default", "mesh"):
-        name = op if overload == "default" else f"{op}.{overload}"
-        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"usp::{name}", fake, lib=_LIBRARY)
-        if differentiable is not None:
-            _LIBRARY.impl(name, partial(differentiable, overload), "Autograd")
-    has_effect(getattr(torch.ops.usp, op).mesh)
-
-
-_register()
+register(
+    "attention",
+    SCHEMA,
+    (_forward, _fake_forward, _gradients, _fake_gradients),
+    "Tensor dq, Tensor dk, Tensor dv, Tensor dbias",
+)
+for _overload in OVERLOADS:
+    _op = getattr(torch.ops.usp.attention, _overload)
+    torch.library.register_vmap(_op, partial(_vmapped, _overload), lib=LIBRARY)
