@@ -166,9 +166,9 @@ def test_a_true_hint_needs_no_square_memory(monkeypatch) -> None:
     seen = []
     real = usp.nn.multihead.forward.functional.attend
 
-    def spy(tensors, options, *args):
-        seen.append((options.causal, tensors.attn_bias))
-        return real(tensors, options, *args)
+    def spy(tensors, told, *args):
+        seen.append((told["causal"], tensors.attn_bias))
+        return real(tensors, told, *args)
 
     monkeypatch.setattr(usp.nn.multihead.forward.functional, "attend", spy)
     module = usp.MultiheadAttention(8, 2)

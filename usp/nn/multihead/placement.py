@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Placement:
         self.whole_mask(False)
         refuse_chunks(Options(**self.told))
 
-    @cached_property
+    @property
     def told(self) -> dict[str, Any]:
         """The options of ``long_context_attention`` by name, but for what a call says."""
         return {
