@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[str, str]] = {
             if span is None or not bool(span.first.max() > 0):
                 return block
             wider = type(span)(torch.zeros_like(span.first), span.stop)
-            return replace(block, visit=replace(block.visit, span=wider))
+            return block._replace(visit=replace(block.visit, span=wider))
         """,
         "(a window)",
     ),
@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[str, str]] = {
                 return block
             i = torch.arange(visit.num_queries, dtype=torch.int32)
             moved = type(span)(span.first, torch.minimum(i + 1, span.stop))
-            return replace(block, visit=replace(visit, span=moved))
+            return block._replace(visit=replace(visit, span=moved))
         """,
         "(causal, fewer queries than keys)",
     ),
