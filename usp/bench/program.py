@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 from usp.bench import world as worlds
@@ -47,5 +48,6 @@ def run_in_processes(
         run.show.say(str(error))
         finish(run)
         return NO_ANSWER
-    run.add(after(run))
+    for _, of_case in groupby(after(run), key=lambda record: (record["what"], record["case"])):
+        run.add(of_case)
     return finish(run)
