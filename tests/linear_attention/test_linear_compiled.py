@@ -116,6 +116,18 @@ def test_one_graph_on_one_device(plain: bool) -> None:
     assert compared(None, "channels", False, plain) == ([], 1)
 
 
+def test_a_graph_that_needs_one_gradient() -> None:
+    leaves = inputs(CALLS["channels"], None)
+    tensors = [x.detach() for x in leaves.values()]
+    k = tensors[1].requires_grad_()
+    with compiling.afresh():
+        fast = torch.compile(usp.linear_attention, backend="aot_eager", fullgraph=True)
+        found, wanted = (
+            torch.autograd.grad(f(*tensors).sum(), k)[0] for f in (fast, usp.linear_attention)
+        )
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "channels"])
 def test_one_graph_on_a_mesh(pool, name: str) -> None:
     degrees = (1, 2) if name == "tokens" else (2, 1)

@@ -101,33 +101,40 @@ def _fake_forward(*args: Any) -> Found:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def _needs(given: Settings) -> tuple[bool, ...]:
+    """Whether q, k, v, g and the initial state need a gradient; the same on every rank."""
+    *of_tokens, _, initial = given.needed
+    return *of_tokens, initial
+
+
 def _gradients(
-    dout: Tensor, dfinal: Tensor | None, kept: Sequence[Tensor], decays: bool, *args: Any
+    dout: Tensor, dfinal: Tensor | None, kept: Sequence[Tensor], *args: Any
 ) -> Gradients:
     tokens, given = Tokens(*args[:4]), Settings(*args[4:])
     name, *of_ranks, states = kept
     done = fused.Done(dout, None, tuple(of_ranks), (states,))
-    # each is computed; whether others wait for this rank's depends on what the call needs
-    needs = (True, *(any(given.needed[1:]) for _ in range(2)), decays, True)
 
     def meet() -> None:
         if given.on is not None and name:
             meet_before_backward(given.on, int(name))
 
     with torch.no_grad():
-        family = _family(tokens)
-        found = fused.backward(tokens, done, dout, dfinal, family, given.chain, needs, meet)
+        of = _family(tokens), given.chain
+        found = fused.backward(tokens, done, dout, dfinal, *of, _needs(given), meet)
     dq, dk, dv, dg, dinitial = (dout.new_empty(0) if x is None else x.contiguous() for x in found)
     return dq, dk, dv, dg, dinitial
 
 
 def _fake_gradients(
-    dout: Tensor, dfinal: Tensor | None, kept: Sequence[Tensor], decays: bool, *args: Any
+    dout: Tensor, dfinal: Tensor | None, kept: Sequence[Tensor], *args: Any
 ) -> Gradients:
-    tokens = Tokens(*args[:4])
-    q, k, v = (x.new_empty(x.shape) for x in tokens[:3])
-    g = tokens.g.new_empty(tokens.g.shape) if decays and tokens.g is not None else dout.new_empty(0)
-    return q, k, v, g, dout.new_empty(tokens.state_shape, dtype=state_dtype(dout.dtype))
+    tokens, needs = Tokens(*args[:4]), _needs(Settings(*args[4:]))
+    q, k, v, g = (
+        x.new_empty(x.shape) if x is not None and is_needed else dout.new_empty(0)
+        for x, is_needed in zip(tokens, needs[:4], strict=True)
+    )
+    shape = tokens.state_shape if needs[4] else 0
+    return q, k, v, g, dout.new_empty(shape, dtype=state_dtype(dout.dtype) if needs[4] else None)
 
 
 class _Whole(OnceDifferentiable):
@@ -152,7 +159,7 @@ class _Whole(OnceDifferentiable):
         told = dfinal if given.returns else None
         with torch.no_grad():
             op = _overload("linear_attention_gradients", given)
-            found = op(dout, told, kept, needs[3], *tokens, *given)
+            found = op(dout, told, kept, *tokens, *given)
         gradients = [x if is_needed else None for x, is_needed in zip(found, needs, strict=True)]
         none = (None,) * len(given)
         return *without_second_derivative(gradients, (dout, told, *held), _Whole.of), *none
@@ -180,7 +187,7 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         _fake_forward,
     ),
     "linear_attention_gradients": (
-        f"(Tensor dout, Tensor? dfinal, Tensor[] kept, bool decays, {_OF_TOKENS}, {SETTINGS}) -> "
+        f"(Tensor dout, Tensor? dfinal, Tensor[] kept, {_OF_TOKENS}, {SETTINGS}) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         _gradients,
         _fake_gradients,
