@@ -15,6 +15,8 @@ import torch
 from integration_models import random
 from pool import RemoteError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers_models import MODELS, OF_IMAGES, TOKENS, VISION, inputs_of, model_of
 
 import usp
@@ -162,6 +164,41 @@ def test_checkpoints_and_graphs(pool, how) -> None:
     libraries.library("transformers")
     for wrong in pool.run(_again, how, how != "compiled", ranks=2, timeout=280):
         assert wrong == {}
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+class Squares(TorchDispatchMode):
+    """Counts tensors by query and key, of the tokens of all or of a rank."""
+
+    lengths, found = {101, 51, 50}, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.found += sum(sum(n in self.lengths for n in x.shape) > 1 for x in made)
+        return out
+
+
+def _squares(kind: str, implementation: str) -> int:
+    model = usp.parallelize(model_of(kind, implementation), workers.mesh(1, 2))
+    ids = torch.randint(1, 61, (2, 101), generator=torch.Generator().manual_seed(1))
+    real = torch.ones(2, 101, dtype=torch.int64)
+    real[1, :9] = 0
+    with Squares() as watched:
+        model(input_ids=ids, attention_mask=real).logits.sum().backward()
+    return watched.found
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "BERT"])
+def test_no_mask_is_a_square(pool, kind) -> None:
+    """Which those of "sdpa" are."""
+    libraries.library("transformers")
+    assert pool.run(_squares, kind, "usp", ranks=2, timeout=250) == [0, 0]
+    assert min(pool.run(_squares, kind, "sdpa", ranks=2, timeout=250)) > 0
 
 
 # Packed documents --------------------------------------------------------------------------------
