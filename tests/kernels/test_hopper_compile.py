@@ -58,8 +58,8 @@ def test_defaults_keep_their_registers_and_their_order() -> None:
     assert seen == [(kernel, problem) for problem in PROBLEMS for kernel in PROBLEMS[problem]]
     for row in rows:
         found = row["asynchronous"]
-        # with Triton 3.6 dk and dv keep 8 bytes at head dim 128, before and after their loop
-        assert not row["in_loops"] and row["spilled"] <= 8, row_text(row)
+        # with Triton 3.9 dk and dv keep 16 bytes at head dim 128, before and after their loop
+        assert not row["in_loops"] and row["spilled"] <= 16, row_text(row)
         assert not row["serialized"], f"products wait for each other: {row_text(row)}"
         assert found["HGMMA"] and found["UTMALDG"] and found["USETMAXREG"], row_text(row)
         assert row["shared"] <= SHARED, row_text(row)

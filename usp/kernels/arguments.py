@@ -80,7 +80,7 @@ class KernelScoring(NamedTuple):
 class Sizes(NamedTuple):
     """Lengths and heads; query head h reads key head (h + shift) // group.
 
-    The keys and values of ``together`` query heads fit a cache.
+    What programs of ``together`` sequences (heads of a batch entry) walk over fits a cache.
     """
 
     q_len: int
@@ -152,14 +152,28 @@ class KernelOptions:
         return _signed(self.dropout_seed), _signed(self.dropout_seed >> 32)
 
     def sizes(self, q: Tensor, k: Tensor, v: Tensor) -> Sizes:
-        shift, together = self.head_offset % self.group_size, 1
-        if self.first is not None:  # else all tiles take equally long
-            bytes_of_keys = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-            fit = _cached_bytes(q.device) // max(1, bytes_of_keys)
-            together = max(1, min(fit, 1024)) * self.group_size
+        """For programs that own rows and walk over keys; heads that share them stay together."""
+        return self._sizes(q, k, q, self._fitting(k, v) * self.group_size)
+
+    def key_sizes(self, dout: Tensor, q: Tensor, k: Tensor) -> Sizes:
+        """For programs that own keys and walk over the rows of all heads that share them."""
+        return self._sizes(q, k, k, self._fitting(q, dout, self.group_size))
+
+    def _sizes(self, q: Tensor, k: Tensor, own: Tensor, together: int) -> Sizes:
+        shift, together = (
+            self.head_offset % self.group_size,
+            min(together, own.shape[0] * own.shape[2]),
+        )
         return Sizes(
             q.shape[1], k.shape[1], q.shape[2], k.shape[2], shift, self.group_size, together
         )
+
+    def _fitting(self, x: Tensor, y: Tensor, heads: int = 1) -> int:
+        """Of how many sequences a cache holds so many heads each of two tensors."""
+        if self.first is None:  # all tiles take equally long
+            return 1
+        size = x.shape[1] * (x.shape[3] + y.shape[3]) * x.element_size() * heads
+        return max(1, _cached_bytes(x.device) // max(1, size))
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,13 +64,17 @@ def base(x, b, h):
 
 @triton.jit
 def tile_pointers(ptr, row, start, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to rows from ``start`` on: a 64-bit scalar and small offsets."""
+    """Pointers to rows from ``start`` on: a 64-bit scalar and small offsets.
+
+    These are unsigned: the upper half of a signed one would take a register of its own.
+    """
     i = tl.arange(0, BLOCK)
     if WIDE:
         i = i.to(tl.int64)
-    return (
-        ptr + tl.cast(start, tl.int64) * row + (i[:, None] * row + tl.arange(0, BLOCK_X)[None, :])
-    )
+    offset = i[:, None] * row + tl.arange(0, BLOCK_X)[None, :]
+    if not WIDE:
+        offset = offset.to(tl.uint32)
+    return ptr + tl.cast(start, tl.int64) * row + offset
 
 
 @triton.jit

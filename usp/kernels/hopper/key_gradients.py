@@ -57,7 +57,7 @@ def keys_kernel(
     STAGES: gl.constexpr,
 ):
     """dout, q, k, v are descriptors of tiles; k's and v's have the rows of one consumer."""
-    b, g, start = _place(sizes.k_len, sizes.num_kv_heads, BLOCK_K)
+    b, g, start = _place(sizes, sizes.k_len, BLOCK_K)
     walk = walk_of(seen_by, start, sizes.k_len, sizes.q_len, BLOCK_K, BLOCK_Q)
     # the query heads here that read this key head
     h_begin = gl.maximum(g * sizes.group - sizes.shift, 0)
@@ -86,10 +86,10 @@ def keys_kernel(
 
 
 @gluon.jit
-def _place(k_len, num_kv_heads, BLOCK_K: gl.constexpr):
+def _place(sizes, k_len, BLOCK_K: gl.constexpr):
     """Which keys are this program's."""
-    tile, sequence = program(gl.cdiv(k_len, BLOCK_K), None, 1, KEYS=True)
-    return sequence // num_kv_heads, sequence % num_kv_heads, tile * BLOCK_K
+    tile, sequence = program(gl.cdiv(k_len, BLOCK_K), sizes.together, 1, KEYS=True)
+    return sequence // sizes.num_kv_heads, sequence % sizes.num_kv_heads, tile * BLOCK_K
 
 
 @gluon.jit
@@ -148,7 +148,7 @@ def _consume(
         dk_sum, dv_sum = _visit(
             dk_sum, dv_sum, tiles, rows, barriers, walk, heads, seen, C, K, V
         )  # fmt: skip
-        b, g, start = _place(once_more(sizes.k_len), sizes.num_kv_heads, 2 * ROWS)
+        b, g, start = _place(sizes, once_more(sizes.k_len), 2 * ROWS)
         start += C * ROWS
         at, inside = fragment(dk, b, g, start, sizes.k_len, ROWS, D, BLOCK_D, K)
         gl.store(at, dk_sum * scales[0], mask=inside)

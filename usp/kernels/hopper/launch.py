@@ -60,7 +60,7 @@ def add_key_gradients(
         described(inputs.k, ROWS),
         described(inputs.v, ROWS),
         inputs.vectors,
-        options.sizes(inputs.q, inputs.k, inputs.v),
+        options.key_sizes(inputs.dout, inputs.q, inputs.k),
         seen_by,
         options.scoring.scale,
         view_of(dk),

@@ -54,10 +54,7 @@ def queries_kernel(
     STAGES: gl.constexpr,
 ):
     """dout, q, k, v are descriptors of tiles; dout's and q's have the rows of one consumer."""
-    tile, sequence = program(gl.cdiv(sizes.q_len, BLOCK_Q), None, 1)
-    b = sequence // sizes.num_heads
-    h = sequence % sizes.num_heads
-    start = tile * BLOCK_Q
+    b, h, start = _place(sizes, sizes.q_len, BLOCK_Q)
     walk = walk_of(span, start, sizes.q_len, sizes.k_len, BLOCK_Q, BLOCK_K)
     tiles = (new_tiles(q, 2), new_tiles(dout, 2), new_tiles(k, STAGES), new_tiles(v, STAGES))
     barriers = (
@@ -79,6 +76,13 @@ def queries_kernel(
         [4, 1],
         [240, 24],
     )
+
+
+@gluon.jit
+def _place(sizes, q_len, BLOCK_Q: gl.constexpr):
+    """Which rows are this program's."""
+    tile, sequence = program(gl.cdiv(q_len, BLOCK_Q), sizes.together, 1)
+    return sequence // sizes.num_heads, sequence % sizes.num_heads, tile * BLOCK_Q
 
 
 @gluon.jit
@@ -127,7 +131,8 @@ def _consume(tiles, barriers, where, given, C: gl.constexpr, D: gl.constexpr):
         ends = ends_of(span, i, sizes.q_len)
         seen = (span, ends, sizes.k_len, scale, lse, delta)
         dq_sum = _visit(dq_sum, tiles, barriers, walk, seen, C, S, A)
-        start = once_more(start)
+        b, h, start = _place(sizes, once_more(sizes.q_len), 2 * ROWS)
+        start += C * ROWS
         at, inside = fragment(dq, b, h, start, sizes.q_len, ROWS, D, BLOCK_D, A)
         gl.store(at, dq_sum * scales[0], mask=inside)
 

@@ -39,13 +39,8 @@ def keys_kernel(
     EDGE: tl.constexpr,
     NUM_XCDS: tl.constexpr,
 ):
-    # the last keys, the shortest tiles of a causal mask, come first: with the other order the loop
-    # of sm_90 spills at head dim 128
-    tile, sequence = program(tl.cdiv(sizes.k_len, BLOCK_K), None, NUM_XCDS)
-    b = sequence // sizes.num_kv_heads
-    g = sequence % sizes.num_kv_heads
-    start = tile * BLOCK_K
     k_len = sizes.k_len
+    b, g, start = _place(sizes, k_len, BLOCK_K, NUM_XCDS)
     begin, full_begin, full_end, resume, end = ranges(
         seen_by, start, k_len, sizes.q_len, BLOCK_K, BLOCK_Q, EDGE
     )
@@ -53,10 +48,8 @@ def keys_kernel(
         k_tile = load_tile(base(k, b, g), k.row, start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE)
         v_tile = load_tile(base(v, b, g), v.row, start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE)
         # what is held is loaded first: at the end registers are scarce
-        dk_ptr = base(dk, b, g)
-        dv_ptr = base(dv, b, g)
-        dk_sum = load_tile(dk_ptr, dk.row, start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE)
-        dv_sum = load_tile(dv_ptr, dv.row, start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE)
+        dk_sum = load_tile(base(dk, b, g), dk.row, start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE)
+        dv_sum = load_tile(base(dv, b, g), dv.row, start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE)
         dk_sum *= scales[1]
         # the query heads here that read this key head
         h_begin = tl.maximum(g * sizes.group - sizes.shift, 0)
@@ -78,8 +71,17 @@ def keys_kernel(
             D, BLOCK_D, DV, BLOCK_DV, EDGE, BLOCK_K, True, WIDE,
         )  # fmt: skip
         dk_sum *= scales[0]
-        store_tile(dk_ptr, dk.row, start, k_len, dk_sum, BLOCK_K, D, BLOCK_D, WIDE)
-        store_tile(dv_ptr, dv.row, start, k_len, dv_sum, BLOCK_K, DV, BLOCK_DV, WIDE)
+        # the grid has one dim, which the compiler cannot know: nothing of this waits in registers
+        b, g, start = _place(sizes, k_len + tl.program_id(1), BLOCK_K, NUM_XCDS)
+        store_tile(base(dk, b, g), dk.row, start, k_len, dk_sum, BLOCK_K, D, BLOCK_D, WIDE)
+        store_tile(base(dv, b, g), dv.row, start, k_len, dv_sum, BLOCK_K, DV, BLOCK_DV, WIDE)
+
+
+@triton.jit
+def _place(sizes, k_len, BLOCK_K: tl.constexpr, NUM_XCDS: tl.constexpr):
+    """Batch entry, key head and first key of this program."""
+    tile, sequence = program(tl.cdiv(k_len, BLOCK_K), sizes.together, NUM_XCDS, KEYS=True)
+    return sequence // sizes.num_kv_heads, sequence % sizes.num_kv_heads, tile * BLOCK_K
 
 
 @triton.jit

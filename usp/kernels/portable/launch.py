@@ -73,7 +73,8 @@ def add_key_gradients(
     if not options.softmax_scale:
         dk = dk.clone()
     keys_kernel[(cdiv(k_len, config.block_k) * batch * num_kv_heads,)](
-        *_shared(inputs, options),
+        *_tensors(inputs),
+        options.key_sizes(inputs.dout, inputs.q, inputs.k),
         seen_by,
         options.scoring,
         *options.seeds,
@@ -93,7 +94,8 @@ def add_query_gradients(
     if not options.softmax_scale:
         dq = dq.clone()
     queries_kernel[(cdiv(q_len, config.block_q) * batch * num_heads,)](
-        *_shared(inputs, options),
+        *_tensors(inputs),
+        options.sizes(inputs.q, inputs.k, inputs.v),
         options.span,
         options.scoring,
         *options.seeds,
@@ -105,10 +107,10 @@ def add_query_gradients(
     )
 
 
-def _shared(inputs: BackwardInputs, options: KernelOptions) -> tuple[Any, ...]:
+def _tensors(inputs: BackwardInputs) -> tuple[Any, ...]:
     """The first arguments of both backward kernels."""
     tensors = (view_of(x) for x in (inputs.dout, inputs.q, inputs.k, inputs.v))
-    return *tensors, inputs.vectors, options.sizes(inputs.q, inputs.k, inputs.v)
+    return *tensors, inputs.vectors
 
 
 def _scales(options: KernelOptions) -> tuple[float, float]:
