@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from usp.backends.library import aten
 from usp.backends.library.call import How, Packed
 
+# the ops' shapes alone, and their fakes on a GPU that need not be there
+DEVICES = {"meta": nullcontext, "cuda": FakeTensorMode}
 
-def on_meta(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes]
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with DEVICES[request.param]():
+        yield request.param
+
+
+def on(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
 
 
 def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
@@ -20,25 +33,26 @@ def shapes(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", ["Flash", "Cudnn", "Efficient"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_shapes(name: str, causal: bool) -> None:
+def test_shapes(name: str, causal: bool, device: str) -> None:
     """By torch's meta kernels: those of the adapter's promise, for odd lengths."""
     kernel, heads = getattr(aten, name)(), 2 if name == "Flash" else 4
     m = 70 if causal else 101
-    q, k, v = on_meta((2, 70, 4, 64), (2, m, heads, 64), (2, m, heads, 64))
+    q, k, v = on(device, (2, 70, 4, 64), (2, m, heads, 64), (2, m, heads, 64))
     how = How(0.125, right=0) if causal else How(0.125)
     out, lse = kernel.forward(q, k, v, how)
     assert shapes(out, lse) == [(2, 70, 4, 64), (2, 4, 70)]
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert out.device.type == lse.device.type == device
     if name == "Efficient":
         return  # torch's own meta kernel of its backward fails
     grads = kernel.backward(torch.empty_like(q), q, k, v, out, lse.contiguous(), how, None)
     assert shapes(*grads) == shapes(q, k, v)
 
 
-def test_shapes_of_packed_calls() -> None:
-    cu = torch.empty(4, device="meta", dtype=torch.int32)
+def test_shapes_of_packed_calls(device: str) -> None:
+    cu = torch.empty(4, device=device, dtype=torch.int32)
     how = How(0.125, left=7, right=0, packed=Packed(cu, cu, 40, 50))
-    q, k, v = on_meta((90, 4, 64), (100, 2, 64), (100, 2, 64))
+    q, k, v = on(device, (90, 4, 64), (100, 2, 64), (100, 2, 64))
     out, lse = aten.Flash().forward(q, k, v, how)
     assert shapes(out, lse) == [(90, 4, 64), (4, 90)]
     grads = aten.Flash().backward(torch.empty_like(q), q, k, v, out, lse, how, None)

@@ -77,7 +77,7 @@ class Cudnn:
         # None is an undefined tensor; an empty one would be taken for a bias
         no_bias = no_lengths = None
         found = aten._scaled_dot_product_cudnn_attention_backward(
-            *_heads_first(dout, q, k, v, out), lse[..., None], seed, offset, no_bias,
+            *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), seed, offset, no_bias,
             no_lengths, no_lengths, q.shape[1], k.shape[1], 0.0, how.causal, scale=how.scale,
         )  # fmt: skip
         return _heads_first(*found)
@@ -90,7 +90,7 @@ class Efficient:
         out, lse = aten._efficient_attention_forward(
             q, k, v, None, None, None, None, None, 0.0, int(how.causal), True, scale=how.scale
         )[:2]
-        return out, lse[:, :, : q.shape[1]]
+        return out, lse.narrow(2, 0, q.shape[1])
 
     def backward(
         self,
