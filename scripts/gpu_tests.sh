@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests that need a GPU, then those that fill its memory. Most of the first is compiling, so
-# several processes share them and the GPU; build/gpu-tests-*.log holds what each said.
+# The tests that need a GPU, then those that want it alone: they time kernels or fill its memory. Most
+# of the first is compiling, so several processes share them and the GPU; build/gpu-tests-*.log holds
+# what each said.
 # usage: scripts/gpu_tests.sh VENV [pytest arguments]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +32,7 @@ for part in $(seq "$parts"); do
   fi
 done
 cat build/gpu-tests-*.log | grep -E '^SKIPPED' | sort | uniq -c
-"$pytest" -m gpu -p no:cacheprovider tests/gpu/test_gpu_large.py "$@"
+"$pytest" -m gpu -p no:cacheprovider tests/gpu/test_gpu_trust.py tests/gpu/test_gpu_large.py "$@"
 code=$?
 if [ "$code" != 0 ] && [ "$code" != 5 ]; then failed=1; fi
 exit "$failed"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from background import Said, environment
 from parts import taken_part
+from places import ROOT
 
 NAMES = (
     "test_gpu.py",
@@ -40,6 +41,11 @@ def test_the_gpu_tests_run(rehearsal: Said) -> None:
     passed = set(re.findall(r"::(test_\w+).* PASSED", rehearsal.out))
     written = {n for f in FILES for n in re.findall(r"^def (test_\w+)", Path(f).read_text(), re.M)}
     assert passed == written - UNREHEARSED
+
+
+def test_make_test_gpu_runs_what_is_rehearsed() -> None:
+    script = (ROOT / "scripts" / "gpu_tests.sh").read_text()
+    assert sorted(re.findall(r"tests/gpu/(test_\w+\.py)", script)) == sorted(NAMES)
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="Triton is wanted in CI; elsewhere it may lack")
