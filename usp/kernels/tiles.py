@@ -64,17 +64,13 @@ def base(x, b, h):
 
 @triton.jit
 def tile_pointers(ptr, row, start, BLOCK: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to rows from ``start`` on: a 64-bit scalar and small offsets.
-
-    These are unsigned: the upper half of a signed one would take a register of its own.
-    """
+    """Pointers to rows from ``start`` on: a 64-bit scalar and small offsets."""
     i = tl.arange(0, BLOCK)
     if WIDE:
         i = i.to(tl.int64)
-    offset = i[:, None] * row + tl.arange(0, BLOCK_X)[None, :]
-    if not WIDE:
-        offset = offset.to(tl.uint32)
-    return ptr + tl.cast(start, tl.int64) * row + offset
+    return (
+        ptr + tl.cast(start, tl.int64) * row + (i[:, None] * row + tl.arange(0, BLOCK_X)[None, :])
+    )
 
 
 @triton.jit

@@ -45,11 +45,19 @@ def keys_kernel(
         seen_by, start, k_len, sizes.q_len, BLOCK_K, BLOCK_Q, EDGE
     )
     if begin < end:
-        k_tile = load_tile(base(k, b, g), k.row, start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE)
-        v_tile = load_tile(base(v, b, g), v.row, start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE)
+        k_tile = load_tile(
+            base(k, b, g), _row(k, WIDE), start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE
+        )
+        v_tile = load_tile(
+            base(v, b, g), _row(v, WIDE), start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE
+        )
         # what is held is loaded first: at the end registers are scarce
-        dk_sum = load_tile(base(dk, b, g), dk.row, start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE)
-        dv_sum = load_tile(base(dv, b, g), dv.row, start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE)
+        dk_sum = load_tile(
+            base(dk, b, g), _row(dk, WIDE), start, k_len, BLOCK_K, D, BLOCK_D, True, WIDE
+        )
+        dv_sum = load_tile(
+            base(dv, b, g), _row(dv, WIDE), start, k_len, BLOCK_K, DV, BLOCK_DV, True, WIDE
+        )
         dk_sum *= scales[1]
         # the query heads here that read this key head
         h_begin = tl.maximum(g * sizes.group - sizes.shift, 0)
@@ -73,8 +81,19 @@ def keys_kernel(
         dk_sum *= scales[0]
         # the grid has one dim, which the compiler cannot know: nothing of this waits in registers
         b, g, start = _place(sizes, k_len + tl.program_id(1), BLOCK_K, NUM_XCDS)
-        store_tile(base(dk, b, g), dk.row, start, k_len, dk_sum, BLOCK_K, D, BLOCK_D, WIDE)
-        store_tile(base(dv, b, g), dv.row, start, k_len, dv_sum, BLOCK_K, DV, BLOCK_DV, WIDE)
+        store_tile(base(dk, b, g), _row(dk, WIDE), start, k_len, dk_sum, BLOCK_K, D, BLOCK_D, WIDE)
+        store_tile(
+            base(dv, b, g), _row(dv, WIDE), start, k_len, dv_sum, BLOCK_K, DV, BLOCK_DV, WIDE
+        )
+
+
+@triton.jit
+def _row(x, WIDE: tl.constexpr):
+    """Stride of rows, unsigned: the upper half of a signed offset takes a register of its own."""
+    row = x.row
+    if not WIDE:
+        row = tl.cast(row, tl.uint32)
+    return row
 
 
 @triton.jit
@@ -108,6 +127,8 @@ def _visit_rows(
     """
     q, dout, vectors, b, h_begin, heads, q_len = rows
     k_tile, v_tile, start, k_len, seen_by, scoring, random = held
+    q_row = _row(q, WIDE)
+    dout_row = _row(dout, WIDE)
     j = start + tl.arange(0, BLOCK_K)
     j_in = j < k_len
     if MASKED and seen_by is not None:
@@ -118,7 +139,7 @@ def _visit_rows(
         m = begin + visit // heads * BLOCK_Q
         i = m + tl.arange(0, BLOCK_Q)
         i_in = i < q_len
-        q_tile = load_tile(base(q, b, h), q.row, m, q_len, BLOCK_Q, D, BLOCK_D, MASKED, WIDE)
+        q_tile = load_tile(base(q, b, h), q_row, m, q_len, BLOCK_Q, D, BLOCK_D, MASKED, WIDE)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         lse, delta = of_rows(vectors, b, h, i, i_in, MASKED)
         at = (i[None, :], j[:, None], i_in[None, :], j_in[:, None], b, h)
@@ -130,7 +151,7 @@ def _visit_rows(
                 visible = (i[None, :] >= first[:, None]) & (i[None, :] < stop[:, None])
             p = tl.where(visible, p, 0.0)
         dout_tile = load_tile(
-            base(dout, b, h), dout.row, m, q_len, BLOCK_Q, DV, BLOCK_DV, MASKED, WIDE
+            base(dout, b, h), dout_row, m, q_len, BLOCK_Q, DV, BLOCK_DV, MASKED, WIDE
         )
         dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
         dropped, ds = gradient_of_scores(p, dp, delta[None, :], at, scoring, random)
