@@ -87,7 +87,8 @@ class _Attention(OnceDifferentiable):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        held, rest = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives each of them away
+        held, rest = saved[:TENSORS], saved[TENSORS:]
         own, (out, lse, *kept) = rest[: ctx.number_of_own], rest[ctx.number_of_own :]
         bias_gradient = ctx.needs_input_grad[2 + _BIAS]
         if dout is None:
