@@ -9,9 +9,10 @@
 //
 // A walk holds a few tiles of keys of one key head and passes the tiles of query rows that see
 // them, each row tile's dQ in its hands and the keys' dK and dV in its own memory. Where there are
-// enough heads to go round, a task walks all keys of its heads. Else the threads walk together,
-// each past its own share of the rows, and their dK and dV are summed in order. The scores are
-// computed once, nothing has two writers, and there are no atomics.
+// enough heads to go round, a task walks all keys of its heads, or lets them move along with the
+// rows (gradient_slide.h). Else the threads walk together, each past its own share of the rows, and
+// their dK and dV are summed in order. The scores are computed once, nothing has two writers, and
+// there are no atomics.
 //
 // Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 
@@ -20,10 +21,14 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/gradient_walk.h"
+#include "cpu/gradient_slide.h"
 
 namespace usp::cpu {
 namespace {
+
+// Where keys do not move along.
+constexpr int64_t kTilesHeld = 4, kKeysHeld = kTilesHeld * kKeyTile;
+constexpr Places kHoldPlaces{0, kTilesHeld};
 
 // The tiles of query rows that may see the keys held: for the same rows head by head. Where dq is
 // overwritten, all rows pass the first keys.
@@ -59,14 +64,15 @@ class Passage {
 
   // Calls before_last() when one tile is left, to say what will be read after it.
   template <typename T, typename BeforeLast>
-  void let_pass(Range tiles, int64_t b, GradientWalk<T>& walk, BeforeLast&& before_last) const {
+  void let_pass(Range tiles, int64_t b, Range keys, GradientWalk<T>& walk,
+                BeforeLast&& before_last) const {
     for (int64_t t = tiles.begin; t < tiles.end; ++t) {
       if (t + 1 < tiles.end) {
         walk.expect_queries(b, head(t + 1), rows(t + 1));
       } else {
         before_last();
       }
-      walk.pass(head(t), rows(t));
+      walk.pass(head(t), rows(t), keys, keys.begin == 0);
     }
   }
 
@@ -122,22 +128,23 @@ struct Division {
 template <typename T>
 class Team {
  public:
-  Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers)
-      : scratch_(workers, workspace_size(a, grads)) {
+  Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers, Places places)
+      : scratch_(workers, workspace_size(a, grads, places)) {
     workspaces_.reserve(static_cast<size_t>(workers));
     for (int64_t worker = 0; worker < workers; ++worker) {
       Carver carver(scratch_.of(worker));
-      workspaces_.emplace_back(a, grads.dbias.data != nullptr, carver);
-      walks_.emplace_back(a, grads, kernels<T>(a.q.dtype), workspaces_.back());
+      workspaces_.emplace_back(a, places.count, grads.dbias.data != nullptr, carver);
+      walks_.emplace_back(a, grads, kernels<T>(a.q.dtype), workspaces_.back(), places);
     }
   }
 
   GradientWalk<T>& operator[](int64_t worker) { return walks_[static_cast<size_t>(worker)]; }
 
  private:
-  static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads) {
+  static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads,
+                                Places places) {
     Carver measure(nullptr);
-    GradientWorkspace<T>(a, grads.dbias.data != nullptr, measure);
+    GradientWorkspace<T>(a, places.count, grads.dbias.data != nullptr, measure);
     return measure.used();
   }
 
@@ -177,27 +184,41 @@ void for_each_hold(const Attention<T>& a, int64_t b, int64_t g, bool overwrite, 
 // Each walk on its own, over all keys of whole heads.
 template <typename T>
 void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const Division& division,
-                const ParallelFor& parallel) {
+                const Slide& slide, const ParallelFor& parallel) {
   const int64_t head_tasks = a.G / division.head_run;
   const int64_t tasks = a.B / division.batch_run * head_tasks;
   const int64_t workers = parallel.workers_for(tasks);
-  const bool overwrite = grads.results.dq != nullptr;
-  Team<T> team(a, grads, workers);
-  const auto visit = [&](GradientWalk<T>& walk, const Hold& hold, const Passage& passage) {
-    walk.hold(hold.b, hold.g, hold.keys);
-    passage.let_pass({0, passage.count()}, hold.b, walk, [&] {
-      const Hold next = next_hold(a, hold, workers);
-      walk.expect_keys(next.b, next.g, next.keys);
-      const Passage after(a, next.g, next.keys, overwrite);
-      if (after.count() > 0) walk.expect_queries(next.b, after.head(0), after.rows(0));
+  const bool overwrite = grads.results.dq != nullptr, slides = slide.moving > 0;
+  Team<T> team(a, grads, workers,
+               slides ? Places{slide.pinned, slide.pinned + slide.moving} : kHoldPlaces);
+  const auto expect = [&](GradientWalk<T>& walk, const Hold& next) {
+    walk.expect_keys(next.b, next.g, next.keys);
+    const Passage after(a, next.g, next.keys, overwrite);
+    if (after.count() > 0) walk.expect_queries(next.b, after.head(0), after.rows(0));
+  };
+  const auto slide_past = [&](GradientWalk<T>& walk, int64_t b, int64_t g) {
+    SlidingKeys<T>(a, slide, overwrite, walk).let_pass(b, g, [&] {
+      expect(walk, next_hold(a, {b, g, {0, a.Lk}}, workers));
     });
-    walk.put_key_gradients();
+  };
+  const auto visit = [&](GradientWalk<T>& walk, const Hold& hold, const Passage& passage) {
+    walk.enter(hold.b, hold.g);
+    walk.hold(hold.keys);
+    passage.let_pass({0, passage.count()}, hold.b, hold.keys, walk, [&] {
+      walk.expect_key_gradients(hold.keys);
+      expect(walk, next_hold(a, hold, workers));
+    });
+    walk.put_key_gradients(hold.keys);
   };
   parallel.for_each_task(tasks, [&](int64_t worker, int64_t task) {
     const int64_t b0 = task / head_tasks * division.batch_run;
     const int64_t g0 = task % head_tasks * division.head_run;
     for (int64_t b = b0; b < b0 + division.batch_run; ++b) {
       for (int64_t g = g0; g < g0 + division.head_run; ++g) {
+        if (slides) {
+          slide_past(team[worker], b, g);
+          continue;
+        }
         for_each_hold(a, b, g, overwrite, [&](const Hold& hold, const Passage& passage) {
           visit(team[worker], hold, passage);
         });
@@ -210,19 +231,21 @@ void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const
 template <typename T>
 void walk_together(const Attention<T>& a, const AttentionGradients<T>& grads,
                    const Division& division, const ParallelFor& parallel) {
-  Team<T> team(a, grads, division.shares);
+  Team<T> team(a, grads, division.shares, kHoldPlaces);
   const auto visit = [&](const Hold& hold, const Passage& passage) {
     parallel.for_each_task(division.shares, [&](int64_t, int64_t share) {
-      team[share].hold(hold.b, hold.g, hold.keys);
-      passage.let_pass(division.share(share, passage), hold.b, team[share], [&] {
+      team[share].enter(hold.b, hold.g);
+      team[share].hold(hold.keys);
+      passage.let_pass(division.share(share, passage), hold.b, hold.keys, team[share], [&] {
+        if (share == 0) team[share].expect_key_gradients(hold.keys);
         const Hold next = next_hold(a, hold, 1);
         team[share].expect_keys(next.b, next.g, next.keys);
       });
     });
     for (int64_t share = 1; share < division.shares; ++share) {
-      team[0].take_key_gradients_of(team[share]);
+      team[0].take_key_gradients_of(team[share], hold.keys);
     }
-    team[0].put_key_gradients();
+    team[0].put_key_gradients(hold.keys);
   };
   for (int64_t head = 0; head < a.B * a.G; ++head) {
     for_each_hold(a, head / a.G, head % a.G, grads.results.dq != nullptr, visit);
@@ -240,13 +263,28 @@ void clear(const Attention<T>& a, const GradientResults& results) {
   clear_one(results.dv, a.B * a.Lk * a.G * a.Dv, results.kv_dtype);
 }
 
+// Whether keys move along, and how: not where threads walk together.
+template <typename T>
+Slide slide_in(const Attention<T>& a, const Division& division) {
+  return division.shares == 1 ? slide_of(a) : Slide{};
+}
+
 template <typename T>
 void walk(const Attention<T>& a, const AttentionGradients<T>& grads, const ParallelFor& parallel) {
   const Division division(a, grads.dbias, parallel.num_threads);
-  (division.shares == 1 ? walk_apart<T> : walk_together<T>)(a, grads, division, parallel);
+  if (division.shares > 1) return walk_together(a, grads, division, parallel);
+  walk_apart(a, grads, division, slide_in(a, division), parallel);
 }
 
-// dq is summed over runs of keys in its own memory. Where that is too narrow for sums, they are
+// Whether a row's dq is complete when it is first written.
+template <typename T>
+bool rows_pass_once(const Attention<T>& a, const AttentionGradients<T>& grads,
+                    const ParallelFor& parallel) {
+  const Slide slide = slide_in(a, Division(a, grads.dbias, parallel.num_threads));
+  return slide.moving > 0 ? slide.wide < 0 : a.Lk <= kKeysHeld;
+}
+
+// dq is summed over passes in its own memory. Where that is too narrow for sums, they are
 // made beside it and rounded once.
 template <typename T>
 void walk_beside_dq(const Attention<T>& a, AttentionGradients<T> grads,
@@ -276,7 +314,7 @@ void attention_backward(const Attention<T>& a, const AttentionGradients<T>& grad
   const GradientResults& results = grads.results;
   if (a.B == 0 || a.H == 0 || a.Lq == 0 || a.Lk == 0) return clear(a, results);
   const bool narrow = results.dq != nullptr && results.dq_dtype != kDType<T>;
-  if (narrow && a.Lk > kKeysHeld) return walk_beside_dq(a, grads, parallel);
+  if (narrow && !rows_pass_once(a, grads, parallel)) return walk_beside_dq(a, grads, parallel);
   walk(a, grads, parallel);
 }
 

@@ -20,6 +20,15 @@
 namespace usp::cpu {
 namespace {
 
+// The tiles of query rows that a task holds: keys and values that it loads serve all of them.
+constexpr int64_t kTilesHeld = 4;
+
+// As many as leave several tasks to each thread.
+int64_t tiles_held(int64_t tiles, int64_t threads) {
+  constexpr int64_t kTasksPerThread = 4;
+  return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
+}
+
 // A tile of query rows with its running softmax.
 template <typename T>
 struct RowTile {
@@ -145,6 +154,7 @@ class ForwardWorker {
     while (!pace.keys.empty()) {
       const Pace next = after(pace);
       look_ahead(next.keys);
+      ahead_.spread(kTurns * tiles_seeing(pace));
       add_keys(a_.band(pace.band), pace.keys);
       pace = next;
     }
@@ -179,6 +189,15 @@ class ForwardWorker {
     return intersect(keys, {keys.begin, keys.begin + kKeyTile});
   }
 
+  int64_t tiles_seeing(const Pace& pace) const {
+    int64_t tiles = 0;
+    for (int64_t t = 0; t < count_; ++t) {
+      const Range seen = visible_keys(a_.band(pace.band), w_.tiles[t].rows);
+      tiles += !intersect(seen, pace.keys).empty();
+    }
+    return tiles;
+  }
+
   // That some of the rows see, of the first band in which they see any.
   Range first_keys(Range rows) const {
     Range visible;
@@ -188,10 +207,13 @@ class ForwardWorker {
     return visible;
   }
 
-  // To the next keys; after the last, to what the next task begins with.
+  // To the next keys; after the last, to where results go and what the next task begins with.
   void look_ahead(Range keys) {
     ahead_.forget();
     if (!keys.empty()) return look_ahead_at_keys(b_, g_, keys);
+    for (const RowTile<T>& tile : held()) {
+      ahead_.add(place(tile, 0), stored(), a_.H * a_.Dv, tile.rows.size(), a_.Dv);
+    }
     if (next_ >= division_.tasks) return;
     Range visible;
     division_.for_each_tile(next_share_, [&](int64_t h, Range rows) {
@@ -271,6 +293,8 @@ class ForwardWorker {
     }
   }
 
+  static constexpr int64_t kTurns = 3;  // calls of ahead_.advance in a part
+
   // Keys into the tile, or into a strip of it.
   void add_part(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
@@ -288,8 +312,10 @@ class ForwardWorker {
     const auto weights = kernels_.softmax_update(s, softmax, w_.multiplier, w_.weights);
     ahead_.advance();
     const uint32_t part = strips(row, num_rows), old = tile.started & part;
-    if (old != 0 && old != part) start(tile);
-    kernels_.gemm(num_rows, out.ld, num_keys, weights, v, out, {T(1), old != 0, softmax.factor});
+    const int64_t seeing = rows_seeing(at);
+    if ((old != 0 && old != part) || (old == 0 && seeing < num_rows)) start(tile);
+    const bool adds = (tile.started & part) != 0;
+    kernels_.gemm(seeing, out.ld, num_keys, weights, v, out, {T(1), adds, softmax.factor});
     tile.started |= part;
     ahead_.advance();
   }
@@ -313,15 +339,18 @@ class ForwardWorker {
     if (!moved.empty()) store_rows(tile, moved);
   }
 
-  // To the result where there is one.
   void store_rows(const RowTile<T>& tile, Range rows) {
-    const bool last = state_.result != nullptr;
-    const DType dtype = last ? state_.result_dtype : kDType<T>;
-    const int64_t row_stride = a_.H * a_.Dv;
-    const int64_t place = row_offset(tile) + rows.begin * row_stride;
-    char* to = static_cast<char*>(last ? state_.result : state_.out) + place * element_size(dtype);
     kernels_.store_rows({tile.out.data + rows.begin * tile.out.ld, tile.out.ld}, rows.size(), a_.Dv,
-                        T(1), tile.softmax.factor + rows.begin, dtype, to, row_stride);
+                        T(1), tile.softmax.factor + rows.begin, stored(), place(tile, rows.begin),
+                        a_.H * a_.Dv);
+  }
+
+  DType stored() const { return state_.result != nullptr ? state_.result_dtype : kDType<T>; }
+
+  // Of a row: in the result where there is one.
+  void* place(const RowTile<T>& tile, int64_t row) const {
+    char* data = static_cast<char*>(state_.result != nullptr ? state_.result : state_.out);
+    return data + (row_offset(tile) + row * a_.H * a_.Dv) * element_size(stored());
   }
 
   T* lse_of(const RowTile<T>& tile) const {

@@ -1,60 +1,15 @@
 #pragma once
 
-// A run of keys of one key head, and the tiles of query rows that pass it: all their gradients.
+// Tiles of keys of one key head, and the tiles of query rows that pass them: all their gradients.
+
+#include <utility>
+#include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/gradient_workspace.h"
 #include "cpu/lookahead.h"
-#include "cpu/tiles.h"
 
 namespace usp::cpu {
-
-inline constexpr int64_t kKeysHeld = kTilesHeld * kKeyTile;
-
-template <typename T>
-struct GradientWorkspace {
-  Matrix<T> q_left, q;          // (rows, D)
-  Matrix<T> dout_left, dout;    // (rows, Dv)
-  QueryOperand<T> q_t, dout_t;  // (D, rows), (Dv, rows)
-  Matrix<T> k_left, v_left;     // (keys held, D) (keys held, Dv)
-  Matrix<T> k;                  // (keys held, D)
-  Matrix<T> dq;                 // (rows, D)
-  Matrix<T> dk, dv;             // (keys held, D) (keys held, Dv)
-  T *s, *dp;                    // (keys, rows)
-  T* operands[3];               // (keys, rows), see GradientOperands
-  T* derivative;                // (keys, rows), softcap only
-  T* multiplier;                // (keys, rows), dropout only
-  T* ds;                        // (keys, rows), with a gradient of the bias only
-  T *lse, *delta;               // (rows,)
-  QueryPositions positions;
-
-  GradientWorkspace(const Attention<T>& a, bool with_dbias, Carver& carver) {
-    const auto matrix = [&](int64_t rows, int64_t ld) {
-      return Matrix<T>{carver.take<T>(rows * ld), ld};
-    };
-    constexpr int64_t kTile = kKeyTile * kQueryTile;
-    q_left = matrix(kQueryTile, padded(a.D));
-    q = matrix(kQueryTile, padded(a.D));
-    q_t.transposed = matrix(a.D, kQueryTile);
-    dout_left = matrix(kQueryTile, padded(a.Dv));
-    dout = matrix(kQueryTile, padded(a.Dv));
-    dout_t.transposed = matrix(a.Dv, kQueryTile);
-    k_left = matrix(kKeysHeld, padded(a.D));
-    v_left = matrix(kKeysHeld, padded(a.Dv));
-    k = matrix(kKeysHeld, padded(a.D));
-    dq = matrix(kQueryTile, padded(a.D));
-    dk = matrix(kKeysHeld, padded(a.D));
-    dv = matrix(kKeysHeld, padded(a.Dv));
-    s = carver.take<T>(kTile);
-    dp = carver.take<T>(kTile);
-    for (T*& operand : operands) operand = carver.take<T>(kTile);
-    derivative = a.softcap > 0 ? carver.take<T>(kTile) : nullptr;
-    multiplier = a.dropout_p > 0 ? carver.take<T>(kTile) : nullptr;
-    ds = with_dbias ? carver.take<T>(kTile) : nullptr;
-    lse = carver.take<T>(kQueryTile);
-    delta = carver.take<T>(kQueryTile);
-    positions.carve(carver);
-  }
-};
 
 template <typename T>
 void set_zero(Matrix<T> m, int64_t rows) {
@@ -62,24 +17,41 @@ void set_zero(Matrix<T> m, int64_t rows) {
 }
 
 template <typename T>
+Matrix<T> rows_from(Matrix<T> m, int64_t row) {
+  return {m.data + row * m.ld, m.ld};
+}
+
+template <typename T>
 class GradientWalk {
  public:
   GradientWalk(const Attention<T>& a, const AttentionGradients<T>& grads, const Kernels<T>& kernels,
-               GradientWorkspace<T>& w)
-      : a_(a), grads_(grads), kernels_(kernels), w_(w), overwrite_(grads.results.dq != nullptr) {}
+               GradientWorkspace<T>& w, Places places)
+      : a_(a),
+        grads_(grads),
+        kernels_(kernels),
+        w_(w),
+        places_(places),
+        operands_(static_cast<size_t>(places.count)),
+        overwrite_(grads.results.dq != nullptr) {}
 
-  void hold(int64_t b, int64_t g, Range keys) {
+  void enter(int64_t b, int64_t g) {
     b_ = b;
     g_ = g;
-    keys_ = keys;
-    k_ = left_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k_left);
-    v_ = left_rows(kernels_, a_.v, b, g, keys, a_.Dv, w_.v_left);
-    right_rows(kernels_, a_.k, b, g, keys, a_.D, w_.k);
-    set_zero(w_.dk, keys.size());
-    set_zero(w_.dv, keys.size());
   }
 
-  // What the next calls will read.
+  // Takes tiles of keys in.
+  void hold(Range keys) {
+    for_each_tile(keys, [&](Range tile, int64_t row) {
+      auto& [k, v] = operands_[static_cast<size_t>(row / kKeyTile)];
+      k = left_rows(kernels_, a_.k, b_, g_, tile, a_.D, rows_from(w_.k_left, row));
+      v = left_rows(kernels_, a_.v, b_, g_, tile, a_.Dv, rows_from(w_.v_left, row));
+      right_rows(kernels_, a_.k, b_, g_, tile, a_.D, rows_from(w_.k, row / kernels_.word));
+      set_zero(rows_from(w_.dk, row), tile.size());
+      set_zero(rows_from(w_.dv, row), tile.size());
+    });
+  }
+
+  // What the next calls will read, and where they will write.
   void expect_keys(int64_t b, int64_t g, Range keys) {
     ahead_.add(a_.k, b, g, keys, a_.D);
     ahead_.add(a_.v, b, g, keys, a_.Dv);
@@ -88,105 +60,152 @@ class GradientWalk {
   void expect_queries(int64_t b, int64_t h, Range rows) {
     ahead_.add(a_.q, b, h, rows, a_.D);
     ahead_.add(grads_.dout, b, h, rows, a_.Dv);
+    expect(of_queries(b, h, rows), rows, a_.D);
   }
 
-  // A tile of query rows past the keys held: all their gradients but what put_key_gradients puts.
-  void pass(int64_t h, Range rows) {
-    const bool first = overwrite_ && keys_.begin == 0;  // of these rows' passes
-    const bool sees = sees_some_held(rows);
+  void expect_key_gradients(Range keys) {
+    if (keys.empty()) return;
+    expect(of_keys(keys), keys, a_.D);
+    expect(of_values(keys), keys, a_.Dv);
+  }
+
+  // A tile of query rows past some of the keys held: all their gradients but what
+  // put_key_gradients puts. Their gradients are added to those of earlier passes, but for the
+  // first where they are written over.
+  void pass(int64_t h, Range rows, Range keys, bool first) { pass(h, rows, {0, 0}, keys, first); }
+
+  void pass(int64_t h, Range rows, Range pinned, Range keys, bool first) {
+    first &= overwrite_;
+    const int64_t tiles = tiles_seen(rows, pinned) + tiles_seen(rows, keys);
+    const bool sees = tiles > 0;
     if (sees || first) {
       set_zero(w_.dq, rows.size());
-      if (sees) add_tiles(h, rows);
-      const int64_t row = (b_ * a_.Lq + rows.begin) * a_.H + h;
-      const auto& results = grads_.results;
-      put(w_.dq, rows.size(), a_.D, scale(), !first,
-          place(grads_.dq, results.dq, results.dq_dtype, row * a_.D, a_.H * a_.D));
+      if (sees) {
+        ahead_.spread(kTurns * tiles);
+        load_queries(h, rows);
+        add_tiles(h, rows, pinned);
+        add_tiles(h, rows, keys);
+      }
+      put(w_.dq, rows, a_.D, scale(), !first, of_queries(b_, h, rows));
     }
     ahead_.forget();
   }
 
-  void take_key_gradients_of(const GradientWalk& other) {
-    const auto take = [&](Matrix<T> from, int64_t cols, Matrix<T> to) {
-      kernels_.add_rows(as_const(from), keys_.size(), cols, T(1), to.data, to.ld);
-    };
-    take(other.w_.dk, a_.D, w_.dk);
-    take(other.w_.dv, a_.Dv, w_.dv);
+  void take_key_gradients_of(const GradientWalk& other, Range keys) {
+    for_each_tile(keys, [&](Range tile, int64_t row) {
+      const auto take = [&](Matrix<T> from, int64_t cols, Matrix<T> to) {
+        kernels_.add_rows(as_const(rows_from(from, row)), tile.size(), cols, T(1),
+                          rows_from(to, row).data, to.ld);
+      };
+      take(other.w_.dk, a_.D, w_.dk);
+      take(other.w_.dv, a_.Dv, w_.dv);
+    });
   }
 
-  void put_key_gradients() {
-    const int64_t row = (b_ * a_.Lk + keys_.begin) * a_.G + g_;
-    const auto& [dq, dk, dv, dq_dtype, dtype] = grads_.results;
-    put(w_.dk, keys_.size(), a_.D, scale(), !overwrite_,
-        place(grads_.dk, dk, dtype, row * a_.D, a_.G * a_.D));
-    put(w_.dv, keys_.size(), a_.Dv, T(1), !overwrite_,
-        place(grads_.dv, dv, dtype, row * a_.Dv, a_.G * a_.Dv));
+  void put_key_gradients(Range keys) {
+    for_each_tile(keys, [&](Range tile, int64_t row) {
+      put(rows_from(w_.dk, row), tile, a_.D, scale(), !overwrite_, of_keys(tile));
+      put(rows_from(w_.dv, row), tile, a_.Dv, T(1), !overwrite_, of_values(tile));
+    });
   }
 
  private:
-  // Rows of a gradient.
+  // Rows of a gradient: in the result where there is one, else in the sum.
   struct Place {
     void* data;
     DType dtype;
     int64_t stride;
   };
 
-  // In the result where there is one, else in the sum.
+  Place of_queries(int64_t b, int64_t h, Range rows) const {
+    const auto& results = grads_.results;
+    const int64_t row = (b * a_.Lq + rows.begin) * a_.H + h;
+    return place(grads_.dq, results.dq, results.dq_dtype, row * a_.D, a_.H * a_.D);
+  }
+
+  Place of_keys(Range keys) const {
+    const auto& results = grads_.results;
+    return place(grads_.dk, results.dk, results.kv_dtype, key_row(keys) * a_.D, a_.G * a_.D);
+  }
+
+  Place of_values(Range keys) const {
+    const auto& results = grads_.results;
+    return place(grads_.dv, results.dv, results.kv_dtype, key_row(keys) * a_.Dv, a_.G * a_.Dv);
+  }
+
+  int64_t key_row(Range keys) const { return (b_ * a_.Lk + keys.begin) * a_.G + g_; }
+
   Place place(T* sum, void* result, DType dtype, int64_t offset, int64_t stride) const {
     if (!overwrite_) return {sum + offset, kDType<T>, stride};
     return {static_cast<char*>(result) + offset * element_size(dtype), dtype, stride};
   }
 
-  void put(Matrix<T> sum, int64_t rows, int64_t cols, T scale, bool add, Place to) {
+  void expect(Place at, Range rows, int64_t cols) {
+    ahead_.add(at.data, at.dtype, at.stride, rows.size(), cols);
+  }
+
+  void put(Matrix<T> sum, Range rows, int64_t cols, T scale, bool add, Place to) {
     if (add) {
-      kernels_.add_rows(as_const(sum), rows, cols, scale, static_cast<T*>(to.data), to.stride);
+      kernels_.add_rows(as_const(sum), rows.size(), cols, scale, static_cast<T*>(to.data),
+                        to.stride);
     } else {
-      kernels_.store_rows(as_const(sum), rows, cols, scale, nullptr, to.dtype, to.data, to.stride);
+      kernels_.store_rows(as_const(sum), rows.size(), cols, scale, nullptr, to.dtype, to.data,
+                          to.stride);
     }
   }
 
-  bool sees_some_held(Range rows) const {
+  // Calls visit(tile, row) for each tile of keys, with the row of its first in the memory.
+  template <typename Visit>
+  void for_each_tile(Range keys, Visit&& visit) const {
+    for (int64_t begin = keys.begin; begin < keys.end; begin += kKeyTile) {
+      visit(intersect({begin, begin + kKeyTile}, keys), places_.of(begin / kKeyTile) * kKeyTile);
+    }
+  }
+
+  // Of the keys, once a band.
+  int64_t tiles_seen(Range rows, Range keys) const {
+    int64_t tiles = 0;
     for (int64_t band = 0; band < a_.num_bands; ++band) {
-      if (!intersect(visible_keys(a_.band(band), rows), keys_).empty()) return true;
+      const Range seen = intersect(visible_keys(a_.band(band), rows), keys);
+      if (!seen.empty()) tiles += (seen.end - 1) / kKeyTile - seen.begin / kKeyTile + 1;
     }
-    return false;
+    return tiles;
   }
 
-  void add_tiles(int64_t h, Range rows) {
-    load_queries(h, rows);
-    for (int64_t band = 0; band < a_.num_bands; ++band) add_tiles_of(a_.band(band), h, rows);
-  }
-
-  void add_tiles_of(const Span& span, int64_t h, Range rows) {
-    const int64_t end = intersect(visible_keys(span, rows), keys_).end;
-    for (int64_t begin = keys_.begin; begin < end; begin += kKeyTile) {
-      const Range keys = intersect({begin, begin + kKeyTile}, keys_);
-      for_each_part(span, rows, keys, kernels_.word, [&](Range some, Range seen, const Span* mask) {
-        add_part({b_, h, some, seen, mask}, rows);
+  void add_tiles(int64_t h, Range rows, Range keys) {
+    for (int64_t band = 0; band < a_.num_bands; ++band) {
+      const Span span = a_.band(band);
+      const Range seen = intersect(visible_keys(span, rows), keys);
+      if (seen.empty()) continue;
+      for_each_tile({seen.begin / kKeyTile * kKeyTile, seen.end}, [&](Range tile, int64_t row) {
+        for_each_part(span, rows, tile, kernels_.word,
+                      [&](Range some, Range part, const Span* mask) {
+                        add_part({b_, h, some, part, mask}, rows, row, part.begin - tile.begin);
+                      });
       });
     }
   }
 
-  // A tile of the queries, or a strip of it.
-  void add_part(const TileIndex& at, Range rows) {
-    const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
-    const int64_t row = at.rows.begin - rows.begin, skipped = at.keys.begin - keys_.begin;
-    const auto gradients = compute_gradients(at, row, {k_.data + skipped * k_.ld, k_.ld},
-                                             {v_.data + skipped * v_.ld, v_.ld});
-    const auto from = [](Matrix<T> m, int64_t first) {
-      return Matrix<T>{m.data + first * m.ld, m.ld};
-    };
+  static constexpr int64_t kTurns = 6;  // calls of ahead_.advance in a part
+
+  // A tile of the queries, or a strip of it; keys `skipped` behind the first of a tile held.
+  void add_part(const TileIndex& at, Range rows, int64_t tile, int64_t skipped) {
+    const int64_t num_keys = at.keys.size(), seeing = rows_seeing(at);
+    const int64_t row = at.rows.begin - rows.begin, key = tile + skipped;
+    const auto& [k, v] = operands_[static_cast<size_t>(tile / kKeyTile)];
+    const auto gradients = compute_gradients(at, row, {k.data + skipped * k.ld, k.ld},
+                                             {v.data + skipped * v.ld, v.ld});
     const int64_t word = row / kernels_.word;
-    add_product(num_keys, num_rows, gradients.weights_by_key, as_const(from(w_.dout, word)),
-                from(w_.dv, skipped));
-    add_product(num_keys, num_rows, gradients.scores_by_key, as_const(from(w_.q, word)),
-                from(w_.dk, skipped));
-    add_product(num_rows, num_keys, gradients.scores_by_query,
-                as_const(from(w_.k, skipped / kernels_.word)), from(w_.dq, row));
+    add_product(num_keys, seeing, gradients.weights_by_key, rows_from(w_.dout, word),
+                rows_from(w_.dv, key));
+    add_product(num_keys, seeing, gradients.scores_by_key, rows_from(w_.q, word),
+                rows_from(w_.dk, key));
+    add_product(seeing, num_keys, gradients.scores_by_query, rows_from(w_.k, key / kernels_.word),
+                rows_from(w_.dq, row));
   }
 
-  void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<const T> right,
-                   Matrix<T> sum) {
-    kernels_.gemm(m, sum.ld, k, left, right, sum, {T(1), true});
+  void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<T> right, Matrix<T> sum) {
+    kernels_.gemm(m, sum.ld, k, left, as_const(right), sum, {T(1), true});
     ahead_.advance();
   }
 
@@ -197,6 +216,7 @@ class GradientWalk {
     compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative);
     ahead_.advance();
     w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
+    ahead_.advance();
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }
@@ -209,6 +229,7 @@ class GradientWalk {
                                               w_.derivative,
                                               w_.ds,
                                               {weights, by_key, by_query}});
+    ahead_.advance();
     if (w_.ds != nullptr) {
       const auto& dbias = grads_.dbias;
       kernels_.add_bias_gradient({w_.ds, s.keys, s.queries}, at.rows.size(),
@@ -240,10 +261,10 @@ class GradientWalk {
   const AttentionGradients<T>& grads_;
   const Kernels<T>& kernels_;
   GradientWorkspace<T>& w_;
+  const Places places_;
+  std::vector<std::pair<Matrix<const T>, Matrix<const T>>> operands_;  // keys and values, left
   const bool overwrite_;
   int64_t b_ = 0, g_ = 0;
-  Range keys_;
-  Matrix<const T> k_, v_;  // left operands
   Lookahead ahead_;
 };
 

@@ -10,22 +10,34 @@ namespace usp::cpu {
 
 class Lookahead {
  public:
-  void forget() { begin_ = end_ = 0; }
+  void forget() { begin_ = end_ = waiting_ = 0; }
 
   void add(const TensorView& x, int64_t b, int64_t h, Range rows, int64_t cols) {
-    if (rows.empty() || end_ == kRuns) return;
-    const int64_t size = element_size(x.dtype);
-    runs_[end_++] = {static_cast<const char*>(row_address(x, b, rows.begin, h)),
-                     x.row_stride * size, rows.size(), cols * size};
+    if (rows.empty()) return;
+    add(row_address(x, b, rows.begin, h), x.dtype, x.row_stride, rows.size(), cols);
+  }
+
+  // Rows of a result too: where they are not in the cache, a store waits for them as well.
+  void add(const void* from, DType dtype, int64_t stride, int64_t rows, int64_t cols) {
+    if (rows == 0 || end_ == kRuns) return;
+    const int64_t size = element_size(dtype);
+    waiting_ += rows;
+    runs_[end_++] = {static_cast<const char*>(from), stride * size, rows, cols * size};
+  }
+
+  // So many calls of `advance` will come: what is asked for at once beyond the lines that a core
+  // can wait for, it does not get.
+  void spread(int64_t turns) {
+    rows_at_once_ = turns > 0 ? (waiting_ + turns - 1) / turns : waiting_;
   }
 
   // Asks for the next few rows.
   void advance() {
-    constexpr int64_t kRowsAtOnce = 64, kCacheLine = 64;
-    for (int64_t asked = 0; asked < kRowsAtOnce && begin_ < end_;) {
+    constexpr int64_t kCacheLine = 64;
+    for (int64_t asked = 0; asked < rows_at_once_ && begin_ < end_;) {
       Run& run = runs_[begin_];
       for (int64_t at = 0; at < run.bytes; at += kCacheLine) {
-        __builtin_prefetch(run.from + at, 0, 2);  // to read, into the second level
+        __builtin_prefetch(run.from + at, 0, 3);
       }
       run.from += run.stride;
       ++asked;
@@ -39,9 +51,9 @@ class Lookahead {
     int64_t stride, rows, bytes;  // stride in bytes
   };
 
-  static constexpr int64_t kRuns = 2 + kTilesHeld;  // keys, values, tiles of queries
+  static constexpr int64_t kRuns = 20;  // keys, values, and tiles of queries and of results
   Run runs_[kRuns];
-  int64_t begin_ = 0, end_ = 0;
+  int64_t begin_ = 0, end_ = 0, waiting_ = 0, rows_at_once_ = 0;  // rows that wait at first
 };
 
 }  // namespace usp::cpu

@@ -129,14 +129,16 @@ void for_each_part(const Span& span, Range rows, Range keys, int64_t word, const
   }
 }
 
-// The tiles that a task holds while it walks past those of the other side: what it loads of these
-// serves all it holds.
-inline constexpr int64_t kTilesHeld = 4;
-
-// As many as leave several tasks to each thread.
-inline int64_t tiles_held(int64_t tiles, int64_t threads) {
-  constexpr int64_t kTasksPerThread = 4;
-  return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
+// Rows up to the last that sees one of the keys. Columns behind them hold nothing but -inf.
+inline int64_t rows_seeing(const TileIndex& at) {
+  if (at.mask == nullptr) return at.rows.size();
+  int64_t end = at.rows.end;
+  while (end > at.rows.begin + 1) {
+    const Range seen{at.mask->first[end - 1], at.mask->stop[end - 1]};
+    if (!intersect(seen, at.keys).empty()) break;
+    --end;
+  }
+  return end - at.rows.begin;
 }
 
 // Padded copies of what belongs to the query rows of a tile.

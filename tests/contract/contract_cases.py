@@ -122,6 +122,7 @@ OVERWRITTEN: dict[str, Changes] = {
     "unseen_keys": {"span": "window", "lk": 401},
     "bands_at_once": {"span": "bands_at_once", "lq": 331, "lk": 601},
     "many_bands": {"span": "many_bands", "lq": 131, "lk": 601},
+    "keys_move_along": {"span": "sinks_and_registers", "lq": 197, "lk": 1500},
     "nothing_is_seen": {"lq": 131, "span": "nothing"},
     "no_queries": {"lq": 0},
     "no_keys": {"lk": 0},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_call import Call, make_inputs, new_state, options
 from promises import answers
-from subjects.native import CAPABILITIES, COMPLETE, running_on
+from subjects.native import BF16_ONLY, CAPABILITIES, COMPLETE, SUBJECTS, Native, running_on
 from torch import Tensor
 
 from usp.ops import native as ops
@@ -29,6 +29,18 @@ def test_any_number_of_threads(
     case = Call(batch=3, lq=200, lk=300, span="causal", bias=bias)
     got = replace(COMPLETE, threads=threads).run(request, answers, case)
     COMPLETE.assert_right(case, got)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+@pytest.mark.parametrize("span", ["all", "sinks_and_registers"])
+def test_more_keys_than_are_held(
+    span: str, subject: Native, request: pytest.FixtureRequest
+) -> None:
+    """They are held in turn, or move along with the rows, but for some seen by all or by few."""
+    dtype = torch.bfloat16 if subject.capability in BF16_ONLY else torch.float32
+    shape = {"batch": 1, "lq": 197, "lk": 1500, "heads": (3, 1, 2)}
+    case = replace(subject.base, span=span, dtype=dtype, **shape)
+    subject.assert_right(case, subject.run(request, answers, case))
 
 
 # Powers of two step through every exponent of a half, numbers around them round both ways.

@@ -37,7 +37,7 @@ class Call:
     @property
     def bands_at_once(self) -> bool:
         """Whether its bands are one call; else a call each."""
-        return self.span in ("bands_at_once", "many_bands")
+        return self.span in ("bands_at_once", "many_bands", "sinks_and_registers")
 
     @property
     def acc(self) -> torch.dtype:
@@ -112,6 +112,11 @@ def make_span(case: Call, generator: torch.Generator) -> tuple[Tensor | None, Te
         far = torch.maximum(i + 40, window[1]), i + 43
         first = torch.stack((torch.zeros_like(i), window[0], far[0]))
         stop = torch.stack((window[0].clamp(max=5), window[1], far[1]))
+    elif case.span == "sinks_and_registers":  # a window along the diagonal, and what all see or are
+        diagonal = i * lk // case.lq
+        begin, end = (diagonal - 40).clamp(0, lk), (diagonal + 60).clamp(0, lk)
+        first = torch.stack((torch.zeros_like(i), begin, torch.where(i < 3, end, lk)))
+        stop = torch.stack((begin.clamp(max=5), end, torch.full_like(i, lk)))
     elif case.span == "many_bands":  # some of them empty for some rows
         ends = torch.randint(0, lk + 1, (26, case.lq), generator=generator).sort(dim=1).values
         first, stop = ends.sort(dim=0).values.unflatten(0, (13, 2)).unbind(1)
