@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import compiling
@@ -16,6 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge import TOLERANCE, largest
 from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import usp
 from usp.attention.masking import MaskOptions, make_masks
@@ -28,6 +34,7 @@ NAMES = ("dq", "dlatent", "drope_key", "dup_k", "dup_v", "dsinks")
 
 # C and Dr
 WIDTH, ROPE = 6, 2
+POLICY = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def given_tensors(case: Case) -> dict[str, Tensor]:
@@ -331,6 +338,17 @@ def test_heads_that_others_hold_and_a_scale_that_is_learned() -> None:
         moved = usp.latent_attention(*some, softmax_scale=value, heads=(1, 3), **options)
         sums.append(moved.sin().sum())
     torch.testing.assert_close(grad.double(), (sums[1] - sums[0]) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+def test_a_selective_checkpoint_computes_latents_again() -> None:
+    random = torch.Generator().manual_seed(3)
+    shapes = (1, 5, 2, 4), (1, 5, 7), (1, 5, 2), (2, 2, 7), (2, 3, 7)
+    given = [torch.randn(shape, generator=random).requires_grad_() for shape in shapes]
+    policy = partial(create_selective_checkpoint_contexts, lambda *_, **__: POLICY)
+    plain = usp.latent_attention(*given).sin().sum()
+    again = checkpoint(usp.latent_attention, *given, use_reentrant=False, context_fn=policy)
+    wanted, found = (torch.autograd.grad(x, given) for x in (plain, again.sin().sum()))
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_the_projection_of_a_model_is_its_heads() -> None:
