@@ -616,3 +616,15 @@ def test_the_first_call_of_a_process_says_nothing(tmp_path: Path) -> None:
             command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environ
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no compiled extension")
+@pytest.mark.parametrize("op", ["attention_once", "attention_once_backward"])
+def test_ops_that_make_their_results_are_checked_too(
+    monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    right = getattr(native, op)
+    assert _self_check.wrong_with(native, TRAITS, CPU) is None
+    monkeypatch.setattr(native, op, lambda *args: [1.1 * x for x in right(*args)])
+    found = _self_check.wrong_with(native, TRAITS, CPU)
+    assert found is not None and found.endswith(f"({_self_check.ONE_BLOCK})")

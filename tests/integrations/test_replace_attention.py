@@ -341,7 +341,7 @@ def test_replaces_in_place() -> None:
     for module in (model.first, model.more["a"]):
         assert type(module) is usp.MultiheadAttention
         assert (module.placement.layout, module.placement.causal) == ("zigzag", True)
-        assert module.placement.options.chunks == 2
+        assert module.placement.chunks == 2
     assert model.first.batch_first and model.first.dropout == 0.1 and model.first.training
     assert not model.more["a"].training
     x = torch.randn(2, 5, 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from background import environment
@@ -16,6 +17,7 @@ from usp.machine import cpu, library
 
 PROGRAM = """
 import os
+import traceback
 import torch
 import usp
 
@@ -42,6 +44,8 @@ def forked():
             for to, found in zip(shared, results()):
                 to.copy_(found)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
@@ -57,7 +61,7 @@ for got in (before, forked()):
 
 
 @pytest.mark.skipif(library.load() is not None, reason=f"compiled ops: {library.load()}")
-def test_a_level_works_before_and_after_a_fork() -> None:
+def test_a_level_works_before_and_after_a_fork(tmp_path: Path) -> None:
     level = {"avx512_bf16": "amx_emulated"}.get(cpu.level(), cpu.level())
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -65,5 +69,6 @@ def test_a_level_works_before_and_after_a_fork() -> None:
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=tmp_path,  # not beside the sources, which hold no extension
     )
     assert done.returncode == 0, done.stderr[-2000:]
