@@ -129,12 +129,13 @@ def _of_attention(job: Job, choice: Choice) -> float:
 def _of_ring(job: Job, choice: Choice) -> float:
     model, element, wide = job.model, job.precision.element, wide_of(job)
     queries = element * (model.query + model.result) + 2 * wide * model.heads
-    if choice.transport == "query_ring":  # three messages of q, dout, lse and delta, two of dq
-        return float(wide * (3 * model.query + model.keys) + 3 * queries)
+    ways = min(2, choice.ring - 1)  # from both sides where there are more than two ranks
+    if choice.transport == "query_ring":  # of each three messages of q, dout, lse and delta
+        return float(wide * ((2 + ways) * model.query + model.keys) + 3 * ways * queries)
     sums, block = wide * (model.query + 2 * model.keys), model.keys * (element + wide)
     if choice.transport == "grid":  # and all that queries of a node have
         inner = choice.ring // choice.ring_outer
         return float(sums + 2 * block + inner * (2 * queries + wide * model.query))
     if choice.transport == "ring":
-        return float(sums + 2 * block + model.keys * element)
+        return float(sums + (1 + ways) * block + (2 * ways - 1) * model.keys * element)
     return float(sums + choice.ring * block)
