@@ -44,7 +44,7 @@ def test_alone(case: StepCase) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2), (1, 4)])
 def test_sharded(pool: Pool, ulysses: int, ring: int) -> None:
     for case in CASES[::2]:
         told = predicted(case, Spread(1, ulysses, ring), "cpu")
