@@ -16,8 +16,8 @@ gradients differ from fp64 on one process.
 Then follow, for each batch, the times of the others over the schedule's, of which the least of a
 static one is the "best static" one's, and their geometric means over seeds: by the clock, and by
 the CPU seconds of the rank that has most, which is what counts on cores of its own, where nobody
-waits. "bound" is by CPU seconds, too: the best static one's over those of whole documents, were they
-perfectly even.
+waits. "bound" is by CPU seconds, too: the best static one's over those of whole documents, were
+they perfectly even.
 """
 
 from __future__ import annotations
