@@ -45,7 +45,7 @@ def test_python_runs(page: str, pool) -> None:
 @pytest.mark.parametrize("page", ["docs/decoding.md", "docs/doors.md", "docs/tiles.md"])
 def test_python_runs_that_needs_a_library(page: str, pool) -> None:
     libraries.library("transformers")
-    for left_out in pool.run(document_pages.run_on_mesh, page, True, ranks=4, timeout=120):
+    for left_out in pool.run(document_pages.run_on_mesh, page, True, ranks=4):
         assert not [block for block in left_out if "library:" in block]
 
 

@@ -219,7 +219,7 @@ def test_import_is_pure(blocking: bool, tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())

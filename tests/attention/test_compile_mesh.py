@@ -123,7 +123,7 @@ NAMED += ("a mask for each sample",)
 )
 def test_one_graph(pool, name: str, named: bool) -> None:
     case = CASES[name]
-    parts = pool.run(compiled, case, named, ranks=case.ranks, timeout=120)
+    parts = pool.run(compiled, case, named, ranks=case.ranks)
     assert_close(case, join(case, [results for results, _ in parts]), oracle(case))
     assert [graphs for _, graphs in parts] == [1] * case.ranks
 
@@ -200,7 +200,7 @@ def compiled_layers(backend: str, checkpointed: bool) -> list[str]:
     [("aot_eager", True), *((backend, False) for backend in INDUCTOR)],
 )
 def test_nothing_is_sent_twice_or_left_out(pool, backend: str, checkpointed: bool) -> None:
-    assert pool.run(compiled_layers, backend, checkpointed, ranks=4, timeout=100) == [[]] * 4
+    assert pool.run(compiled_layers, backend, checkpointed, ranks=4) == [[]] * 4
 
 
 def ranks_that_go_apart() -> str:
@@ -224,7 +224,7 @@ def ranks_that_go_apart() -> str:
 
 
 def test_a_backward_belongs_to_its_forward(pool) -> None:
-    for said in pool.run(ranks_that_go_apart, ranks=4, timeout=120):
+    for said in pool.run(ranks_that_go_apart, ranks=4):
         assert "every rank's loss must depend on the same outputs" in said
 
 
@@ -248,7 +248,7 @@ def one_rank_is_compiled() -> tuple[bool, str]:
 
 
 def test_compiled_beside_eager(pool) -> None:
-    for right, said in pool.run(one_rank_is_compiled, ranks=4, timeout=120):
+    for right, said in pool.run(one_rank_is_compiled, ranks=4):
         assert right
         assert "ranks of the mesh disagree on gradients needed" in said
 
@@ -267,7 +267,7 @@ def other_lengths() -> tuple[float, int]:
 
 
 def test_other_lengths_do_not_compile_for_ever(pool) -> None:
-    for wrong, graphs in pool.run(other_lengths, ranks=4, timeout=100):
+    for wrong, graphs in pool.run(other_lengths, ranks=4):
         assert wrong == 0.0
         assert graphs <= 2, "what this rank holds is symbolic from the second one on"
 
@@ -297,7 +297,7 @@ def other_masks(ulysses: int, ring: int) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
 def test_other_masks_do_not_compile_again(pool, shape: tuple[int, int]) -> None:
-    for wrong, graphs in pool.run(other_masks, *shape, ranks=shape[0] * shape[1], timeout=120):
+    for wrong, graphs in pool.run(other_masks, *shape, ranks=shape[0] * shape[1]):
         assert wrong == []
         assert graphs <= 2, "numbers of masks are symbolic from the second one on"
 
@@ -320,7 +320,7 @@ def masks_that_differ() -> str:
 
 
 def test_masks_that_differ_among_ranks(pool) -> None:
-    for said in pool.run(masks_that_differ, ranks=4, timeout=100):
+    for said in pool.run(masks_that_differ, ranks=4):
         assert "ranks of the mesh disagree on mask" in said
 
 
@@ -339,7 +339,7 @@ def dtensor_inputs() -> str:
 
 
 def test_tensors_that_are_spread_themselves(pool) -> None:
-    for said in pool.run(dtensor_inputs, ranks=4, timeout=100):
+    for said in pool.run(dtensor_inputs, ranks=4):
         assert said == "q is a DTensor: pass this rank's shard of the sequence, x.to_local()"
 
 
@@ -369,4 +369,4 @@ def meetings_of_calls(validate: str) -> list[int]:
     ("validate", "counts"), [("first", [1, 0, 0]), ("always", [1, 1, 1]), ("never", [0, 0, 0])]
 )
 def test_when_ranks_meet(pool, validate: str, counts: list[int]) -> None:
-    assert pool.run(meetings_of_calls, validate, ranks=4, timeout=100) == [counts] * 4
+    assert pool.run(meetings_of_calls, validate, ranks=4) == [counts] * 4

@@ -240,7 +240,7 @@ def refused(table: list, names: tuple[str, ...], more: dict) -> None:
 def test_meshes_that_make_no_double_ring_are_refused_everywhere(
     pool, table: list, names: tuple[str, ...], more: dict, words: list[str]
 ) -> None:
-    for outcome in pool.outcomes(refused, table, names, more, ranks=4, timeout=20):
+    for outcome in pool.outcomes(refused, table, names, more, ranks=4):
         assert outcome.kind in ("ValueError", "TypeError"), outcome
         assert all(word in outcome.message for word in words), outcome.message
 
@@ -250,7 +250,7 @@ def outer_degrees_that_differ() -> None:
 
 
 def test_every_rank_hears_of_outer_degrees_that_differ(pool) -> None:
-    for outcome in pool.outcomes(outer_degrees_that_differ, ranks=4, timeout=20):
+    for outcome in pool.outcomes(outer_degrees_that_differ, ranks=4):
         assert outcome.kind == "ValueError" and "ring_outer_degree = 2" in outcome.message
 
 
@@ -294,6 +294,6 @@ def on_a_plain_ring(which: str) -> None:
     [("plain", ["ring of two levels", "ring_degree 4"]), ("bias", ["attn_bias", "'grid'"])],
 )
 def test_grids_that_are_none_are_refused_everywhere(pool, which: str, words: list[str]) -> None:
-    for outcome in pool.outcomes(on_a_plain_ring, which, ranks=4, timeout=20):
+    for outcome in pool.outcomes(on_a_plain_ring, which, ranks=4):
         assert outcome.kind in ("ValueError", "NotImplementedError"), outcome
         assert all(word in outcome.message for word in words), outcome.message

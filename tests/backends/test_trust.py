@@ -604,7 +604,7 @@ def test_processes_that_ask_at_once_find_out_once(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen([*command, str(rank)], env=environ, cwd=tmp_path) for rank in range(3)
     ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0, 0]
+    assert [rank.wait(timeout=250) for rank in ranks] == [0, 0, 0]
     assert len(set((tmp_path / "counted").read_text().split())) == 1
 
 
@@ -613,7 +613,7 @@ def test_the_first_call_of_a_process_says_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FIRST_CALL]
     for _ in range(2):
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environ
+            command, capture_output=True, text=True, timeout=250, cwd=tmp_path, env=environ
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -69,7 +69,7 @@ def run(built: Built, program: str) -> str:
     environ.pop("USP_OPS_LIBRARY", None)
     command = [sys.executable, "-c", program]
     done = subprocess.run(
-        command, env=environ, cwd=built.folder, capture_output=True, text=True, timeout=200
+        command, env=environ, cwd=built.folder, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

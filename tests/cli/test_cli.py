@@ -104,7 +104,7 @@ def test_completions_know_every_command(shell: str, capsys: pytest.CaptureFixtur
     assert all(module.__name__.split(".")[-1] in script for module in command.COMMANDS)
     if shutil.which(shell):
         parsed = [shell, "-n"] if shell != "fish" else [shell, "--no-execute"]
-        subprocess.run(parsed, input=script, text=True, check=True, timeout=60)
+        subprocess.run(parsed, input=script, text=True, check=True, timeout=250)
 
 
 def test_completions_without_shtab_say_what_to_install(
@@ -407,6 +407,6 @@ def test_python_m_usp_is_the_same_command(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; "
     code += "sys.argv = ['usp', '--version']; runpy.run_module('usp', run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=250
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"usp {__version__}\n", "")

@@ -208,7 +208,7 @@ def test_processes_return_their_results_and_progress():
     assert heard == [(1, 2)]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(250)
 @pytest.mark.parametrize(
     ("how", "message"), [("raise", "process 1 of 2 failed: KeyError"), ("die", "exit code 7")]
 )

@@ -144,7 +144,7 @@ def test_under_a_launcher_the_first_rank_says_it_for_all(tmp_path: Path) -> None
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=250,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all is right on 2 ranks") == 1

@@ -115,7 +115,7 @@ def cut_as(held: list[int], kind: str) -> Any:
 @pytest.mark.parametrize("held", [[3, 3, 3, 0], [2, 2, 1, 0], [1, 2, 2, 2], [4, 2, 2, 2]], ids=str)
 def test_shares_that_shard_sequence_would_not_cut(pool, held: list[int], kind: str) -> None:
     """The first two are what torch.chunk makes of 9 and 5 tokens."""
-    for outcome in pool.outcomes(cut_as, held, kind, ranks=4, timeout=20):
+    for outcome in pool.outcomes(cut_as, held, kind, ranks=4):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError", outcome
         assert str(tuple(held)) in outcome.message and f"{sum(held)} in all" in outcome.message
 
@@ -146,7 +146,7 @@ def gradients_at_the_second_call(deviant: int, first: str) -> Any:
 @pytest.mark.parametrize("first", ["train", "eval"])
 @pytest.mark.parametrize("deviant", [0, 1])
 def test_gradients_that_one_rank_does_not_need(pool, deviant: int, first: str) -> None:
-    for outcome in pool.outcomes(gradients_at_the_second_call, deviant, first, ranks=2, timeout=20):
+    for outcome in pool.outcomes(gradients_at_the_second_call, deviant, first, ranks=2):
         assert isinstance(outcome, RemoteError) and "gradients needed" in outcome.message
 
 
@@ -177,7 +177,7 @@ def two_outputs(mine: str, kind: str, then: str) -> Any:
 @pytest.mark.parametrize("kind", ["function", "module", "multihead", "unshard"])
 def test_losses_on_different_outputs(pool, kind: str) -> None:
     assert pool.run(two_outputs, "ab ab", kind, "gradients", ranks=2) == ["done"] * 2
-    for outcome in pool.outcomes(two_outputs, "a b", kind, "", ranks=2, timeout=20):
+    for outcome in pool.outcomes(two_outputs, "a b", kind, "", ranks=2):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError", outcome
         assert "whose backward" in outcome.message and "same outputs" in outcome.message
 
@@ -185,7 +185,7 @@ def test_losses_on_different_outputs(pool, kind: str) -> None:
 @pytest.mark.parametrize("then", ["gradients", "call", "replicated"])
 def test_a_backward_that_one_rank_alone_runs(pool, then: str) -> None:
     """The other goes on to whatever comes next, and both hear of it there."""
-    for outcome in pool.outcomes(two_outputs, "ab b", "module", then, ranks=2, timeout=20):
+    for outcome in pool.outcomes(two_outputs, "ab b", "module", then, ranks=2):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError", outcome
         assert "the backward of" in outcome.message and "different places" in outcome.message
 
@@ -196,7 +196,7 @@ def other_parameters(sizes: list[int]) -> None:
 
 
 def test_parameters_that_differ(pool) -> None:
-    for outcome in pool.outcomes(other_parameters, [3, 4], ranks=2, timeout=20):
+    for outcome in pool.outcomes(other_parameters, [3, 4], ranks=2):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError"
         assert "rank 0 has 3, rank 1 has 4" in outcome.message
 

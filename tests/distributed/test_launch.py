@@ -119,7 +119,7 @@ def test_two_ranks_of_a_slurm_step_find_each_other() -> None:
     ]
     for process in processes:
         process.start()
-    assert sorted(answers.get(timeout=60) for _ in processes) == [
+    assert sorted(answers.get(timeout=250) for _ in processes) == [
         (0, "cpu", [(10, 0), (11, 1)]),
         (1, "cpu", [(10, 0), (11, 1)]),
     ]

@@ -154,7 +154,7 @@ def uneven_numbers_of_groups() -> None:
 
 def test_groups_that_torch_cannot_name_alike(pool) -> None:
     """Torch names a group of some ranks by how many groups there are; else it waits forever."""
-    outcomes = pool.outcomes(uneven_numbers_of_groups, ranks=3, timeout=20)
+    outcomes = pool.outcomes(uneven_numbers_of_groups, ranks=3)
     if "group_count" in dist.distributed_c10d._hash_ranks_to_str.__code__.co_names:
         assert outcomes == [None] * 3  # that torch can be told where to go on
         return
@@ -175,7 +175,7 @@ def the_world_after_some_ranks() -> dict[str, torch.Tensor]:
 
 def test_a_mesh_of_the_world_after_one_of_some_ranks(pool) -> None:
     """Torch 2.15 counts the groups of the former, and would name those of the latter apart."""
-    shards = pool.run(the_world_after_some_ranks, ranks=3, timeout=20)
+    shards = pool.run(the_world_after_some_ranks, ranks=3)
     assert_close(PAIR, join(PAIR, shards), oracle(PAIR))
 
 
@@ -226,7 +226,7 @@ def degrees_that_differ(mine: list[tuple]) -> None:
     ids=str,
 )
 def test_every_rank_hears_of_degrees_that_differ(pool, mine: list[tuple], words: list[str]) -> None:
-    for outcome in pool.outcomes(degrees_that_differ, mine, ranks=3, timeout=20):
+    for outcome in pool.outcomes(degrees_that_differ, mine, ranks=3):
         assert outcome.kind in ("ValueError", "TypeError"), outcome
         assert all(word in outcome.message for word in words), outcome.message
 

@@ -112,7 +112,7 @@ def on_gpu(case: MeshCase, device: str) -> MeshCase:
 
 
 def judge_on(pool: Pool, device: str, case: MeshCase) -> None:
-    results = pool.run(run_on_device, case, device, ranks=case.ranks, timeout=240)
+    results = pool.run(run_on_device, case, device, ranks=case.ranks)
     assert_close(case, join(case, results), oracle(case))
 
 

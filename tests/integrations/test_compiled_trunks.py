@@ -51,7 +51,7 @@ def _prefixed(kind: str) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["rotations and registers", "DINOv3"])
 def test_tables_behind_a_prefix_are_in_one_graph(pool, kind) -> None:
     libraries.library("transformers" if kind == "DINOv3" else "timm")
-    for wrong in pool.run(_prefixed, kind, ranks=2, timeout=280):
+    for wrong in pool.run(_prefixed, kind, ranks=2):
         assert wrong == {}
 
 
@@ -125,5 +125,5 @@ def _of_documents(kind: str, how: str) -> dict[str, float]:
     [("function", "model"), ("function", "blocks"), ("function", "again"), ("module", "eager")],
 )
 def test_new_documents_need_no_new_graph(pool, kind, how) -> None:
-    for wrong in pool.run(_of_documents, kind, how, ranks=2, timeout=280):
+    for wrong in pool.run(_of_documents, kind, how, ranks=2):
         assert wrong == {}

@@ -41,7 +41,7 @@ def _compared(mesh: tuple[int, int], kind: str, sizes: Any, options: Any) -> dic
 def test_their_configuration(pool, kind, mesh) -> None:
     libraries.library("diffusers")
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_compared, mesh, kind, EVEN[kind], {}, ranks=ranks, timeout=200):
+    for wrong in pool.run(_compared, mesh, kind, EVEN[kind], {}, ranks=ranks):
         assert wrong == {}
 
 
@@ -50,7 +50,7 @@ def test_their_uneven_cuts(pool, mesh, option) -> None:
     """7 tokens of text on two ranks; what they join again is even, for gloo joins no other."""
     libraries.library("diffusers")
     sizes, options = EVEN["Flux"] | {"text": 7}, {f"{option}_anything": True}
-    for wrong in pool.run(_compared, mesh, "Flux", sizes, options, ranks=2, timeout=200):
+    for wrong in pool.run(_compared, mesh, "Flux", sizes, options, ranks=2):
         assert wrong == {}
 
 
@@ -127,14 +127,14 @@ def _calls(mesh: tuple[int, int], options: dict[str, Any]) -> dict[str, dict[str
 def test_what_their_dispatcher_passes_on(pool, mesh) -> None:
     libraries.library("diffusers")
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_calls, mesh, {}, ranks=ranks, timeout=200):
+    for wrong in pool.run(_calls, mesh, {}, ranks=ranks):
         assert wrong == {}
 
 
 @pytest.mark.parametrize(("mesh", "option"), [((2, 1), "ulysses"), ((1, 2), "ring")])
 def test_what_it_passes_on_of_uneven_cuts(pool, mesh, option) -> None:
     libraries.library("diffusers")
-    for wrong in pool.run(_calls, mesh, {f"{option}_anything": True}, ranks=2, timeout=200):
+    for wrong in pool.run(_calls, mesh, {f"{option}_anything": True}, ranks=2):
         assert wrong == {}
 
 

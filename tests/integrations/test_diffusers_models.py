@@ -44,7 +44,7 @@ def check(
 ) -> None:
     libraries.library("diffusers")
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_compared, mesh, layout, kind, sizes, again, ranks=ranks, timeout=200):
+    for wrong in pool.run(_compared, mesh, layout, kind, sizes, again, ranks=ranks):
         assert wrong == {}
 
 
@@ -106,4 +106,4 @@ REFUSED = {
 def test_refused(pool, kind) -> None:
     libraries.library("diffusers")
     with pytest.raises(RemoteError, match=REFUSED[kind]):
-        pool.run(_refused, kind, ranks=2, timeout=200)
+        pool.run(_refused, kind, ranks=2)

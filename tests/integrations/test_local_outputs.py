@@ -227,7 +227,7 @@ def _compiled(blocks: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("blocks", [True, False])
 def test_compiled_blocks_and_compiled_models(pool, blocks) -> None:
-    for wrong in pool.run(_compiled, blocks, ranks=2, timeout=250):
+    for wrong in pool.run(_compiled, blocks, ranks=2):
         assert wrong == {}
 
 

@@ -183,7 +183,7 @@ def by_us(tokens: int) -> tuple[Tensor, Tensor, list[Tensor]]:
 @pytest.mark.long  # DTensor tries placements of each op of attention, most of a minute
 def test_context_parallel_beside_ours(pool: Pool) -> None:
     tokens = 16
-    theirs, ours = (pool.run(run, tokens, ranks=2, timeout=200) for run in (by_torch, by_us))
+    theirs, ours = (pool.run(run, tokens, ranks=2) for run in (by_torch, by_us))
     wanted = [x.requires_grad_() for x in inputs(tokens)]
     out = F.scaled_dot_product_attention(*wanted)
     out.sin().sum().backward()

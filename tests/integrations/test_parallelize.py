@@ -305,7 +305,7 @@ def _averaged(wrapper: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_a_wrapper_that_averages_takes_the_loss_times_the_ranks(pool, wrapper) -> None:
-    for wrong in pool.run(_averaged, wrapper, ranks=2, timeout=120):
+    for wrong in pool.run(_averaged, wrapper, ranks=2):
         assert wrong == {}
 
 
@@ -545,5 +545,5 @@ def _compiled(kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["function", "module"])
 def test_a_compiled_model(pool, kind) -> None:
-    for wrong in pool.run(_compiled, kind, ranks=2, timeout=200):
+    for wrong in pool.run(_compiled, kind, ranks=2):
         assert wrong == {}

@@ -132,7 +132,7 @@ def accelerate_compared() -> dict[str, float]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_accelerate(pool, ranks) -> None:
     libraries.library("accelerate")
-    for wrong in pool.run(accelerate_compared, ranks=ranks, timeout=200):
+    for wrong in pool.run(accelerate_compared, ranks=ranks):
         assert wrong == {}
 
 
@@ -171,7 +171,7 @@ def lightning_compared(kind: str) -> dict[str, float]:
 @pytest.mark.parametrize(("kind", "ranks"), [("plain", 2), ("plain", 4), ("sharded", 4)])
 def test_lightning(pool, kind, ranks) -> None:
     libraries.library("lightning")
-    for wrong in pool.run(lightning_compared, kind, ranks=ranks, timeout=250):
+    for wrong in pool.run(lightning_compared, kind, ranks=ranks):
         assert wrong == {}
 
 
@@ -221,7 +221,7 @@ def deepspeed_compared(stage: int) -> dict[str, float] | str:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed(others, stage, ranks) -> None:
-    for wrong in others.run(deepspeed_compared, stage, ranks=ranks, timeout=280):
+    for wrong in others.run(deepspeed_compared, stage, ranks=ranks):
         if isinstance(wrong, str):
             pytest.skip(f"{wrong} is not installed: {libraries.INSTALL}")
         assert wrong == {}

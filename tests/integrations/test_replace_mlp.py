@@ -211,7 +211,7 @@ def _on_ranks(kind: str) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["Llama", "class token", "Flux"])
 def test_known_models_on_ranks(pool, kind: str) -> None:
     libraries.library(library_of(kind))
-    for wrong in pool.run(_on_ranks, kind, ranks=2, timeout=200):
+    for wrong in pool.run(_on_ranks, kind, ranks=2):
         assert wrong == {}
 
 
@@ -249,5 +249,5 @@ def _language_model(kind: str) -> dict[str, float]:
 def test_a_language_model_in_tiles(pool, kind: str) -> None:
     """Gemma 2 caps its logits, and its head is its embedding; the libraries' losses are in fp32."""
     libraries.library("transformers")
-    for wrong in pool.run(_language_model, kind, ranks=2, timeout=200):
+    for wrong in pool.run(_language_model, kind, ranks=2):
         assert {name: error for name, error in wrong.items() if not error <= 1e-5} == {}

@@ -37,7 +37,7 @@ def options_of(program: str, extra: str) -> list[str]:
 def test_any_mesh_trains_alike_and_goes_on_where_another_ended(pool, program, tmp_path) -> None:
     def losses(extra: str, *shape: int) -> list[list[float]]:
         options, ranks = options_of(program, extra), shape[0] * shape[1]
-        return pool.run(examples.train, program, options, *shape, ranks=ranks, timeout=200)
+        return pool.run(examples.train, program, options, *shape, ranks=ranks)
 
     (alone,), (unlearned,) = (
         losses(f"--steps {STEPS}", 1, 1),

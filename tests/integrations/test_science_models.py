@@ -145,7 +145,7 @@ def _compared(mesh: tuple[int, int], layout: str, kind: str) -> dict[str, float]
 def test_a_spread_model_is_the_whole_one(pool, kind, mesh) -> None:
     libraries.library(MODELS[kind][0])
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
-    for wrong in pool.run(_compared, mesh, layout, kind, ranks=mesh[0] * mesh[1], timeout=250):
+    for wrong in pool.run(_compared, mesh, layout, kind, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 
@@ -173,7 +173,7 @@ def _of_a_night(mesh: tuple[int, int], kind: str) -> dict[str, float]:
 def test_fields_of_the_atmosphere(pool, kind, mesh) -> None:
     libraries.library("iris_sample_data")
     libraries.library({"MONAI": "monai", "anemoi": MODELS["anemoi's processor"][0]}[kind])
-    for wrong in pool.run(_of_a_night, mesh, kind, ranks=mesh[0] * mesh[1], timeout=250):
+    for wrong in pool.run(_of_a_night, mesh, kind, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 
@@ -209,7 +209,7 @@ def _by_flash() -> dict[str, float]:
 def test_anemoi_by_flash_attn(pool) -> None:
     """Windows, softcap and ALiBi of what it computes on one GPU."""
     libraries.library(MODELS["anemoi's processor"][0])
-    for wrong in pool.run(_by_flash, ranks=4, timeout=200):
+    for wrong in pool.run(_by_flash, ranks=4):
         assert wrong == {}
 
 
@@ -239,7 +239,7 @@ def _of_a_globe() -> dict[str, float]:
 def test_windows_of_forty_thousand_points(pool) -> None:
     """The octahedral grid of ECMWF at one degree (O96)."""
     libraries.library(MODELS["anemoi's processor"][0])
-    for wrong in pool.run(_of_a_globe, ranks=3, timeout=250):
+    for wrong in pool.run(_of_a_globe, ranks=3):
         assert wrong == {}
 
 
@@ -261,7 +261,7 @@ def _dropout() -> list[torch.Tensor]:
 
 def test_monai_drops_in_training_alone(pool) -> None:
     libraries.library("monai")
-    found = pool.run(_dropout, ranks=2, timeout=200)
+    found = pool.run(_dropout, ranks=2)
     for whole, once, again, trained in found:
         assert torch.equal(once, again) and not torch.allclose(once, trained)
         torch.testing.assert_close(once, whole, rtol=1e-9, atol=1e-9)
@@ -275,7 +275,7 @@ def _by_hand() -> None:
 def test_monai_that_keeps_its_weights_is_refused(pool) -> None:
     libraries.library("monai")
     with pytest.raises(RemoteError, match="SABlock has save_attn, with which it computes"):
-        pool.run(_by_hand, ranks=2, timeout=200)
+        pool.run(_by_hand, ranks=2)
 
 
 def _swin() -> None:
@@ -287,7 +287,7 @@ def test_windows_of_monai_are_not_known(pool) -> None:
     """Their tokens are cut into windows and merged on the way: no trunk."""
     libraries.library("monai")
     with pytest.raises(RemoteError, match="the trunk of SwinUNETR is not known"):
-        pool.run(_swin, ranks=2, timeout=200)
+        pool.run(_swin, ranks=2)
 
 
 def _compiled_states() -> dict[str, float]:
@@ -303,7 +303,7 @@ def _compiled_states() -> dict[str, float]:
 
 def test_hidden_states_of_a_compiled_model_are_whole(pool) -> None:
     libraries.library("monai")
-    for wrong in pool.run(_compiled_states, ranks=2, timeout=250):
+    for wrong in pool.run(_compiled_states, ranks=2):
         assert wrong == {}
 
 
@@ -353,4 +353,4 @@ def _refused(case: str) -> None:
 def test_what_would_be_wrong_is_refused(pool, library, case, message) -> None:
     libraries.library(library)
     with pytest.raises(RemoteError, match=message):
-        pool.run(_refused, case, ranks=2, timeout=200)
+        pool.run(_refused, case, ranks=2)

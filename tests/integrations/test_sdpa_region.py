@@ -322,5 +322,5 @@ def _compiled(mesh: tuple[int, int]) -> list[float]:
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=str)
 def test_a_graph_knows_which_region_it_is_in(pool, mesh) -> None:
-    for errors in pool.run(_compiled, mesh, ranks=mesh[0] * mesh[1], timeout=200):
+    for errors in pool.run(_compiled, mesh, ranks=mesh[0] * mesh[1]):
         assert len(errors) == 9 and max(errors) < 1e-9, errors

@@ -244,5 +244,5 @@ def _compiled() -> dict[str, float]:
 
 @pytest.mark.long
 def test_compiled(pool) -> None:
-    for wrong in pool.run(_compiled, ranks=2, timeout=200):
+    for wrong in pool.run(_compiled, ranks=2):
         assert wrong == {}

@@ -65,7 +65,7 @@ def _compared(
 def test_a_spread_model_is_the_whole_one(pool, kind, padding, mesh) -> None:
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_compared, mesh, layout, kind, padding, ranks=ranks, timeout=250):
+    for wrong in pool.run(_compared, mesh, layout, kind, padding, ranks=ranks):
         assert wrong == {}
 
 
@@ -96,7 +96,7 @@ def _beside_eager(mesh: tuple[int, int], layout: str) -> dict[str, float]:
 def test_latent_attention_of_full_size_beside_eager(pool, mesh) -> None:
     libraries.library("transformers")
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[mesh]
-    for wrong in pool.run(_beside_eager, mesh, layout, ranks=mesh[0] * mesh[1], timeout=250):
+    for wrong in pool.run(_beside_eager, mesh, layout, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 
@@ -115,7 +115,7 @@ def test_generation_on_one_device_goes_on() -> None:
 def test_registers_on_several_ranks(pool, layout) -> None:
     """Of eleven tokens of a prefix before four patches: ranks hold several, one or none."""
     libraries.library("transformers")
-    for wrong in pool.run(_of_a_long_prefix, layout, ranks=4, timeout=250):
+    for wrong in pool.run(_of_a_long_prefix, layout, ranks=4):
         assert wrong == {}
 
 
@@ -162,7 +162,7 @@ def _again(how: str, training: bool) -> dict[str, float]:
 @pytest.mark.parametrize("how", ["reentrant", "other", "compiled"])
 def test_checkpoints_and_graphs(pool, how) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_again, how, how != "compiled", ranks=2, timeout=280):
+    for wrong in pool.run(_again, how, how != "compiled", ranks=2):
         assert wrong == {}
 
 
@@ -197,8 +197,8 @@ def _squares(kind: str, implementation: str) -> int:
 def test_no_mask_is_a_square(pool, kind) -> None:
     """Which those of "sdpa" are."""
     libraries.library("transformers")
-    assert pool.run(_squares, kind, "usp", ranks=2, timeout=250) == [0, 0]
-    assert min(pool.run(_squares, kind, "sdpa", ranks=2, timeout=250)) > 0
+    assert pool.run(_squares, kind, "usp", ranks=2) == [0, 0]
+    assert min(pool.run(_squares, kind, "sdpa", ranks=2)) > 0
 
 
 # Packed documents --------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_packed_documents_are_the_documents_one_by_one(pool, kind) -> None:
     model, ids = model_of(kind), inputs_of(kind, None)["input_ids"][:1]
     parts = [model(input_ids=ids[:, a:b]).logits for a, b in itertools.pairwise(DOCUMENTS)]
     wanted = {"logits": torch.cat(parts, 1).detach()}
-    for found in pool.run(_packed, kind, ranks=2, timeout=250):
+    for found in pool.run(_packed, kind, ranks=2):
         assert doors.errors(wanted, found) == {}
 
 
@@ -269,12 +269,12 @@ def _refused(case: str) -> None:
 def test_what_cannot_be_right_is_refused(pool, case, message) -> None:
     libraries.library("transformers")
     with pytest.raises(RemoteError, match=message):
-        pool.run(_refused, case, ranks=2, timeout=250)
+        pool.run(_refused, case, ranks=2)
 
 
 def test_a_square_of_the_whole_is_right_as_it_stands(pool) -> None:
     libraries.library("transformers")
-    pool.run(_refused, "square", ranks=2, timeout=250)
+    pool.run(_refused, "square", ranks=2)
 
 
 def test_the_command_that_installs_it_is_named(monkeypatch) -> None:

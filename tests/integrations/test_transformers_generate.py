@@ -71,7 +71,7 @@ def test_the_same_tokens_as_on_one_device(pool, kind, way, mesh, layout) -> None
     theirs = model_of(kind, "eager" if kind in OF_EAGER else "sdpa")
     wanted = generated(kind, theirs, way, use_cache=True)
     assert wanted.shape[1] == 27 + NEW and len(set(wanted[0, 27:].tolist())) > 1
-    for found in pool.run(_generated, kind, way, mesh, layout, ranks=2, timeout=250):
+    for found in pool.run(_generated, kind, way, mesh, layout, ranks=2):
         assert torch.equal(found, wanted)
 
 
@@ -106,7 +106,7 @@ def _with_pages_of_two(cache: Any, mesh: Any) -> None:
 
 def test_layers_with_a_window_drop_what_they_do_not_see(pool) -> None:
     libraries.library("transformers")
-    for whole, found in pool.run(_short_of_window, 9, ranks=2, timeout=250):
+    for whole, found in pool.run(_short_of_window, 9, ranks=2):
         assert torch.equal(whole, found)
 
 
@@ -134,7 +134,7 @@ def _goes_on(change: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("change", ["crop", "reset", "repeat"])
 def test_more_tokens_come_to_what_is_there(pool, change) -> None:
     libraries.library("transformers")
-    for whole, found in pool.run(_goes_on, change, ranks=2, timeout=250):
+    for whole, found in pool.run(_goes_on, change, ranks=2):
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
 
 
@@ -172,4 +172,4 @@ def _refused(case: str) -> None:
 def test_what_cannot_be_right_is_refused(pool, case, message) -> None:
     libraries.library("transformers")
     with pytest.raises(RemoteError, match=message):
-        pool.run(_refused, case, ranks=2, timeout=250)
+        pool.run(_refused, case, ranks=2)

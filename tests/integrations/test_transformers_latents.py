@@ -31,7 +31,7 @@ def _sent(kind: str, implementation: str) -> int:
 def test_latents_are_on_the_wire_and_not_keys(pool) -> None:
     libraries.library("transformers")
     kind = "DeepSeek-V3 at 192 / 128"
-    keys, latents = (pool.run(_sent, kind, how, ranks=2, timeout=250) for how in ("sdpa", "usp"))
+    keys, latents = (pool.run(_sent, kind, how, ranks=2) for how in ("sdpa", "usp"))
     # there queries of 3 heads travel, as these are less than keys
     assert sum(latents) * 3 < sum(keys)
 
@@ -47,7 +47,7 @@ def _others(kind: str, padding: str | None) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["DeepSeek-V2", "GLM-4.7-Flash"])
 def test_other_models_of_latents(pool, kind, padding) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_others, kind, padding, ranks=4, timeout=250):
+    for wrong in pool.run(_others, kind, padding, ranks=4):
         assert wrong == {}
 
 
@@ -81,7 +81,7 @@ def _adapted(training: bool) -> dict[str, float]:
 @pytest.mark.parametrize("training", [True, False])
 def test_an_adapter_beside_the_weight_counts(pool, training) -> None:
     libraries.library("peft")
-    for wrong in pool.run(_adapted, training, ranks=2, timeout=250):
+    for wrong in pool.run(_adapted, training, ranks=2):
         assert wrong == {}
 
 
@@ -100,5 +100,5 @@ def _generated(is_spread: bool) -> Tensor:
 
 def test_an_adapter_generates(pool) -> None:
     libraries.library("peft")
-    for found in pool.run(_generated, True, ranks=2, timeout=250):
-        assert torch.equal(found, pool.run(_generated, False, ranks=2, timeout=250)[0])
+    for found in pool.run(_generated, True, ranks=2):
+        assert torch.equal(found, pool.run(_generated, False, ranks=2)[0])

@@ -94,7 +94,7 @@ def test_a_spread_model_is_the_whole_one(pool, kind, mesh, padding) -> None:
     """Beside transformers' own functions, in fp64: outputs and every gradient."""
     libraries.library("transformers")
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_compared, mesh, kind, padding, ranks=ranks, timeout=250):
+    for wrong in pool.run(_compared, mesh, kind, padding, ranks=ranks):
         assert wrong == {}
 
 
@@ -110,7 +110,7 @@ def _again(how: str) -> dict[str, float]:
 @pytest.mark.parametrize("how", ["reentrant", "other"])
 def test_checkpoints_compute_again(pool, how) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_again, how, ranks=2, timeout=250):
+    for wrong in pool.run(_again, how, ranks=2):
         assert wrong == {}
 
 
@@ -128,7 +128,7 @@ def _in_a_region() -> dict[str, float]:
 
 def test_a_layer_in_a_region(pool) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_in_a_region, ranks=2, timeout=250):
+    for wrong in pool.run(_in_a_region, ranks=2):
         assert wrong == {}
 
 
@@ -188,7 +188,7 @@ def test_local_outputs_have_every_gradient_of_the_whole(pool, mesh, what) -> Non
     if mesh is None:
         assert _local(None, what) == {}
         return
-    for wrong in pool.run(_local, mesh, what, ranks=mesh[0] * mesh[1], timeout=250):
+    for wrong in pool.run(_local, mesh, what, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 
@@ -236,9 +236,7 @@ GENERATED = [
 @pytest.mark.parametrize(("kind", "mesh", "way", "padding"), GENERATED)
 def test_generates_the_tokens_of_one_device(pool, kind, mesh, way, padding) -> None:
     libraries.library("transformers")
-    for whole, found in pool.run(
-        _generated, kind, mesh, way, padding, ranks=mesh[0] * mesh[1], timeout=250
-    ):
+    for whole, found in pool.run(_generated, kind, mesh, way, padding, ranks=mesh[0] * mesh[1]):
         assert whole.shape[1] == TOKENS + NEW and len(set(whole[0, TOKENS:].tolist())) > 1
         assert torch.equal(whole, found)
 
@@ -266,7 +264,7 @@ def _goes_on(prompt: int, change: str) -> dict[str, float]:
 @pytest.mark.parametrize(("prompt", "change"), [(3, ""), (20, "reset"), (11, "repeat")])
 def test_more_tokens_come_to_what_is_there(pool, prompt, change) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_goes_on, prompt, change, ranks=2, timeout=250):
+    for wrong in pool.run(_goes_on, prompt, change, ranks=2):
         assert wrong == {}
 
 
@@ -314,7 +312,7 @@ REFUSED = {
 @pytest.mark.parametrize(("case", "message"), REFUSED.items())
 def test_what_cannot_be_right_is_refused(pool, case, message) -> None:
     libraries.library("transformers")
-    for outcome in pool.outcomes(_refused, case, ranks=2, timeout=100):
+    for outcome in pool.outcomes(_refused, case, ranks=2):
         assert isinstance(outcome, RemoteError), outcome
         assert outcome.kind in ("ValueError", "NotImplementedError"), outcome.message
         assert re.search(message, outcome.message), outcome.message
@@ -334,4 +332,4 @@ def _of_another_transformers() -> None:
 def test_layers_that_call_something_else_are_refused(pool) -> None:
     libraries.library("transformers")
     with pytest.raises(RemoteError, match="does not call causal_conv1d_fn"):
-        pool.run(_of_another_transformers, ranks=2, timeout=100)
+        pool.run(_of_another_transformers, ranks=2)

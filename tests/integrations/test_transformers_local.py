@@ -119,14 +119,14 @@ def _compared(
 def test_llama_has_every_gradient_of_the_whole(pool, mesh, layout, what) -> None:
     averaged = what == "plain" and layout == "zigzag"
     args = mesh, layout, "Llama", what, averaged
-    for wrong in pool.run(_compared, *args, ranks=mesh[0] * mesh[1], timeout=250):
+    for wrong in pool.run(_compared, *args, ranks=mesh[0] * mesh[1]):
         assert wrong == {}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "Llama"])
 @pytest.mark.parametrize("what", ["padding", "documents"])
 def test_windows_softcap_and_sinks(pool, kind, what) -> None:
-    for wrong in pool.run(_compared, (2, 2), "zigzag", kind, what, False, ranks=4, timeout=250):
+    for wrong in pool.run(_compared, (2, 2), "zigzag", kind, what, False, ranks=4):
         assert wrong == {}
 
 
@@ -142,7 +142,7 @@ def _again(reentrant: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_of_theirs(pool, reentrant) -> None:
-    for wrong in pool.run(_again, reentrant, ranks=2, timeout=250):
+    for wrong in pool.run(_again, reentrant, ranks=2):
         assert wrong == {}
 
 

@@ -92,7 +92,7 @@ def test_images_stay_apart_over_ranks(pool, kind, degrees) -> None:
     libraries.library("transformers")
     layout = {(2, 1): "contiguous", (1, 2): "zigzag", (2, 2): "striped"}[degrees]
     args = degrees, layout, kind, "usp", False
-    for wrong in pool.run(_compared, *args, ranks=degrees[0] * degrees[1], timeout=250):
+    for wrong in pool.run(_compared, *args, ranks=degrees[0] * degrees[1]):
         assert wrong == {}
 
 
@@ -100,7 +100,7 @@ def test_images_stay_apart_over_ranks(pool, kind, degrees) -> None:
 def test_by_other_means_and_computed_again(pool, implementation, again) -> None:
     libraries.library("transformers")
     args = (1, 2), "zigzag", "Qwen2.5-VL", implementation, again
-    for wrong in pool.run(_compared, *args, ranks=2, timeout=250):
+    for wrong in pool.run(_compared, *args, ranks=2):
         assert wrong == {}
 
 
@@ -179,7 +179,7 @@ def _compared_text(packed: bool, outputs: str) -> dict[str, float]:
 @pytest.mark.parametrize("outputs", ["joined", "local"])
 def test_a_text_by_itself_has_three_positions_a_token(pool, packed, outputs) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_compared_text, packed, outputs, ranks=4, timeout=250):
+    for wrong in pool.run(_compared_text, packed, outputs, ranks=4):
         assert wrong == {}
 
 
@@ -206,7 +206,7 @@ def _compared_whole(degrees: tuple[int, int], kind: str) -> dict[str, float]:
 def test_the_whole_model_has_its_loss_and_every_gradient(pool, kind, degrees) -> None:
     libraries.library("transformers")
     ranks = degrees[0] * degrees[1]
-    for wrong in pool.run(_compared_whole, degrees, kind, ranks=ranks, timeout=250):
+    for wrong in pool.run(_compared_whole, degrees, kind, ranks=ranks):
         assert wrong == {}
 
 
@@ -236,14 +236,14 @@ def _again(inner: Any, is_moved: bool, x: torch.Tensor, **given: Any) -> torch.T
 
 def test_attention_alone_is_computed_again(pool) -> None:
     libraries.library("transformers")
-    for wrong in pool.run(_part_again, "in place", ranks=2, timeout=200):
+    for wrong in pool.run(_part_again, "in place", ranks=2):
         assert wrong == {}
 
 
 def test_documents_that_were_left_behind_are_refused(pool) -> None:
     libraries.library("transformers")
     with pytest.raises(RemoteError, match=r"boundaries of \(2,\) were moved before the backward"):
-        pool.run(_part_again, "moved", ranks=2, timeout=200)
+        pool.run(_part_again, "moved", ranks=2)
 
 
 def _of_others() -> None:
@@ -258,4 +258,4 @@ def _of_others() -> None:
 def test_documents_that_end_elsewhere_are_refused(pool) -> None:
     libraries.library("transformers")
     with pytest.raises(RemoteError, match=r"documents end at \(90,\), where 96 tokens are spread"):
-        pool.run(_of_others, ranks=2, timeout=200)
+        pool.run(_of_others, ranks=2)

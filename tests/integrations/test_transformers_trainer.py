@@ -140,5 +140,5 @@ def whole_loss(model: nn.Module, size: int) -> float:
 def test_trainer_makes_the_steps_of_one_process(pool, degrees, batches, world) -> None:
     for name in ("transformers", "accelerate"):
         libraries.library(name)
-    for wrong in pool.run(_compared, degrees, batches, world, ranks=world, timeout=280):
+    for wrong in pool.run(_compared, degrees, batches, world, ranks=world):
         assert wrong == {}

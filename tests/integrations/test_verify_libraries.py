@@ -169,7 +169,7 @@ def verified(
     assert random_module(job, whole) is None
     shapes = [tuple(x.shape) for x in whole.outputs]
     ranks = mesh[0] * mesh[1]
-    outcomes = pool.run(_on_rank, job.to_bytes(), shapes, ranks=ranks, timeout=250)
+    outcomes = pool.run(_on_rank, job.to_bytes(), shapes, ranks=ranks)
     return judged(job.model, whole, outcomes, places_of(job), job.run_dtype())
 
 

@@ -34,7 +34,7 @@ def _compared(mesh: tuple[int, int], layout: str, kind: str, again: bool) -> dic
 
 def check(pool: Any, mesh: tuple[int, int], layout: str, kind: str, again: bool = False) -> None:
     ranks = mesh[0] * mesh[1]
-    for wrong in pool.run(_compared, mesh, layout, kind, again, ranks=ranks, timeout=200):
+    for wrong in pool.run(_compared, mesh, layout, kind, again, ranks=ranks):
         assert wrong == {}
 
 
@@ -70,7 +70,7 @@ def _training() -> list[torch.Tensor]:
 
 def test_timm_in_training_keeps_ranks_in_step(pool) -> None:
     libraries.library("timm")
-    mine, theirs = pool.run(_training, ranks=2, timeout=200)
+    mine, theirs = pool.run(_training, ranks=2)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert not torch.allclose(mine[0], mine[1])
 
@@ -86,7 +86,7 @@ def _by_hand() -> None:
 def test_timm_by_hand_is_refused(pool) -> None:
     libraries.library("timm")
     with pytest.raises(RemoteError, match="softmax over 13 x 13 scores is attention by hand"):
-        pool.run(_by_hand, ranks=2, timeout=200)
+        pool.run(_by_hand, ranks=2)
 
 
 def _windows() -> None:
@@ -103,7 +103,7 @@ def test_timm_with_windows_is_refused(pool) -> None:
     """Their tokens are (rows, columns), of which a rank has some rows, and windows of its own."""
     libraries.library("timm")
     with pytest.raises(RemoteError, match=r"SwinTransformerBlock.* called no attention that could"):
-        pool.run(_windows, ranks=2, timeout=200)
+        pool.run(_windows, ranks=2)
 
 
 def _rotated() -> None:
@@ -117,4 +117,4 @@ def test_timm_with_rotations_is_never_wrong(pool) -> None:
     """Its tables are of patches alone, without the class token: no entry for each token."""
     libraries.library("timm")
     with pytest.raises(RemoteError, match="size of tensor"):
-        pool.run(_rotated, ranks=2, timeout=200)
+        pool.run(_rotated, ranks=2)

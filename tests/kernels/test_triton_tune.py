@@ -225,7 +225,7 @@ def test_the_other_process_tries_every_candidate(monkeypatch: pytest.MonkeyPatch
 
 def test_a_whole_search(interpreter: Pool) -> None:
     """Every candidate is launched, compared and timed; here all are the interpreter's own."""
-    (found,) = interpreter.run(searched, PROBLEM, ranks=1, timeout=240)
+    (found,) = interpreter.run(searched, PROBLEM, ranks=1)
     assert set(found) == {"forward", "backward_keys", "backward_queries"}
     for kernel, (best, timed) in found.items():
         candidates = len(configs.TABLE["sm_90"][kernel][64])

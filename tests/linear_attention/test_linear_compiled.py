@@ -131,7 +131,7 @@ def test_a_graph_that_needs_one_gradient() -> None:
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "channels"])
 def test_one_graph_on_a_mesh(pool, name: str) -> None:
     degrees = (1, 2) if name == "tokens" else (2, 1)
-    found = pool.run(compared, degrees, name, name == "the delta rule", ranks=2, timeout=250)
+    found = pool.run(compared, degrees, name, name == "the delta rule", ranks=2)
     assert found == [([], 1)] * 2
 
 
@@ -146,6 +146,6 @@ def disagreeing() -> None:
 
 
 def test_graphs_that_differ_are_refused_on_every_rank(pool) -> None:
-    for outcome in pool.outcomes(disagreeing, ranks=2, timeout=100):
+    for outcome in pool.outcomes(disagreeing, ranks=2):
         assert isinstance(outcome, RemoteError)
         assert "disagree on what is done: rank 0 has ('gather'" in outcome.message

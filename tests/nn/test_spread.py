@@ -252,7 +252,7 @@ def uncut() -> None:
 
 
 def test_shares_that_nobody_cut_are_refused_on_every_rank(pool) -> None:
-    for outcome in pool.outcomes(uncut, ranks=2, timeout=20):
+    for outcome in pool.outcomes(uncut, ranks=2):
         assert isinstance(outcome, RemoteError) and "(4, 6) tokens" in outcome.message
 
 
@@ -308,4 +308,4 @@ def compiled() -> tuple[int, float]:
 
 
 def test_a_region_is_one_graph(pool) -> None:
-    assert pool.run(compiled, ranks=4, timeout=120) == [(1, pytest.approx(0.0, abs=1e-6))] * 4
+    assert pool.run(compiled, ranks=4) == [(1, pytest.approx(0.0, abs=1e-6))] * 4

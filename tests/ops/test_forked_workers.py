@@ -68,7 +68,7 @@ def test_a_level_works_before_and_after_a_fork(tmp_path: Path) -> None:
         env=environment(USP_CPU_CAPABILITY=level),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         cwd=tmp_path,  # not beside the sources, which hold no extension
     )
     assert done.returncode == 0, done.stderr[-2000:]

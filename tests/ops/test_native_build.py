@@ -27,7 +27,7 @@ def load_error_with(library: Path) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=250,
     )
     return done.stdout.strip()
 

@@ -106,13 +106,13 @@ def compiled(name: str, backend: str, checkpointed: bool) -> list[str]:
 )
 def test_one_graph(pool, name: str, checkpointed: bool) -> None:
     ranks = PLACES[name][0] * PLACES[name][1]
-    found = pool.run(compiled, name, "aot_eager", checkpointed, ranks=ranks, timeout=120)
+    found = pool.run(compiled, name, "aot_eager", checkpointed, ranks=ranks)
     assert found == [[]] * ranks
 
 
 @pytest.mark.parametrize("backend", INDUCTOR)
 def test_one_graph_of_inductor(pool, backend: str) -> None:
-    assert pool.run(compiled, "both", backend, False, ranks=4, timeout=200) == [[]] * 4
+    assert pool.run(compiled, "both", backend, False, ranks=4) == [[]] * 4
 
 
 def other_numbers(rows_are_tensors: bool) -> tuple[list[str], int]:
@@ -145,7 +145,7 @@ def other_numbers(rows_are_tensors: bool) -> tuple[list[str], int]:
 @pytest.mark.parametrize("rows_are_tensors", [False, True])
 def test_other_rows_and_shifts(pool, rows_are_tensors: bool) -> None:
     """They are symbols from the second one on; a new length of the whole is another graph."""
-    for wrong, graphs in pool.run(other_numbers, rows_are_tensors, ranks=4, timeout=120):
+    for wrong, graphs in pool.run(other_numbers, rows_are_tensors, ranks=4):
         assert wrong == []
         assert graphs <= 3
 
@@ -169,7 +169,7 @@ def beside_eager() -> list[bool]:
 
 
 def test_compiled_beside_eager(pool) -> None:
-    assert pool.run(beside_eager, ranks=4, timeout=120) == [[True, True]] * 4
+    assert pool.run(beside_eager, ranks=4) == [[True, True]] * 4
 
 
 def graphs_of(name: str, named: bool) -> tuple[bool, int]:
@@ -200,7 +200,7 @@ def graphs_of(name: str, named: bool) -> tuple[bool, int]:
 def test_a_length_that_is_asked_for_breaks_the_graph(
     pool, name: str, named: bool, graphs: int
 ) -> None:
-    assert pool.run(graphs_of, name, named, ranks=4, timeout=120) == [(True, graphs)] * 4
+    assert pool.run(graphs_of, name, named, ranks=4) == [(True, graphs)] * 4
 
 
 def said(function: Callable[[], Any]) -> str:
@@ -228,7 +228,7 @@ def ranks_that_go_apart() -> str:
 
 
 def test_a_backward_belongs_to_its_forward(pool) -> None:
-    for each in pool.run(ranks_that_go_apart, ranks=4, timeout=120):
+    for each in pool.run(ranks_that_go_apart, ranks=4):
         assert "every rank's loss must depend on the same outputs" in each
 
 
@@ -260,7 +260,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_on_every_rank(pool, name: str) -> None:
-    for each in pool.run(refused, name, ranks=4, timeout=120):
+    for each in pool.run(refused, name, ranks=4):
         assert REFUSALS[name] in each
 
 
@@ -282,7 +282,7 @@ def shapes() -> list[bool]:
 
 
 def test_shapes_alone(pool) -> None:
-    assert pool.run(shapes, ranks=4, timeout=120) == [[True] * 3] * 4
+    assert pool.run(shapes, ranks=4) == [[True] * 3] * 4
 
 
 def one_rank() -> tuple[list[Tensor], list[Tensor], int]:
@@ -300,6 +300,6 @@ def one_rank() -> tuple[list[Tensor], list[Tensor], int]:
 
 
 def test_a_mesh_of_one(pool) -> None:
-    ((found, wanted, graphs),) = pool.run(one_rank, ranks=1, timeout=60)
+    ((found, wanted, graphs),) = pool.run(one_rank, ranks=1)
     assert graphs == 1
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -194,7 +194,7 @@ def in_graph(case: Case) -> int:
 @pytest.mark.long
 def test_one_graph(pool) -> None:
     case = Case(1, 3, (5, 0, 6), documents=(0, 3, 8, 11))
-    assert pool.run(in_graph, case, ranks=3, timeout=120) == [1] * 3
+    assert pool.run(in_graph, case, ranks=3) == [1] * 3
 
 
 def test_autocast_is_torchs() -> None:
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_refusals_on_every_rank(pool, case: tuple) -> None:
     options, said = case
-    for outcome in pool.outcomes(refused, options, ranks=2, timeout=20):
+    for outcome in pool.outcomes(refused, options, ranks=2):
         assert isinstance(outcome, RemoteError), outcome
         assert outcome.kind in ("ValueError", "TypeError")
         assert re.search(said, outcome.message), outcome.message

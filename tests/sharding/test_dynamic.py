@@ -171,7 +171,7 @@ def compiled() -> list[str]:
 
 @LONG
 def test_one_graph(pool) -> None:
-    assert pool.run(compiled, ranks=2, timeout=120) == [[]] * 2
+    assert pool.run(compiled, ranks=2) == [[]] * 2
 
 
 def test_tensors_inside_are_found() -> None:
@@ -218,6 +218,6 @@ def in_graphs() -> list[Any]:
 
 @LONG
 def test_graphs_beside_eager_and_refused(pool) -> None:
-    for mixed, said, shaped in pool.run(in_graphs, ranks=2, timeout=60):
+    for mixed, said, shaped in pool.run(in_graphs, ranks=2):
         assert mixed and shaped
         assert "of 6: pass seq_len=" in said or "disagree on seq_len" in said

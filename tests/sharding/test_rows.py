@@ -220,7 +220,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_refusals_on_every_rank(pool, case: tuple) -> None:
     name, given_, options, said = case
-    for outcome in pool.outcomes(refused, name, given_, options, ranks=2, timeout=20):
+    for outcome in pool.outcomes(refused, name, given_, options, ranks=2):
         assert isinstance(outcome, RemoteError), outcome
         assert outcome.kind in ("ValueError", "TypeError")
         assert re.search(said, outcome.message), outcome.message

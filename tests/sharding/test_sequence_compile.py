@@ -75,7 +75,7 @@ def compiled(name: str) -> list[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_graph(pool, name: str) -> None:
-    assert pool.run(compiled, name, ranks=4, timeout=120) == [[]] * 4
+    assert pool.run(compiled, name, ranks=4) == [[]] * 4
 
 
 def asked() -> tuple[bool, int]:
@@ -92,7 +92,7 @@ def asked() -> tuple[bool, int]:
 
 
 def test_a_length_that_is_asked_for_breaks_the_graph(pool) -> None:
-    assert pool.run(asked, ranks=4, timeout=120) == [(True, 2)] * 4
+    assert pool.run(asked, ranks=4) == [(True, 2)] * 4
 
 
 def shapes() -> list[Any]:
@@ -111,7 +111,7 @@ def shapes() -> list[Any]:
 
 
 def test_shapes_alone(pool) -> None:
-    for parts in pool.run(shapes, ranks=4, timeout=60):
+    for parts in pool.run(shapes, ranks=4):
         for out, whole, gradient, name, same, finite in parts:
             assert same and finite, name
             assert out[1] < LENGTH and whole == gradient == (2, LENGTH, 3)

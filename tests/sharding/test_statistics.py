@@ -165,7 +165,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_refusals_on_every_rank(pool, case: tuple) -> None:
     options, dtypes, said = case
-    for outcome in pool.outcomes(refused, options, dtypes, ranks=2, timeout=20):
+    for outcome in pool.outcomes(refused, options, dtypes, ranks=2):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError", outcome
         assert said in outcome.message
 
@@ -197,5 +197,5 @@ def held_by(counts: list[Any]) -> tuple[usp.Held, Any]:
 def test_held_asks_the_ranks(pool) -> None:
     assert pool.run(held_by, [3, 0, 7, 1], ranks=4) == [usp.Held((3, 0, 7, 1))] * 4
     assert usp.held(5, None) == usp.Held((5,))
-    for outcome in pool.outcomes(held_by, [3, 0, -7, 1], ranks=4, timeout=20):
+    for outcome in pool.outcomes(held_by, [3, 0, -7, 1], ranks=4):
         assert isinstance(outcome, RemoteError) and "0 or more, got -7" in outcome.message

@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_refusals_on_every_rank(pool, case: tuple) -> None:
     options, said = case
-    for outcome in pool.outcomes(refused, options, ranks=2, timeout=20):
+    for outcome in pool.outcomes(refused, options, ranks=2):
         assert isinstance(outcome, RemoteError), outcome
         assert outcome.kind in ("ValueError", "TypeError")
         assert re.search(said, outcome.message), outcome.message

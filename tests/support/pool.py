@@ -39,6 +39,9 @@ import torch.distributed as dist
 from places import TESTS
 
 WORKERS = 6
+# Less than pytest's own limit, which names no rank. Not shorter for short tests: where every graph
+# is compiled anew on a machine that does other things, they take ten times as long.
+PATIENCE_S = 280.0
 # how long the others may take to return once one rank has failed: they often wait for it in vain
 GRACE_SECONDS = 5.0
 # what most workers would import: use_deterministic_algorithms reads inductor's settings, the first
@@ -109,7 +112,7 @@ class Pool:
             forkserver.ensure_running()
 
     def run(
-        self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0
+        self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = PATIENCE_S
     ) -> list[Any]:
         """Calls ``function(*args)`` on each rank of a world of ``ranks``: its results, by rank.
 
@@ -123,7 +126,7 @@ class Pool:
         return outcomes
 
     def outcomes(
-        self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0
+        self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = PATIENCE_S
     ) -> list[Any]:
         """Like :meth:`run`, with a :class:`RemoteError` in the place of each rank that failed."""
         request = pickle.dumps((_reference(function), args))
@@ -157,7 +160,7 @@ class Pool:
             self.prepare()
             self.starts += 1
             self._worlds[ranks] = [self._start_worker(rank, ranks) for rank in range(ranks)]
-            for outcome in _collect(self._worlds[ranks], [0] * ranks, 60.0):
+            for outcome in _collect(self._worlds[ranks], [0] * ranks, PATIENCE_S):
                 if isinstance(outcome, RemoteError):
                     self._end(ranks)
                     raise outcome

@@ -196,6 +196,6 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
         [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert done.stdout.strip() == "[]", done.stderr

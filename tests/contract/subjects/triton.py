@@ -65,7 +65,7 @@ class Interpreted(Subject):
         self, request: pytest.FixtureRequest, promise: Callable[..., Result], *args: Any
     ) -> Result:
         interpreter = request.getfixturevalue("interpreter")
-        (found,) = interpreter.run(interpreted, promise, *args, ranks=1, timeout=240)
+        (found,) = interpreter.run(interpreted, promise, *args, ranks=1)
         return found  # type: ignore[no-any-return]
 
     def reason_against(self, row: str, case: Call) -> str | None:

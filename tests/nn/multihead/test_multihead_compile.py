@@ -44,7 +44,7 @@ CASES = {
 def test_one_graph(pool, name: str) -> None:
     (case, infer), backend = CASES[name], None if name == "plain" else "aot_eager"
     place = multihead.Place(2, 2, infer=infer)
-    parts = pool.run(compiled, case, place, backend, ranks=4, timeout=60)
+    parts = pool.run(compiled, case, place, backend, ranks=4)
     results = multihead.join(case, place, [results for results, _ in parts])
     multihead.assert_same(results, multihead.by_torch(case))
     assert [graphs for _, graphs in parts] == [1] * 4
@@ -76,13 +76,13 @@ def test_one_graph_whenever_ranks_compare(
 ) -> None:
     """Attention asks for a length and compares in the graph."""
     expected = [(1, pytest.approx(0.0, abs=1e-6))] * 4
-    assert pool.run(graphs, validate, seq_len, uneven, ranks=4, timeout=60) == expected
+    assert pool.run(graphs, validate, seq_len, uneven, ranks=4) == expected
 
 
 def test_weights_of_lengths_to_be_asked_for(pool) -> None:
     """Then a graph ends where the ranks are asked."""
     case, place = multihead.Case(padding="float"), multihead.Place(2, 2, infer=True)
-    parts = pool.run(compiled, case, place, None, ranks=4, timeout=60)
+    parts = pool.run(compiled, case, place, None, ranks=4)
     results = multihead.join(case, place, [results for results, _ in parts])
     multihead.assert_same(results, multihead.by_torch(case))
     assert min(graphs for _, graphs in parts) > 1
@@ -107,7 +107,7 @@ def dropped() -> list[float]:
 
 
 def test_dropout_of_weights_and_extra_keys(pool) -> None:
-    assert max(max(found) for found in pool.run(dropped, ranks=4, timeout=60)) < 1e-12
+    assert max(max(found) for found in pool.run(dropped, ranks=4)) < 1e-12
 
 
 def uncut() -> str:
@@ -122,7 +122,7 @@ def uncut() -> str:
 
 
 def test_a_sequence_that_nobody_cut(pool) -> None:
-    for said in pool.run(uncut, ranks=4, timeout=60):
+    for said in pool.run(uncut, ranks=4):
         assert "all 4 ranks of the mesh hold the same 5 tokens" in said
 
 
@@ -146,6 +146,6 @@ def masked() -> tuple[list[bool], int]:
 
 
 def test_weights_by_a_mask(pool) -> None:
-    for same, graphs in pool.run(masked, ranks=4, timeout=60):
+    for same, graphs in pool.run(masked, ranks=4):
         assert all(same)
         assert graphs == 1

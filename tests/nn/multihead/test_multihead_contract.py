@@ -129,7 +129,7 @@ def _of_another_kind(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_kind_at_the_second_call_of_one_rank(pool, kind) -> None:
-    for outcome in pool.outcomes(_of_another_kind, kind, ranks=2, timeout=20):
+    for outcome in pool.outcomes(_of_another_kind, kind, ranks=2):
         with pytest.raises(workers.RemoteError, match=KINDS[kind][1]):
             raise outcome
 
@@ -155,6 +155,6 @@ def _with_a_distributed_parameter() -> None:
 
 
 def test_a_distributed_parameter_is_refused_on_all_ranks(pool) -> None:
-    for outcome in pool.outcomes(_with_a_distributed_parameter, ranks=2, timeout=30):
+    for outcome in pool.outcomes(_with_a_distributed_parameter, ranks=2):
         with pytest.raises(workers.RemoteError, match="in_proj_weight is a DTensor"):
             raise outcome

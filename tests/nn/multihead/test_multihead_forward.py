@@ -157,7 +157,7 @@ def _disagreement(kind: str) -> None:
     ],
 )
 def test_what_one_rank_cannot_take_all_refuse(pool, kind, message) -> None:
-    outcomes = pool.outcomes(_disagreement, kind, ranks=2, timeout=20)
+    outcomes = pool.outcomes(_disagreement, kind, ranks=2)
     for outcome in outcomes:
         assert isinstance(outcome, workers.RemoteError) and outcome.kind != "Hang", outcome
         with pytest.raises(workers.RemoteError, match=message):

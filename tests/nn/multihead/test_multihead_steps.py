@@ -99,7 +99,7 @@ def _in_different_modes() -> None:
 
 
 def test_one_rank_in_evaluation_is_refused(pool) -> None:
-    for outcome in pool.outcomes(_in_different_modes, ranks=2, timeout=20):
+    for outcome in pool.outcomes(_in_different_modes, ranks=2):
         with pytest.raises(workers.RemoteError, match=r"disagree on .*dropout"):
             raise outcome
 
@@ -132,7 +132,7 @@ UNCUT = r"all 2 ranks of the mesh hold the same 6 tokens.* usp\.shard_sequence"
 )
 def test_a_sequence_that_nobody_cut(pool, options, made, message) -> None:
     """Its causal mask would be right on the first rank alone."""
-    outcomes = pool.outcomes(_uncut, options, made, ranks=2, timeout=20)
+    outcomes = pool.outcomes(_uncut, options, made, ranks=2)
     if message is None:
         assert outcomes == [None, None]
         return
