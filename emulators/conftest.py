@@ -1,4 +1,4 @@
-"""All of this executes GPU code: `make test` leaves it out, `make test-all` has it."""
+"""All of this executes GPU code: `make test` and `make test-long` leave it out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    return True if "not device_code" in config.option.markexpr else None
+    wanted = config.option.markexpr
+    return True if "not device_code" in wanted or wanted.startswith("long") else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

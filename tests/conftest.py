@@ -63,15 +63,35 @@ def in_device_room(path: Path) -> bool:
     return any(path.is_relative_to(room) for room in _DEVICE_CODE)
 
 
+# A file that holds a test with the mark names one of these.
+_NAMES = {
+    "long": ("mark.long",),
+    "device_code": ("device_code", "interpreter", "subjects", "move_ops"),
+}
+
+
+def may_hold(path: Path, mark: str) -> bool:
+    if mark == "device_code" and in_device_room(path):
+        return True
+    return any(name in path.read_text() for name in _NAMES[mark])
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Rooms that `make test` leaves out need not be imported either: some import Triton."""
-    left_out = "not device_code" in config.option.markexpr
-    return True if left_out and in_device_room(collection_path) else None
+    """What is left out is not imported either: most of a selection's time, and some need Triton."""
+    if collection_path.suffix != ".py":
+        return None
+    wanted, *others = config.option.markexpr.split(" and ")
+    if wanted in _NAMES and not may_hold(collection_path, wanted):
+        return True
+    left_out = "not device_code" in (wanted, *others) and in_device_room(collection_path)
+    return True if left_out else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if in_device_room(item.path) or "interpreter" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.device_code)
+    for mark in _NAMES.keys() & {each.name for each in item.iter_markers()}:
+        assert may_hold(item.path, mark), f"{item.path}: -m {mark} would not find {item.name}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
