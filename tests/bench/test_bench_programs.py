@@ -19,7 +19,7 @@ from usp.backends import native
 from usp.bench import attention, comm, documents, memory, model, ring, rivals, scaling
 from usp.bench.attention import Problem
 from usp.bench.case import Case
-from usp.bench.document_batch import Lengths
+from usp.bench.document_lengths import LogNormal, Published, published_length
 from usp.bench.exact import relative_error
 from usp.bench.options import Run
 from usp.bench.peers import PEERS, peer
@@ -244,6 +244,7 @@ def documents_records(argv: str) -> list[dict[str, Any]]:
 
 def test_documents(pool: Pool) -> None:
     argv = "--quick --processes 2 --tokens 400 --seeds 0 1 --dtypes fp32 --clock cpu"
+    argv += " --lengths log-normal published"
     records = pool.run(documents_records, argv, ranks=2)[0]
     layouts = ("contiguous", "zigzag", "striped", "zigzag of documents")
     static = {f"usp static 1x2 {layout}" for layout in layouts} | {"usp static 2x1 contiguous"}
@@ -265,13 +266,22 @@ def test_documents(pool: Pool) -> None:
 
 
 def test_a_batch_of_documents_has_its_longest_and_no_longer_one() -> None:
-    lengths = Lengths(8192, 1024, 64.0, 1.25)
+    lengths = LogNormal(8192, 1024, 64.0, 1.25)
     cuts = [lengths.boundaries(seed) for seed in range(5)]
     assert len(set(cuts)) == 5 and cuts[0] == lengths.boundaries(0)
     for each in cuts:
         assert each[0] == 0 and each[-1] == 8192
         assert max(b - a for a, b in pairwise(each)) == 1024
         assert min(b - a for a, b in pairwise(each)) >= 1
+
+
+def test_published_documents_are_as_long_as_those_of_their_source() -> None:
+    each = [published_length((i + 0.5) / 10_000) for i in range(10_000)]
+    assert sum(each) / 10_000 == pytest.approx(3962, rel=0.03)  # of 99,519 documents
+    assert sum(n for n in each if n <= 8192) / sum(each) == pytest.approx(0.776, abs=0.01)
+    long, short = Published(131_072).boundaries(0), Published(8192).boundaries(0)
+    assert short[-1] == 8192 and len(short) == pytest.approx(len(long), abs=2)
+    assert short == Published(8192).boundaries(0) != Published(8192).boundaries(1)
 
 
 def test_a_line_through_times_finds_what_made_them() -> None:

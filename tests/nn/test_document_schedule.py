@@ -27,7 +27,8 @@ COST = usp.DocumentCost(token=1.0, pair=1.0, sent=0.3, hop=2.0)
 
 @functools.cache
 def meshes(ulysses: int, ring: int) -> tuple[usp.SequenceMesh | None, ...]:
-    return usp.submeshes(worker.mesh(ulysses, ring))
+    mesh = worker.mesh(ulysses, ring)
+    return usp.submeshes(mesh, cores=mesh.size)  # whatever this machine has
 
 
 @st.composite

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.planning.degrees import Degrees, DocumentCost, choose_degrees, nested_degrees
+from usp.planning.degrees import Degrees, DocumentCost, Shared, choose_degrees, nested_degrees
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 6)).map(lambda shape: nested_degrees(*shape))
 COSTS = st.builds(DocumentCost, *(st.sampled_from([0.0, 1e-9, 1e-6, 1e-3]) for _ in range(6)))
@@ -32,16 +32,20 @@ def recounted(
     return loads
 
 
-@given(SIZES, st.lists(st.integers(0, 5000), max_size=30), COSTS)
-def test_all_documents_have_places_and_loads_are_theirs(sizes, lengths, cost):
+@given(SIZES, st.lists(st.integers(0, 5000), max_size=30), COSTS, st.sampled_from([0.5, 2, 99]))
+def test_all_documents_have_places_and_loads_are_theirs(sizes, lengths, cost, at_once):
     degrees = [ring * ulysses for ring, ulysses in sizes]
     assert all(a % b == 0 and a > b for a, b in pairwise(degrees))
-    found = choose_degrees(lengths, sizes, cost)
+    shared = Shared(tuple(range(0, degrees[0], 2)), at_once)  # the others have cores of their own
+    found = choose_degrees(lengths, sizes, cost, None, [shared])
     assert all(d in degrees and (g + 1) * d <= degrees[0] for d, g in found.placed)
     expected = recounted(found, lengths, sizes, cost)
     assert [seconds for seconds, _ in found.loads] == pytest.approx(expected)
-    spread = sum(cost.of_document(n, *sizes[0]) for n in lengths if n)
-    assert found.makespan <= (spread + cost.of_group(*sizes[0])) * (1 + 1e-9)  # all on all ranks
+    together = sum(expected[rank] for rank in shared.ranks) / at_once
+    assert found.makespan == pytest.approx(max(*expected, together))
+    spread = sum(cost.of_document(n, *sizes[0]) for n in lengths if n) + cost.of_group(*sizes[0])
+    at_most = spread * max(1.0, len(shared.ranks) / at_once)  # all on all ranks
+    assert found.makespan <= at_most * (1 + 1e-9)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=20), st.integers(50, 2000))
@@ -70,6 +74,19 @@ def test_a_long_tail_is_spread_and_the_short_stay_whole(mesh):
     assert found.placed[-1].degree == 4
     assert all(at.degree == 1 for at in found.placed[:-1])
     assert found.makespan < 1.1 * sum(seconds for seconds, _ in found.loads) / 4
+
+
+def test_ranks_that_share_cores_leave_documents_whole():
+    """Of four ranks on two cores three compute short documents while one has the long one."""
+    cost = DocumentCost(token=1.0, pair=0.0, sent=0.1, hop=50.0)
+    lengths, sizes = [100] * 30 + [1400], nested_degrees(4, 1)
+    own = choose_degrees(lengths, sizes, cost)
+    assert own.placed[-1].degree == 2 and own.makespan < 1300
+    both = choose_degrees(lengths, sizes, cost, None, [Shared((0, 1, 2, 3), 2.0)])
+    assert {at.degree for at in both.placed} == {1} and both.makespan == 2200
+    # two nodes of one core: ranks are balanced, so the node with the long document is done last
+    apart = choose_degrees(lengths, sizes, cost, None, [Shared((0, 1), 1.0), Shared((2, 3), 1.0)])
+    assert apart.makespan == 2400
 
 
 def test_a_token_that_travels_takes_its_gradient_home_in_fp32():

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
-import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -33,32 +29,6 @@ class Way(NamedTuple):
     run: Callable[[], list[Tensor]]
     positions: Tensor
     transport: str = "auto"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of the documents of a batch: one is the longest, all others are drawn, and none is longer.
-
-    Attributes:
-        tokens: Of all documents together.
-        longest: Tokens of the longest.
-        median, sigma: Of the log-normal distribution of the others; sigma of the logarithm.
-    """
-
-    tokens: int
-    longest: int
-    median: float
-    sigma: float
-
-    def boundaries(self, seed: int) -> tuple[int, ...]:
-        """In an order that is drawn, too; alike on every rank."""
-        drawn, lengths, left = random.Random(seed), [self.longest], self.tokens - self.longest
-        while left > 0:
-            length = round(drawn.lognormvariate(math.log(self.median), self.sigma))
-            lengths.append(max(1, min(length, self.longest, left)))
-            left -= lengths[-1]
-        drawn.shuffle(lengths)
-        return (0, *accumulate(lengths))
 
 
 class Layer(nn.Module):

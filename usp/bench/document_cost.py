@@ -16,9 +16,8 @@ from torch import Tensor
 import usp
 from usp.bench import world as worlds
 from usp.bench.document_batch import Layer, gradients_of
+from usp.distributed.submeshes import Submeshes as Meshes
 from usp.planning.degrees import Degrees, Placed
-
-Meshes = tuple[usp.SequenceMesh | None, ...]
 
 _ROUNDS = 7
 _SHORT = 64  # tokens of the short documents
@@ -30,13 +29,15 @@ class CostOfLayer:
     """Times this layer: all ranks together, the slowest counts; alike on all ranks.
 
     Attributes:
-        args: Sizes, and the clock: CPU seconds where others use the machine, too.
+        args: Sizes.
         device: "cpu" or "cuda".
+        clock: "wall"; "cpu" where others use the machine, too, or ranks share its cores.
     """
 
     args: argparse.Namespace
     dtype: torch.dtype
     device: str
+    clock: str
 
     def __call__(self, rings: Meshes, ulysses: usp.SequenceMesh | None) -> usp.DocumentCost:
         """By rings that lie in each other, and by a mesh of Ulysses alone."""
@@ -127,7 +128,7 @@ class CostOfLayer:
 
     def _seconds(self, run: Callable[[], object]) -> float:
         run()
-        if self.args.clock == "wall" or self.device != "cpu":
+        if self.clock == "wall" or self.device != "cpu":
             return min(worlds.slowest_seconds(run) for _ in range(_ROUNDS))
         found = []
         for _ in range(_ROUNDS):

@@ -3,21 +3,25 @@
 usp bench documents --quick
 usp bench documents --seeds 0 1 2 3 4 --json documents.json
 usp bench documents --tokens 16384 --longest 0.5 --hidden 256
+usp bench documents --lengths published --seeds 0 1 2 3 4
 
 Processes of this machine train one transformer layer (forward, backward, the sum of gradients) on
-packed documents: one of a part of the batch, the others of log-normal lengths, a batch for each
-seed. "scheduled" gives each document the ranks that it is worth (usp.schedule_documents, by a cost
-measured at the start), on the mesh (Ulysses x ring) that its model finds best; "static" shares
-every document among all ranks: on each mesh that they can form, in each layout, by the transport
-that is fastest in a first look; "whole" leaves every document on one rank. They run in turn, in
-both orders, a barrier before each; the slowest rank counts. Nothing is timed whose output or
-gradients differ from fp64 on one process.
+packed documents, a batch for each seed: "log-normal", one of a part of the batch, the others of
+log-normal lengths; "published", all of lengths that were published of real ones. "scheduled" gives
+each document the ranks that it is worth (usp.schedule_documents, by a cost measured at the start),
+on the mesh (Ulysses x ring) that its model finds best; "static" shares every document among all
+ranks: on each mesh that they can form, in each layout, by the transport that is fastest in a first
+look; "whole" leaves every document on one rank. They run in turn, in both orders, a barrier before
+each; the slowest rank counts. Nothing is timed whose output or gradients differ from fp64 on one
+process.
 
 Then follow, for each batch, the times of the others over the schedule's, of which the least of a
-static one is the "best static" one's, and their geometric means over seeds: by the clock, and by
-the CPU seconds of the rank that has most, which is what counts on cores of its own, where nobody
-waits. "bound" is by CPU seconds, too: the best static one's over those of whole documents, were
-they perfectly even.
+static one is the "best static" one's, and their geometric means over seeds: by the clock ("wall");
+by the CPU seconds of the rank that has most ("busiest_cpu"), which is what counts on cores of its
+own, where nobody waits; and by those of the cores here ("cores_cpu"), where all ranks together may
+have more to do than the busiest one. "bound" is by busiest_cpu, too: the best static one's over
+those of whole documents, were they perfectly even. Where ranks share cores, the cost is measured in
+CPU seconds, for the schedule knows who shares.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from statistics import geometric_mean
 from typing import Any
@@ -36,8 +40,9 @@ from torch import Tensor
 import usp
 from usp.bench import world as worlds
 from usp.bench.device import DTYPES
-from usp.bench.document_batch import Batch, Lengths, Way
+from usp.bench.document_batch import Batch, Way
 from usp.bench.document_cost import CostOfLayer, Meshes
+from usp.bench.document_lengths import LogNormal, Published
 from usp.bench.options import Run, add_dtypes, dtypes, parse, parser
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
@@ -47,8 +52,10 @@ from usp.distributed.processes import Tell
 
 ALLOWED = {"fp32": 1e-5, "bf16": 5e-2}  # relative rms error; sums of thousands of rounded terms
 SCHEDULED, WHOLE, STATIC, BEST = "usp scheduled", "usp whole", "usp static", "best static"
+LENGTHS = ["log-normal", "published"]
+CLOCKS = "wall", "busiest_cpu", "cores_cpu", "bound"
 LAYER, RATIO = "layer, both", "static / scheduled"
-_MEANS = ("dtype", "tokens", "longest")
+_MEANS = ("dtype", "lengths", "tokens", "longest")
 _CASE = ("processes", "hidden", "heads", "mlp")
 
 
@@ -59,18 +66,27 @@ class Found:
     times: Times
     cpu: dict[str, list[float]]
     best: str  # schedule, by its model
+    at_once: float  # ranks that compute at once
+
+    @cached_property
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Of each way, by each clock."""
+        found = {name: {"wall": self.times.median(name)} for name in self.times.seconds}
+        for name, cpu in self.cpu.items():
+            busiest, cores = max(cpu), sum(cpu) / self.at_once
+            found[name] |= {"busiest_cpu": busiest, "cores_cpu": max(busiest, cores)}
+        return found
 
     def ratios(self, name: str) -> dict[str, float]:
-        found = {"wall": self.times.ratio(name, self.best)}
-        if self.cpu:
-            found["busiest_cpu"] = max(self.cpu[name]) / max(self.cpu[self.best])
-        return found
+        ours = self.seconds[self.best]
+        found = {clock: theirs / ours[clock] for clock, theirs in self.seconds[name].items()}
+        return found | {"wall": self.times.ratio(name, self.best)}
 
     def best_static(self) -> dict[str, Any]:
         """Its ratio to the schedule, by each clock on its own, and its name."""
         found: dict[str, Any] = {}
         each = {n: self.ratios(n) for n in self.times.seconds if n.startswith(STATIC)}
-        for clock in ("wall", "busiest_cpu") if each and self.cpu else ("wall",):
+        for clock in self.seconds[self.best] if each else ("wall",):
             name = min(each, key=lambda n: each[n][clock])
             found |= {clock: each[name][clock], f"{clock} of": name.removeprefix(f"{STATIC} ")}
             if clock == "busiest_cpu" and WHOLE in self.cpu:
@@ -85,14 +101,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = made.add_argument
     add("--processes", type=int, default=4)
     add("--tokens", type=int, nargs="+", default=[4096, 8192], help="of all documents of a batch")
+    add("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS, help="of documents")
     add(
         "--longest",
         type=float,
         nargs="+",
         default=[0.125, 0.25],
-        help="document, as a part of the batch",
+        help="of log-normal documents, as a part of the batch",
     )
-    add("--median", type=float, default=64.0, help="tokens of the other documents")
+    add("--median", type=float, default=64.0, help="tokens of the others")
     add("--sigma", type=float, default=1.25, help="of their logarithm: more is a longer tail")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a batch each")
     add("--hidden", type=int, default=128)
@@ -100,7 +117,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--mlp", type=int, help="(default: 4 x hidden)")
     add("--cores", type=int, help="that all processes share (default: all)")
     add_dtypes(made)
-    args = parse(made, argv, tokens=[2048], longest=[0.25], hidden=64, seeds=[0])
+    args = parse(
+        made, argv, tokens=[2048], longest=[0.25], lengths=LENGTHS[:1], hidden=64, seeds=[0]
+    )
     if args.processes < 2:
         made.error(f"--processes must be 2 or more, got {args.processes}")
     if not all(0 < each <= 1 for each in args.longest):
@@ -112,8 +131,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
     args.dtypes = dtypes(args)
-    cases = len(args.dtypes) * len(args.seeds) * len(args.tokens) * len(args.longest)
+    cases = len(args.dtypes) * len(args.seeds) * len(_distributions(args))
     return run_in_processes("documents", args, measure_all, cases, means)
+
+
+def _distributions(args: argparse.Namespace) -> list[LogNormal | Published]:
+    """Of the lengths of documents."""
+    found: list[LogNormal | Published] = []
+    for tokens in args.tokens:
+        if "log-normal" in args.lengths:
+            longest = [max(1, int(part * tokens)) for part in args.longest]
+            found += [LogNormal(tokens, each, args.median, args.sigma) for each in longest]
+        if "published" in args.lengths:
+            found.append(Published(tokens))
+    return found
 
 
 def measure_all(world: World, rank: int, tell: Tell) -> None:
@@ -129,12 +160,14 @@ def measure_batches(world: World, tell: Tell) -> None:
     forms = [usp.submeshes(worlds.mesh(shape, world.device)) for shape in shapes]
     most = next((each for each in forms[-1] if each and each.ring_degree == 1), None)
     for named in args.dtypes:
-        found = CostOfLayer(args, DTYPES[named], world.device)(forms[0], most)
+        clock = "cpu" if forms[0].shared else args.clock
+        found = CostOfLayer(args, DTYPES[named], world.device, clock)(forms[0], most)
         cost: usp.DocumentCost = worlds.everyone(found)[0]
-        for tokens, part, seed in product(args.tokens, args.longest, args.seeds):
-            lengths = Lengths(tokens, max(1, int(part * tokens)), args.median, args.sigma)
+        for lengths, seed in product(_distributions(args), args.seeds):
             batch = Batch(args, DTYPES[named], world.device, lengths.boundaries(seed))
-            case = {"dtype": named, **vars(lengths), "seed": seed, "documents": len(batch.cuts) - 1}
+            kind = LENGTHS[isinstance(lengths, Published)]
+            case = {"dtype": named, "lengths": kind, **vars(lengths), "seed": seed}
+            case |= {"documents": len(batch.cuts) - 1}
             case |= {name: value for name, value in vars(args).items() if name in _CASE}
             tell(measure(args, case, batch, forms, cost))
 
@@ -174,7 +207,10 @@ def measure(
         *not_timed(LAYER, case, wrong, wrong),
     ]
     if ours:
-        records += _ratios(case, Found(times, cpu, min(ours, key=lambda name: ours[name])))
+        best = min(ours, key=lambda name: ours[name])
+        together = forms[0].shared
+        at_once = together[0].at_once if together else float(args.processes)
+        records += _ratios(case, Found(times, cpu, best, at_once))
     return records
 
 
@@ -251,7 +287,7 @@ def means(run: Run) -> Iterator[Record]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in run.sink.records:
         if record.get("what") == RATIO:
-            batch = tuple((name, record["case"][name]) for name in _MEANS)
+            batch = tuple((n, record["case"][n]) for n in _MEANS if n in record["case"])
             found.setdefault((batch, record["candidate"]), []).append(record["values"])
     for (batch, name), values in found.items():
         yield {
@@ -261,7 +297,7 @@ def means(run: Run) -> Iterator[Record]:
             "candidate": name,
             "values": {
                 clock: geometric_mean([each[clock] for each in values])
-                for clock in ("wall", "busiest_cpu", "bound")
+                for clock in CLOCKS
                 if clock in values[0]
             },
         }

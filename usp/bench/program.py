@@ -10,6 +10,7 @@ from typing import Any
 from usp.bench import world as worlds
 from usp.bench.options import NO_ANSWER, BenchError, Run, begin, finish
 from usp.bench.records import Record
+from usp.machine import cpu
 
 
 def run_in_processes(
@@ -38,7 +39,7 @@ def run_in_processes(
 
     if worlds.device_for(args.processes, args.device) != args.device:
         run.show.say(f"note: {args.processes} processes have no GPU each: they run on the CPU")
-    cores = getattr(args, "cores", None) or worlds.available_cores()
+    cores = getattr(args, "cores", None) or len(cpu.cores())
     if args.device == "cpu" and args.processes > cores:
         run.show.say(f"note: {args.processes} processes share {cores} cores: they compute in turn")
     try:

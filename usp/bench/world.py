@@ -25,6 +25,7 @@ from usp.bench.timing import Times, take_turns
 from usp.distributed import comm, processes
 from usp.distributed.comm import Axis
 from usp.distributed.processes import ProcessFailed
+from usp.machine import cpu
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,13 +62,6 @@ def device_for(size: int, device: str) -> str:
     return "cuda" if device == "cuda" and torch.cuda.device_count() >= size else "cpu"
 
 
-def available_cores() -> int:
-    """Those this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def in_processes(
     work: Callable[..., Any],
     args: argparse.Namespace,
@@ -83,7 +77,7 @@ def in_processes(
         BenchError: a process failed; says how.
     """
     with tempfile.TemporaryDirectory(prefix="usp-bench-") as folder:
-        cores = getattr(args, "cores", None) or available_cores()
+        cores = getattr(args, "cores", None) or len(cpu.cores())
         device = device_for(size, args.device or "cpu")
         world = World(args, size, cores, device, f"{folder}/store")
         try:
@@ -99,7 +93,7 @@ def joined(world: World, rank: int) -> Iterator[None]:
     os.dup2(2, 1)  # what libraries say does not get among the records
     torch.set_num_threads(world.threads)
     if hasattr(os, "sched_setaffinity") and world.device == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: world.cores])
+        os.sched_setaffinity(0, cpu.cores()[: world.cores])
     if world.device == "cuda":
         torch.cuda.set_device(rank)
         dist.init_process_group(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from usp.demo.compare import Difference
 from usp.demo.image import PatchGrid, crop
 from usp.demo.measure import Cost, memory_source
 from usp.demo.settings import Settings
+from usp.machine import cpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ def in_words(settings: Settings, plain: Cost, alone: Cost, sharded: list[Cost]) 
     if not sharded[0].device.startswith("cpu"):
         return said + "They have a device each."
     threads = sum(cost.threads for cost in sharded)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(cpu.cores())
     return said + (
         f"Here they share {cores} cores ({threads} threads in all, one process had "
         f"{plain.threads}), so all of them together are no faster than one: what falls is what "

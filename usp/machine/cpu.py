@@ -1,4 +1,4 @@
-"""What CPU this is, as far as it matters to kernels: whose, and its instruction set."""
+"""What CPU this is: whose, its instruction set, and which of its cores this process may use."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ def model() -> str:
     found = cpuinfo()
     said = [found[name] for name in ("model name", "cpu family", "model") if name in found]
     return " / ".join(said) or platform.processor() or platform.machine()
+
+
+def cores() -> tuple[int, ...]:
+    """Numbers of the cores that this process may use; a container's quota of time is not seen."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def running_system() -> str:
+    """A word that processes share if and only if their cores are those of one machine."""
+    try:  # alike in all containers, which may have other names
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
 
 
 @cache

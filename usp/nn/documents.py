@@ -230,6 +230,7 @@ def schedule_documents(
         >>> x = schedule.shard(x, dim=1)
         >>> x = schedule.attention(q, k, v, causal=True)                             # in each layer
     """
+    shared = getattr(meshes, "shared", ())
     if isinstance(meshes, SequenceMesh) or not (meshes := tuple(meshes)):
         raise TypeError(f"meshes must be those of usp.submeshes(mesh), got {meshes!r}")
     mesh = meshes[0]
@@ -243,7 +244,7 @@ def schedule_documents(
         cuts = check_cu_seqlens(cu_seqlens)
         lengths = [stop - start for start, stop in pairwise(cuts)]
         most = None if most_tokens is None else integer("most_tokens", most_tokens, least=1)
-        return cuts, choose_degrees(lengths, sizes, cost, most)
+        return cuts, choose_degrees(lengths, sizes, cost, most, shared)
 
     if mesh is None or mesh.size == 1:
         return DocumentSchedule(meshes, *check())

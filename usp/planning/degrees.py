@@ -3,7 +3,8 @@
 A long document needs many ranks; a short one, cut over many, is mostly messages. Ranks form groups
 inside groups, the whole mesh, its halves, and so on to single ranks. A document is given to one of
 these groups. All groups work off their documents from the largest degree down, so a rank waits for
-no one but the ranks that it computes with.
+no one but the ranks that it computes with. Where ranks share cores, what one does not compute is
+time for the others.
 
 Sources: FlexSP (arXiv:2412.01523) and ByteScale (arXiv:2502.21231), which choose degrees for the
 sequences of a batch by a cost model; the search here is our own.
@@ -18,6 +19,7 @@ from itertools import product
 from typing import NamedTuple
 
 _THRESHOLDS = 48  # tried for when a document is cut
+_MOVED = 4  # documents that are tried elsewhere in a round
 _ROUNDS = 64  # of moving single documents of the rank that is done last
 
 
@@ -96,6 +98,13 @@ class DocumentCost:
         return self.call * (1 + axes) + self.hop * (ring - 1 + (ulysses > 1))
 
 
+class Shared(NamedTuple):
+    """Ranks that compute on the same cores, of which so many compute at once."""
+
+    ranks: tuple[int, ...]
+    at_once: float
+
+
 class Placed(NamedTuple):
     """Where a document is: on the ranks ``[group * degree, (group + 1) * degree)``."""
 
@@ -109,15 +118,24 @@ class Degrees:
 
     Attributes:
         placed: Of each document.
-        loads: Seconds of each rank by the cost model, and its tokens, rounded up.
+        loads: Seconds of each rank by the cost model, on cores of its own, and its tokens, rounded
+            up.
+        shared: Ranks that have no cores of their own.
     """
 
     placed: tuple[Placed, ...]
     loads: tuple[tuple[float, int], ...]
+    shared: tuple[Shared, ...] = ()
 
     @property
     def makespan(self) -> float:
-        return max(seconds for seconds, _ in self.loads)
+        """Seconds: of the busiest rank, or of the cores that have most to do, whatever is more."""
+        busiest = max(seconds for seconds, _ in self.loads)
+        return max(busiest, *(self.seconds_of(each) for each in self.shared), 0.0)
+
+    def seconds_of(self, shared: Shared) -> float:
+        """Of cores that ranks share, where none of these waits."""
+        return sum(self.loads[rank][0] for rank in shared.ranks) / shared.at_once
 
 
 def nested_degrees(ring: int, ulysses: int) -> list[tuple[int, int]]:
@@ -141,6 +159,7 @@ def choose_degrees(
     sizes: Sequence[tuple[int, int]],
     cost: DocumentCost,
     most_tokens: int | None = None,
+    shared: Sequence[Shared] = (),
 ) -> Degrees:
     """A degree and a place for each document, for a short makespan.
 
@@ -153,6 +172,7 @@ def choose_degrees(
         sizes: (ring, ulysses) of the nested groups, from all ranks to 1: ``nested_degrees``.
         cost: Of one layer.
         most_tokens: That a rank has room for.
+        shared: Ranks that compute on the same cores; others have their own.
 
     Raises:
         ValueError: the tokens have no room; says both numbers.
@@ -174,12 +194,13 @@ def choose_degrees(
     seconds = [cost.of_document(n, *size) for n, size in product(distinct, sizes)]
     high = max(seconds, default=0.0)
     tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
+    room = _Room(groups, most_tokens, tuple(shared))
     best: Degrees | None = None
     # many thresholds choose alike
     for degrees in dict.fromkeys(
         tuple(least(n, threshold) for n in lengths) for threshold in sorted(tried, reverse=True)
     ):
-        found = _place(lengths, degrees, groups, cost, most_tokens)
+        found = _place(lengths, degrees, cost, room)
         if found is not None and (best is None or found.makespan < best.makespan):
             best = found
     if best is None:
@@ -187,17 +208,25 @@ def choose_degrees(
             f"{len(lengths)} documents of {total} tokens, the longest of {max(lengths)}, do not "
             f"fit {ranks} ranks of {most_tokens} tokens (most_tokens) whole: leave more room"
         )
-    return _improved(best, lengths, groups, cost, most_tokens)
+    return _improved(best, lengths, cost, room)
+
+
+class _Room(NamedTuple):
+    """What a placement keeps to: sizes of groups, tokens of a rank, and who shares cores."""
+
+    sizes: Mapping[int, tuple[int, int]]
+    most_tokens: int | None
+    shared: tuple[Shared, ...]
 
 
 def _place(
     lengths: Sequence[int],
     chosen: Sequence[int],
-    sizes: Mapping[int, tuple[int, int]],
     cost: DocumentCost,
-    most_tokens: int | None,
+    room: _Room,
 ) -> Degrees | None:
     """Documents of these degrees in groups, the largest groups first; None without room."""
+    sizes, most_tokens, shared = room
     ranks = max(sizes)
     loads = [(0.0, 0)] * ranks
     placed = [Placed(1, 0)] * len(lengths)
@@ -222,33 +251,40 @@ def _place(
             placed[i] = Placed(degree, group)
         for seconds, tokens, group in groups:
             loads[group * degree : (group + 1) * degree] = [(seconds, tokens)] * degree
-    return Degrees(tuple(placed), tuple(loads))
+    return Degrees(tuple(placed), tuple(loads), shared)
 
 
-def _improved(
-    best: Degrees,
-    lengths: Sequence[int],
-    sizes: Mapping[int, tuple[int, int]],
-    cost: DocumentCost,
-    most_tokens: int | None,
-) -> Degrees:
-    """Documents of the rank that is done last to the next degrees, as long as that helps."""
-    degrees = sorted(sizes, reverse=True)
+def _improved(best: Degrees, lengths: Sequence[int], cost: DocumentCost, room: _Room) -> Degrees:
+    """Documents of those who are done last to the next degrees, as long as that helps."""
+    degrees = sorted(room.sizes, reverse=True)
     for _ in range(_ROUNDS):
-        seconds = [load for load, _ in best.loads]
-        last = seconds.index(best.makespan)
-        of_last = [i for i, at in enumerate(best.placed) if last // at.degree == at.group]
-        longest = sorted((i for i in of_last if lengths[i]), key=lambda i: -lengths[i])[:4]
         found = best
-        for i in longest:
+        for i in _last_done(best, lengths):
             at = degrees.index(best.placed[i].degree)
             for degree in degrees[max(0, at - 1) : at + 2]:
                 chosen = [placed.degree for placed in best.placed]
                 chosen[i] = degree
-                moved = _place(lengths, chosen, sizes, cost, most_tokens)
+                moved = _place(lengths, chosen, cost, room)
                 if moved is not None and moved.makespan < found.makespan:
                     found = moved
         if found is best:
             return best
         best = found
     return best
+
+
+def _last_done(found: Degrees, lengths: Sequence[int]) -> list[int]:
+    """The longest documents of the rank that is done last; of cores that are, those that are cut,
+    for these have less to do where fewer ranks share a document."""
+    seconds = [load for load, _ in found.loads]
+    last: tuple[int, ...] = (seconds.index(max(seconds)),)
+    least = 1
+    for shared in found.shared:
+        if found.seconds_of(shared) == found.makespan > max(seconds):
+            last, least = shared.ranks, 2
+    theirs = (
+        i
+        for i, (degree, group) in enumerate(found.placed)
+        if lengths[i] and degree >= least and group in {rank // degree for rank in last}
+    )
+    return sorted(theirs, key=lambda i: -lengths[i])[:_MOVED]
