@@ -27,7 +27,7 @@ from usp.nn.long_context import LongContextAttention
 from usp.nn.multihead.module import MultiheadAttention
 from usp.nn.spread import Spread
 from usp.nn.tiled.module import tiled_mlp
-from usp.planning.degrees import DocumentCost
+from usp.planning.document_cost import DocumentCost
 from usp.planning.layout import DocumentZigzag, Held
 from usp.sharding.convolution import causal_conv1d
 from usp.sharding.gradients import all_reduce_gradients

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.planning.degrees import Degrees, DocumentCost, Shared, choose_degrees, nested_degrees
+from usp.planning.degrees import Degrees, Shared, choose_degrees, nested_degrees
+from usp.planning.document_cost import DocumentCost
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 6)).map(lambda shape: nested_degrees(*shape))
 COSTS = st.builds(DocumentCost, *(st.sampled_from([0.0, 1e-9, 1e-6, 1e-3]) for _ in range(6)))
@@ -43,6 +44,10 @@ def test_all_documents_have_places_and_loads_are_theirs(sizes, lengths, cost, at
     assert [seconds for seconds, _ in found.loads] == pytest.approx(expected)
     together = sum(expected[rank] for rank in shared.ranks) / at_once
     assert found.makespan == pytest.approx(max(*expected, together))
+    at_least = sum(
+        cost.of_document(n, 1) for n in lengths
+    )  # whole, on ranks or cores that are even
+    assert found.makespan * (degrees[0] - len(shared.ranks) + at_once) >= at_least * (1 - 1e-9)
     spread = sum(cost.of_document(n, *sizes[0]) for n in lengths if n) + cost.of_group(*sizes[0])
     at_most = spread * max(1.0, len(shared.ranks) / at_once)  # all on all ranks
     assert found.makespan <= at_most * (1 + 1e-9)

@@ -14,7 +14,8 @@ from torch import Tensor
 from usp.attention.functional import long_context_attention
 from usp.distributed.agreement import check_on_all_ranks, digest
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.degrees import Degrees, DocumentCost, choose_degrees, nested_degrees
+from usp.planning.degrees import Degrees, choose_degrees, nested_degrees
+from usp.planning.document_cost import DocumentCost
 from usp.planning.kinds import integer
 from usp.planning.layout import DocumentZigzag, Held, Layout
 from usp.planning.masks.bounds import check_cu_seqlens

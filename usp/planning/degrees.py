@@ -12,90 +12,18 @@ sequences of a batch by a cost model; the search here is our own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import product
+from itertools import islice
 from typing import NamedTuple
 
+from usp.planning.document_cost import DocumentCost
+
 _THRESHOLDS = 48  # tried for when a document is cut
+_NEAR = 1.001  # of the least that any schedule takes: no other is tried
 _MOVED = 4  # documents that are tried elsewhere in a round
 _ROUNDS = 64  # of moving single documents of the rank that is done last
-
-
-@dataclass(frozen=True)
-class DocumentCost:
-    """Seconds of one layer, forward and backward; only their ratios matter.
-
-    Attributes:
-        token: Of a token, in all that sees tokens one by one: projections, MLP, norms.
-        pair: Of a query and a key that it sees.
-        sent: Of a token whose key and value pass from rank to rank (the ring).
-        hop: Of one message, however short, times the ranks it passes.
-        exchanged: Of a token that leaves with q, k, v and comes back as out (Ulysses).
-        call: Of a call of attention, however short, and once more for each axis of its mesh: a rank
-            makes one for each size of groups in which it has documents.
-    """
-
-    token: float
-    pair: float
-    sent: float = 0.0
-    hop: float = 0.0
-    exchanged: float = 0.0
-    call: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, seconds in vars(self).items():
-            if not 0 <= seconds < float("inf"):
-                raise ValueError(f"DocumentCost.{name} must be 0 or more seconds, got {seconds}")
-
-    @classmethod
-    def of_layer(
-        cls,
-        hidden: int,
-        mlp: int,
-        *,
-        kv_hidden: int | None = None,
-        flops: float = 1e12,
-        bandwidth: float = 1e10,
-        latency: float = 2e-5,
-        bytes_per_number: int = 2,
-    ) -> DocumentCost:
-        """Of a transformer's layer, training.
-
-        Args:
-            hidden: Features of a token, those of all query heads together.
-            mlp: Features inside the MLP, of two matrices.
-            kv_hidden: Those of all key heads together; ``hidden`` by default.
-            flops: That a rank reaches in a second.
-            bandwidth: Bytes that a rank sends in a second.
-            latency: Seconds of a short message.
-            bytes_per_number: Of a key or a value.
-        """
-        kv = hidden if kv_hidden is None else kv_hidden
-        weights = 2 * hidden * (hidden + kv) + 2 * hidden * mlp
-        # forward: 2 FLOP a weight and a number of a pair; backward twice that, 2.5 times in pairs
-        return cls(
-            token=3 * 2 * weights / flops,
-            pair=3.5 * 4 * hidden / flops,
-            # keys and values there in both passes, and their gradients home in fp32
-            sent=2 * kv * (2 * bytes_per_number + 4) / bandwidth,
-            hop=3 * latency,
-            exchanged=2 * 2 * (hidden + kv) * bytes_per_number / bandwidth,
-        )
-
-    def of_document(self, tokens: int, ring: int, ulysses: int = 1) -> float:
-        """Seconds of each rank of a ring x Ulysses group, causal; pairs are balanced over them."""
-        ranks, pairs = ring * ulysses, tokens * (tokens + 1) / 2
-        passed = tokens * (ring - 1) / ranks  # from all other rows of the ring, 1/ulysses of heads
-        scattered = tokens / ranks * (ulysses - 1) / ulysses
-        computed = (self.token * tokens + self.pair * pairs) / ranks
-        return computed + self.sent * passed + self.exchanged * scattered
-
-    def of_group(self, ring: int, ulysses: int = 1) -> float:
-        """Seconds of a group's call and its messages, whatever it holds."""
-        axes = (ring > 1) + (ulysses > 1)
-        return self.call * (1 + axes) + self.hop * (ring - 1 + (ulysses > 1))
 
 
 class Shared(NamedTuple):
@@ -184,87 +112,122 @@ def choose_degrees(
             f"{total} tokens do not fit {ranks} ranks of {most_tokens} tokens (most_tokens): take "
             "fewer documents at once, or more ranks"
         )
-    rising = sorted(groups)
-
-    def least(tokens: int, seconds: float) -> int:
-        fits = (d for d in rising if cost.of_document(tokens, *groups[d]) <= seconds)
-        return next(fits, ranks)
-
-    distinct = set(lengths)
-    seconds = [cost.of_document(n, *size) for n, size in product(distinct, sizes)]
-    high = max(seconds, default=0.0)
-    tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
-    room = _Room(groups, most_tokens, tuple(shared))
+    batch = _Batch.of(lengths, groups, cost, most_tokens, tuple(shared))
     best: Degrees | None = None
-    # many thresholds choose alike
-    for degrees in dict.fromkeys(
-        tuple(least(n, threshold) for n in lengths) for threshold in sorted(tried, reverse=True)
-    ):
-        found = _place(lengths, degrees, cost, room)
+    for degrees in batch.choices():
+        found = _place(batch, degrees)
         if found is not None and (best is None or found.makespan < best.makespan):
             best = found
+            if best.makespan <= _NEAR * batch.least:
+                return best
     if best is None:
         raise ValueError(
             f"{len(lengths)} documents of {total} tokens, the longest of {max(lengths)}, do not "
             f"fit {ranks} ranks of {most_tokens} tokens (most_tokens) whole: leave more room"
         )
-    return _improved(best, lengths, cost, room)
+    return _improved(best, batch)
 
 
-class _Room(NamedTuple):
-    """What a placement keeps to: sizes of groups, tokens of a rank, and who shares cores."""
+class _Batch(NamedTuple):
+    """What there is to place.
 
-    sizes: Mapping[int, tuple[int, int]]
+    Attributes:
+        lengths: Tokens of each document.
+        longest: Their numbers, the longest first.
+        seconds: Of each rank, for a document of a length, by the degrees of groups.
+        fixed: Of each rank in a group of a degree that has documents.
+        ranks: All of them.
+        most_tokens: That a rank has room for.
+        shared: Who shares cores.
+    """
+
+    lengths: Sequence[int]
+    longest: Sequence[int]
+    seconds: Mapping[int, Mapping[int, float]]
+    fixed: Mapping[int, float]
+    ranks: int
     most_tokens: int | None
     shared: tuple[Shared, ...]
 
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        groups: Mapping[int, tuple[int, int]],
+        cost: DocumentCost,
+        most_tokens: int | None,
+        shared: tuple[Shared, ...],
+    ) -> _Batch:
+        longest = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+        rising = sorted(groups)
+        seconds = {n: {d: cost.of_document(n, *groups[d]) for d in rising} for n in set(lengths)}
+        fixed = {degree: cost.of_group(*size) for degree, size in groups.items()}
+        return cls(lengths, longest, seconds, fixed, rising[-1], most_tokens, shared)
 
-def _place(
-    lengths: Sequence[int],
-    chosen: Sequence[int],
-    cost: DocumentCost,
-    room: _Room,
-) -> Degrees | None:
+    @property
+    def least(self) -> float:
+        """Seconds below which no makespan is: all whole, on ranks or cores that are even."""
+        at_once = self.ranks - sum(len(ranks) - at_once for ranks, at_once in self.shared)
+        return sum(self.seconds[n][1] for n in self.lengths) / at_once + self.fixed[1]
+
+    def choices(self) -> Iterator[tuple[int, ...]]:
+        """Degrees of all documents, for falling thresholds; many of these choose alike."""
+        high = max((s for each in self.seconds.values() for s in each.values()), default=0.0)
+        tried = {high * (1 / 1024) ** (i / _THRESHOLDS) for i in range(_THRESHOLDS + 1)} | {0.0}
+        seen = set()
+        for threshold in sorted(tried, reverse=True):
+            chosen = {
+                n: next((degree for degree, s in each.items() if s <= threshold), self.ranks)
+                for n, each in self.seconds.items()
+            }
+            degrees = tuple(chosen[n] for n in self.lengths)
+            if degrees not in seen:
+                seen.add(degrees)
+                yield degrees
+
+
+def _place(batch: _Batch, chosen: Sequence[int]) -> Degrees | None:
     """Documents of these degrees in groups, the largest groups first; None without room."""
-    sizes, most_tokens, shared = room
-    ranks = max(sizes)
-    loads = [(0.0, 0)] * ranks
+    lengths, most = batch.lengths, batch.most_tokens
+    loads = [(0.0, 0)] * batch.ranks
     placed = [Placed(1, 0)] * len(lengths)
-    for degree in sorted(sizes, reverse=True):
-        own = [i for i, each in enumerate(chosen) if each == degree and lengths[i]]
+    for degree in sorted(batch.fixed, reverse=True):
+        own = [i for i in batch.longest if chosen[i] == degree]
         if not own:
             continue
         # inside a group all ranks are equal yet: only larger degrees have been placed
-        groups = [(*loads[g * degree], g) for g in range(ranks // degree)]
+        groups = [(*loads[g * degree], g) for g in range(batch.ranks // degree)]
         heapify(groups)
         started = set()
-        for i in sorted(own, key=lambda i: -lengths[i]):
+        for i in own:
             seconds, tokens, group = heappop(groups)
             if group not in started:
                 started.add(group)
-                seconds += cost.of_group(*sizes[degree])
-            seconds += cost.of_document(lengths[i], *sizes[degree])
+                seconds += batch.fixed[degree]
+            seconds += batch.seconds[lengths[i]][degree]
             tokens += -(-lengths[i] // degree)
-            if most_tokens is not None and tokens > most_tokens:
+            if most is not None and tokens > most:
                 return None
             heappush(groups, (seconds, tokens, group))
             placed[i] = Placed(degree, group)
         for seconds, tokens, group in groups:
             loads[group * degree : (group + 1) * degree] = [(seconds, tokens)] * degree
-    return Degrees(tuple(placed), tuple(loads), shared)
+    return Degrees(tuple(placed), tuple(loads), batch.shared)
 
 
-def _improved(best: Degrees, lengths: Sequence[int], cost: DocumentCost, room: _Room) -> Degrees:
+def _improved(best: Degrees, batch: _Batch) -> Degrees:
     """Documents of those who are done last to the next degrees, as long as that helps."""
-    degrees = sorted(room.sizes, reverse=True)
+    degrees = sorted(batch.fixed, reverse=True)
     for _ in range(_ROUNDS):
         found = best
-        for i in _last_done(best, lengths):
+        for i in _last_done(best, batch):
             at = degrees.index(best.placed[i].degree)
             for degree in degrees[max(0, at - 1) : at + 2]:
                 chosen = [placed.degree for placed in best.placed]
+                if chosen[i] == degree:
+                    continue
                 chosen[i] = degree
-                moved = _place(lengths, chosen, cost, room)
+                moved = _place(batch, chosen)
                 if moved is not None and moved.makespan < found.makespan:
                     found = moved
         if found is best:
@@ -273,7 +236,7 @@ def _improved(best: Degrees, lengths: Sequence[int], cost: DocumentCost, room: _
     return best
 
 
-def _last_done(found: Degrees, lengths: Sequence[int]) -> list[int]:
+def _last_done(found: Degrees, batch: _Batch) -> list[int]:
     """The longest documents of the rank that is done last; of cores that are, those that are cut,
     for these have less to do where fewer ranks share a document."""
     seconds = [load for load, _ in found.loads]
@@ -282,9 +245,6 @@ def _last_done(found: Degrees, lengths: Sequence[int]) -> list[int]:
     for shared in found.shared:
         if found.seconds_of(shared) == found.makespan > max(seconds):
             last, least = shared.ranks, 2
-    theirs = (
-        i
-        for i, (degree, group) in enumerate(found.placed)
-        if lengths[i] and degree >= least and group in {rank // degree for rank in last}
-    )
-    return sorted(theirs, key=lambda i: -lengths[i])[:_MOVED]
+    groups = {(degree, rank // degree) for degree in batch.fixed for rank in last}
+    theirs = (i for i in batch.longest if found.placed[i] in groups)
+    return list(islice((i for i in theirs if found.placed[i].degree >= least), _MOVED))
