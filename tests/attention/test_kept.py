@@ -7,12 +7,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pool as workers
 import pytest
 import torch
 from torch import Tensor
 
 import usp
-from usp.attention import kept, request
+from usp.attention import hybrid, kept, request
+from usp.attention.single import Single
 from usp.backends import _local, native, packages
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.mask import Mask
@@ -56,8 +58,65 @@ def test_what_differs_is_checked_anew() -> None:
     assert checks(*calls, *calls) == len(calls)
 
 
+def test_a_mask_of_values_is_known_by_them() -> None:
+    """Also where it changes in place; what makes no mask is a bias, and checked once, too."""
+    mask, heads = torch.ones(5, 5).tril() > 0, torch.rand(1, 2, 5, 5) > 0.3
+    heads[..., 0] = True
+    kept._KEPT.clear()
+    with mock.patch.object(request, "check", wraps=request.check) as check:
+        for given, count in ((mask, 1), (mask.clone(), 1), (heads, 2), (~mask | mask.T, 3)):
+            for _ in range(2):
+                out = usp.long_context_attention(*qkv(), attn_mask=given)
+                bias = torch.zeros(given.shape).masked_fill(~given, -torch.inf).double()
+                expected, _ = dense_attention(*qkv(), attn_bias=bias.expand(1, 2, 5, 5))
+                torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+            assert check.call_count == count
+        mask[3, 1] = False
+        out = usp.long_context_attention(*qkv(), attn_mask=mask)
+    bias = torch.zeros(1, 1, 5, 5).masked_fill(~mask, -torch.inf).double()
+    torch.testing.assert_close(out, dense_attention(*qkv(), attn_bias=bias)[0])
+
+
+def _on_a_mesh_of_one() -> int:
+    mesh = workers.mesh(1, 1)
+    kept._KEPT.clear()
+    with mock.patch.object(request, "check", wraps=request.check) as check:
+        found = [usp.long_context_attention(*qkv(), on, causal=True) for on in (mesh, None, mesh)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with pytest.raises(TypeError, match="mesh must be a SequenceMesh"):
+        usp.long_context_attention(*qkv(), mesh.device_mesh, causal=True)
+    return check.call_count
+
+
+def test_a_mesh_of_one_rank_is_none(pool) -> None:
+    assert pool.run(_on_a_mesh_of_one, ranks=1) == [1]
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 1)}], ids=str)
+def test_one_visit_is_the_ring_to_the_bit(backend: str, dtype: Any, options: dict) -> None:
+    """Whatever strides; and the ring's executor is not asked."""
+    if usp.backends()[backend] != "can run here":
+        pytest.skip("the compiled extension is not here")
+
+    def results() -> list[Tensor]:
+        q, k, v = (x.to(dtype).mT.contiguous().mT.requires_grad_() for x in qkv(7))
+        k, v = k[:, :, :1], v[:, :, :1]
+        out = usp.long_context_attention(q, k, v, backend=backend, **options)
+        return [out, *torch.autograd.grad(out, (q, k, v), qkv(7, 5)[0].to(dtype))]
+
+    kept._KEPT.clear()
+    with mock.patch.object(Single, "of", lambda *_: None):
+        wanted = results()
+    kept._KEPT.clear()
+    with mock.patch.object(hybrid, "attention_forward", side_effect=AssertionError):
+        found = results()
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_what_may_change_in_place_is_told_apart() -> None:
-    """Lists by what they hold; tensors are never kept."""
+    """Lists by what they hold; a tensor by what it holds, each time anew."""
     bounds = torch.tensor([0, 3, 5])
     held = bounds.tolist()
     kept._KEPT.clear()

@@ -13,6 +13,11 @@ from usp.ops.merge import merge_into
 from usp.planning.problem import Block, Gradients, Saved, State, state_dtype
 
 
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """As kernels take it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def new_state(q: Tensor, value_head_dim: int, *, carried: bool = True) -> State:
     """The state before any key: out 0, lse -inf.
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from usp.attention import block, levels
 from usp.attention.bias import gather_bias_gradient, scatter_bias
+from usp.attention.block import last_dim_contiguous
 from usp.attention.given import Tensors
-from usp.attention.hybrid import Call, last_dim_contiguous
+from usp.attention.hybrid import Call
 from usp.attention.pages import Own, Pages, Turn, turns
 from usp.attention.pieces import Kept, add_rows, inputs_of, mask_pages, own_masks, pieces_of
 from usp.attention.ring import ring_backward, ring_forward

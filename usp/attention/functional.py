@@ -204,7 +204,7 @@ def attend(
     validate: When,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``long_context_attention`` with its arguments in two parts; ``validate`` may be "first", and
-    the seed a tensor, while a graph is made.
+    the seed a tensor, while a graph is made. A mesh of one rank is none.
 
     Args:
         told: Options by name. They become an object where a call is of a new kind alone.
@@ -212,16 +212,21 @@ def attend(
     if torch._C._is_any_autocast_enabled():
         q, k, v = in_autocast(tensors.q), in_autocast(tensors.k), in_autocast(tensors.v)
         tensors = tensors._replace(q=q, k=k, v=v)
-    kind = None
-    if mesh is None and dropout_seed is None and is_eager():
-        kind = kind_of(tensors, told, validate)
-        found = kept(kind, tensors)
-        if found is not None:
-            return _attended(*found, None)
+    mesh = None if isinstance(mesh, SequenceMesh) and mesh.size == 1 else mesh
+    may_keep = mesh is None and dropout_seed is None and is_eager()
+    kind = kind_of(tensors, told, validate) if may_keep else None
+    found = kept(kind, tensors)
+    if found is not None:
+        return _attended(*found, None)
     tensors, options = with_learned_scale(tensors, Options(**told))
     options = with_placement(tensors, options)
     if options.attn_mask is not None:
-        tensors, options = with_attn_mask(tensors, options, mesh is None or mesh.size == 1)
+        tensors, options = with_attn_mask(tensors, options, mesh is None)
+        # what its values are is known by now
+        kind = kind_of(tensors, vars(options), validate) if may_keep else None
+        found = kept(kind, tensors)
+        if found is not None:
+            return _attended(*found, None)
     return beside_sinks(
         options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate, kind)
     )

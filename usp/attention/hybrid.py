@@ -14,6 +14,7 @@ from torch import Tensor
 from usp.attention import block, levels
 from usp.attention.arguments import Request, slopes_of
 from usp.attention.bias import BiasCut, agree_on_bias_rows, gather_bias_gradient, scatter_bias
+from usp.attention.block import last_dim_contiguous
 from usp.attention.executors import ALONE, Executor, executors, local_executor
 from usp.attention.given import Tensors
 from usp.attention.grid import GridRing, grid_backward, grid_forward
@@ -198,11 +199,6 @@ def own_slopes(slopes: Tensor | None, call: Call) -> Tensor | None:
     """(B|1, own heads) of (B|1, H)."""
     mine = call.heads[call.ulysses.rank]
     return None if slopes is None else slopes[:, mine.offset : mine.offset + mine.count]
-
-
-def last_dim_contiguous(x: Tensor) -> Tensor:
-    """As kernels take it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def scattered_gradients(

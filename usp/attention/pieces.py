@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from usp.attention.block import last_dim_contiguous
 from usp.attention.given import Tensors
-from usp.attention.hybrid import last_dim_contiguous
 from usp.attention.work import Group, Work, there
 from usp.distributed.double_ring import transport_along
 from usp.distributed.transport import Parts

@@ -64,7 +64,8 @@ def attention_partials(block: Block) -> Iterator[tuple[slice, Tensor, Tensor]]:
 def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
     q, k, v = _heads_first(block)
     dout, out = (x.transpose(1, 2).to(q.dtype) for x in (saved.dout, saved.out))
-    to_kv = torch.tensor(block.heads.kv_index, device=k.device, dtype=torch.int64)
+    kv_index = block.heads.kv_index
+    to_kv = None if _is_identity(kv_index) else torch.tensor(kv_index, device=k.device)
     for tile in _calls(block):
         rows, keys = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -80,8 +81,11 @@ def attention_backward(block: Block, saved: Saved, grads: Gradients) -> None:
             scale=block.scoring.softmax_scale,
         )
         grads.dq[:, rows] += dq.transpose(1, 2)
-        grads.dk[:, keys].index_add_(2, to_kv, dk.transpose(1, 2))
-        grads.dv[:, keys].index_add_(2, to_kv, dv.transpose(1, 2))
+        for total, found in ((grads.dk[:, keys], dk), (grads.dv[:, keys], dv)):
+            if to_kv is None:
+                total += found.transpose(1, 2)
+            else:
+                total.index_add_(2, to_kv, found.transpose(1, 2))
 
 
 def _heads_first(block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,10 +94,17 @@ def _heads_first(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     In the dtype of the state: in 16 bits the op would round each partial result, an error that
     grows with the ring, and it is no faster.
     """
-    index = torch.tensor(block.heads.kv_index, device=block.q.device, dtype=torch.int64)
-    dtype = state_dtype(block.q.dtype)
-    k, v = (x.index_select(2, index).transpose(1, 2).to(dtype) for x in (block.k, block.v))
-    return block.q.transpose(1, 2).to(dtype), k, v
+    dtype, index, k, v = state_dtype(block.q.dtype), block.heads.kv_index, block.k, block.v
+    if not _is_identity(index):
+        read = torch.tensor(index, device=k.device)
+        k, v = k.index_select(2, read), v.index_select(2, read)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (block.q, k, v))
+    return q, k, v
+
+
+def _is_identity(kv_index: tuple[int, ...]) -> bool:
+    """Whether each query head has a key head of its own."""
+    return kv_index == tuple(range(len(kv_index)))
 
 
 def _is_causal(tile: Tile) -> bool:

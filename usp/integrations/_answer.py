@@ -136,6 +136,8 @@ def answer(
     if attn_mask is not None:
         options |= _mask_options(tokens, attn_mask, query.shape, len(q))
     out = cast(Tensor, tokens.attention(q, k, v, **options)).transpose(1, 2)
+    if _fit(query, key, value, enable_gqa):
+        return out
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     dims = max(query.dim(), key.dim(), value.dim())
     return out.reshape(*batch, *out.shape[-min(3, dims) :])
@@ -248,6 +250,8 @@ def _heads_behind_tokens(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(..., H, L, D) -> (B, L, H, D), with what torch broadcasts brought to one shape."""
+    if _fit(query, key, value, enable_gqa):
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     q, k, v = (x[(None,) * max(0, 4 - x.dim())] for x in (query, key, value))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q, k, v = (x.expand(*batch, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
@@ -257,6 +261,14 @@ def _heads_behind_tokens(
     elif k.shape[1] != v.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether they are of four dims, and there is nothing to broadcast: as nearly always."""
+    q, k, v = query.shape, key.shape, value.shape
+    if not len(q) == len(k) == len(v) == 4:
+        return False
+    return q[0] == k[0] == v[0] and k[1] == v[1] and (enable_gqa or q[1] == k[1])
 
 
 def _mask_options(
