@@ -63,10 +63,9 @@ class CostOfLayer:
         alone = self._shared(rings, None)
         extra = {size: max(0.0, self._shared(rings, size) - alone) for size in {most, least}}
         if most == least:
-            call = self._attention(1, None)
-            return call, max(0.0, extra[most] - 2 * call) / (most - 1)
+            return extra[most], 0.0
         hop = max(0.0, extra[most] - extra[least]) / (most - least)
-        return max(0.0, extra[least] - hop * (least - 1)) / 2, hop
+        return max(0.0, extra[least] - hop * (least - 1)), hop
 
     def _shared(self, meshes: Meshes, degree: int | None) -> float:
         """The layer on short documents of each rank, and tiny ones of groups of a degree."""

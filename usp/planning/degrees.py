@@ -168,7 +168,7 @@ class _Batch(NamedTuple):
     def least(self) -> float:
         """Seconds below which no makespan is: all whole, on ranks or cores that are even."""
         at_once = self.ranks - sum(len(ranks) - at_once for ranks, at_once in self.shared)
-        return sum(self.seconds[n][1] for n in self.lengths) / at_once + self.fixed[1]
+        return sum(self.seconds[n][1] for n in self.lengths) / at_once
 
     def choices(self) -> Iterator[tuple[int, ...]]:
         """Degrees of all documents, for falling thresholds; many of these choose alike."""

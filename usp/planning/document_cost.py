@@ -15,8 +15,9 @@ class DocumentCost:
         sent: Of a token whose key and value pass from rank to rank (the ring).
         hop: Of one message, however short, times the ranks it passes.
         exchanged: Of a token that leaves with q, k, v and comes back as out (Ulysses).
-        call: Of a call of attention, however short, and once more for each axis of its mesh: a rank
-            makes one for each size of groups in which it has documents.
+        call: Of a call of attention whose ranks meet, however short, for each axis of its mesh: a
+            rank makes one for each size of groups in which it has documents. That for documents of
+            one rank alone costs next to nothing.
     """
 
     token: float
@@ -77,4 +78,4 @@ class DocumentCost:
     def of_group(self, ring: int, ulysses: int = 1) -> float:
         """Seconds of a group's call and its messages, whatever it holds."""
         axes = (ring > 1) + (ulysses > 1)
-        return self.call * (1 + axes) + self.hop * (ring - 1 + (ulysses > 1))
+        return self.call * axes + self.hop * (ring - 1 + (ulysses > 1))
