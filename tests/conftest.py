@@ -151,7 +151,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()  # torch and thousands of tests stay: nothing to walk through again and again
     _background.start({name for item in session.items for name in asked_for(item)})
     if any("pool" in getattr(item, "fixturenames", ()) for item in session.items):
-        _pool.prepare()
+        of_doors = any(item.get_closest_marker("library") for item in session.items)
+        _pool.prepare(*(["doors_ahead"] if of_doors else []))
 
 
 @pytest.fixture(scope="session")

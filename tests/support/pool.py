@@ -104,9 +104,9 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._context = multiprocessing.get_context("forkserver")
 
-    def prepare(self) -> None:
-        """Starts the template process, which imports torch while the tests are collected."""
-        self._context.set_forkserver_preload(PRELOADED)
+    def prepare(self, *more: str) -> None:
+        """Starts the template process, which imports torch, and more where it is told so first."""
+        self._context.set_forkserver_preload([*PRELOADED, *more])
         path = os.pathsep.join(folder for folder in sys.path if folder)
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
             forkserver.ensure_running()
