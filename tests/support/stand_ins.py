@@ -262,6 +262,53 @@ def flash2_functions(lse_lies: str = "hn") -> Any:
     return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
+def flash26_functions() -> Any:
+    """Those of 2.6: a window is a pair, and there are eight results."""
+    late = flash2_functions()
+
+    def eight(q: Tensor, k: Tensor, v: Tensor, found: Any) -> Any:
+        out, lse, *rest = found
+        return out, q, k, v, out, lse, *rest
+
+    def _flash_attn_forward(
+        q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
+        window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None,
+        return_softmax: bool,
+    ) -> Any:  # fmt: skip
+        how = dropout_p, softmax_scale, causal, *window_size, softcap, alibi_slopes, return_softmax
+        return eight(q, k, v, late._flash_attn_forward(q, k, v, *how))
+
+    def _flash_attn_varlen_forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+        window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None, return_softmax: bool = False,
+    ) -> Any:  # fmt: skip
+        where = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        how = dropout_p, softmax_scale, causal, *window_size, softcap, alibi_slopes, return_softmax
+        return eight(q, k, v, late._flash_attn_varlen_forward(q, k, v, *where, *how))
+
+    def _flash_attn_backward(*given: Any) -> Any:
+        *tensors, dropout_p, scale, causal, window, softcap, alibi, fixed = given
+        assert len(tensors) == 9
+        how = dropout_p, scale, causal, *window, softcap, alibi, fixed
+        return late._flash_attn_backward(*tensors, *how)
+
+    def _flash_attn_varlen_backward(*given: Any) -> Any:
+        *tensors, dropout_p, scale, causal, window, softcap, alibi, fixed = given
+        assert len(tensors) == 13
+        how = dropout_p, scale, causal, *window, softcap, alibi, fixed
+        return late._flash_attn_varlen_backward(*tensors, *how)
+
+    functions = (
+        _flash_attn_forward,
+        _flash_attn_backward,
+        _flash_attn_varlen_forward,
+        _flash_attn_varlen_backward,
+    )
+    return SimpleNamespace(**{function.__name__: function for function in functions})
+
+
 def flash3_functions() -> Any:
     """The two functions of flash-attn 3, as they are called in the builds of the hub."""
 

@@ -27,7 +27,7 @@ from usp import masks as of_usp
 from usp.attention import block
 from usp.backends import TABLE
 from usp.backends.library.backend import LibraryBackend
-from usp.backends.library.flash2 import Flash2
+from usp.backends.library.flash2 import Flash2, checked
 from usp.backends.library.record import Record
 from usp.backends.library.table import ROWS
 from usp.planning.heads import Heads
@@ -81,6 +81,16 @@ def test_documents_are_one_call() -> None:
     masks = masks_of(make_mask(causal=True, cu_seqlens=(0, 13, 31, 33, 61)))
     Ring(masks, "contiguous", 1, *tensors(61, 61, (4, 2), (16, 16))).results(backend)
     assert counted.calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (4, 9)}], ids=str)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_flash_attn_2_6(options: dict[str, Any], documents: Any) -> None:
+    backend = on_cpu(ROWS[0], load=lambda: checked(stand_ins.flash26_functions(), "there"))
+    options = options | {"cu_seqlens": documents}
+    x = tensors(61, 61, (4, 2), (16, 16))
+    ring = Ring(masks_of(make_mask(**options)), "zigzag", 2, *x, softcap=2.0)
+    assert_near(ring.results(backend), ring.expected(**options), 4e-3)
 
 
 class Counted:

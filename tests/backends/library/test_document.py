@@ -26,7 +26,7 @@ GPUS = {
 def rows() -> list[list[str]]:
     lines = re.findall(r"^\| (`\w+` \| .*) \|$", TEXT, re.MULTILINE)
     cells = [line.split(" | ") for line in lines]
-    return [row for row in cells if len(row) == 10]
+    return [row for row in cells if len(row) == 12]
 
 
 def test_every_row_and_every_backend_is_there() -> None:
@@ -38,7 +38,7 @@ def test_every_row_and_every_backend_is_there() -> None:
 @pytest.mark.parametrize("record", ROWS, ids=label)
 def test_a_row(record: Record) -> None:
     (cells,) = (row for row in rows() if row[1] == record.title)
-    _, _, gpus, dtypes, dims, windows, softcap, dlse, packed, shown = cells
+    _, _, gpus, dtypes, dims, windows, softcap, dlse, packed, lse, empty, shown = cells
     assert dtypes.replace("fp", "float").replace("bf16", "bfloat16").split(", ") == [
         str(dtype).removeprefix("torch.") for dtype in record.dtypes
     ]
@@ -47,6 +47,10 @@ def test_a_row(record: Record) -> None:
     are = [record.softcap, record.dlse, record.packed is not None]
     assert said == ["yes" if is_so else "no" for is_so in are]
     assert shown == record.shown
+    lies = {"hn": ["(H, tokens)"], "nh": ["(tokens, H)"], None: []}[record.packed]
+    assert lse.split("; ") == [record.lse, *lies]
+    values = [f"{x:+g}" if x else "0" for x in record.empty_lse]
+    assert empty == (" or ".join(values) or "not known")
     takes = set().union(*(GPUS[name] for name in gpus.split(", ")))
     for architecture in set().union(*GPUS.values()):
         taken = any(re.fullmatch(pattern, architecture) for pattern in record.architectures)

@@ -119,7 +119,10 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", version)
     assert version_of("flash-attn-4") == (4, 0, 0)
     assert version_of("other") is None
-    assert "is 2.6.3, and from 2.7 on" in str(flash2.missing())
+    assert flash2.missing() is None
+    assert "is 2.6.3, and from 2.7 on" in str(flash2.missing_on_amd())
+    installed["flash-attn"] = "2.5.9"
+    assert "is 2.5.9, and from 2.6 on" in str(flash2.missing())
     installed["flash-attn"] = "2.8.3.post2"
     assert version_of("flash-attn") == (2, 8, 3) and flash2.missing() is None
     assert flash4.missing() is None

@@ -34,7 +34,9 @@ class Record:
         softcap: Whether it takes one.
         dlse: Whether its backward takes a gradient of the LSE.
         packed: How the LSE of a packed call lies: "hn" (heads, tokens), "nh"; None without.
-        empty_lse: What it answers for a row that sees nothing. No call has one.
+        lse: How that of a dense call lies, before its adapter has it as ``Kernel`` says.
+        empty_lse: What some release answers for a row that sees nothing; none where that is not
+            known. No call has one.
         shown: What of its adapter has been executed, and on what.
     """
 
@@ -52,7 +54,8 @@ class Record:
     softcap: bool = False
     dlse: bool = False
     packed: str | None = None
-    empty_lse: float | None = None
+    lse: str = "(B, H, n)"
+    empty_lse: tuple[float, ...] = ()
     shown: str = ""
 
     def not_for_this_torch(self) -> str | None:

@@ -35,7 +35,7 @@ FLASH_ATTN = Record(
     windows=True,
     softcap=True,
     packed="hn",
-    empty_lse=inf,
+    empty_lse=(inf,),
     shown="its Python over a stand-in for its extension",
 )
 
@@ -44,38 +44,38 @@ ROWS = (
     Record(
         name="flash_attn",
         title="flash-attn 2 (composable kernels)",
-        missing=flash2.missing,
+        missing=flash2.missing_on_amd,
         load=flash2.load_cuda,
         architectures=(*_CDNA, *_RDNA),
         dims=equal_dims(8, 256),
         built_for="hip",
         windows=True,
         packed="hn",
-        empty_lse=inf,
         shown="its Python over a stand-in for its extension",
     ),
     # takes a window or a softcap, and ignores it
     Record(
         name="flash_attn",
         title="flash-attn 2 (Triton)",
-        missing=flash2.missing,
+        missing=flash2.missing_on_amd,
         load=flash2.load_triton,
         architectures=(*_CDNA, *_RDNA),
         dims=equal_dims(8, 256),
         built_for="hip",
         packed="nh",
-        empty_lse=0.0,
+        empty_lse=(0.0,),
         shown="all of 2.8.3 in Triton's interpreter",
     ),
     Record(
         name="flash_attn",
         title="flash-attn 2 (by aiter)",
-        missing=flash2.missing,
+        missing=flash2.missing_on_amd,
         load=flash2.load_by_aiter,
         architectures=(*_CDNA, *_RDNA),
         dims=equal_dims(8, 256),
         built_for="hip",
         packed="hn",
+        empty_lse=(-inf,),
         shown="its Python over a stand-in for its extension",
     ),
     Record(
@@ -89,7 +89,7 @@ ROWS = (
         windows=True,
         softcap=True,
         packed="hn",
-        empty_lse=-inf,
+        empty_lse=(-inf, inf),
         shown="its ops' schema, over a stand-in",
     ),
     Record(
@@ -108,7 +108,7 @@ ROWS = (
         softcap=True,
         dlse=True,
         packed="hn",
-        empty_lse=-inf,
+        empty_lse=(-inf,),
         shown="its signature, over a stand-in; its kernels compiled, not executed",
     ),
     # releases differ in windows, which they take and some compute wrongly
@@ -121,6 +121,7 @@ ROWS = (
         dims=equal_dims(8, 256),
         built_for="hip",
         packed="hn",
+        empty_lse=(0.0, -inf),
         shown="all of 0.1.7 in Triton's interpreter",
     ),
     Record(
@@ -133,7 +134,7 @@ ROWS = (
         built_for="cuda",
         windows=True,
         packed="hn",
-        empty_lse=inf,
+        empty_lse=(inf,),
         shown="torch's schema and shapes, over a stand-in",
     ),
     # AOTriton: a window is ignored by old ones, and causal counts from the top left corner
@@ -160,6 +161,7 @@ ROWS = (
         dims=any_dims(8, 128),
         built_for="cuda",
         shared_heads=False,
+        lse="(B, H, n, 1)",
         shown="torch's schema and shapes, over a stand-in",
     ),
     Record(
@@ -173,6 +175,7 @@ ROWS = (
         dims=any_dims(8, 256),
         dtypes=(*HALVES, torch.float32),
         shared_heads=False,
+        lse="(B, H, n to 32s)",
         shown="torch's schema, over a stand-in",
     ),
 )
