@@ -19,13 +19,13 @@ import usp
 from usp import masks
 from usp.ops.delta import row_products, with_products
 from usp.planning.cost import Place, Shape, bytes_sent, what_moves
-from usp.planning.gathered import Moves, Sizes
 from usp.planning.layout import rows
 from usp.planning.masks.mask import Mask
 from usp.planning.query_ring import make_query_ring
 from usp.planning.reach import needed_queries
 from usp.planning.route import Ring
 from usp.planning.samples import masks_of
+from usp.planning.sides import Moves, Sizes
 from usp.testing import WireBytes
 
 

@@ -9,13 +9,13 @@ from usp.attention.replicas import Replicas
 from usp.attention.ring import Ring
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.gathered import Moves, Sizes, which_move
 from usp.planning.grid import make_grid
 from usp.planning.heads import Heads
 from usp.planning.layout import Replicated
 from usp.planning.plan import make_local_plan, make_plan
 from usp.planning.query_ring import make_query_ring
 from usp.planning.route import of_keys, of_query_steps
+from usp.planning.sides import Moves, Sizes, which_move
 
 ALONE = Axis(1, 0, None)
 Executor = Ring | Replicas

@@ -16,8 +16,8 @@ from usp.distributed.comm import Axis
 from usp.distributed.double_ring import transport_along
 from usp.distributed.transport import Parts, Transport
 from usp.planning.heads import Heads
-from usp.planning.layout import Positions
 from usp.planning.plan import Load, Plan, Step
+from usp.planning.positions import Positions
 from usp.planning.problem import Block, Gradients, Saved, Scoring, State, state_dtype
 from usp.planning.rows import Rows
 from usp.planning.samples import Samples

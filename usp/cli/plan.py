@@ -25,7 +25,8 @@ from usp.cli.nodes import between_nodes
 from usp.cli.picture import draw, in_signs, save
 from usp.cli.sent import sent_of, sent_text
 from usp.cli.work import balance
-from usp.planning.layout import Positions, replicated, rows
+from usp.planning.layout import replicated, rows
+from usp.planning.positions import Positions
 from usp.planning.route import TRANSPORTS
 
 COLUMNS, LINES = 64, 64  # of a picture in a terminal

@@ -18,8 +18,8 @@ from itertools import accumulate
 import torch
 
 from usp.planning.double_ring import DoubleRing
-from usp.planning.layout import Positions
 from usp.planning.plan import Load, Plan, Step, parts_of, step_of
+from usp.planning.positions import Positions
 from usp.planning.route import Arrival, Cargo, Direction, Exchange, Hop, Ring, Route
 from usp.planning.rows import Rows, all_rows, no_rows, rows_between
 from usp.planning.samples import Masks

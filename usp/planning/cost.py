@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from usp.planning.double_ring import DoubleRing
-from usp.planning.gathered import Moves, Sizes, Width, which_move
 from usp.planning.grid import make_grid
 from usp.planning.heads import kv_heads_shared, split_heads
 from usp.planning.layout import Layout, Layouts, Replicated, both, replicated
@@ -24,6 +23,7 @@ from usp.planning.query_ring import make_query_ring
 from usp.planning.route import Route, Sent, of_keys, of_query_steps
 from usp.planning.samples import Masks, masks_of
 from usp.planning.shares import pieces, row_pieces
+from usp.planning.sides import Moves, Sizes, Width, which_move
 
 
 @dataclass(frozen=True)

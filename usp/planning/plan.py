@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from usp.planning.double_ring import DoubleRing, make_double_ring
-from usp.planning.layout import Layout, Layouts, Positions, both, rows
+from usp.planning.layout import Layout, Layouts, both, rows
 from usp.planning.masks.bands import Bands, joined
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
+from usp.planning.positions import Positions
 from usp.planning.reach import needed_rows
 from usp.planning.route import Arrival, Cargo, Needs, Route, make_route
 from usp.planning.rows import Rows, all_rows

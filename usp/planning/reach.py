@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from usp.planning.layout import Layout, Positions, rows
+from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
+from usp.planning.positions import Positions
 from usp.planning.rows import Rows, merged, no_rows
 from usp.planning.walk import each_of, run_of_each
 

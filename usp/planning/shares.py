@@ -19,13 +19,13 @@ from usp.planning.layout import (
     Held,
     Layout,
     Layouts,
-    Positions,
     Replicated,
     both,
     check_held,
     check_layout,
     rows,
 )
+from usp.planning.positions import Positions
 
 Lengths = int | Sequence[int] | str | None  # a str is "infer", the same as None
 

@@ -9,11 +9,11 @@ from usp.planning.choose.cluster import Cluster
 from usp.planning.choose.network import ALONE, Group, all_to_all, gather, hop
 from usp.planning.choose.steps import Steps, steps_of
 from usp.planning.cost import Bytes, Place, Shape, bytes_sent, exchange_sent
-from usp.planning.gathered import Sizes, Width
 from usp.planning.heads import split_heads
 from usp.planning.layout import Layout
 from usp.planning.masks.mask import Mask
 from usp.planning.problem import state_dtype
+from usp.planning.sides import Sizes, Width
 
 # Products of a visible pair, in units of D: 2 FLOP each of q k and p v; a backward has five.
 _FORWARD, _BACKWARD = 4, 10

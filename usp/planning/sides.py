@@ -1,4 +1,4 @@
-"""Whether keys move along the ring, queries or both, in a forward and in its backward.
+"""Which side moves along the ring, keys, queries or both, in a forward and in its backward.
 
 Few queries over many keys (latents, pooling by attention, decoding) move both times: each rank
 computes the queries of all that see its keys, and what was found is merged at home. In a backward
