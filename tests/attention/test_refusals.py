@@ -423,6 +423,7 @@ DEVIATIONS = {
     "gradients": ({"requires_grad": True}, {}, ["True", "False"]),
     "unknown layout": ({"layout": "diagonal"}, {}, ["diagonal", "zigzag"]),
     "unknown backend": ({"backend": "abacus"}, {}, ["abacus", "reference"]),
+    "offload": ({"offload": "cpu"}, {}, ["offload", "cpu", "None"]),
     "no tensor": ({"no_tensor": True}, {}, ["q"]),
     "no pair": ({"window_size": 3}, {}, ["3", "pair"]),
 }

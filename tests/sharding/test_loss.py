@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pool as workers
 import pytest
 import torch
@@ -120,10 +122,21 @@ def test_losses_in_fp16_are_added_in_fp32() -> None:
     torch.testing.assert_close(loss.item(), 8.3178, rtol=1e-3, atol=0)
 
 
-def _refused() -> None:
+# what one rank of two may give, and what all must hear
+REFUSED = {
+    "probabilities": ({"target": torch.zeros(3)}, "class indices"),
+    "no class": ({"target": torch.tensor([0, 4, 1])}, "Target 4 is out of bounds"),
+    "length": ({"target": torch.zeros(2, dtype=torch.int64)}, r"\(3\) .* \(2\)"),
+    "smoothing": ({"label_smoothing": 1.5}, "1.5"),
+    "another smoothing": ({"label_smoothing": 0.5}, "label_smoothing: rank 0 has 0.5"),
+}
+
+
+def _refused(name: str) -> None:
     mesh = workers.mesh(1, 2)
-    target = torch.zeros(3, dtype=torch.int64)
-    usp.cross_entropy(torch.zeros(3, 4), target if mesh.rank else target.float(), mesh)
+    given = {"target": torch.zeros(3, dtype=torch.int64)}
+    given |= {} if mesh.rank else REFUSED[name][0]
+    usp.cross_entropy(torch.zeros(3, 4), mesh=mesh, **given)
 
 
 def _elsewhere() -> None:
@@ -135,9 +148,10 @@ def _elsewhere() -> None:
         usp.cross_entropy(x[0], torch.zeros(3, dtype=torch.int64), mesh)
 
 
-def test_probabilities_and_ranks_elsewhere_are_refused_on_every_rank(pool) -> None:
-    for outcome in pool.outcomes(_refused, ranks=2):
-        assert isinstance(outcome, RemoteError) and "class indices" in outcome.message
+def test_what_does_not_fit_and_ranks_elsewhere_are_refused_on_every_rank(pool) -> None:
+    for name, (_, said) in REFUSED.items():
+        for outcome in pool.outcomes(_refused, name, ranks=2):
+            assert isinstance(outcome, RemoteError) and re.search(said, outcome.message), outcome
     for outcome in pool.outcomes(_elsewhere, ranks=2):
         assert isinstance(outcome, RemoteError)
         assert "rank 0 calls usp.cross_entropy, rank 1 calls unshard_sequence" in outcome.message

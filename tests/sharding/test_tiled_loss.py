@@ -239,14 +239,20 @@ def test_under_fsdp(pool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
 
-def _differ() -> None:
+def _differ(changed: dict[str, Any]) -> None:
     mesh = workers.mesh(1, 2)
-    usp.tiled_cross_entropy(**case(3), mesh=mesh, z_loss=0.1 * mesh.rank)
+    usp.tiled_cross_entropy(**(case(3) | (changed if mesh.rank else {})), mesh=mesh)
 
 
 def test_ranks_that_differ_and_what_does_not_fit_are_refused(pool) -> None:
-    for outcome in pool.outcomes(_differ, ranks=2):
-        assert isinstance(outcome, RemoteError) and "z_loss" in outcome.message
+    no_class = torch.full((3,), CLASSES)
+    for said, changed in (
+        ("z_loss", {"z_loss": 0.1}),
+        ("tiles must be 1 or more, got 0", {"tiles": 0}),
+        (f"index {CLASSES} is out of bounds", {"labels": no_class}),
+    ):
+        for outcome in pool.outcomes(_differ, changed, ranks=2):
+            assert isinstance(outcome, RemoteError) and said in outcome.message
     good = case(3)
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("one for each token", {"labels": good["labels"][:2]}),

@@ -311,6 +311,7 @@ def facts(
         # what it took need not be alike: one machine's kernels may be wrong, or not measured
         "backend": options.backend,
         "chunks (of tokens, of heads)": (options.chunks, options.head_chunks),
+        "offload": options.offload,
         "gradients needed": list(gradients),
     }
     if options.latents is not None:

@@ -48,7 +48,8 @@ PLACES = (
 )
 _NUMBERS = 4
 _REFUSALS = {
-    kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, RuntimeError)
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, IndexError, NotImplementedError, RuntimeError)
 }
 
 
@@ -141,8 +142,8 @@ def check_on_all_ranks(
         What was found, and the numbers of every rank.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: what ``check`` raises here or
-            on another rank, or a difference, with both values.
+        ValueError, TypeError, IndexError, NotImplementedError, RuntimeError: what ``check``
+            raises here or on another rank, or a difference, with both values.
     """
     found, told, error = None, {}, None
     mine: Numbers = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from usp.planning.kinds import tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Found = TypeVar("Found")
 
 
 def cross_entropy(
@@ -58,21 +60,24 @@ def cross_entropy(
     Raises:
         TypeError: ``input`` or ``target`` is no plain tensor.
         ValueError: ``target`` holds no class indices.
+        IndexError, RuntimeError: what torch refuses, on a mesh of CPUs on every rank.
     """
 
-    def check() -> Facts:
+    def compute() -> tuple[Facts, tuple[Tensor, Tensor]]:
         tensor("input", input)
         check_target("target", target)
-        return {"dtype of input": input.dtype, "count": count, "ignore_index": ignore_index}
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        smoothing, ignored = label_smoothing, ignore_index
+        # not reduction="sum", which adds fp16 losses in fp16
+        each = F.cross_entropy(
+            input, target, ignore_index=ignored, label_smoothing=smoothing, reduction="none"
+        )
+        same = {"count": count, "ignore_index": ignored, "label_smoothing": smoothing}
+        found = each.sum(dtype=dtype), (target != ignored).sum()
+        return {"dtype of input": input.dtype, **same}, found
 
-    check_loss(mesh, "usp.cross_entropy", check)
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    # not reduction="sum", which adds fp16 losses in fp16
-    each = F.cross_entropy(
-        input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
-    valid = (target != ignore_index).sum()
-    return mean_of_whole(each.sum(dtype=dtype), valid, mesh, data_parallel_group, count)
+    mine, valid = with_others(mesh, "usp.cross_entropy", compute)
+    return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
 
 
 def check_target(name: str, target: Tensor) -> None:
@@ -88,13 +93,20 @@ def check_target(name: str, target: Tensor) -> None:
         )
 
 
-def check_loss(mesh: SequenceMesh | None, name: str, check: Callable[[], Facts]) -> None:
-    """Let the ranks meet, where they do, and compare what they were given."""
+def with_others(
+    mesh: SequenceMesh | None, name: str, compute: Callable[[], tuple[Facts, Found]]
+) -> Found:
+    """What this rank computes by itself; where the ranks meet they compare what it was given, and
+    hear of what torch refuses (a label that is no class), too.
+
+    Args:
+        compute: Returns what must be the same on all ranks, and what it found.
+    """
     check_mesh(mesh)
-    if mesh is not None and meets(mesh, None, False):
-        check_on_all_ranks(mesh, name, check, lambda facts: facts)
-    else:
-        check()
+    if mesh is None or not meets(mesh, None, False):
+        return compute()[1]
+    (_, found), _ = check_on_all_ranks(mesh, name, compute, lambda both: both[0])
+    return found
 
 
 def mean_of_whole(

@@ -18,7 +18,7 @@ from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 from usp.planning.kinds import integer, real, tensor
 from usp.planning.shares import tile_bounds
-from usp.sharding.loss import check_loss, check_target, mean_of_whole
+from usp.sharding.loss import check_target, mean_of_whole, with_others
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,6 +69,7 @@ def tiled_cross_entropy(
     Raises:
         TypeError: an argument is of another kind.
         ValueError: shapes or dtypes do not fit; says both.
+        RuntimeError: a label is no class; says both, on a mesh of CPUs on every rank.
     """
     options: dict[str, Any] = {
         "label_smoothing": label_smoothing,
@@ -76,26 +77,35 @@ def tiled_cross_entropy(
         "softcap": softcap,
     }
 
-    def check() -> Facts:
+    def compute() -> tuple[Facts, tuple[Tensor, Tensor]]:
         _check(hidden, weight, labels, bias)
         _check_options(**options)
+        how = _How(
+            _tiles(hidden, weight, tiles), _dtype(hidden), ignore_index, float(label_smoothing),
+            float(z_loss), softcap,
+        )  # fmt: skip
+        apply = torch.compiler.disable(_apply) if torch.compiler.is_compiling() else _apply
+        found = apply(how, hidden, weight, bias, labels), (labels != ignore_index).sum()
         same = {"count": count, "ignore_index": ignore_index, **options}
-        return {"dtype of hidden": hidden.dtype, "classes": len(weight), **same}
+        return {"dtype of hidden": hidden.dtype, "classes": len(weight), **same}, found
 
-    check_loss(mesh, "usp.tiled_cross_entropy", check)
-    tokens = labels.shape[-1]
+    mine, valid = with_others(mesh, "usp.tiled_cross_entropy", compute)
+    return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
+
+
+def _tiles(hidden: Tensor, weight: Tensor, tiles: int | None) -> tuple[tuple[int, int], ...]:
+    """Start and length of each."""
     if tiles is None:
         tiles = -(-len(weight) // max(1, hidden.shape[-1]))
-    bounds = tile_bounds(tokens, integer("tiles", tiles, least=1))
+    return tile_bounds(hidden.shape[-2], integer("tiles", tiles, least=1))
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """Of matrix products."""
     kind = hidden.device.type
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-    how = _How(bounds, dtype, ignore_index, float(label_smoothing), float(z_loss), softcap)
-    apply = torch.compiler.disable(_apply) if torch.compiler.is_compiling() else _apply
-    mine = apply(how, hidden, weight, bias, labels)
-    valid = (labels != ignore_index).sum()
-    return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
