@@ -31,6 +31,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
     # a single token's row is told apart from one of all neither by us nor by torch
     mesh, length = draw(st.sampled_from(MESHES)), draw(st.sampled_from([1, 2, 5, 13]))
+    packed = (0, length // 2, length) if length > 1 and draw(st.booleans()) else None
     if length <= mesh[0] * mesh[1] * 2 > 2:
         form["keys"] = "whole"
     own_row = form["keys"] == "one" and draw(st.booleans()) and form["rows"] == "one"
@@ -40,6 +41,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "mesh": mesh,
         "layout": draw(st.sampled_from(["contiguous", "zigzag", "striped"])),
         "length": length,
+        "documents": packed,
         "batch": draw(st.sampled_from([(), (1,), (2,), (2, 3)])),
         "heads": heads,
         "gqa": heads == (4, 2) or (draw(st.booleans()) and heads == (2, 1)),
@@ -88,12 +90,25 @@ def attend(case: dict[str, Any], tensors: list[Tensor], spread: usp.Spread | Non
     q, k, v, *rest = tensors
     if spread is not None:
         q, k, v = (spread.shard(x, -2) for x in (q, k, v))
-    mask = given_mask(case, rest[0], spread) if rest else None
+    mask, causal = given_mask(case, rest[0], spread) if rest else None, case["causal"]
+    if spread is None and case["documents"] is not None:
+        mask, causal = in_documents(case, mask), False
     out = known_by_another_name(
-        q, k, v, mask, 0.0, case["causal"], scale=case["scale"], enable_gqa=case["gqa"]
+        q, k, v, mask, 0.0, causal, scale=case["scale"], enable_gqa=case["gqa"]
     )
     assert type(out) is Tensor
     return out
+
+
+def in_documents(case: dict[str, Any], mask: Tensor | None) -> Tensor:
+    """A mask, or what causal says, and each token sees its document alone."""
+    document = torch.bucketize(
+        torch.arange(case["length"]), torch.tensor(case["documents"][1:-1]), right=True
+    )
+    seen = document[:, None] == document
+    if mask is None:
+        return seen.tril() if case["causal"] else seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
 def results(case: dict[str, Any], out: Tensor, tensors: list[Tensor], ranks: int) -> list[Tensor]:
@@ -104,7 +119,7 @@ def results(case: dict[str, Any], out: Tensor, tensors: list[Tensor], ranks: int
 
 def run(case: dict[str, Any]) -> list[Tensor]:
     mesh = workers.mesh(*case["mesh"])
-    spread = usp.Spread(mesh, case["layout"], case["length"])
+    spread = usp.Spread(mesh, case["layout"], case["length"], case["documents"])
     tensors = leaves(case)
     with usp.spread_attention(spread) as region:
         out = attend(case, tensors, spread)

@@ -171,7 +171,7 @@ def _text() -> list[Tensor]:
     q, k, v = (spread.shard(x, -2) for x in (q, k, v))
     with usp.spread_attention(spread, whole=(TEXT,)) as region:
         own = F.scaled_dot_product_attention(*text, is_causal=True)
-        out = F.scaled_dot_product_attention(q, own, own, random(1, TEXT, seed=2))
+        out = F.scaled_dot_product_attention(q, own, own, random(1, TEXT, seed=2), scale=0.3)
         out = out + F.scaled_dot_product_attention(q, k, v)
         F.scaled_dot_product_attention(q, own, own, dropout_p=0.5)
     assert region.answered == 4
@@ -183,7 +183,7 @@ def _text() -> list[Tensor]:
 def test_a_text_that_all_hold_whole(pool) -> None:
     leaves = [x.requires_grad_() for x in (*qkv(0), *qkv(5, TEXT))]
     own = F.scaled_dot_product_attention(*leaves[3:], is_causal=True)
-    out = F.scaled_dot_product_attention(leaves[0], own, own, random(1, TEXT, seed=2))
+    out = F.scaled_dot_product_attention(leaves[0], own, own, random(1, TEXT, seed=2), scale=0.3)
     out = out + F.scaled_dot_product_attention(*leaves[:3])
     wanted = torch.autograd.grad(out, leaves, random(*out.shape, seed=3))
     found = pool.run(_text, ranks=4)
@@ -236,8 +236,10 @@ def _dropped(mesh: tuple[int, int]) -> list[Tensor]:
     q, k, v = (spread.shard(x, -2) for x in qkv(0))
     with usp.spread_attention(spread):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+        ones = F.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.4)
         kept = F.dropout(torch.ones(2, spread.local_seq_len, 50)) > 0
         nn.Dropout(0.5).eval()(kept.double())
+    assert not torch.allclose(ones, torch.ones_like(ones))  # weights are dropped
     return [spread.unshard(out, -2), kept[:, :6].double(), torch.randint(2**60, ())]
 
 

@@ -68,19 +68,20 @@ def _together(
     def complete_with(alone: Alone, lengths: tuple[int, int], seed: int) -> Request:
         return complete(alone, lengths, tensors, options, mesh, seed)
 
-    def check_here() -> Alone:
+    def check_here() -> tuple[Alone, Request | None]:
         alone = check_alone(tensors, options)
         seed_of(dropout_seed)
         check_when(validate)
-        if alone.lengths is not None:
-            complete_with(alone, alone.lengths, 0)  # that the others hear of it
-        return alone
+        # here, that the others hear of what is refused
+        lengths = alone.lengths
+        return alone, None if lengths is None else complete_with(alone, lengths, 0)
 
-    def said(alone: Alone) -> Facts:
+    def said(found: tuple[Alone, Request | None]) -> Facts:
         needed = needs_gradients(tensors) if gradients is None else gradients
-        return facts(tensors, options, alone, dropout_seed if drawn is None else None, needed)
+        seed = dropout_seed if drawn is None else None
+        return facts(tensors, options, found[0], seed, needed)
 
-    alone, told = check_on_all_ranks(
+    (alone, whole), told = check_on_all_ranks(
         mesh,
         "long_context_attention",
         check_here,
@@ -88,6 +89,9 @@ def _together(
         lambda: (tensors.q.shape[1], tensors.k.shape[1], drawn or 0, new_name()),
     )
     queries, keys, theirs, names = zip(*told, strict=True)
+    seed = theirs[0] if drawn is not None else seed_of(dropout_seed) or 0
+    if whole is not None and not seed:
+        return whole, names[0]
     lengths = alone.lengths
     if lengths is None:
         degrees, layouts = (mesh.ring_degree, mesh.ulysses_degree), both(options.layout)
@@ -95,5 +99,4 @@ def _together(
             summed_length("q", queries, layouts[0], degrees),
             summed_length("k", keys, layouts[1], degrees),
         )
-    seed = theirs[0] if drawn is not None else seed_of(dropout_seed) or 0
     return complete_with(alone, lengths, seed), names[0]
