@@ -226,6 +226,13 @@ def _different_caches() -> None:
     usp.decode_attention(q[:, :1], cache, mesh)
 
 
+def _one_cache_is_shorter_than_the_queries() -> None:
+    mesh = workers.mesh(1, 2)
+    cache, (q, k, v) = usp.ShardedCache(mesh), Story(()).new(6, 0)
+    cache.append(k[:, : 1 + mesh.rank], v[:, : 1 + mesh.rank])
+    usp.decode_attention(q[:, :2], cache, mesh)
+
+
 def _another_mesh() -> None:
     cache, (q, k, v) = usp.ShardedCache(workers.mesh(1, 2)), Story(()).new(6, 0)
     cache.append(k, v)
@@ -242,6 +249,7 @@ def _one_rank_is_wrong() -> None:
     ("wrong", "message"),
     [
         (_different_caches, "disagree on"),
+        (_one_cache_is_shorter_than_the_queries, "2 queries, but the cache holds 1"),
         (_another_mesh, "mesh is None"),
         (_one_rank_is_wrong, "1, 3, 1, 5.*1, 2, 1, 3"),
     ],

@@ -89,6 +89,7 @@ def refusals() -> list[str]:
         lambda: shard.whole(1, 2),
         lambda: shard.whole(1, to=3),
         lambda: shard.whole(5),
+        lambda: shard.whole(5 if mesh.rank else 1),
         lambda: shard.with_local(shard.local[:, :1]),
         lambda: dsp.DynamicShard.split(x, (1, -4), mesh),
         lambda: dsp.DynamicShard.split(x, (1, 2), mesh, 3),
@@ -111,6 +112,7 @@ def test_refusals_on_every_rank(pool) -> None:
     wanted = [
         "of dims (1, 2) none remains to be shared",
         "dim 3 is to be shared, but only dims [2] may be",
+        "no dim 5",
         "no dim 5",
         "of 5 along dim 1, but the tensor holds 1",
         "dims=(1, -4), dim=None for a tensor of shape (2, 5, 7, 3, 4)",

@@ -155,6 +155,20 @@ def check_on_all_ranks(
     return cast(Found, found), _compare(mesh, place, told, error, mine)
 
 
+def refuse_together(
+    mesh: SequenceMesh | None, place: str, validate: When, refusal: Exception
+) -> None:
+    """Raise on all ranks what one refuses in a call before they meet in it.
+
+    Args:
+        mesh, validate: Of the call; see ``meets``. Where the ranks do not meet nothing happens.
+        place: Of PLACES: where the others are.
+        refusal: To be raised by the caller behind this.
+    """
+    if isinstance(mesh, SequenceMesh) and meets(mesh, validate, False):
+        _compare(mesh, place, {}, refusal, ())
+
+
 @untraced
 def _compare(
     mesh: SequenceMesh, place: str, facts: Facts, error: Exception | None, numbers: Numbers

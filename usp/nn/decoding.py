@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from usp.attention.functional import long_context_attention
+from usp.distributed.agreement import refuse_together
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.cache import ShardedCache
 from usp.planning.kinds import integer, tensor
@@ -55,26 +56,13 @@ def decode_attention(
             queries than tokens, or ranks hold different caches.
         NotImplementedError: queries are cut on a mesh with ``ulysses_degree`` above 1.
     """
-    if not isinstance(cache, ShardedCache):
-        raise TypeError(f"cache must be a usp.ShardedCache, got a {type(cache).__name__}")
-    if mesh is not cache.mesh:
-        raise ValueError(f"mesh is {mesh}, but the cache was made with {cache.mesh}: pass that")
-    k, v = cache.k, cache.v
-    layouts: Layouts
-    if layout is None:
-        queries, layouts, whole = tensor("q", q).shape[1], ("contiguous", cache.layout), None
-    else:
-        queries = _all_queries(q, layout, seq_len, mesh)
-        layouts, whole = (layout, cache.layout), (queries, cache.length)
-    first = cache.length - queries
-    if first < 0:
-        raise ValueError(
-            f"q has {queries} queries, but the cache holds {cache.length} tokens: queries are its "
-            "last tokens, append their keys first"
-        )
-    cache.refuse_dropped(first, f"{queries} queries")
+    try:
+        first, layouts, whole = _placed(q, cache, mesh, layout, seq_len)
+    except Exception as refusal:  # of a cache, say, that is another than those of other ranks
+        refuse_together(mesh, "long_context_attention", validate, refusal)
+        raise
     return long_context_attention(
-        q, k, v, mesh,
+        q, cache.k, cache.v, mesh,
         mask=cache.masks(),
         query_offset=first,
         softmax_scale=softmax_scale,
@@ -88,6 +76,34 @@ def decode_attention(
         queries="replicated" if layout is None else "sharded",
         validate=validate,
     )  # fmt: skip
+
+
+def _placed(
+    q: Tensor,
+    cache: ShardedCache,
+    mesh: SequenceMesh | None,
+    layout: Layout | None,
+    seq_len: int | None,
+) -> tuple[int, Layouts, tuple[int, int] | None]:
+    """Position of the first query, layouts, and whole lengths where queries are cut."""
+    if not isinstance(cache, ShardedCache):
+        raise TypeError(f"cache must be a usp.ShardedCache, got a {type(cache).__name__}")
+    if mesh is not cache.mesh:
+        raise ValueError(f"mesh is {mesh}, but the cache was made with {cache.mesh}: pass that")
+    layouts: Layouts = ("contiguous" if layout is None else layout, cache.layout)
+    if layout is None:
+        queries, whole = tensor("q", q).shape[1], None
+    else:
+        queries = _all_queries(q, layout, seq_len, mesh)
+        whole = queries, cache.length
+    first = cache.length - queries
+    if first < 0:
+        raise ValueError(
+            f"q has {queries} queries, but the cache holds {cache.length} tokens: queries are its "
+            "last tokens, append their keys first"
+        )
+    cache.refuse_dropped(first, f"{queries} queries")
+    return first, layouts, whole
 
 
 def _all_queries(q: Tensor, layout: Layout, seq_len: int | None, mesh: SequenceMesh | None) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from usp.distributed.agreement import Facts
+from usp.distributed.agreement import Facts, refuse_together
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.planning.shares import shares
@@ -129,26 +129,35 @@ class DynamicShard:
             ValueError: there is no such dim, all that may be shared are to be whole (``gather``),
                 or ``to`` is none of the others.
         """
+        try:
+            others = self._others(dims, to)
+        except (TypeError, ValueError) as refusal:
+            refuse_together(self.mesh, "usp.dsp.switch", self.validate, refusal)
+            raise
+        if others is None:
+            return self
+        to = self._least_sent(others) if to is None else checked_dim(self.local, to)
+        length = self.lengths[self.dims.index(self.dim)]
+        local = switch(self.local, self.dim, to, self.mesh, length, validate=self.validate)
+        return replace(self, local=local, dim=to)
+
+    def _others(self, dims: tuple[int, ...], to: int | None) -> list[int] | None:
+        """Dims that may be shared when ``dims`` are whole; None where these are."""
         asked = {checked_dim(self.local, dim) for dim in dims}
         others = [dim for dim in self.dims if dim not in asked]
-        if to is not None:
-            to = checked_dim(self.local, to)
-            if to not in others:
-                raise ValueError(
-                    f"dim {to} is to be shared, but only dims {others} may be: dims {self.dims} "
-                    f"were named, and {sorted(asked)} are to be whole"
-                )
+        if to is not None and checked_dim(self.local, to) not in others:
+            raise ValueError(
+                f"dim {to} is to be shared, but only dims {others} may be: dims {self.dims} "
+                f"were named, and {sorted(asked)} are to be whole"
+            )
         if self.dim not in asked:
-            return self
+            return None
         if not others:
             raise ValueError(
                 f"dims {sorted(asked)} are to be whole, and of dims {self.dims} none remains to "
                 "be shared: ask for fewer, name more dims, or gather()"
             )
-        to = self._least_sent(others) if to is None else to
-        length = self.lengths[self.dims.index(self.dim)]
-        local = switch(self.local, self.dim, to, self.mesh, length, validate=self.validate)
-        return replace(self, local=local, dim=to)
+        return others
 
     def _least_sent(self, others: list[int]) -> int:
         index = self.dims.index

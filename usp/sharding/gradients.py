@@ -73,21 +73,26 @@ def all_reduce_gradients(
     """
     axes = _axes(check_mesh(mesh), data_parallel_group)
     parameters, own = _parameters(module_or_parameters), _parameters(by_position)
-    if strange := [tuple(p.shape) for p in own if not any(p is q for q in parameters)]:
-        raise ValueError(
-            f"by_position holds parameters {strange} that are not among the {len(parameters)} "
-            "to reduce"
-        )
+    rest = [p for p in parameters if not any(p is q for q in own)]
+
+    def check() -> tuple[list[nn.Parameter], int]:
+        if strange := [tuple(p.shape) for p in own if not any(p is q for q in parameters)]:
+            raise ValueError(
+                f"by_position holds parameters {strange} that are not among the {len(parameters)} "
+                "to reduce"
+            )
+        return rest, len(own)
+
+    if mesh is not None and mesh.size > 1:
+        check_on_all_ranks(mesh, "all_reduce_gradients", check, _facts)
+    else:
+        check()
     if not axes:
         return
-    parameters = [p for p in parameters if not any(p is q for q in own)]
-    if mesh is not None and mesh.size > 1:
-        told = parameters, len(own)
-        check_on_all_ranks(mesh, "all_reduce_gradients", lambda: told, _facts)
     replicas = 1 if data_parallel_group is None else len(comm.group_ranks(data_parallel_group))
     data = _axes(None, data_parallel_group)
     with torch.no_grad():
-        for bucket in _buckets(parameters):
+        for bucket in _buckets(rest):
             _reduce(bucket, axes, replicas, accumulate_in_fp32)
         for bucket in _buckets(own) if data else ():
             _reduce(bucket, data, replicas, accumulate_in_fp32)
