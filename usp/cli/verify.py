@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.RIGHT if found else Exit.WRONG
 
 
+def _theirs(name: str, error: Exception) -> UserError:
+    """What the user's own code raised, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return UserError(
+        f"{name} raises {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+    )
+
+
 def _made(name: str) -> dict[str, Any]:
     """Arguments of ``usp.verify``, by what ``package:factory`` returns."""
     module_name, colon, factory_name = name.partition(":")
@@ -72,7 +81,12 @@ def _made(name: str) -> dict[str, Any]:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot find {name}: {error}") from error
-    found = factory() if callable(factory) else factory
+    except Exception as error:
+        raise _theirs(name, error) from error
+    try:
+        found = factory() if callable(factory) else factory
+    except Exception as error:
+        raise _theirs(name, error) from error
     if isinstance(found, dict) and isinstance(found.get("model"), nn.Module):
         return dict(found)
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], nn.Module):
