@@ -103,6 +103,7 @@ def test_sources(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--model llama9 --seq-len 8", "unknown model 'llama9': there are llama2-7b"),
         ("--model layers=4,hidden=8 --seq-len 8", "--model lacks heads, mlp"),
+        ("--model layers=4,width=8 --seq-len 8", "--model has 'width=8': there are"),
         ("--model llama2-7b --cluster h100", "--model needs --seq-len"),
         ("--model llama2-7b --seq-len 8 --cluster moon", "unknown cluster 'moon'"),
         ("--model llama2-7b --seq-len 8", "cluster here was not measured yet: usp plan --cal"),

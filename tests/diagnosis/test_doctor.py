@@ -125,6 +125,7 @@ def test_the_command_starts_ranks_and_says_what_it_found(
     [
         ("--ranks 0", "--ranks must be 1 or more, got 0"),
         ("--seconds 0", "--seconds must be positive, got 0.0"),
+        ("--seconds inf", "--seconds must be positive, got inf"),
         ("--device cuda --ranks 99", "--ranks 99 of --device cuda need a GPU each, there are"),
     ],
 )

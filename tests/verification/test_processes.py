@@ -36,6 +36,7 @@ def test_a_right_model_and_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> No
         ("no_such_package:make", "cannot find no_such_package:make"),
         ("verify_programs:raises", r"raises TypeError: raises\(\) .*, line [0-9]+"),
         ("verify_programs:nothing", "must return .model, inputs., .* got int"),
+        ("verify_programs:right --seconds 0", "seconds must be positive, got 0.0"),
         ("verify_programs:right --ring 1 --ulysses 1", "of 2 ranks or more"),
     ):
         assert cli.main(["verify", *name.split()]) == 2

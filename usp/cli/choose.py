@@ -142,8 +142,9 @@ def parse_model(text: str, causal: bool = False) -> Model:
     for part in text.split(","):
         name, equals, number = part.partition("=")
         if name not in names or not equals or not number.isdigit():
+            wrong = f"unknown model {text!r}" if "=" not in text else f"--model has {part!r}"
             raise ValueError(
-                f"unknown model {text!r}: there are {', '.join(MODELS)}; or numbers of "
+                f"{wrong}: there are {', '.join(MODELS)}; or numbers of "
                 f"{', '.join(sorted(names))}, as layers=24,hidden=1024,heads=16,mlp=4096"
             )
         given[name] = int(number)

@@ -37,6 +37,16 @@ class NoAnswer(Exception):
     """A process died or did not answer: shown as one line, exit code 3."""
 
 
+def check_seconds(seconds: float) -> None:
+    """Refuse a ``--seconds`` after which nothing could end.
+
+    Raises:
+        UserError: it is not above 0 and finite.
+    """
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds must be positive, got {seconds}")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Give a command ``--json [FILE]``, for ``present``."""
     action = parser.add_argument(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from usp.cli.console import Exit, UserError, add_json, present, table
+from usp.cli.console import Exit, UserError, add_json, check_seconds, present, table
 from usp.diagnosis.examine import Examination, examine
 from usp.diagnosis.ranks import Local, on_ranks
 from usp.diagnosis.report import LEFT_OUT, RIGHT, RankReport, Report
@@ -48,8 +48,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0: all is right. 1: something is not. 3: some rank did not answer."""
-    if not arguments.seconds > 0:
-        raise UserError(f"--seconds must be positive, got {arguments.seconds}")
+    check_seconds(arguments.seconds)
     device, ranks = chosen_ranks(arguments)
     task = Examination(device, arguments.seconds)
     local = Local(ranks, device, START_SECONDS + CHECKS * arguments.seconds)

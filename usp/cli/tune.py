@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from usp.cli.console import Exit, UserError, add_json, present, table
+from usp.cli.console import Exit, UserError, add_json, check_seconds, present, table
 
 if TYPE_CHECKING:
     from usp.backends import Tuned
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         said = f"what was measured on {device} is forgotten"
         present(arguments, {"device": device, "forgotten": True}, lambda: said)
         return Exit.RIGHT
-    if not arguments.seconds > 0:
-        raise UserError(f"--seconds must be positive, got {arguments.seconds}")
+    check_seconds(arguments.seconds)
     try:
         found = tune(device, arguments.seconds)
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from usp.distributed.making import init_mesh
 from usp.distributed.mesh import SequenceMesh
 from usp.distributed.processes import ProcessFailed, Tell, run
 from usp.integrations._boundary import Boundary
-from usp.planning.kinds import integer
+from usp.planning.kinds import integer, real
 from usp.planning.layout import Layout, check_layout
 from usp.verification.job import Job, Loss, Sharded, random_module, run_sharded, run_whole
 from usp.verification.join import Places
@@ -81,7 +81,7 @@ def verify(
 
     Raises:
         TypeError: something cannot be handed to other processes; names it.
-        ValueError: the mesh has one rank, or the whole model raises.
+        ValueError: the mesh has one rank, seconds are not positive, or the whole model raises.
 
     Example:
         >>> print(usp.verify(model, {"x": images}, mesh_shape=(1, 2), trunk="blocks"))
@@ -93,6 +93,8 @@ def verify(
             f"mesh_shape must be (ulysses_degree, ring_degree) of 2 ranks or more, got {mesh_shape}"
         )
     check_layout(layout)
+    if real("seconds", seconds) <= 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
     job = Job(
         model,
         _arguments(inputs),
