@@ -115,6 +115,12 @@ def test_on_one_device_it_is_torchs_and_count_divides() -> None:
     )
 
 
+def test_on_one_device_it_is_one_graph() -> None:
+    logits, labels = _case((5, 4), (5, 2))
+    loss = torch.compile(usp.cross_entropy, fullgraph=True, backend="eager")
+    torch.testing.assert_close(loss(logits, labels, None), F.cross_entropy(logits, labels))
+
+
 def test_losses_in_fp16_are_added_in_fp32() -> None:
     logits = torch.zeros(9000, 4096, dtype=torch.float16)  # their sum is 74858, beyond fp16
     loss = usp.cross_entropy(logits, torch.zeros(9000, dtype=torch.int64), None)

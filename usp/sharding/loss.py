@@ -124,7 +124,8 @@ def mean_of_whole(
         mesh, group, count: As ``cross_entropy`` has them.
     """
     axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
-    total, divisor = untraced(_totals)(mine.detach(), valid, axes, group)
+    totals = untraced(_totals) if axes or group is not None else _totals  # alone in one graph
+    total, divisor = totals(mine.detach(), valid, axes, group)
     if count is not None:
         divisor = divisor.new_tensor(count)
     divisor = divisor.clamp(min=torch.finfo(mine.dtype).tiny)
