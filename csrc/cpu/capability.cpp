@@ -7,6 +7,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if USP_CPU_NEON_BF16 && defined(__linux__)
+#include <sys/auxv.h>
+#elif USP_CPU_NEON_BF16 && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace usp::cpu {
 namespace {
@@ -31,6 +36,20 @@ namespace {
 #endif
 }
 
+// Whether FEAT_BF16 is there.
+[[maybe_unused]] bool has_neon_bf16() {
+#if USP_CPU_NEON_BF16 && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which old headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif USP_CPU_NEON_BF16 && defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof(there);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &there, &size, nullptr, 0) == 0 && there != 0;
+#else
+  return false;
+#endif
+}
+
 Capability highest() {
 #if USP_CPU_X86
   __builtin_cpu_init();
@@ -43,7 +62,7 @@ Capability highest() {
   if (!__builtin_cpu_supports("avx512bf16")) return Capability::kAvx512;
   return may_use_amx() ? Capability::kAmx : Capability::kAvx512Bf16;
 #else
-  return Capability::kDefault;
+  return has_neon_bf16() ? Capability::kNeonBf16 : Capability::kDefault;
 #endif
 }
 

@@ -73,7 +73,12 @@ double error_of(const std::vector<float>& found, const std::vector<float>& expec
 
 Capability fastest_here() {
   std::vector<Capability> levels;
-  for (const Capability level : {Capability::kAvx512, Capability::kAvx512Bf16, Capability::kAmx}) {
+#if USP_CPU_X86
+  constexpr Capability kRivals[] = {Capability::kAvx512, Capability::kAvx512Bf16, Capability::kAmx};
+#else
+  constexpr Capability kRivals[] = {Capability::kDefault, Capability::kNeonBf16};
+#endif
+  for (const Capability level : kRivals) {
     if (has(level)) levels.push_back(level);
   }
   if (levels.size() < 2) return capability_of_machine();

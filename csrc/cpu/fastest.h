@@ -3,8 +3,8 @@
 // Which instruction set computes bf16: not the newest, but the fastest that is right.
 //
 // AVX-512's BF16 products are faster than its fp32 ones on some machines, and may be slower on
-// others. So the first call tries a few tiles of attention at each level that the machine has. A
-// level whose result differs is left out, and said on stderr.
+// others; of NEON's nobody has measured it. So the first call tries a few tiles of attention at
+// each level that the machine has. A level whose result differs is left out, and said on stderr.
 
 #include <cstdint>
 

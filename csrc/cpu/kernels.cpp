@@ -18,6 +18,11 @@ const Kernels<T>& kernels_of(Capability capability, DType inputs) {
   }
   if (capability >= Capability::kAvx512) return avx512_kernels<T>();
   if (capability == Capability::kAvx2) return avx2_kernels<T>();
+#elif USP_CPU_NEON_BF16
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const bool takes = capability == Capability::kNeonBf16 && inputs == DType::kBFloat16;
+    if (takes) return neon_bf16_kernels();
+  }
 #endif
   (void)capability;
   (void)inputs;

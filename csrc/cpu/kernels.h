@@ -229,5 +229,6 @@ const Kernels<T>& avx512_kernels();
 const Kernels<float>& avx512_bf16_kernels();  // for bf16 inputs only: a word is a pair
 const Kernels<float>& amx_kernels();          // these too
 const Kernels<float>& amx_emulated_kernels();
+const Kernels<float>& neon_bf16_kernels();
 
 }  // namespace usp::cpu

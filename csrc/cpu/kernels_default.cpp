@@ -3,8 +3,13 @@
 #include "cpu/kernels.h"
 
 #define USP_VECTOR_BYTES 16
+#if USP_CPU_ARM  // 32 registers
+#define USP_GEMM_ROWS 5
+#define USP_GEMM_VECTORS 4
+#else
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 2
+#endif
 #include "cpu/tile_kernels.h"
 
 namespace usp::cpu {

@@ -1,24 +1,22 @@
 #pragma once
 
-// Words of two bf16, for the objects whose products take such pairs. The including file has set
-// USP_VECTOR_BYTES to 64 and a target with AVX-512 BF16.
+// Words of two bf16, for the objects whose products take such pairs. The including file has set a
+// target with BF16 instructions: AVX-512's, with vectors of 64 bytes, or NEON's.
 //
 // Weights and gradients of scores are rounded to bf16 for their products, to nearest even.
 
 #include "cpu/tile_kernels.h"
 
+#if USP_CPU_ARM
+#include "cpu/pairs_neon.h"
+#else
+#include "cpu/pairs_avx512.h"
+#endif
+
 namespace usp::cpu {
 namespace {
 
 int64_t pairs(int64_t count) { return (count + 1) / 2; }
-
-// 32 bf16: lane by lane one of `first`, one of `second`.
-USP_SIMD Vec<float> rounded_pairs(Vec<float> first, Vec<float> second) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)halves);
-}
 
 // A word is two bf16, the first in the low half. Products are exact and summed in fp32.
 struct PairWords {
@@ -27,12 +25,12 @@ struct PairWords {
   static constexpr bool kInPlace = false;
 
   static USP_SIMD_MEMBER Vec<float> multiply_add(float left, Vec<float> right, Vec<float> sum) {
-    return multiply_add_lanes<float>((Vec<float>)_mm512_set1_ps(left), right, sum);
+    return add_products(left, right, sum);
   }
 
   template <typename T>
   static USP_SIMD_MEMBER Vec<T> multiply_add_lanes(Vec<T> left, Vec<T> right, Vec<T> sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+    return add_products_of_lanes(left, right, sum);
   }
 
   template <typename T>
@@ -47,7 +45,7 @@ struct PairWords {
 
   template <typename T>
   static USP_SIMD_MEMBER void store_by_key(Tile<T> tile, T* room, int64_t j, int64_t i, Vec<T> x) {
-    const auto halves = _mm512_cvtneps_pbh((__m512)x);
+    const Halves halves = rounded(x);
     __builtin_memcpy(room + (j * tile.queries + i) / 2, &halves, sizeof(halves));
   }
 
@@ -73,26 +71,16 @@ Matrix<const float> left_row_pairs(DType, const void* src, int64_t src_stride, i
   return {room.data, room.ld};
 }
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-// 16 words, each of one bf16 of `low` and one of `high`.
-USP_SIMD Vec<float> interleave(Halves low, Halves high) {
-  return (Vec<float>)(__builtin_convertvector(low, Mask<float>) |
-                      (__builtin_convertvector(high, Mask<float>) << 16));
-}
-
 void right_row_pairs(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
                      Matrix<float> dst) {
   for (int64_t i = 0; i < rows; i += 2) {
     const uint16_t* low = static_cast<const uint16_t*>(src) + i * src_stride;
     const uint16_t* high = low + src_stride;
     float* to = dst.data + i / 2 * dst.ld;
-    for (int64_t d = 0; d < dst.ld; d += kPad) {
+    for (int64_t d = 0; d < dst.ld; d += kLanes<float>) {
       const int64_t there = cols - d;
-      const __mmask16 some = there >= kPad ? 0xFFFF : there <= 0 ? 0 : (1 << there) - 1;
-      const __mmask16 in_pair = i + 1 < rows ? some : __mmask16{0};
-      store<float>(to + d, interleave((Halves)_mm256_maskz_loadu_epi16(some, low + d),
-                                      (Halves)_mm256_maskz_loadu_epi16(in_pair, high + d)));
+      store<float>(to + d, interleaved(load_halves(low + d, there),
+                                       load_halves(high + d, i + 1 < rows ? there : 0)));
     }
   }
 }

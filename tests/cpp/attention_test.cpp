@@ -8,10 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <thread>
 #include <vector>
+
+#include "cpu/capability.h"
 
 namespace usp::cpu {
 namespace {
@@ -253,7 +256,12 @@ void expect_right(const Case& c) {
   }
 }
 
-TEST(Attention, IsWhatPlainLoopsFind) {
+// At every level that this machine has.
+class Attentions : public testing::TestWithParam<Capability> {};
+
+TEST_P(Attentions, AreWhatPlainLoopsFind) {
+  if (!has(GetParam())) GTEST_SKIP() << "this machine has no " << name(GetParam());
+  setenv("USP_CPU_CAPABILITY", name(GetParam()), 1);
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16}) {
     SCOPED_TRACE(static_cast<int>(dtype));
     Case plain;
@@ -269,7 +277,11 @@ TEST(Attention, IsWhatPlainLoopsFind) {
     capped.softcap = 1.5, capped.bias = true, capped.D = 64, capped.Dv = 17;
     expect_right(capped);
   }
+  unsetenv("USP_CPU_CAPABILITY");
 }
+
+INSTANTIATE_TEST_SUITE_P(Levels, Attentions, testing::ValuesIn(capabilities_built()),
+                         [](const auto& info) { return std::string(name(info.param)); });
 
 }  // namespace
 }  // namespace usp::cpu

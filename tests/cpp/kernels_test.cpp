@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -202,8 +203,9 @@ TYPED_TEST(TileKernels, ExpAtTheEnds) {
   };
   this->on_each_capability(check);
   if constexpr (sizeof(T) == sizeof(float)) {
-    constexpr Capability kPairs = Capability::kAvx512Bf16;
-    if (has(kPairs)) check(kernels_of<float>(kPairs, DType::kBFloat16));
+    for (const Capability pairs : {Capability::kAvx512Bf16, Capability::kNeonBf16}) {
+      if (has(pairs)) check(kernels_of<float>(pairs, DType::kBFloat16));
+    }
   }
 }
 
@@ -427,12 +429,8 @@ TEST_P(Bf16Products, RoundedWeightsAreAccurateToSeventeenBits) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Levels, Bf16Products,
-                         testing::Values(Capability::kAvx512Bf16
-#if USP_CPU_AMX
-                                         ,
-                                         Capability::kAmxEmulated, Capability::kAmx
-#endif
-                                         ),
+                         testing::Values(Capability::kAvx512Bf16, Capability::kAmxEmulated,
+                                         Capability::kAmx, Capability::kNeonBf16),
                          [](const auto& info) { return std::string(name(info.param)); });
 
 TEST(Levels, TheFastestThatIsRightIsChosen) {
@@ -446,6 +444,28 @@ TEST(Levels, TheFastestThatIsRightIsChosen) {
   const std::string said = testing::internal::GetCapturedStderr();
   EXPECT_NE(said.find("CPU level amx is off by nan"), std::string::npos) << said;
   EXPECT_NE(said.find("CPU level avx512_bf16 is off by 0.03"), std::string::npos) << said;
+}
+
+// A CPU has levels of its own kind alone, and what it lacks falls to what it has.
+TEST(Levels, AreThoseOfThisCpu) {
+  constexpr bool kOfArm = USP_CPU_ARM;
+  EXPECT_TRUE(has(Capability::kDefault));
+  EXPECT_EQ(has(Capability::kNeonBf16), kOfArm && capability_of_machine() != Capability::kDefault);
+  if (kOfArm) {
+    EXPECT_FALSE(has(Capability::kAvx2) || has(Capability::kAmxEmulated) || has(Capability::kAmx));
+  }
+  for (const Capability level : {Capability::kAvx2, Capability::kAmx, Capability::kNeonBf16}) {
+    setenv("USP_CPU_CAPABILITY", name(level), 1);
+    EXPECT_EQ(capability_in_use(), has(level) ? level : capability_of_machine());
+    unsetenv("USP_CPU_CAPABILITY");
+  }
+}
+
+// Where it is said what this machine should have, as by who emulates it.
+TEST(Levels, TheMachinesIsTheExpectedOne) {
+  const char* expected = std::getenv("USP_EXPECTED_CAPABILITY");
+  if (expected == nullptr) GTEST_SKIP() << "USP_EXPECTED_CAPABILITY says none";
+  EXPECT_STREQ(name(capability_of_machine()), expected);
 }
 
 TEST(Levels, TrialsAgreeWithPlainLoops) {

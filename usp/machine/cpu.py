@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from usp.machine import library
 
 # The instruction sets of the compiled kernels, in the order of ``csrc/cpu/capability.h``.
-LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx")
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx", "neon_bf16")
 # The names that makers go by, and what machines say of themselves.
 _SIGNS = {"Intel": ("Intel",), "AMD": ("AuthenticAMD", "AMD")}
 

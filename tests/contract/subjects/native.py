@@ -112,10 +112,12 @@ class Native(Subject):
 def of_this_machine() -> tuple[str, ...]:
     if ops.load_error() is not None:
         return ("default",)
-    machine = cpu.level()
-    below = CAPABILITIES[: 1 + CAPABILITIES.index(machine)]
-    return (*below, "amx_emulated") if machine == "avx512_bf16" else below
+    found = []
+    for wanted in CAPABILITIES:
+        with running_on(wanted, torch.get_num_threads()):
+            found += [wanted] * (cpu.level() == wanted)  # else it fell to another
+    return tuple(found)
 
 
 SUBJECTS = [Native(f"native-{capability}") for capability in of_this_machine()]
-COMPLETE = SUBJECTS[min(2, len(SUBJECTS) - 1)]
+COMPLETE = [subject for subject in SUBJECTS if subject.capability not in BF16_ONLY][-1]
