@@ -14,14 +14,13 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/lookahead.h"
 #include "cpu/tiles.h"
 
 namespace usp::cpu {
 namespace {
 
 // The tiles of query rows that a task holds: keys and values that it loads serve all of them.
-constexpr int64_t kTilesHeld = 4;
+constexpr int64_t kTilesHeld = 8;
 
 // As many as leave several tasks to each thread.
 int64_t tiles_held(int64_t tiles, int64_t threads) {
@@ -95,19 +94,18 @@ struct Division {
   }
 
   Share share(int64_t task) const {
-    const int64_t g = task / runs % a.G, first = task % runs * held;
+    const int64_t g = task % a.G, first = task / a.G % runs * held;
     const int64_t tiles = row_tiles * a.query_heads(g).size();
     return {task / runs / a.G, g, intersect({first, first + held}, {0, tiles})};
   }
 
-  // Calls visit(h, rows) for each tile.
+  // Calls visit(h, rows) for one of its tiles.
   template <typename Visit>
-  void for_each_tile(const Share& share, Visit&& visit) const {
+  void with_tile(const Share& share, int64_t number, Visit&& visit) const {
     const Range own = a.query_heads(share.g);
-    for (int64_t t = share.tiles.begin; t < share.tiles.end; ++t) {
-      const int64_t begin = (row_tiles - 1 - t / own.size()) * kQueryTile;
-      visit(own.begin + t % own.size(), Range{begin, std::min(begin + kQueryTile, a.Lq)});
-    }
+    const int64_t t = share.tiles.begin + number;
+    const int64_t begin = (row_tiles - 1 - t / own.size()) * kQueryTile;
+    visit(own.begin + t % own.size(), Range{begin, std::min(begin + kQueryTile, a.Lq)});
   }
 };
 
@@ -131,7 +129,9 @@ class ForwardWorker {
     b_ = share.b;
     g_ = share.g;
     count_ = 0;
-    division_.for_each_tile(share, [&](int64_t h, Range rows) { hold(h, rows); });
+    for (int64_t number = 0; number < share.tiles.size(); ++number) {
+      division_.with_tile(share, number, [&](int64_t h, Range rows) { hold(h, rows); });
+    }
     if (count_ > 0) walk();
   }
 
@@ -150,11 +150,15 @@ class ForwardWorker {
   }
 
   void walk() {
-    Pace pace = from_band(0);
-    while (!pace.keys.empty()) {
+    int64_t left = 0;
+    for (Pace pace = from_band(0); !pace.keys.empty(); pace = after(pace)) ++left;
+    const int64_t last_paces = std::clamp<int64_t>(left, 1, kTilesHeld);
+    tiles_expected_ = 0;
+    for (Pace pace = from_band(0); left > 0; --left) {
       const Pace next = after(pace);
       look_ahead(next.keys);
-      ahead_.spread(kTurns * tiles_seeing(pace));
+      expect_tiles(expected_tiles() * std::max<int64_t>(last_paces - left + 1, 0) / last_paces);
+      ahead_.spread(blocks(pace));
       add_keys(a_.band(pace.band), pace.keys);
       pace = next;
     }
@@ -189,13 +193,16 @@ class ForwardWorker {
     return intersect(keys, {keys.begin, keys.begin + kKeyTile});
   }
 
-  int64_t tiles_seeing(const Pace& pace) const {
-    int64_t tiles = 0;
+  // Of products, of the tiles that see any of these keys.
+  int64_t blocks(const Pace& pace) const {
+    int64_t blocks = 0;
     for (int64_t t = 0; t < count_; ++t) {
-      const Range seen = visible_keys(a_.band(pace.band), w_.tiles[t].rows);
-      tiles += !intersect(seen, pace.keys).empty();
+      const Range rows = w_.tiles[t].rows;
+      const int64_t keys = intersect(visible_keys(a_.band(pace.band), rows), pace.keys).size();
+      blocks +=
+          kernels_.blocks(keys, rows.size()) + kernels_.blocks(keys > 0 ? rows.size() : 0, a_.Dv);
     }
-    return tiles;
+    return blocks;
   }
 
   // That some of the rows see, of the first band in which they see any.
@@ -207,25 +214,38 @@ class ForwardWorker {
     return visible;
   }
 
-  // To the next keys; after the last, to where results go and what the next task begins with.
+  // To the next keys; after the last, to those of the next task.
   void look_ahead(Range keys) {
     ahead_.forget();
     if (!keys.empty()) return look_ahead_at_keys(b_, g_, keys);
-    for (const RowTile<T>& tile : held()) {
-      ahead_.add(place(tile, 0), stored(), a_.H * a_.Dv, tile.rows.size(), a_.Dv);
-    }
     if (next_ >= division_.tasks) return;
-    Range visible;
-    division_.for_each_tile(next_share_, [&](int64_t h, Range rows) {
-      ahead_.add(a_.q, next_share_.b, h, rows, a_.D);
-      visible = first_keys(rows);
+    division_.with_tile(next_share_, next_share_.tiles.size() - 1, [&](int64_t, Range rows) {
+      look_ahead_at_keys(next_share_.b, next_share_.g, first_tile(first_keys(rows)));
     });
-    look_ahead_at_keys(next_share_.b, next_share_.g, first_tile(visible));
   }
 
   void look_ahead_at_keys(int64_t b, int64_t g, Range keys) {
-    ahead_.add(a_.k, b, g, keys, a_.D);
-    ahead_.add(a_.v, b, g, keys, a_.Dv);
+    expect(ahead_, a_.k, b, g, keys, a_.D);
+    expect(ahead_, a_.v, b, g, keys, a_.Dv);
+  }
+
+  // Where results go, and then the queries of the next task: a few tiles in each of the last paces.
+  int64_t expected_tiles() const {
+    return count_ + (next_ < division_.tasks ? next_share_.tiles.size() : 0);
+  }
+
+  void expect_tiles(int64_t number) {
+    for (; tiles_expected_ < number; ++tiles_expected_) {
+      if (tiles_expected_ < count_) {
+        const RowTile<T>& tile = w_.tiles[tiles_expected_];
+        const int64_t size = element_size(stored());
+        ahead_.add(place(tile, 0), a_.H * a_.Dv * size, tile.rows.size(), a_.Dv * size);
+      } else {
+        division_.with_tile(next_share_, tiles_expected_ - count_, [&](int64_t h, Range rows) {
+          expect(ahead_, a_.q, next_share_.b, h, rows, a_.D);
+        });
+      }
+    }
   }
 
   void load_queries(RowTile<T>& tile) {
@@ -293,8 +313,6 @@ class ForwardWorker {
     }
   }
 
-  static constexpr int64_t kTurns = 3;  // calls of ahead_.advance in a part
-
   // Keys into the tile, or into a strip of it.
   void add_part(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
@@ -304,20 +322,17 @@ class ForwardWorker {
     const QueryPositions positions = tile.positions.from(row);
     const Matrix<T> out{tile.out.data + row * tile.out.ld, tile.out.ld};
     const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
-    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr);
-    ahead_.advance();
+    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr, &ahead_);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }
     const auto weights = kernels_.softmax_update(s, softmax, w_.multiplier, w_.weights);
-    ahead_.advance();
     const uint32_t part = strips(row, num_rows), old = tile.started & part;
     const int64_t seeing = rows_seeing(at);
     if ((old != 0 && old != part) || (old == 0 && seeing < num_rows)) start(tile);
     const bool adds = (tile.started & part) != 0;
-    kernels_.gemm(seeing, out.ld, num_keys, weights, v, out, {T(1), adds, softmax.factor});
+    kernels_.gemm(seeing, out.ld, num_keys, weights, v, out, {T(1), adds, softmax.factor, &ahead_});
     tile.started |= part;
-    ahead_.advance();
   }
 
   void store_state(RowTile<T>& tile) {
@@ -370,6 +385,7 @@ class ForwardWorker {
   int64_t b_ = 0, g_ = 0, count_ = 0;
   int64_t next_ = -1;  // task
   Share next_share_{};
+  int64_t tiles_expected_ = 0;  // of expected_tiles()
   Lookahead ahead_;
 };
 

@@ -69,6 +69,7 @@ void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, i
                                                          update);
       pass(half);
     } else {
+      update.look_ahead();
       gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, update);
       pass(kRows);
     }

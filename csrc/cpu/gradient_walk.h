@@ -7,7 +7,6 @@
 
 #include "cpu/attention.h"
 #include "cpu/gradient_workspace.h"
-#include "cpu/lookahead.h"
 
 namespace usp::cpu {
 
@@ -53,13 +52,13 @@ class GradientWalk {
 
   // What the next calls will read, and where they will write.
   void expect_keys(int64_t b, int64_t g, Range keys) {
-    ahead_.add(a_.k, b, g, keys, a_.D);
-    ahead_.add(a_.v, b, g, keys, a_.Dv);
+    expect(a_.k, b, g, keys, a_.D);
+    expect(a_.v, b, g, keys, a_.Dv);
   }
 
   void expect_queries(int64_t b, int64_t h, Range rows) {
-    ahead_.add(a_.q, b, h, rows, a_.D);
-    ahead_.add(grads_.dout, b, h, rows, a_.Dv);
+    expect(a_.q, b, h, rows, a_.D);
+    expect(grads_.dout, b, h, rows, a_.Dv);
     expect(of_queries(b, h, rows), rows, a_.D);
   }
 
@@ -81,7 +80,7 @@ class GradientWalk {
     if (sees || first) {
       set_zero(w_.dq, rows.size());
       if (sees) {
-        ahead_.spread(kTurns * tiles);
+        ahead_.spread(tiles * blocks(rows.size(), kKeyTile));
         load_queries(h, rows);
         add_tiles(h, rows, pinned);
         add_tiles(h, rows, keys);
@@ -140,8 +139,13 @@ class GradientWalk {
     return {static_cast<char*>(result) + offset * element_size(dtype), dtype, stride};
   }
 
+  void expect(const TensorView& x, int64_t b, int64_t h, Range rows, int64_t cols) {
+    cpu::expect(ahead_, x, b, h, rows, cols);
+  }
+
   void expect(Place at, Range rows, int64_t cols) {
-    ahead_.add(at.data, at.dtype, at.stride, rows.size(), cols);
+    const int64_t size = element_size(at.dtype);
+    ahead_.add(at.data, at.stride * size, rows.size(), cols * size);
   }
 
   void put(Matrix<T> sum, Range rows, int64_t cols, T scale, bool add, Place to) {
@@ -186,7 +190,11 @@ class GradientWalk {
     }
   }
 
-  static constexpr int64_t kTurns = 6;  // calls of ahead_.advance in a part
+  // Of the products of a tile.
+  int64_t blocks(int64_t rows, int64_t keys) const {
+    return 2 * kernels_.blocks(keys, rows) + kernels_.blocks(keys, a_.D) +
+           kernels_.blocks(keys, a_.Dv) + kernels_.blocks(rows, a_.D);
+  }
 
   // A tile of the queries, or a strip of it; keys `skipped` behind the first of a tile held.
   void add_part(const TileIndex& at, Range rows, int64_t tile, int64_t skipped) {
@@ -205,18 +213,15 @@ class GradientWalk {
   }
 
   void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<T> right, Matrix<T> sum) {
-    kernels_.gemm(m, sum.ld, k, left, as_const(right), sum, {T(1), true});
-    ahead_.advance();
+    kernels_.gemm(m, sum.ld, k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_});
   }
 
   GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, Matrix<const T> k,
                                         Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
     const QueryPositions positions = w_.positions.from(row);
-    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative);
-    ahead_.advance();
-    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1));
-    ahead_.advance();
+    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative, &ahead_);
+    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1), &ahead_);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }
@@ -229,7 +234,6 @@ class GradientWalk {
                                               w_.derivative,
                                               w_.ds,
                                               {weights, by_key, by_query}});
-    ahead_.advance();
     if (w_.ds != nullptr) {
       const auto& dbias = grads_.dbias;
       kernels_.add_bias_gradient({w_.ds, s.keys, s.queries}, at.rows.size(),

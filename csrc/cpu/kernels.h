@@ -17,6 +17,7 @@
 #include "common/philox.h"
 #include "common/softmax.h"
 #include "cpu/capability.h"
+#include "cpu/lookahead.h"
 
 namespace usp::cpu {
 
@@ -67,9 +68,15 @@ struct Update {
   T alpha;
   bool adds;
   const T* factor = nullptr;  // null: 1
+  // Asked for the next few rows once a register block; null: nothing will be read soon.
+  Lookahead* ahead = nullptr;
 
   Update from(int64_t row) const {
-    return {alpha, adds, factor == nullptr ? nullptr : factor + row};
+    return {alpha, adds, factor == nullptr ? nullptr : factor + row, ahead};
+  }
+
+  void look_ahead() const {
+    if (ahead != nullptr) ahead->advance();
   }
 };
 
@@ -117,10 +124,16 @@ struct ChannelGradients {
 
 template <typename T>
 struct Kernels {
-  int64_t word;  // elements in one
+  int64_t word;                       // elements in one
+  int64_t block_rows, block_columns;  // of c that gemm holds in registers at once
   // How far below its lse the maximum of a carried row starts. Where weights are rounded for their
   // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
   T headroom;
+
+  // About how many register blocks gemm makes of c (m, n).
+  int64_t blocks(int64_t m, int64_t n) const {
+    return ((m + block_rows - 1) / block_rows) * ((n + block_columns - 1) / block_columns);
+  }
 
   // c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other
   // two are any number.

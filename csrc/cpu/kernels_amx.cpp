@@ -74,6 +74,7 @@ struct AmxTiles {
 template <typename Tiles>
 constexpr Kernels<float> make_tile_kernels() {
   Kernels<float> table = make_bf16_kernels();
+  table.block_rows = table.block_columns = 2 * kTileRows;
   table.gemm = gemm_on_tiles<Tiles>;
   return table;
 }

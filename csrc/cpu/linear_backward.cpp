@@ -89,25 +89,29 @@ class BackwardWalk {
   void chunk(Range tokens, int64_t i) {
     const int64_t rows = tokens.size();
     look_ahead(tokens.begin);
+    const int64_t written = wants_inputs() ? rows : 0;
+    ahead_.spread(table_.blocks(a_.D, w_.gradient.ld) + 2 * table_.blocks(written, a_.D) +
+                  table_.blocks(written, a_.Dv));
     w_.decays.load(table_, a_.g, at_.b, at_.h, tokens);
     const auto q = rows_of(table_, a_.q, at_, a_.H, tokens, a_.D, w_.q);
     const auto dout = rows_of(table_, g_.dout, at_.b, at_.h, tokens, a_.Dv, w_.dout);
     if (wants_inputs()) inputs(tokens, q, dout, state(i));
     const auto update = w_.decays.since_start(table_, rows, q, w_.decayed);
     w_.decays.decay_state(table_, rows, w_.gradient);
-    table_.gemm(a_.D, w_.gradient.ld, rows, transposed(update), dout, w_.gradient, {T(1), true});
+    table_.gemm(a_.D, w_.gradient.ld, rows, transposed(update), dout, w_.gradient,
+                {T(1), true, nullptr, &ahead_});
   }
 
   // The chunk that ends there comes next.
   void look_ahead(int64_t end) {
     const Range next{std::max(end - kChunk, a_.tokens(at_.part).begin), end};
     ahead_.forget();
-    ahead_.add(a_.q, at_.b, a_.q.head(at_.h, a_.H), next, a_.D);
-    ahead_.add(g_.dout, at_.b, at_.h, next, a_.Dv);
+    expect(ahead_, a_.q, at_.b, a_.q.head(at_.h, a_.H), next, a_.D);
+    expect(ahead_, g_.dout, at_.b, at_.h, next, a_.Dv);
     look_ahead_at(a_, at_, next, ahead_);
     if (!wants_inputs()) return;
-    ahead_.add(a_.k, at_.b, a_.k.head(at_.h, a_.H), next, a_.D);
-    ahead_.add(a_.v, at_.b, a_.v.head(at_.h, a_.H), next, a_.Dv);
+    expect(ahead_, a_.k, at_.b, a_.k.head(at_.h, a_.H), next, a_.D);
+    expect(ahead_, a_.v, at_.b, a_.v.head(at_.h, a_.H), next, a_.Dv);
   }
 
   // dq, dk, dv and dg of a chunk, by the gradient of the state behind it.
@@ -117,20 +121,16 @@ class BackwardWalk {
     const auto v = rows_of(table_, a_.v, at_, a_.H, tokens, a_.Dv, w_.v);
     const bool decays = g_.dg != nullptr;
     triangles(rows, q, k, v, dout);
-    ahead_.advance();
     table_.right_transpose(as_const(w_.gradient), a_.D, a_.Dv, w_.gradient_transposed);
     of_states(rows, v, dout, state);
-    ahead_.advance();
     const ChunkGradients<T> at{rows, q, k, w_.dq, w_.dk, w_.scores, w_.dscores};
     if (decays)
       w_.decays.of_states(table_, at, {as_const(state), as_const(w_.gradient_transposed)});
     w_.decays.within(table_, at, decays);
-    ahead_.advance();
     store_result(table_, a_, at_, tokens, w_.dq, a_.D, g_.dq);
     store_result(table_, a_, at_, tokens, w_.dk, a_.D, g_.dk);
     if (decays) w_.decays.store(table_, a_, at_, tokens, g_.dg);
     of_values(tokens, k, dout);
-    ahead_.advance();
   }
 
   // Scores with their decays, and their gradients without.
@@ -144,16 +144,19 @@ class BackwardWalk {
 
   // What queries read of the state before the chunk, and keys write into the one behind it.
   void of_states(int64_t rows, Matrix<const T> v, Matrix<const T> dout, Matrix<T> state) {
-    table_.gemm(rows, w_.dq.ld, a_.Dv, dout, as_const(state), w_.dq, {T(1), false});
+    table_.gemm(rows, w_.dq.ld, a_.Dv, dout, as_const(state), w_.dq,
+                {T(1), false, nullptr, &ahead_});
     w_.decays.scale_since_start(table_, rows, w_.dq);
-    table_.gemm(rows, w_.dk.ld, a_.Dv, v, as_const(w_.gradient_transposed), w_.dk, {T(1), false});
+    table_.gemm(rows, w_.dk.ld, a_.Dv, v, as_const(w_.gradient_transposed), w_.dk,
+                {T(1), false, nullptr, &ahead_});
     w_.decays.scale_to_end(table_, rows, w_.dk);
   }
 
   void of_values(Range tokens, Matrix<const T> k, Matrix<const T> dout) {
     const int64_t rows = tokens.size();
     const auto written = w_.decays.to_end(table_, rows, k, w_.decayed);
-    table_.gemm(rows, w_.dv.ld, a_.D, written, as_const(w_.gradient), w_.dv, {T(1), false});
+    table_.gemm(rows, w_.dv.ld, a_.D, written, as_const(w_.gradient), w_.dv,
+                {T(1), false, nullptr, &ahead_});
     add_upper_times(table_, rows, w_.dv.ld, w_.scores, dout, w_.dv);
     store_result(table_, a_, at_, tokens, w_.dv, a_.Dv, g_.dv);
   }

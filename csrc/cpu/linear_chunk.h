@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "cpu/linear.h"
-#include "cpu/lookahead.h"
 #include "cpu/tiles.h"
 
 namespace usp::cpu {

@@ -301,7 +301,7 @@ template <typename T>
 void look_ahead_at(const LinearAttention<T>& a, const HeadTask& at, Range next, Lookahead& ahead) {
   if (!a.g.has_channels) return;
   const TensorView logs{a.g.data, kDType<T>, a.g.batch_stride, a.g.row_stride, a.g.head_stride};
-  ahead.add(logs, at.b, at.h, next, a.D);
+  expect(ahead, logs, at.b, at.h, next, a.D);
 }
 
 // Calls visit with the decays that are given, as a type: visit(decays_of_that_type).

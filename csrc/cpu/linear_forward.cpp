@@ -54,14 +54,16 @@ class ForwardWalk {
   void chunk(Range tokens, LinearResult out) {
     const int64_t rows = tokens.size();
     look_ahead(tokens.end);
+    const int64_t seeing = out.data != nullptr ? rows : 0;
+    ahead_.spread(table_.blocks(a_.D, w_.state.ld) + table_.blocks(seeing, w_.out.ld));
     w_.decays.load(table_, a_.g, at_.b, at_.h, tokens);
     const auto k = rows_of(table_, a_.k, at_, a_.H, tokens, a_.D, w_.k);
     const auto v = rows_of(table_, a_.v, at_, a_.H, tokens, a_.Dv, w_.v);
     if (out.data != nullptr) see(tokens, k, v, out);
     const auto update = w_.decays.to_end(table_, rows, k, w_.decayed);
     w_.decays.decay_state(table_, rows, w_.state);
-    ahead_.advance();
-    table_.gemm(a_.D, w_.state.ld, rows, transposed(update), v, w_.state, {T(1), true});
+    table_.gemm(a_.D, w_.state.ld, rows, transposed(update), v, w_.state,
+                {T(1), true, nullptr, &ahead_});
   }
 
   // What the tokens see of the state before them, and of each other.
@@ -69,10 +71,9 @@ class ForwardWalk {
     const int64_t rows = tokens.size();
     const auto q = rows_of(table_, a_.q, at_, a_.H, tokens, a_.D, w_.q);
     const auto decayed = w_.decays.since_start(table_, rows, q, w_.decayed);
-    table_.gemm(rows, w_.out.ld, a_.D, decayed, as_const(w_.state), w_.out, {T(1), false});
-    ahead_.advance();
+    table_.gemm(rows, w_.out.ld, a_.D, decayed, as_const(w_.state), w_.out,
+                {T(1), false, nullptr, &ahead_});
     w_.decays.scores(table_, rows, q, k, w_.k_transposed, w_.scores);
-    ahead_.advance();
     add_lower_times(table_, rows, w_.out.ld, w_.scores, v, w_.out);
     store_result(table_, a_, at_, tokens, w_.out, a_.Dv, out);
   }
@@ -80,10 +81,10 @@ class ForwardWalk {
   void look_ahead(int64_t begin) {
     const Range next{begin, std::min(begin + kChunk, a_.tokens(at_.part).end)};
     ahead_.forget();
-    ahead_.add(a_.k, at_.b, a_.k.head(at_.h, a_.H), next, a_.D);
-    ahead_.add(a_.v, at_.b, a_.v.head(at_.h, a_.H), next, a_.Dv);
+    expect(ahead_, a_.k, at_.b, a_.k.head(at_.h, a_.H), next, a_.D);
+    expect(ahead_, a_.v, at_.b, a_.v.head(at_.h, a_.H), next, a_.Dv);
     look_ahead_at(a_, at_, next, ahead_);
-    if (a_.q.data != nullptr) ahead_.add(a_.q, at_.b, a_.q.head(at_.h, a_.H), next, a_.D);
+    if (a_.q.data != nullptr) expect(ahead_, a_.q, at_.b, a_.q.head(at_.h, a_.H), next, a_.D);
   }
 
   const LinearAttention<T>& a_;

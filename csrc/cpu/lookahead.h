@@ -1,10 +1,11 @@
 #pragma once
 
-// Rows of tensors that will be read soon, asked for a few at a time between the products. A head's
-// rows lie a whole token apart, which the hardware does not foresee, and a short sequence would
-// spend much of its time waiting for them.
+// Rows of tensors that will be read soon, asked for a few at a time among the blocks of the
+// products. A head's rows lie a whole token apart, which the hardware does not foresee, and a short
+// sequence would spend much of its time waiting for them. More at once than the lines that a core
+// can wait for would stop it just the same.
 
-#include "cpu/tiles.h"
+#include <cstdint>
 
 namespace usp::cpu {
 
@@ -12,21 +13,14 @@ class Lookahead {
  public:
   void forget() { begin_ = end_ = waiting_ = 0; }
 
-  void add(const TensorView& x, int64_t b, int64_t h, Range rows, int64_t cols) {
-    if (rows.empty()) return;
-    add(row_address(x, b, rows.begin, h), x.dtype, x.row_stride, rows.size(), cols);
-  }
-
   // Rows of a result too: where they are not in the cache, a store waits for them as well.
-  void add(const void* from, DType dtype, int64_t stride, int64_t rows, int64_t cols) {
+  void add(const void* from, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
     if (rows == 0 || end_ == kRuns) return;
-    const int64_t size = element_size(dtype);
     waiting_ += rows;
-    runs_[end_++] = {static_cast<const char*>(from), stride * size, rows, cols * size};
+    runs_[end_++] = {static_cast<const char*>(from), stride_bytes, rows, row_bytes};
   }
 
-  // So many calls of `advance` will come: what is asked for at once beyond the lines that a core
-  // can wait for, it does not get.
+  // So many calls of `advance` will come.
   void spread(int64_t turns) {
     rows_at_once_ = turns > 0 ? (waiting_ + turns - 1) / turns : waiting_;
   }
@@ -51,7 +45,7 @@ class Lookahead {
     int64_t stride, rows, bytes;  // stride in bytes
   };
 
-  static constexpr int64_t kRuns = 20;  // keys, values, and tiles of queries and of results
+  static constexpr int64_t kRuns = 24;  // keys, values, and tiles of queries and of results
   Run runs_[kRuns];
   int64_t begin_ = 0, end_ = 0, waiting_ = 0, rows_at_once_ = 0;  // rows that wait at first
 };

@@ -121,6 +121,7 @@ void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matri
       const auto block = two_rows
                              ? (two_columns ? tile_block<Tiles, 2, 2> : tile_block<Tiles, 2, 1>)
                              : (two_columns ? tile_block<Tiles, 1, 2> : tile_block<Tiles, 1, 1>);
+      update.look_ahead();
       block(m - i < 2 * kTileRows ? m - i : 2 * kTileRows, words, {a.data + i * a.ld, a.ld},
             {b.data + j, b.ld}, last_b + j, n, {c.data + i * c.ld + j, c.ld}, update.from(i));
     }

@@ -17,6 +17,8 @@ template <typename T, typename Words = SingleWords>
 constexpr Kernels<T> make_kernels() {
   return {
       .word = Words::kElements,
+      .block_rows = USP_GEMM_ROWS,
+      .block_columns = USP_GEMM_VECTORS * kLanes<T>,
       .headroom = Words::kRounds ? T(16) : T(0),
       .gemm = gemm<Words, T>,
       .products_with_few = products_with_few<Words, T>,

@@ -35,6 +35,14 @@ inline const void* row_address(const TensorView& x, int64_t b, int64_t row, int6
   return static_cast<const char*>(x.data) + offset * element_size(x.dtype);
 }
 
+// Says that these rows will be read.
+inline void expect(Lookahead& ahead, const TensorView& x, int64_t b, int64_t h, Range rows,
+                   int64_t cols) {
+  if (rows.empty()) return;
+  const int64_t size = element_size(x.dtype);
+  ahead.add(row_address(x, b, rows.begin, h), x.row_stride * size, rows.size(), cols * size);
+}
+
 template <typename T>
 Matrix<const T> left_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h,
                           Range rows, int64_t cols, Matrix<T> room) {
@@ -74,13 +82,13 @@ struct QueryOperand {
 
   // products (keys, padded rows) = scale * left (keys, cols) times this.
   void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
-                Tile<T> products, T scale) const {
+                Tile<T> products, T scale, Lookahead* ahead) const {
     const Matrix<T> to{products.data, products.queries};
     if (few.data != nullptr) {
       kernels.products_with_few(products.keys, num_rows, cols, left, few, to, scale);
     } else {
       kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to,
-                   {scale, false});
+                   {scale, false, nullptr, ahead});
     }
   }
 };
@@ -163,8 +171,8 @@ struct QueryPositions {
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
                     Matrix<const T> k, const QueryOperand<T>& q, const QueryPositions& positions,
-                    Tile<T> s, T* softcap_derivative) {
-  q.multiply(kernels, at.rows.size(), a.D, k, s, static_cast<T>(a.softmax_scale));
+                    Tile<T> s, T* softcap_derivative, Lookahead* ahead) {
+  q.multiply(kernels, at.rows.size(), a.D, k, s, static_cast<T>(a.softmax_scale), ahead);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),
