@@ -24,7 +24,7 @@ constexpr int64_t kTilesHeld = 8;
 
 // As many as leave several tasks to each thread.
 int64_t tiles_held(int64_t tiles, int64_t threads) {
-  constexpr int64_t kTasksPerThread = 4;
+  constexpr int64_t kTasksPerThread = 8;
   return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
 }
 
@@ -158,7 +158,7 @@ class ForwardWorker {
       const Pace next = after(pace);
       look_ahead(next.keys);
       expect_tiles(expected_tiles() * std::max<int64_t>(last_paces - left + 1, 0) / last_paces);
-      ahead_.spread(blocks(pace));
+      ahead_.spread(turns(pace));
       add_keys(a_.band(pace.band), pace.keys);
       pace = next;
     }
@@ -193,16 +193,17 @@ class ForwardWorker {
     return intersect(keys, {keys.begin, keys.begin + kKeyTile});
   }
 
-  // Of products, of the tiles that see any of these keys.
-  int64_t blocks(const Pace& pace) const {
-    int64_t blocks = 0;
+  // How often ahead_ is asked while the tiles take these keys, about.
+  int64_t turns(const Pace& pace) const {
+    int64_t turns = 0;
     for (int64_t t = 0; t < count_; ++t) {
       const Range rows = w_.tiles[t].rows;
       const int64_t keys = intersect(visible_keys(a_.band(pace.band), rows), pace.keys).size();
-      blocks +=
-          kernels_.blocks(keys, rows.size()) + kernels_.blocks(keys > 0 ? rows.size() : 0, a_.Dv);
+      if (keys == 0) continue;
+      turns +=
+          QueryOperand<T>::turns(kernels_, rows.size(), keys) + kernels_.blocks(rows.size(), a_.Dv);
     }
-    return blocks;
+    return turns;
   }
 
   // That some of the rows see, of the first band in which they see any.
@@ -322,7 +323,7 @@ class ForwardWorker {
     const QueryPositions positions = tile.positions.from(row);
     const Matrix<T> out{tile.out.data + row * tile.out.ld, tile.out.ld};
     const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
-    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr, &ahead_);
+    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr, ahead_);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }

@@ -80,7 +80,7 @@ class GradientWalk {
     if (sees || first) {
       set_zero(w_.dq, rows.size());
       if (sees) {
-        ahead_.spread(tiles * blocks(rows.size(), kKeyTile));
+        ahead_.spread(tiles * turns(rows.size(), kKeyTile));
         load_queries(h, rows);
         add_tiles(h, rows, pinned);
         add_tiles(h, rows, keys);
@@ -190,9 +190,9 @@ class GradientWalk {
     }
   }
 
-  // Of the products of a tile.
-  int64_t blocks(int64_t rows, int64_t keys) const {
-    return 2 * kernels_.blocks(keys, rows) + kernels_.blocks(keys, a_.D) +
+  // How often ahead_ is asked in a tile, about.
+  int64_t turns(int64_t rows, int64_t keys) const {
+    return 2 * QueryOperand<T>::turns(kernels_, rows, keys) + kernels_.blocks(keys, a_.D) +
            kernels_.blocks(keys, a_.Dv) + kernels_.blocks(rows, a_.D);
   }
 
@@ -220,8 +220,8 @@ class GradientWalk {
                                         Matrix<const T> v) {
     const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
     const QueryPositions positions = w_.positions.from(row);
-    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative, &ahead_);
-    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1), &ahead_);
+    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative, ahead_);
+    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1), ahead_);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
     }

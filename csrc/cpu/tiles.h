@@ -80,15 +80,21 @@ struct QueryOperand {
   // From one row on, a multiple of kPad: the first where the rows are few.
   QueryOperand from(int64_t row) const { return {{transposed.data + row, transposed.ld}, few}; }
 
+  // How often `multiply` asks ahead, about.
+  static int64_t turns(const Kernels<T>& kernels, int64_t num_rows, int64_t keys) {
+    return num_rows <= kFew ? 1 : kernels.blocks(keys, num_rows);
+  }
+
   // products (keys, padded rows) = scale * left (keys, cols) times this.
   void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
-                Tile<T> products, T scale, Lookahead* ahead) const {
+                Tile<T> products, T scale, Lookahead& ahead) const {
     const Matrix<T> to{products.data, products.queries};
     if (few.data != nullptr) {
+      ahead.advance();
       kernels.products_with_few(products.keys, num_rows, cols, left, few, to, scale);
     } else {
       kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to,
-                   {scale, false, nullptr, ahead});
+                   {scale, false, nullptr, &ahead});
     }
   }
 };
@@ -171,7 +177,7 @@ struct QueryPositions {
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
                     Matrix<const T> k, const QueryOperand<T>& q, const QueryPositions& positions,
-                    Tile<T> s, T* softcap_derivative, Lookahead* ahead) {
+                    Tile<T> s, T* softcap_derivative, Lookahead& ahead) {
   q.multiply(kernels, at.rows.size(), a.D, k, s, static_cast<T>(a.softmax_scale), ahead);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
