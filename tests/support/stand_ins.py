@@ -196,6 +196,10 @@ class Extension:
         return dq, dk, dv, torch.empty(0)
 
 
+def _module(*functions: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{function.__name__: function for function in functions})
+
+
 def flash2_functions(lse_lies: str = "hn") -> Any:
     """The four functions of ``flash_attn_interface`` over the extension, without their library.
 
@@ -253,13 +257,12 @@ def flash2_functions(lse_lies: str = "hn") -> Any:
             causal, window_size_left, window_size_right, softcap, deterministic, None, rng_state,
         )[3]  # fmt: skip
 
-    functions = (
+    return _module(
         _flash_attn_forward,
         _flash_attn_backward,
         _flash_attn_varlen_forward,
         _flash_attn_varlen_backward,
     )
-    return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
 def flash26_functions() -> Any:
@@ -300,13 +303,12 @@ def flash26_functions() -> Any:
         how = dropout_p, scale, causal, *window, softcap, alibi, fixed
         return late._flash_attn_varlen_backward(*tensors, *how)
 
-    functions = (
+    return _module(
         _flash_attn_forward,
         _flash_attn_backward,
         _flash_attn_varlen_forward,
         _flash_attn_varlen_backward,
     )
-    return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
 def flash3_functions() -> Any:
