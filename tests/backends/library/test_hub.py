@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -134,11 +135,17 @@ def test_an_early_flash_attn_3_is_refused(hub: Hub) -> None:
 
 
 def test_without_the_library_it_says_what_to_install(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "kernels", None)
-    with pytest.raises(NotImplementedError, match="pip install kernels"):
-        usp.use_kernel(REPOSITORY, version=1, device_type="cpu")
+    """A folder of its name, which Python would import, is not the library."""
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for holds_folder in (False, True):
+        monkeypatch.setitem(sys.modules, "kernels", None)
+        if holds_folder:
+            monkeypatch.delitem(sys.modules, "kernels")
+        with pytest.raises(NotImplementedError, match="pip install kernels"):
+            usp.use_kernel(REPOSITORY, version=1, device_type="cpu")
     if not torch.cuda.is_available():
         monkeypatch.undo()
         Hub(monkeypatch)

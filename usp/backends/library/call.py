@@ -115,8 +115,12 @@ def version_of(distribution: str) -> tuple[int, ...] | None:
 
 
 def is_there(module: str) -> bool:
-    """Whether a module can be found; it is not imported, but what holds it may be."""
+    """Whether a module can be found; it is not imported, but what holds it may be.
+
+    A folder of that name beside the program, which Python takes for a namespace, is no module.
+    """
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
     except Exception:  # of a package whose own import fails, in whatever way
         return False
+    return spec is not None and (spec.has_location or spec.submodule_search_locations is None)
