@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from training_case import WIDTH, Branch, assert_same, gradients_of
 
 import usp
+from usp.distributed.submeshes import Submeshes
 from usp.testing import dense_attention
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (1, 4), (2, 3), (1, 6)]  # (ulysses, ring)
@@ -26,7 +27,7 @@ COST = usp.DocumentCost(token=1.0, pair=1.0, sent=0.3, hop=2.0)
 
 
 @functools.cache
-def meshes(ulysses: int, ring: int) -> tuple[usp.SequenceMesh | None, ...]:
+def meshes(ulysses: int, ring: int) -> Submeshes:
     mesh = worker.mesh(ulysses, ring)
     return usp.submeshes(mesh, cores=mesh.size)  # whatever this machine has
 
@@ -178,8 +179,9 @@ def refused(kind: str) -> None:
         schedule.attention(x, x, x)
     if kind == "mesh":
         usp.schedule_documents(cuts, worker.mesh(1, 2), COST)  # type: ignore[arg-type]
-    if kind == "meshes":
-        usp.schedule_documents(cuts, (worker.mesh(1, 2),), COST)
+    if kind == "list":  # on one rank: the other must hear of it
+        given: Any = list(meshes(1, 2)) if rank else meshes(1, 2)
+        usp.schedule_documents(cuts, given, COST)
     schedule.shard(q.new_zeros(8), 0)
 
 
@@ -190,8 +192,8 @@ def refused(kind: str) -> None:
         ("room", r"9 tokens do not fit 2 ranks of 4 tokens"),
         ("option", r"not \['dropout_p'\]"),
         ("length", r"q has 5 local tokens, but .* 4 of 9 tokens"),
-        ("mesh", r"must be those of usp.submeshes\(mesh\), got SequenceMesh"),
-        ("meshes", r"sizes \[\(2, 1\)\] are not those of usp.submeshes"),
+        ("mesh", r"must be what usp.submeshes\(mesh\) returned, .*got SequenceMesh"),
+        ("list", r"which says who shares cores, got list"),
         ("", r"x has 8 tokens, the documents have 9"),
     ],
 )
@@ -202,11 +204,12 @@ def test_refusals_on_all_ranks(pool, kind: str, message: str) -> None:
 
 
 def test_what_is_no_mesh_or_no_cost_is_refused() -> None:
-    for wrong in ((), []):
-        with pytest.raises(TypeError, match=r"those of usp.submeshes"):
+    given: list[Any] = [(), [None], None, 2]
+    for wrong in given:
+        with pytest.raises(TypeError, match=r"must be what usp.submeshes"):
             usp.schedule_documents(CUTS, wrong, COST)
     with pytest.raises(TypeError, match=r"a usp.DocumentCost, got float"):
-        usp.schedule_documents(CUTS, (None,), 1.0)  # type: ignore[arg-type]
+        usp.schedule_documents(CUTS, usp.submeshes(None), 1.0)  # type: ignore[arg-type]
 
 
 def test_one_device_needs_no_ranks() -> None:
@@ -214,6 +217,6 @@ def test_one_device_needs_no_ranks() -> None:
     schedule = usp.schedule_documents(CUTS, usp.submeshes(None), COST)
     x = batch()[0]
     torch.testing.assert_close(schedule.unshard(schedule.shard(x, 1), 1), x)
-    empty = usp.schedule_documents((0, 0), (None,), COST)
+    empty = usp.schedule_documents((0, 0), schedule.meshes, COST)
     q = torch.zeros(1, 0, 2, 3)
     assert empty.attention(q, q, torch.zeros(1, 0, 2, 5)).shape == (1, 0, 2, 5)

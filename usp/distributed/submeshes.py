@@ -12,7 +12,7 @@ from usp.planning.degrees import Shared, nested_degrees
 
 
 class Submeshes(tuple["SequenceMesh | None", ...]):
-    """Of falling size; the first is the whole mesh, the last None, one device.
+    """Of falling size; the first is the whole mesh, the last None, one device. For a schedule.
 
     Attributes:
         shared: Ranks of the whole that have no cores of their own, and how many compute at once.

@@ -14,7 +14,8 @@ from torch import Tensor
 from usp.attention.functional import long_context_attention
 from usp.distributed.agreement import check_on_all_ranks, digest
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
-from usp.planning.degrees import Degrees, choose_degrees, nested_degrees
+from usp.distributed.submeshes import Submeshes
+from usp.planning.degrees import Degrees, choose_degrees
 from usp.planning.document_cost import DocumentCost
 from usp.planning.kinds import integer
 from usp.planning.layout import DocumentZigzag, Held, Layout
@@ -55,7 +56,7 @@ class DocumentSchedule:
         degrees: How many ranks share each of them, and by the cost model when each rank is done.
     """
 
-    meshes: tuple[SequenceMesh | None, ...]
+    meshes: Submeshes
     cu_seqlens: tuple[int, ...]
     degrees: Degrees
 
@@ -203,7 +204,7 @@ class DocumentSchedule:
 
 def schedule_documents(
     cu_seqlens: Sequence[int] | Tensor,
-    meshes: Sequence[SequenceMesh | None],
+    meshes: Submeshes,
     cost: DocumentCost,
     *,
     most_tokens: int | None = None,
@@ -217,7 +218,8 @@ def schedule_documents(
     Args:
         cu_seqlens: Boundaries ``(0, ..., total)`` of the documents, host integers, alike on all
             ranks.
-        meshes: Of ``submeshes(mesh)``, made once.
+        meshes: What ``submeshes(mesh)`` returned, made once: itself, for a list of its meshes does
+            not say which ranks share cores.
         cost: Of one layer.
         most_tokens: That a rank has room for; a document then goes to as many ranks as it needs.
 
@@ -231,21 +233,22 @@ def schedule_documents(
         >>> x = schedule.shard(x, dim=1)
         >>> x = schedule.attention(q, k, v, causal=True)                             # in each layer
     """
-    shared = getattr(meshes, "shared", ())
-    if isinstance(meshes, SequenceMesh) or not (meshes := tuple(meshes)):
-        raise TypeError(f"meshes must be those of usp.submeshes(mesh), got {meshes!r}")
-    mesh = meshes[0]
+    first = meshes[0] if isinstance(meshes, Sequence) and meshes else meshes
+    mesh = first if isinstance(first, SequenceMesh) else None  # whose ranks refuse together
 
     def check() -> tuple[tuple[int, ...], Degrees]:
+        if not isinstance(meshes, Submeshes):
+            raise TypeError(
+                "meshes must be what usp.submeshes(mesh) returned, which says who shares cores, "
+                f"got {type(meshes).__name__}"
+            )
         sizes = [degrees_and_place(each)[0] for each in meshes]
-        if sizes != nested_degrees(*sizes[0]):
-            raise ValueError(f"meshes of sizes {sizes} are not those of usp.submeshes(mesh)")
         if not isinstance(cost, DocumentCost):
             raise TypeError(f"cost must be a usp.DocumentCost, got {type(cost).__name__}")
         cuts = check_cu_seqlens(cu_seqlens)
         lengths = [stop - start for start, stop in pairwise(cuts)]
         most = None if most_tokens is None else integer("most_tokens", most_tokens, least=1)
-        return cuts, choose_degrees(lengths, sizes, cost, most, shared)
+        return cuts, choose_degrees(lengths, sizes, cost, most, meshes.shared)
 
     if mesh is None or mesh.size == 1:
         return DocumentSchedule(meshes, *check())
