@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from places import TESTS
@@ -48,8 +49,9 @@ GRACE_SECONDS = 5.0
 # inductor (0.9 s), whose settings use_deterministic_algorithms reads; test modules import the rest
 PRELOADED = ["template", "torch", "torch._dynamo", "torch._inductor.compile_fx"]
 PRELOADED += ["pytest", "hypothesis", "usp", "judge", "training_case"]
+SKIPPED = pytest.skip.Exception.__name__
 # an orderly refusal leaves nothing in flight, so the workers can be kept
-REFUSALS = {"ValueError", "TypeError", "NotImplementedError"}
+REFUSALS = {"ValueError", "TypeError", "NotImplementedError", SKIPPED}
 
 
 class RemoteError(Exception):
@@ -118,11 +120,15 @@ class Pool:
 
         Raises:
             RemoteError: the first rank that went wrong by itself, not by waiting for another.
+            pytest.skip.Exception: that rank skips, for want of a library that it imports.
         """
         outcomes = self.outcomes(function, *args, ranks=ranks, timeout=timeout)
         errors = [outcome for outcome in outcomes if isinstance(outcome, RemoteError)]
         if errors:
-            raise min(errors, key=lambda error: (error.is_consequence, error.rank))
+            first = min(errors, key=lambda error: (error.is_consequence, error.rank))
+            if first.kind == SKIPPED:
+                pytest.skip(first.message)
+            raise first
         return outcomes
 
     def outcomes(
@@ -281,7 +287,7 @@ def _answer(module: str, name: str, args: tuple[Any, ...]) -> bytes:
         if "torch._dynamo" in sys.modules:  # what others compiled here counts against its limits
             torch._dynamo.reset()
         return pickle.dumps((False, _function(module, name)(*args)))
-    except Exception as error:
+    except (Exception, pytest.skip.Exception) as error:
         answer = type(error).__name__, str(error), traceback.format_exc()
         return pickle.dumps((True, answer))
 

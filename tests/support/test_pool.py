@@ -44,6 +44,10 @@ def refuses() -> None:
     raise ValueError("3 is not 4")
 
 
+def skips() -> None:
+    pytest.importorskip("no_such_library", reason="it is not installed")
+
+
 def exits(rank: int) -> None:
     if dist.get_rank() == rank:
         print("last words", file=sys.stderr, flush=True)
@@ -106,13 +110,15 @@ def test_an_exception_names_its_rank_and_traceback(small: Pool) -> None:
     assert small.run(total, 1.0, ranks=3) == [6.0] * 3
 
 
-def test_a_refusal_on_all_ranks_keeps_the_workers(small: Pool) -> None:
+def test_a_refusal_or_a_skip_on_all_ranks_keeps_the_workers(small: Pool) -> None:
     small.run(identity, 0, ranks=3)
     starts = small.starts
     outcomes = small.outcomes(refuses, ranks=3)
     assert [(e.rank, e.kind, e.message) for e in outcomes] == [
         (rank, "ValueError", "3 is not 4") for rank in range(3)
     ]
+    with pytest.raises(pytest.skip.Exception, match=r"^it is not installed$"):
+        small.run(skips, ranks=3)
     assert small.run(total, 1.0, ranks=3) == [6.0] * 3
     assert small.starts == starts
 
