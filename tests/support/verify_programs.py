@@ -31,6 +31,11 @@ def refused() -> tuple[nn.Module, Any]:
     return model, models.wide()
 
 
+def unknown() -> tuple[nn.Module, Any]:
+    """Of whose trunk nothing is said."""
+    return Short(), models.wide()
+
+
 def nothing() -> int:
     return 3
 

@@ -38,6 +38,8 @@ def test_a_right_model_and_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> No
         ("verify_programs:nothing", "must return .model, inputs., .* got int"),
         ("verify_programs:right --seconds 0", "seconds must be positive, got 0.0"),
         ("verify_programs:right --ring 1 --ulysses 1", "of 2 ranks or more"),
+        ("verify_programs:right --trunk layers", "Encoder has no module 'layers'; .*it has"),
+        ("verify_programs:unknown", "the trunk of Short is not known: name the modules"),
     ):
         assert cli.main(["verify", *name.split()]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -92,8 +92,7 @@ def parallelize(
         )
     lead_through()
     names = dict(model.named_modules(remove_duplicate=False))
-    given = [trunk] if isinstance(trunk, str | Boundary) else trunk
-    boundaries = family(model) if given is None else [_boundary(item) for item in given]
+    boundaries = trunks_of(model, trunk)
     if outputs not in ("joined", "local"):
         raise ValueError(f'outputs must be "joined" or "local", got {outputs!r}')
     is_local = outputs == "local"
@@ -142,6 +141,22 @@ def restore(model: Model) -> Model:
 def _site(module: nn.Module) -> Site | None:
     found = module.__dict__.get("forward")
     return found if isinstance(found, Site) else None
+
+
+def trunks_of(
+    model: nn.Module, trunk: str | Boundary | Sequence[str | Boundary] | None
+) -> Sequence[Boundary]:
+    """Where tokens are spread, of ``parallelize``'s argument.
+
+    Raises:
+        TypeError: it is of another kind.
+        ValueError: the trunk is not known or not there.
+    """
+    given = [trunk] if isinstance(trunk, str | Boundary) else trunk
+    found = family(model) if given is None else [_boundary(item) for item in given]
+    for boundary in found:
+        boundary.blocks(model)
+    return found
 
 
 def _boundary(item: str | Boundary) -> Boundary:

@@ -20,6 +20,7 @@ from usp.distributed.making import init_mesh
 from usp.distributed.mesh import SequenceMesh
 from usp.distributed.processes import ProcessFailed, Tell, run
 from usp.integrations._boundary import Boundary
+from usp.integrations.parallelize import trunks_of
 from usp.planning.kinds import integer, real
 from usp.planning.layout import Layout, check_layout
 from usp.verification.job import Job, Loss, Sharded, random_module, run_sharded, run_whole
@@ -81,7 +82,8 @@ def verify(
 
     Raises:
         TypeError: something cannot be handed to other processes; names it.
-        ValueError: the mesh has one rank, seconds are not positive, or the whole model raises.
+        ValueError: the mesh has one rank, seconds are not positive, the trunk is not known or not
+            there, or the whole model raises.
 
     Example:
         >>> print(usp.verify(model, {"x": images}, mesh_shape=(1, 2), trunk="blocks"))
@@ -108,6 +110,8 @@ def verify(
     )
     job.to_bytes()
     job, whole = whole_of(job)
+    if sharded is None:
+        trunks_of(model, trunk)  # else each rank would refuse it, which is no finding about a model
     shaken = random_module(job, whole)
     if shaken is not None:
         return of_random(shaken, job)
