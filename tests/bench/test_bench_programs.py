@@ -207,7 +207,7 @@ def test_peers_say_why_they_are_not_there_and_what_they_cannot() -> None:
         ("model", "--batch 3", "--batch 3 does not divide by 2 data ranks"),
         ("model", "--mesh 8x1", "vit has 6 heads, a Ulysses degree of 8 needs as many"),
         ("model", "--mesh 1x0x2", r"'1x0x2' is no \[DPx\]ULYSSESxRING"),
-        ("memory", "--layers 0", "--layers must be 1 or more, got 0"),
+        ("memory", "--layers 0", "argument --layers: must be 1 or more, got 0"),
         ("scaling", "--processes 1", "--processes must be 2 or more, got 1"),
         ("scaling", "--batch 4 --accumulate 2", "--batch 4 must divide by 8: data ranks times"),
         ("comm", "--processes 1", "--processes must be 2 or more, got 1"),

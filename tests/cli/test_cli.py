@@ -343,6 +343,8 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("plan --seq-len 8 --layout replicated --key-layout replicated", "both replicated"),
         ("plan --seq-len 8 --layout held:3,4", "holds 7 tokens.*has 8"),
         ("bench no-such-program", "no benchmark"),
+        ("bench kernels --json /dev/null/x", "--json: .*/dev/null/x"),
+        ("bench table setup.py", "setup.py"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_2(
@@ -364,6 +366,19 @@ def test_a_users_error_is_one_line_and_exit_code_2(
         ("plan", "--seq-len", "x"),
         ("plan", "--seq-len", "8", "--bias", "kq"),
         ("info", "--loud"),
+        ("trace", "--transport", "grid"),
+        ("bench", "kernels", "--gflop", "nan"),
+        ("bench", "ring", "--heads", "0"),
+        ("bench", "ring", "--layout", "spiral"),
+        ("bench", "ring", "--transport", "spiral"),
+        ("bench", "chunks", "--seq-len", "-1"),
+        ("bench", "comm", "--cores", "0"),
+        ("bench", "documents", "--tokens", "0"),
+        ("bench", "documents", "--heads", "3"),
+        ("bench", "memory", "--batch", "0"),
+        ("bench", "model", "--cores", "-1"),
+        ("bench", "scaling", "--accumulate", "0"),
+        ("bench", "compare", "a", "b", "--allow", "0"),
     ],
 )
 def test_what_argparse_refuses_is_exit_code_2(

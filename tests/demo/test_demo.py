@@ -286,6 +286,8 @@ def test_a_difference_beyond_the_tolerance_is_a_failure(tmp_path, capsys, monkey
         (["--times", "0"], "--times must be 1 or more, got 0"),
         (["--train-steps", "-1"], "--train-steps must be 0 or more, got -1"),
         (["--tokens", "900000"], "900000 tokens asked for"),
+        (["--out", "x.doc"], "--out must end in ."),
+        (["--out", f"{__file__}/x.png"], "--out: [Errno"),
     ],
 )
 def test_what_cannot_start_is_one_line(capsys, options, message):

@@ -91,6 +91,7 @@ def test_the_command_writes_the_trace(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--seq-len 0", "--seq-len must be 1 or more, got 0"),
         ("--heads 7 --kv-heads 2", "--heads 7 is not a multiple of --kv-heads 2"),
         ("--mask caus()", "unknown mask 'caus'"),
+        ("--mask documents((0,5)) --seq-len 9", "cu_seqlens ends at 5, but there are 9 queries"),
         ("--seconds nan", "--seconds must be positive, got nan"),
     ],
 )

@@ -26,13 +26,14 @@ from usp.bench.case import MASKS, Case
 from usp.bench.device import DTYPES
 from usp.bench.exact import wrong
 from usp.bench.memory import peak_bytes, value
-from usp.bench.options import add_dtypes, dtypes, parse, parser
+from usp.bench.options import add_dtypes, dtypes, parse, parser, whole
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.ring import mesh_shape
 from usp.bench.ring_case import Attend, RingAttention
 from usp.bench.world import World
 from usp.distributed.processes import Tell
+from usp.planning.layout import LAYOUTS
 
 PLAIN = "usp at once"
 WHAT = ("memory", "time")
@@ -42,24 +43,26 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("chunks", __doc__)
     add = made.add_argument
     add("--mesh", type=mesh_shape, default=(2, 1), metavar="UxR")
-    add("--seq-len", type=int, default=4096)
-    add("--batch", type=int, default=1)
-    add("--heads", type=int, default=8)
-    add("--kv-heads", type=int, default=4)
-    add("--head-dim", type=int, default=64)
+    add("--seq-len", type=whole, default=4096)
+    add("--batch", type=whole, default=1)
+    add("--heads", type=whole, default=8)
+    add("--kv-heads", type=whole, default=4)
+    add("--head-dim", type=whole, default=64)
     add("--masks", nargs="+", choices=MASKS[:2], default=["causal"])
-    add("--chunks", nargs="*", type=int, default=[2, 4, 8], help="of tokens")
-    add("--head-chunks", nargs="*", type=int, default=[2], help="of heads")
+    add("--chunks", nargs="*", type=whole, default=[2, 4, 8], help="of tokens")
+    add("--head-chunks", nargs="*", type=whole, default=[2], help="of heads")
     add("--offload", action="store_true", help="and each way with offload='cpu'")
     add("--what", nargs="+", choices=WHAT, default=list(WHAT))
-    add("--layout", help="by default contiguous for full attention, else zigzag")
-    add("--cores", type=int, help="that all processes share (default: all)")
+    add(
+        "--layout",
+        choices=tuple(LAYOUTS),
+        help="by default contiguous for full attention, else zigzag",
+    )
+    add("--cores", type=whole, help="that all processes share (default: all)")
     add_dtypes(made)
     args = parse(made, argv, seq_len=256, head_dim=16)
     if args.heads % args.kv_heads:
         made.error(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
-    if min([*args.chunks, *args.head_chunks], default=1) < 1:
-        made.error("--chunks and --head-chunks must be 1 or more")
     args.processes = args.mesh[0] * args.mesh[1]
     args.transport = "ring"  # with chunks it is keys that move: so they do without
     return args

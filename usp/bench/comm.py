@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from usp.bench import world as worlds
-from usp.bench.options import parse, parser
+from usp.bench.options import parse, parser, whole
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.world import World
@@ -34,11 +34,11 @@ Call = Callable[[], Tensor]
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("comm", __doc__)
     add = made.add_argument
-    add("--processes", type=int, default=4)
+    add("--processes", type=whole, default=4)
     add("--verbs", nargs="+", choices=VERBS, default=list(VERBS))
     sizes = [2**10, 2**14, 2**18, 2**22, 2**24]
-    add("--sizes", nargs="+", type=int, default=sizes, help="bytes of a message")
-    add("--cores", type=int, help="that all processes share (default: all)")
+    add("--sizes", nargs="+", type=whole, default=sizes, help="bytes of a message")
+    add("--cores", type=whole, help="that all processes share (default: all)")
     args = parse(made, argv, sizes=[2**10, 2**16])
     if args.processes < 2:
         made.error(f"--processes must be 2 or more, got {args.processes}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from usp.bench import machine
 from usp.bench.grouping import ROOFS, key_of
-from usp.bench.options import BenchError
+from usp.bench.options import BenchError, positive
 from usp.bench.records import Record, Report, Sink
 from usp.bench.show import duration, sizes, stream_of
 from usp.bench.shown_file import load
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     add = made.add_argument
     add("a", type=Path, metavar="A.json")
     add("b", type=Path, metavar="B.json")
-    add("--allow", type=float, default=1.05, help="time(B) / time(A) that is no loss (1.05)")
+    add("--allow", type=positive, default=1.05, help="time(B) / time(A) that is no loss (1.05)")
     add("--json", nargs="?", const="-", metavar="FILE", help="one record a line; no FILE: stdout")
     args = made.parse_args(list(argv))
     a, b = load(args.a), load(args.b)

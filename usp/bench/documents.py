@@ -43,7 +43,7 @@ from usp.bench.device import DTYPES
 from usp.bench.document_batch import Batch, Way
 from usp.bench.document_cost import CostOfLayer, Meshes
 from usp.bench.document_lengths import LogNormal, Published
-from usp.bench.options import Run, add_dtypes, dtypes, parse, parser
+from usp.bench.options import Run, add_dtypes, dtypes, parse, parser, positive, whole
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.timing import Times
@@ -99,8 +99,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("documents", __doc__)
     made.set_defaults(seconds=5.0)
     add = made.add_argument
-    add("--processes", type=int, default=4)
-    add("--tokens", type=int, nargs="+", default=[4096, 8192], help="of all documents of a batch")
+    add("--processes", type=whole, default=4)
+    add("--tokens", type=whole, nargs="+", default=[4096, 8192], help="of all documents of a batch")
     add("--lengths", nargs="+", choices=LENGTHS, default=LENGTHS, help="of documents")
     add(
         "--longest",
@@ -109,13 +109,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[0.125, 0.25],
         help="of log-normal documents, as a part of the batch",
     )
-    add("--median", type=float, default=64.0, help="tokens of the others")
-    add("--sigma", type=float, default=1.25, help="of their logarithm: more is a longer tail")
+    add("--median", type=positive, default=64.0, help="tokens of the others")
+    add("--sigma", type=positive, default=1.25, help="of their logarithm: more is a longer tail")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a batch each")
-    add("--hidden", type=int, default=128)
-    add("--heads", type=int, default=4)
-    add("--mlp", type=int, help="(default: 4 x hidden)")
-    add("--cores", type=int, help="that all processes share (default: all)")
+    add("--hidden", type=whole, default=128)
+    add("--heads", type=whole, default=4)
+    add("--mlp", type=whole, help="(default: 4 x hidden)")
+    add("--cores", type=whole, help="that all processes share (default: all)")
     add_dtypes(made)
     args = parse(
         made, argv, tokens=[2048], longest=[0.25], lengths=LENGTHS[:1], hidden=64, seeds=[0]
@@ -124,6 +124,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         made.error(f"--processes must be 2 or more, got {args.processes}")
     if not all(0 < each <= 1 for each in args.longest):
         made.error(f"--longest must be above 0 and at most 1, got {args.longest}")
+    if args.hidden % args.heads:
+        made.error(f"--heads {args.heads} does not divide --hidden {args.hidden}")
     args.mlp = args.mlp or 4 * args.hidden
     return args
 

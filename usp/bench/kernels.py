@@ -27,7 +27,16 @@ from usp.bench.case import GRIDS, Case, grid
 from usp.bench.device import DTYPES, measured, tried
 from usp.bench.exact import judged_by, relative_error, wrong
 from usp.bench.libraries import MERGES, libraries
-from usp.bench.options import Run, add_dtypes, begin, dtypes, finish, parse, parser
+from usp.bench.options import (
+    Run,
+    add_dtypes,
+    begin,
+    dtypes,
+    finish,
+    parse,
+    parser,
+    positive,
+)
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.rivals import not_installed, rivals
 from usp.bench.steps import HeadExchange, RingStep, StateMerge
@@ -46,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     add("--grid", nargs="+", choices=GRIDS, default=["flash-attn"], help="which shapes")
     add("--what", nargs="+", choices=(*WHAT, "both"), default=list(WHAT))
     add("--candidates", nargs="+", metavar="NAME", help="those whose name holds one of these")
-    add("--gflop", type=float, help="of a backward at most (default on a CPU 200)")
+    add("--gflop", type=positive, help="of a backward at most (default on a CPU 200)")
     add_dtypes(made)
     args = parse(made, argv, grid=["tiny"], gflop=1.0)
     run = begin("kernels", args)

@@ -21,7 +21,7 @@ from typing import Any
 from usp.bench import world as worlds
 from usp.bench.device import DTYPES
 from usp.bench.models import KNOWN, StepCase, wrong_gradients
-from usp.bench.options import add_dtypes, dtypes, parse, parser
+from usp.bench.options import add_dtypes, dtypes, parse, parser, whole
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.spread import TORCH, Spread, gradient_errors, parse_spread, places, steps_of
@@ -33,10 +33,10 @@ def add_sizes(made: argparse.ArgumentParser) -> None:
     """Options of a step's sizes."""
     add = made.add_argument
     add("--models", nargs="+", choices=KNOWN, default=["vit", "llm"])
-    add("--layers", type=int, help="so many, and not the model's own")
-    add("--seq-len", type=int, default=2048)
-    add("--batch", type=int, default=2, help="of a step, over all data ranks")
-    add("--cores", type=int, help="that all processes share (default: all)")
+    add("--layers", type=whole, help="so many, and not the model's own")
+    add("--seq-len", type=whole, default=2048)
+    add("--batch", type=whole, default=2, help="of a step, over all data ranks")
+    add("--cores", type=whole, help="that all processes share (default: all)")
     add_dtypes(made)
 
 
@@ -54,11 +54,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def check_sizes(
     made: argparse.ArgumentParser, args: argparse.Namespace, spreads: Sequence[Spread]
 ) -> None:
-    for name in ("seq_len", "batch"):
-        if getattr(args, name) < 1:
-            made.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
-    if args.layers is not None and args.layers < 1:
-        made.error(f"--layers must be 1 or more, got {args.layers}")
     for spread in spreads:
         if args.batch % spread.dp:
             made.error(f"--batch {args.batch} does not divide by {spread.dp} data ranks")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,22 @@ class BenchError(Exception):
     """What the user can mend, or why there is no answer."""
 
 
+def whole(text: str) -> int:
+    """An argument: a whole number, 1 or more."""
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+
+
+def positive(text: str) -> float:
+    """An argument: a number above 0."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+
+
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Of a program, with the options of all: ``--json``, ``--rounds``, ``--seconds``, ..."""
     made = argparse.ArgumentParser(
@@ -35,7 +53,7 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     add("--rounds", type=int, default=9, help="of a case at most (default 9), 3 at least")
     add("--seconds", type=float, default=2.0, help="after which a case gets no further round")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: where others use the machine, too")
-    add("--threads", type=int, help="of torch in this process")
+    add("--threads", type=whole, help="of torch in this process")
     add("--quick", action="store_true", help="small sizes, 3 rounds: for a look")
     return made
 
@@ -49,8 +67,6 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str], **quick: Any) -> a
                 setattr(args, name, value)
     if args.rounds < LEAST_ROUNDS:
         made.error(f"--rounds must be {LEAST_ROUNDS} or more, got {args.rounds}")
-    if args.threads is not None and args.threads < 1:
-        made.error(f"--threads must be 1 or more, got {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda, but torch sees no GPU")
     return args
@@ -107,14 +123,14 @@ def begin(program: str, args: argparse.Namespace) -> Run:
         torch.cuda.set_stream(torch.cuda.Stream())
     settings = Settings(args.device, args.rounds, args.seconds, args.clock)
     head = machine.header(program, args.device, vars(args), args.clock)
-    show = Show(stream_of(args.json))
-    show.say(machine.in_words(head))
-    for text in machine.warnings(head):
-        show.say(f"note: {text}")
     try:
         sink = Sink(args.json, head)
     except OSError as error:
         raise BenchError(f"--json: {error}") from error
+    show = Show(stream_of(args.json))
+    show.say(machine.in_words(head))
+    for text in machine.warnings(head):
+        show.say(f"note: {text}")
     return Run(settings, Roof(settings, args.quick), sink, show)
 
 

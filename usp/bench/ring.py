@@ -24,12 +24,7 @@ from usp.bench import world as worlds
 from usp.bench.case import MASKS, Case
 from usp.bench.device import DTYPES, default_device
 from usp.bench.exact import judged_by, wrong
-from usp.bench.options import (
-    add_dtypes,
-    dtypes,
-    parse,
-    parser,
-)
+from usp.bench.options import add_dtypes, dtypes, parse, parser, whole
 from usp.bench.peers import PEERS, present
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
@@ -37,6 +32,8 @@ from usp.bench.ring_case import RingAttention, name_of
 from usp.bench.show import stream_of
 from usp.bench.world import World
 from usp.distributed.processes import Tell
+from usp.planning.layout import LAYOUTS
+from usp.planning.route import TRANSPORTS
 
 PASSES = ("forward", "both")
 Mesh = tuple[int, int]
@@ -55,18 +52,23 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("ring", __doc__)
     add = made.add_argument
     add("--mesh", nargs="+", type=mesh_shape, default=[(2, 2), (1, 4), (4, 1)], metavar="UxR")
-    add("--seq-len", type=int, default=4096)
-    add("--batch", type=int, default=1)
-    add("--heads", type=int, default=8)
-    add("--kv-heads", type=int, help="by default as many as --heads")
-    add("--head-dim", type=int, default=64)
+    add("--seq-len", type=whole, default=4096)
+    add("--batch", type=whole, default=1)
+    add("--heads", type=whole, default=8)
+    add("--kv-heads", type=whole, help="by default as many as --heads")
+    add("--head-dim", type=whole, default=64)
     add("--masks", nargs="+", choices=MASKS, default=["full", "causal"])
-    add("--window", type=int, default=1024, help="keys that a query sees with the mask window")
+    add("--window", type=whole, default=1024, help="keys that a query sees with the mask window")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="both: with backward")
-    add("--layout", help="by default contiguous for full attention, else zigzag")
-    add("--transport", default="auto")
+    add(
+        "--layout",
+        choices=tuple(LAYOUTS),
+        help="by default contiguous for full attention, else zigzag",
+    )
+    on_one_ring = [each for each in TRANSPORTS if each != "grid"]
+    add("--transport", default="auto", choices=on_one_ring)
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    add("--cores", type=int, help="that all processes share (default: all)")
+    add("--cores", type=whole, help="that all processes share (default: all)")
     add_dtypes(made)
     args = parse(made, argv, seq_len=256, heads=4, window=64)
     args.kv_heads = args.kv_heads or args.heads

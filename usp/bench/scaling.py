@@ -24,7 +24,7 @@ from usp.bench import world as worlds
 from usp.bench.device import DTYPES
 from usp.bench.model import add_sizes, check_sizes
 from usp.bench.models import KNOWN, StepCase, wrong_gradients
-from usp.bench.options import dtypes, parse, parser
+from usp.bench.options import dtypes, parse, parser, whole
 from usp.bench.program import run_in_processes
 from usp.bench.records import Record, not_timed, time_records
 from usp.bench.spread import Spread, gradient_errors, places, steps_of
@@ -38,10 +38,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     made = parser("scaling", __doc__)
     add_sizes(made)
     add = made.add_argument
-    add("--processes", type=int, default=4, help="at most")
+    add("--processes", type=whole, default=4, help="at most")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     add("--by", choices=("ring", "ulysses"), default="ring", help="how a sequence is shared")
-    add("--accumulate", nargs="+", type=int, default=[1], help="micro batches of a step")
+    add("--accumulate", nargs="+", type=whole, default=[1], help="micro batches of a step")
     made.set_defaults(models=["llm"], batch=4, seq_len=1024)
     args = parse(made, argv, seq_len=64, layers=1)
     if args.processes < 2:
@@ -49,7 +49,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.spreads = list(spreads(args.processes, args.by))
     check_sizes(made, args, args.spreads)
     parts = max(s.dp for s in args.spreads) * max(args.accumulate)
-    if min(args.accumulate) < 1 or args.batch % parts:
+    if args.batch % parts:
         made.error(f"--batch {args.batch} must divide by {parts}: data ranks times --accumulate")
     return args
 

@@ -44,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.name in PROGRAMS:
         try:
             return run_program(arguments.name, arguments.rest)
-        except BenchError as error:
+        except BrokenPipeError:
+            raise
+        except (BenchError, OSError) as error:  # a file that cannot be written
             raise UserError(str(error)) from error
     programs = source_programs()
     if arguments.name is None:

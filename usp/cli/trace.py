@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from usp.cli.console import Commands
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
+ONE_LEVEL = [each for each in TRANSPORTS if each != "grid"]  # of rings
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -43,7 +44,7 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
     parser.add_argument("--layout", default="zigzag", choices=LAYOUTS)
-    parser.add_argument("--transport", default="ring", choices=TRANSPORTS)
+    parser.add_argument("--transport", default="ring", choices=ONE_LEVEL)
     parser.add_argument("--mask", default="causal()", metavar="EXPR", help="as in usp plan; none")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--forward", action="store_true", help="without the backward")
@@ -88,6 +89,8 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Step, int]:
         launch = launched_by()
         ranks = launch.world_size if launch is not None else ranks
         mask = None if arguments.mask == "none" else parse_mask(arguments.mask)
+        if mask is not None:
+            mask.refuse_lengths(arguments.seq_len, arguments.seq_len)
     except ValueError as error:
         raise UserError(str(error)) from error
     if arguments.kv_heads is None:

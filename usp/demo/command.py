@@ -111,6 +111,7 @@ def run_demo(arguments: argparse.Namespace, to_stderr: bool = False) -> Findings
         value = getattr(arguments, name)
         if value < least:
             raise Refused(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    _check_pictures(arguments.out)
     height, width, _ = load_photograph().shape
     try:
         grid = choose_grid(height, width, arguments.tokens)
@@ -127,6 +128,24 @@ def run_demo(arguments: argparse.Namespace, to_stderr: bool = False) -> Findings
             train_steps=arguments.train_steps,
         )
         return _demo(settings, arguments.times, arguments.out, to_stderr)
+
+
+def _check_pictures(out: Path) -> None:
+    """Refuse what could not be written, minutes before it is.
+
+    Raises:
+        Refused: says why.
+    """
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if out.suffix.removeprefix(".") not in known:
+        raise Refused(f"--out must end in .{', .'.join(sorted(known))}, got {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise Refused(f"--out: {error}") from error
 
 
 def _demo(settings: Settings, times: int, out: Path, to_stderr: bool) -> Findings:
@@ -149,7 +168,6 @@ def _demo(settings: Settings, times: int, out: Path, to_stderr: bool) -> Finding
     attention = sharded.pop("attention")
     compared = differences(sharded, plain)
     queries = query_patches(torch.load(settings.file(work.PATCHES)))
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(out, load_photograph(), settings.grid, attention, queries)
     console.print(difference_table(settings, compared))
     console.print(cost_table(settings, plain_cost, alone_cost, sharded_costs))
