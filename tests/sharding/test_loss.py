@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pool as workers
 import pytest
@@ -115,6 +118,31 @@ def test_on_one_device_it_is_torchs_and_count_divides() -> None:
     )
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda loss, x: torch.func.grad(loss)(x),
+    "vjp": lambda loss, x: torch.func.vjp(loss, x)[1](torch.tensor(0.7, dtype=F64)),
+    "jvp": lambda loss, x: torch.func.jvp(loss, (x,), (x.sin(),)),
+    "hessian": lambda loss, x: torch.func.hessian(loss)(x),
+    "vmap": lambda loss, x: torch.func.vmap(loss)(torch.stack((x, x.sin()))),
+    "grads of samples": lambda loss, x: torch.func.vmap(torch.func.grad(loss))(
+        torch.stack((x, -x))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_on_one_device_torch_func_takes_it(name: str) -> None:
+    """The tiled one refuses all of them, by its name."""
+    logits, labels = _case((5, 4), (5, 2))
+    found = TRANSFORMS[name](lambda x: usp.cross_entropy(x, labels, None), logits)
+    right = TRANSFORMS[name](lambda x: F.cross_entropy(x, labels), logits)
+    torch.testing.assert_close(found, right)
+    with pytest.raises(
+        NotImplementedError, match=r"usp.tiled_cross_entropy does not run inside of"
+    ):
+        TRANSFORMS[name](lambda x: usp.tiled_cross_entropy(x, x, labels), logits)
+
+
 def test_on_one_device_it_is_one_graph() -> None:
     logits, labels = _case((5, 4), (5, 2))
     loss = torch.compile(usp.cross_entropy, fullgraph=True, backend="eager")
@@ -145,6 +173,13 @@ def _refused(name: str) -> None:
     usp.cross_entropy(torch.zeros(3, 4), mesh=mesh, **given)
 
 
+def _inside() -> None:
+    """One rank, in a transform, where another is in none."""
+    mesh, logits = workers.mesh(1, 2), torch.zeros(3, 4)
+    loss = functools.partial(usp.cross_entropy, target=torch.zeros(3, dtype=torch.int64), mesh=mesh)
+    torch.func.grad(loss)(logits) if mesh.rank else loss(logits)
+
+
 def _elsewhere() -> None:
     mesh = workers.mesh(1, 2)
     x = torch.zeros(1, 3, 4)
@@ -158,6 +193,12 @@ def test_what_does_not_fit_and_ranks_elsewhere_are_refused_on_every_rank(pool) -
     for name, (_, said) in REFUSED.items():
         for outcome in pool.outcomes(_refused, name, ranks=2):
             assert isinstance(outcome, RemoteError) and re.search(said, outcome.message), outcome
+    for outcome in pool.outcomes(_inside, ranks=2):
+        assert isinstance(outcome, RemoteError)
+        assert (
+            "usp.cross_entropy over several ranks does not run inside of torch.func"
+            in outcome.message
+        )
     for outcome in pool.outcomes(_elsewhere, ranks=2):
         assert isinstance(outcome, RemoteError)
         assert "rank 0 calls usp.cross_entropy, rank 1 calls unshard_sequence" in outcome.message

@@ -17,6 +17,10 @@ _TRANSFORM = (
     "{} is not differentiated by torch.func (grad, vjp, jacrev): use backward() or "
     "torch.autograd.grad, and torch.func.vmap for a batch"
 )
+_IN_A_TRANSFORM = (
+    "{} does not run inside of torch.func (grad, vjp, jacrev, jvp, vmap): differentiate by "
+    "backward() or torch.autograd.grad, and hand a batch over as one"
+)
 _TWICE = (
     "{} has no second derivative (create_graph=True, a gradient penalty, a Hessian): "
     "write it as plain torch operations where you need one"
@@ -38,6 +42,11 @@ class OnceDifferentiable(torch.autograd.Function):
     """
 
     of = "attention"
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        refuse_in_transforms(cls.of)  # where torch says what the class lacks
+        return super().apply(*args, **kwargs)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> NoReturn:
@@ -74,6 +83,16 @@ def without_second_derivative(
         return tuple(gradients)
     found = _Constant.apply(of, len(origins), *origins, *gradients)
     return cast("tuple[Tensor | None, ...]", found)
+
+
+def refuse_in_transforms(of: str) -> None:
+    """Refuse what runs outside of all transforms of torch.func alone.
+
+    Raises:
+        NotImplementedError: this is inside of one.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_IN_A_TRANSFORM.format(of))
 
 
 def refuse_transforms(tensors: Sequence[Tensor | None]) -> None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from usp.distributed import comm
-from usp.distributed.agreement import Facts, check_on_all_ranks, meets
+from usp.distributed.agreement import Facts, check_on_all_ranks, meets, refuse_together
 from usp.distributed.comm import Axis, untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
+from usp.ops.derivatives import refuse_in_transforms
 from usp.planning.kinds import tensor
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def cross_entropy(
         TypeError: ``input`` or ``target`` is no plain tensor.
         ValueError: ``target`` holds no class indices.
         IndexError, RuntimeError: what torch refuses, on a mesh of CPUs on every rank.
+        NotImplementedError: it is called inside of a transform of torch.func, over several ranks.
     """
 
     def compute() -> tuple[Facts, tuple[Tensor, Tensor]]:
@@ -76,6 +79,8 @@ def cross_entropy(
         found = each.sum(dtype=dtype), (target != ignored).sum()
         return {"dtype of input": input.dtype, **same}, found
 
+    if mesh is not None or data_parallel_group is not None:
+        refuse_in_transforms_together(mesh, "usp.cross_entropy", " over several ranks")
     mine, valid = with_others(mesh, "usp.cross_entropy", compute)
     return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
 
@@ -109,6 +114,23 @@ def with_others(
     return found
 
 
+def refuse_in_transforms_together(mesh: SequenceMesh | None, name: str, where: str = "") -> None:
+    """Refuse, on all ranks of the mesh, what runs outside of transforms of torch.func alone.
+
+    Args:
+        name: Of PLACES of ``usp.distributed.agreement``.
+        where: In words, if it does so there alone.
+    """
+    if torch.compiler.is_compiling():
+        return
+    try:
+        refuse_in_transforms(name + where)
+    except NotImplementedError as refusal:
+        with temporarily_clear_interpreter_stack():  # in a transform nothing can be sent
+            refuse_together(mesh, name, None, refusal)
+        raise
+
+
 def mean_of_whole(
     mine: Tensor,
     valid: Tensor,
@@ -123,9 +145,13 @@ def mean_of_whole(
         valid: (), labels that count.
         mesh, group, count: As ``cross_entropy`` has them.
     """
+    if mesh is None and group is None:
+        divisor = (
+            valid.to(mine.dtype) if count is None else valid.new_tensor(count, dtype=mine.dtype)
+        )
+        return mine / divisor.clamp(min=torch.finfo(mine.dtype).tiny)
     axes = [] if mesh is None else [mesh.ulysses, mesh.ring]
-    totals = untraced(_totals) if axes or group is not None else _totals  # alone in one graph
-    total, divisor = totals(mine.detach(), valid, axes, group)
+    total, divisor = untraced(_totals)(mine.detach(), valid, axes, group)
     if count is not None:
         divisor = divisor.new_tensor(count)
     divisor = divisor.clamp(min=torch.finfo(mine.dtype).tiny)

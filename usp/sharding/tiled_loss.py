@@ -18,7 +18,12 @@ from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
 from usp.planning.kinds import integer, real, tensor
 from usp.planning.shares import tile_bounds
-from usp.sharding.loss import check_target, mean_of_whole, with_others
+from usp.sharding.loss import (
+    check_target,
+    mean_of_whole,
+    refuse_in_transforms_together,
+    with_others,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,12 +75,15 @@ def tiled_cross_entropy(
         TypeError: an argument is of another kind.
         ValueError: shapes or dtypes do not fit; says both.
         RuntimeError: a label is no class; says both, on a mesh of CPUs on every rank.
+        NotImplementedError: it is called inside of a transform of torch.func.
     """
     options: dict[str, Any] = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "softcap": softcap,
     }
+
+    refuse_in_transforms_together(mesh, "usp.tiled_cross_entropy")
 
     def compute() -> tuple[Facts, tuple[Tensor, Tensor]]:
         _check(hidden, weight, labels, bias)
