@@ -133,8 +133,9 @@ class Team {
     workspaces_.reserve(static_cast<size_t>(workers));
     for (int64_t worker = 0; worker < workers; ++worker) {
       Carver carver(scratch_.of(worker));
-      workspaces_.emplace_back(a, places.count, grads.dbias.data != nullptr, carver);
-      walks_.emplace_back(a, grads, kernels<T>(a.q.dtype), workspaces_.back(), places);
+      const Kernels<T>& table = kernels<T>(a.q.dtype);
+      workspaces_.emplace_back(a, table, places.count, grads.dbias.data != nullptr, carver);
+      walks_.emplace_back(a, grads, table, workspaces_.back(), places);
     }
   }
 
@@ -144,7 +145,8 @@ class Team {
   static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads,
                                 Places places) {
     Carver measure(nullptr);
-    GradientWorkspace<T>(a, places.count, grads.dbias.data != nullptr, measure);
+    GradientWorkspace<T>(a, kernels<T>(a.q.dtype), places.count, grads.dbias.data != nullptr,
+                         measure);
     return measure.used();
   }
 

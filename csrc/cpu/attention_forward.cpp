@@ -36,16 +36,17 @@ struct RowTile {
   Range rows;
   Matrix<T> q_room;   // (few rows, D)
   QueryOperand<T> q;  // (D, rows)
-  Matrix<T> out;      // (rows, Dv), not normalised
+  Matrix<T> out;      // (rows, Dv), not normalised, or its transpose
   SoftmaxRows<T> softmax;
   QueryPositions positions;
 
   RowTile() = default;
 
-  RowTile(const Attention<T>& a, Carver& carver) {
+  RowTile(const Attention<T>& a, const Kernels<T>& kernels, Carver& carver) {
     q_room = {carver.take<T>(kFew * padded(a.D)), padded(a.D)};
     q.transposed = {carver.take<T>(a.D * kQueryTile), kQueryTile};
-    out = {carver.take<T>(kQueryTile * padded(a.Dv)), padded(a.Dv)};
+    out =
+        by_query_sums(kernels, carver.take<T>(kQueryTile * padded(a.Dv)), kQueryTile, padded(a.Dv));
     softmax = {carver.take<T>(kQueryTile), carver.take<T>(kQueryTile), carver.take<T>(kQueryTile)};
     positions.carve(carver);
   }
@@ -57,16 +58,18 @@ struct Workspace {
   RowTile<T> tiles[kTilesHeld];
   Matrix<T> q;    // (rows, D)
   Matrix<T> k;    // (keys, D)
-  Matrix<T> v;    // (keys, Dv)
+  Matrix<T> v;    // (keys, Dv), or its transpose
   T* scores;      // (keys, rows)
   T* weights;     // the same as left operand
   T* multiplier;  // (keys, rows), dropout only
 
-  Workspace(const Attention<T>& a, int64_t tiles_held, Carver& carver) : held(tiles_held) {
-    for (int64_t t = 0; t < held; ++t) tiles[t] = RowTile<T>(a, carver);
+  Workspace(const Attention<T>& a, const Kernels<T>& kernels, int64_t tiles_held, Carver& carver)
+      : held(tiles_held) {
+    for (int64_t t = 0; t < held; ++t) tiles[t] = RowTile<T>(a, kernels, carver);
     q = {carver.take<T>(kQueryTile * padded(a.D)), padded(a.D)};
     k = {carver.take<T>(kKeyTile * padded(a.D)), padded(a.D)};
-    v = {carver.take<T>(kKeyTile * padded(a.Dv)), padded(a.Dv)};
+    v = by_query_sums(kernels, carver.take<T>(kKeyTile * padded(a.Dv)), kKeyTile / kernels.word,
+                      padded(a.Dv));
     scores = carver.take<T>(kKeyTile * kQueryTile);
     weights = carver.take<T>(kKeyTile * kQueryTile);
     multiplier = a.dropout_p > 0 ? carver.take<T>(kKeyTile * kQueryTile) : nullptr;
@@ -120,7 +123,7 @@ class ForwardWorker {
         division_(division),
         kernels_(kernels<T>(a.q.dtype)),
         headroom_sum_(std::exp(kernels_.headroom)),
-        w_(a, division.held, carver) {}
+        w_(a, kernels_, division.held, carver) {}
 
   void run(int64_t task, int64_t probably_next) {
     const Share share = task == next_ ? next_share_ : division_.share(task);
@@ -150,6 +153,7 @@ class ForwardWorker {
   }
 
   void walk() {
+    const Products<T> products(kernels_);
     int64_t left = 0;
     for (Pace pace = from_band(0); !pace.keys.empty(); pace = after(pace)) ++left;
     const int64_t last_paces = std::clamp<int64_t>(left, 1, kTilesHeld);
@@ -274,8 +278,11 @@ class ForwardWorker {
     tile.started = 0;
     if (state_.out == nullptr || fresh) return;
     start(tile);
+    const Matrix<T> to = tile.out.transposed ? Matrix<T>{w_.v.data, padded(a_.Dv)} : tile.out;
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
-                        T(1), tile.softmax.sum, kDType<T>, tile.out.data, tile.out.ld);
+                        T(1), tile.softmax.sum, kDType<T>, to.data, to.ld);
+    if (!tile.out.transposed) return;
+    kernels_.right_transpose(as_const(to), tile.rows.size(), a_.Dv * kernels_.word, tile.out);
   }
 
   // A bit for each strip that holds one of the rows.
@@ -290,8 +297,7 @@ class ForwardWorker {
       const int64_t rows = std::min(kStrip, tile.rows.size() - row);
       const uint32_t strip = strips(row, rows);
       if (tile.started & strip) continue;
-      T* out = tile.out.data + row * tile.out.ld;
-      std::fill(out, out + rows * tile.out.ld, T(0));
+      set_zero(rows_from(tile.out, row), rows, padded(a_.Dv));
       tile.started |= strip;
     }
   }
@@ -303,12 +309,12 @@ class ForwardWorker {
       const auto visit = [&](Range rows, Range seen, const Span* mask) {
         if (!loaded) {
           k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
-          right_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
+          weighted_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
           loaded = true;
         }
         const int64_t skipped = seen.begin - keys.begin;
         add_part(tile, {b_, tile.h, rows, seen, mask}, {k.data + skipped * k.ld, k.ld},
-                 {w_.v.data + skipped / kernels_.word * w_.v.ld, w_.v.ld});
+                 as_const(rows_from(w_.v, skipped / kernels_.word)));
       };
       for_each_part(span, tile.rows, keys, kernels_.word, visit);
     }
@@ -321,8 +327,8 @@ class ForwardWorker {
     const QueryOperand<T> q = tile.q.from(row);
     const SoftmaxRows<T> softmax = tile.softmax.from(row);
     const QueryPositions positions = tile.positions.from(row);
-    const Matrix<T> out{tile.out.data + row * tile.out.ld, tile.out.ld};
-    const Tile<T> s{w_.scores, num_keys, padded(num_rows)};
+    const Matrix<T> out = rows_from(tile.out, row);
+    const Tile<T> s = score_tile(a_, kernels_, at, w_.scores);
     compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr, ahead_);
     if (a_.dropout_p > 0) {
       dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
@@ -332,12 +338,14 @@ class ForwardWorker {
     const int64_t seeing = rows_seeing(at);
     if ((old != 0 && old != part) || (old == 0 && seeing < num_rows)) start(tile);
     const bool adds = (tile.started & part) != 0;
-    kernels_.gemm(seeing, out.ld, num_keys, weights, v, out, {T(1), adds, softmax.factor, &ahead_});
+    kernels_.gemm(seeing, padded(a_.Dv), num_keys, weights, v, out,
+                  {T(1), adds, softmax.factor, &ahead_});
     tile.started |= part;
   }
 
   void store_state(RowTile<T>& tile) {
     start(tile);
+    const auto out = as_rows(kernels_, tile.out, tile.rows.size(), a_.Dv, w_.v.data);
     T *lse = lse_of(tile), *factor = tile.softmax.factor;
     Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
@@ -347,17 +355,17 @@ class ForwardWorker {
         lse[i] = row.lse();
         moved.end = i + 1;
       } else {  // saw nothing: what it has stays, to the bit
-        if (state_.result == nullptr && !moved.empty()) store_rows(tile, moved);
+        if (state_.result == nullptr && !moved.empty()) store_rows(tile, out, moved);
         moved = {i + 1, i + 1};
       }
     }
     if (state_.result != nullptr) moved = {0, tile.rows.size()};
-    if (!moved.empty()) store_rows(tile, moved);
+    if (!moved.empty()) store_rows(tile, out, moved);
   }
 
-  void store_rows(const RowTile<T>& tile, Range rows) {
-    kernels_.store_rows({tile.out.data + rows.begin * tile.out.ld, tile.out.ld}, rows.size(), a_.Dv,
-                        T(1), tile.softmax.factor + rows.begin, stored(), place(tile, rows.begin),
+  void store_rows(const RowTile<T>& tile, Matrix<const T> out, Range rows) {
+    kernels_.store_rows(rows_from(out, rows.begin), rows.size(), a_.Dv, T(1),
+                        tile.softmax.factor + rows.begin, stored(), place(tile, rows.begin),
                         a_.H * a_.Dv);
   }
 
@@ -398,7 +406,7 @@ void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
   if (a.H == 0 || a.Lq == 0) return;
   const Division<T> division(a, parallel.num_threads);
   Carver measure(nullptr);
-  Workspace<T>(a, division.held, measure);
+  Workspace<T>(a, kernels<T>(a.q.dtype), division.held, measure);
   const int64_t count = parallel.workers_for(division.tasks);
   Scratch scratch(count, measure.used());
   std::vector<ForwardWorker<T>> workers;

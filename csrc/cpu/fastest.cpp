@@ -5,11 +5,14 @@
 #include <cmath>
 #include <cstdio>
 
+#include "cpu/tiles.h"
+
 namespace usp::cpu {
 namespace {
 
 constexpr int64_t kKeys = 128, kQueries = 64, kDim = 64, kTiles = 4;
 constexpr int kRounds = 5;
+constexpr float kScale = 0.125f;
 constexpr double kAllowed = 0.02;  // of bf16 weights
 
 // bf16 of 1/8 steps in [-1, 1], the same at every level.
@@ -31,21 +34,25 @@ class Tiles {
   explicit Tiles(const Kernels<float>& table) : table_(table) {}
 
   void run() {
+    const Products<float> products(table_);
     const auto bf16 = DType::kBFloat16;
     const auto k = table_.left_rows(bf16, k_in_.data(), kDim, kKeys, kDim, {k_.data(), kDim});
-    table_.right_rows(bf16, v_in_.data(), kDim, kKeys, kDim, {v_.data(), kDim});
+    const auto v = by_query_sums(table_, v_.data(), kKeys / table_.word, kDim);
+    table_.weighted_rows(bf16, v_in_.data(), kDim, kKeys, kDim, v);
     const auto q = table_.left_rows(bf16, q_in_.data(), kDim, kQueries, kDim, {q_.data(), kDim});
     table_.right_transpose(q, kQueries, kDim, {q_t_.data(), kQueries});
     for (int64_t tile = 0; tile < kTiles; ++tile) {
       std::fill(max_.begin(), max_.end(), -INFINITY);
       std::fill(sum_.begin(), sum_.end(), 0.0f);
       table_.gemm(kKeys, kQueries, kDim, k, {q_t_.data(), kQueries}, {s_.data(), kQueries},
-                  {0.125f, false});
+                  {table_.scales_late ? 1.0f : kScale, false});
       const auto weights =
-          table_.softmax_update({s_.data(), kKeys, kQueries},
+          table_.softmax_update({s_.data(), kKeys, kQueries, table_.scales_late ? kScale : 1.0f},
                                 {max_.data(), sum_.data(), factor_.data()}, nullptr, p_.data());
-      table_.gemm(kQueries, kDim, kKeys, weights, {v_.data(), kDim}, {out.data(), kDim},
-                  {1.0f, false});
+      const auto sums = by_query_sums(table_, out_.data(), kQueries, kDim);
+      table_.gemm(kQueries, kDim, kKeys, weights, as_const(v), sums, {1.0f, false});
+      const auto rows = as_rows(table_, sums, kQueries, kDim, rows_.data());
+      std::copy_n(rows.data, kQueries * kDim, out.data());
     }
   }
 
@@ -57,7 +64,7 @@ class Tiles {
                         v_in_ = numbers(kKeys * kDim, 3);
   std::vector<float> q_ = std::vector<float>(kQueries * kDim), q_t_ = q_,
                      k_ = std::vector<float>(kKeys * kDim), v_ = k_,
-                     s_ = std::vector<float>(kKeys * kQueries), p_ = s_,
+                     s_ = std::vector<float>(kKeys * kQueries), p_ = s_, out_ = out, rows_ = out,
                      max_ = std::vector<float>(kQueries), sum_ = max_, factor_ = max_;
 };
 

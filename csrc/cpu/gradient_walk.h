@@ -11,16 +11,6 @@
 namespace usp::cpu {
 
 template <typename T>
-void set_zero(Matrix<T> m, int64_t rows) {
-  std::memset(m.data, 0, static_cast<size_t>(rows * m.ld) * sizeof(T));
-}
-
-template <typename T>
-Matrix<T> rows_from(Matrix<T> m, int64_t row) {
-  return {m.data + row * m.ld, m.ld};
-}
-
-template <typename T>
 class GradientWalk {
  public:
   GradientWalk(const Attention<T>& a, const AttentionGradients<T>& grads, const Kernels<T>& kernels,
@@ -44,9 +34,9 @@ class GradientWalk {
       auto& [k, v] = operands_[static_cast<size_t>(row / kKeyTile)];
       k = left_rows(kernels_, a_.k, b_, g_, tile, a_.D, rows_from(w_.k_left, row));
       v = left_rows(kernels_, a_.v, b_, g_, tile, a_.Dv, rows_from(w_.v_left, row));
-      right_rows(kernels_, a_.k, b_, g_, tile, a_.D, rows_from(w_.k, row / kernels_.word));
-      set_zero(rows_from(w_.dk, row), tile.size());
-      set_zero(rows_from(w_.dv, row), tile.size());
+      weighted_rows(kernels_, a_.k, b_, g_, tile, a_.D, weighted_keys(row));
+      set_zero(rows_from(w_.dk, row), tile.size(), w_.dk.ld);
+      set_zero(rows_from(w_.dv, row), tile.size(), w_.dv.ld);
     });
   }
 
@@ -78,14 +68,16 @@ class GradientWalk {
     const int64_t tiles = tiles_seen(rows, pinned) + tiles_seen(rows, keys);
     const bool sees = tiles > 0;
     if (sees || first) {
-      set_zero(w_.dq, rows.size());
+      set_zero(w_.dq, rows.size(), padded(a_.D));
       if (sees) {
+        const Products<T> products(kernels_);
         ahead_.spread(tiles * turns(rows.size(), kKeyTile));
         load_queries(h, rows);
         add_tiles(h, rows, pinned);
         add_tiles(h, rows, keys);
       }
-      put(w_.dq, rows, a_.D, scale(), !first, of_queries(b_, h, rows));
+      const auto dq = as_rows(kernels_, w_.dq, rows.size(), a_.D, w_.q_left.data);
+      put(dq, rows, a_.D, scale(), !first, of_queries(b_, h, rows));
     }
     ahead_.forget();
   }
@@ -103,8 +95,8 @@ class GradientWalk {
 
   void put_key_gradients(Range keys) {
     for_each_tile(keys, [&](Range tile, int64_t row) {
-      put(rows_from(w_.dk, row), tile, a_.D, scale(), !overwrite_, of_keys(tile));
-      put(rows_from(w_.dv, row), tile, a_.Dv, T(1), !overwrite_, of_values(tile));
+      put(as_const(rows_from(w_.dk, row)), tile, a_.D, scale(), !overwrite_, of_keys(tile));
+      put(as_const(rows_from(w_.dv, row)), tile, a_.Dv, T(1), !overwrite_, of_values(tile));
     });
   }
 
@@ -148,14 +140,18 @@ class GradientWalk {
     ahead_.add(at.data, at.stride * size, rows.size(), cols * size);
   }
 
-  void put(Matrix<T> sum, Range rows, int64_t cols, T scale, bool add, Place to) {
+  void put(Matrix<const T> sum, Range rows, int64_t cols, T scale, bool add, Place to) {
     if (add) {
-      kernels_.add_rows(as_const(sum), rows.size(), cols, scale, static_cast<T*>(to.data),
-                        to.stride);
+      kernels_.add_rows(sum, rows.size(), cols, scale, static_cast<T*>(to.data), to.stride);
     } else {
-      kernels_.store_rows(as_const(sum), rows.size(), cols, scale, nullptr, to.dtype, to.data,
-                          to.stride);
+      kernels_.store_rows(sum, rows.size(), cols, scale, nullptr, to.dtype, to.data, to.stride);
     }
+  }
+
+  // The keys of a tile, held from row `tile` on, as the product for dq takes them.
+  Matrix<T> weighted_keys(int64_t tile) const {
+    return by_query_sums(kernels_, w_.k.data + tile / kernels_.word * w_.k.ld,
+                         kKeyTile / kernels_.word, w_.k.ld);
   }
 
   // Calls visit(tile, row) for each tile of keys, with the row of its first in the memory.
@@ -204,21 +200,22 @@ class GradientWalk {
     const auto gradients = compute_gradients(at, row, {k.data + skipped * k.ld, k.ld},
                                              {v.data + skipped * v.ld, v.ld});
     const int64_t word = row / kernels_.word;
-    add_product(num_keys, seeing, gradients.weights_by_key, rows_from(w_.dout, word),
+    add_product(num_keys, a_.Dv, seeing, gradients.weights_by_key, rows_from(w_.dout, word),
                 rows_from(w_.dv, key));
-    add_product(num_keys, seeing, gradients.scores_by_key, rows_from(w_.q, word),
+    add_product(num_keys, a_.D, seeing, gradients.scores_by_key, rows_from(w_.q, word),
                 rows_from(w_.dk, key));
-    add_product(seeing, num_keys, gradients.scores_by_query, rows_from(w_.k, key / kernels_.word),
-                rows_from(w_.dq, row));
+    add_product(seeing, a_.D, num_keys, gradients.scores_by_query,
+                rows_from(weighted_keys(tile), skipped / kernels_.word), rows_from(w_.dq, row));
   }
 
-  void add_product(int64_t m, int64_t k, Matrix<const T> left, Matrix<T> right, Matrix<T> sum) {
-    kernels_.gemm(m, sum.ld, k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_});
+  void add_product(int64_t m, int64_t n, int64_t k, Matrix<const T> left, Matrix<T> right,
+                   Matrix<T> sum) {
+    kernels_.gemm(m, padded(n), k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_});
   }
 
   GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, Matrix<const T> k,
                                         Matrix<const T> v) {
-    const Tile<T> s{w_.s, at.keys.size(), padded(at.rows.size())}, dp{w_.dp, s.keys, s.queries};
+    const Tile<T> s = score_tile(a_, kernels_, at, w_.s), dp{w_.dp, s.keys, s.queries};
     const QueryPositions positions = w_.positions.from(row);
     compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative, ahead_);
     w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1), ahead_);

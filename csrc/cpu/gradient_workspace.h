@@ -22,8 +22,8 @@ struct GradientWorkspace {
   Matrix<T> dout_left, dout;    // (rows, Dv)
   QueryOperand<T> q_t, dout_t;  // (D, rows), (Dv, rows)
   Matrix<T> k_left, v_left;     // (keys held, D) (keys held, Dv)
-  Matrix<T> k;                  // (keys held, D)
-  Matrix<T> dq;                 // (rows, D)
+  Matrix<T> k;                  // (keys held, D), or a transpose for each tile
+  Matrix<T> dq;                 // (rows, D), or its transpose
   Matrix<T> dk, dv;             // (keys held, D) (keys held, Dv)
   T *s, *dp;                    // (keys, rows)
   T* operands[3];               // (keys, rows), see GradientOperands
@@ -33,7 +33,8 @@ struct GradientWorkspace {
   T *lse, *delta;               // (rows,)
   QueryPositions positions;
 
-  GradientWorkspace(const Attention<T>& a, int64_t tiles_held, bool with_dbias, Carver& carver) {
+  GradientWorkspace(const Attention<T>& a, const Kernels<T>& kernels, int64_t tiles_held,
+                    bool with_dbias, Carver& carver) {
     const auto matrix = [&](int64_t rows, int64_t ld) {
       return Matrix<T>{carver.take<T>(rows * ld), ld};
     };
@@ -48,7 +49,7 @@ struct GradientWorkspace {
     k_left = matrix(keys_held, padded(a.D));
     v_left = matrix(keys_held, padded(a.Dv));
     k = matrix(keys_held, padded(a.D));
-    dq = matrix(kQueryTile, padded(a.D));
+    dq = by_query_sums(kernels, carver.take<T>(kQueryTile * padded(a.D)), kQueryTile, padded(a.D));
     dk = matrix(keys_held, padded(a.D));
     dv = matrix(keys_held, padded(a.Dv));
     s = carver.take<T>(kTile);

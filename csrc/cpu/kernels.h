@@ -31,8 +31,13 @@ template <typename T>
 struct Matrix {
   T* data;
   int64_t ld;               // elements from one row to the next
-  bool transposed = false;  // as the left operand of gemm: use the transpose of what is stored
+  bool transposed = false;  // the transpose of what is stored is meant
 };
+
+template <typename T>
+Matrix<T> rows_from(Matrix<T> m, int64_t row) {
+  return {m.data + (m.transposed ? row : row * m.ld), m.ld, m.transposed};
+}
 
 // (keys, queries) scores or gradients of scores; `queries` includes the padding.
 template <typename T>
@@ -40,6 +45,7 @@ struct Tile {
   T* data;
   int64_t keys;
   int64_t queries;
+  T scale = 1;  // of scores that are not scaled yet (Kernels::scales_late)
 
   T* row(int64_t j) const { return data + j * queries; }
 };
@@ -129,6 +135,14 @@ struct Kernels {
   // How far below its lse the maximum of a carried row starts. Where weights are rounded for their
   // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
   T headroom;
+  // Whether softmax_update and gradients scale the scores.
+  bool scales_late = false;
+  // Whether products of operands by query (GradientOperands) want the other one, of weighted_rows,
+  // transposed, and give the transpose.
+  bool transposes_sums = false;
+  // Around all that a thread does with gemm; null: nothing is to be done.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 
   // About how many register blocks gemm makes of c (m, n).
   int64_t blocks(int64_t m, int64_t n) const {
@@ -136,7 +150,7 @@ struct Kernels {
   }
 
   // c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other
-  // two are any number.
+  // two are any number. A left operand is transposed only where it is by query.
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                Update<T> update);
   // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in
@@ -152,6 +166,10 @@ struct Kernels {
   // columns.
   void (*right_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
                      Matrix<T> dst);
+  // Also rows (rows, cols) as right operand: of products of operands by query. Where these are
+  // transposed, with whole tiles of zeros behind an end.
+  void (*weighted_rows)(DType dtype, const void* src, int64_t src_stride, int64_t rows,
+                        int64_t cols, Matrix<T> dst);
   // The transpose of left rows as right operand: dst (cols, ld), zero in the padding columns.
   void (*right_transpose)(Matrix<const T> left, int64_t rows, int64_t cols, Matrix<T> dst);
   // dst (rows, cols) = scale * factor[i] * src, rounded to `dtype`; factor null: 1.
@@ -222,6 +240,29 @@ struct Kernels {
                               Matrix<T> sums);
   void (*add_products_before)(Matrix<const T> a, Matrix<const T> b, int64_t rows, int64_t cols,
                               Matrix<T> sums);
+};
+
+// Sums of products of operands by query, or weighted rows in words: up to `rows` of them.
+template <typename T>
+Matrix<T> by_query_sums(const Kernels<T>& kernels, T* data, int64_t rows, int64_t cols) {
+  return {data, kernels.transposes_sums ? rows : cols, kernels.transposes_sums};
+}
+
+// While it lives, its thread may call gemm.
+template <typename T>
+class Products {
+ public:
+  explicit Products(const Kernels<T>& kernels) : kernels_(kernels) {
+    if (kernels.begin != nullptr) kernels.begin();
+  }
+  ~Products() {
+    if (kernels_.end != nullptr) kernels_.end();
+  }
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+ private:
+  const Kernels<T>& kernels_;
 };
 
 // The table in use now for inputs of a dtype, by capability_for() (fastest.h).

@@ -23,6 +23,7 @@
 #define USP_GEMM_VECTORS 4
 #include "cpu/matrix_tiles.h"
 #include "cpu/pairs.h"
+#include "cpu/scores_late.h"
 
 namespace usp::cpu {
 namespace {
@@ -37,15 +38,13 @@ static_assert(sizeof(TileConfig) == 64);
 
 // Assembly, for gcc's intrinsics are macros that take no template's number.
 struct AmxTiles {
-  // Set for one product, and released: others may use the tiles before and after, and a thread that
-  // holds none has less to save.
-  struct Configured {
-    Configured() {
-      static constexpr TileConfig config;
-      __asm__ volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Configured() { __asm__ volatile("tilerelease" ::); }
-  };
+  static void configure() {
+    static constexpr TileConfig config;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+
+  // Others may use the tiles before and after, and a thread that holds none has less to save.
+  static void release() { __asm__ volatile("tilerelease" ::); }
 
   template <int kTile>
   static USP_SIMD_MEMBER void zero() {
@@ -75,7 +74,13 @@ template <typename Tiles>
 constexpr Kernels<float> make_tile_kernels() {
   Kernels<float> table = make_bf16_kernels();
   table.block_rows = table.block_columns = 2 * kTileRows;
+  table.transposes_sums = table.scales_late = true;
+  table.begin = Tiles::configure;
+  table.end = Tiles::release;
   table.gemm = gemm_on_tiles<Tiles>;
+  table.weighted_rows = weighted_columns;
+  table.softmax_update = softmax_update_late;
+  table.gradients = gradients_late;
   return table;
 }
 

@@ -3,9 +3,11 @@
 // gemm on matrix tiles of 16 rows of 16 words, a word two bf16: AMX, or what stands in for it.
 //
 // c += a b needs a's words along its rows and b's along its columns, which is how they lie
-// (kernels.h), and whole tiles: a transposed a, and ends that fill no tile, are copied first. Sums
-// are fp32. `Tiles` are the instructions.
+// (kernels.h), and whole tiles: ends that fill none are copied first. Sums are fp32. Whole tiles of
+// c are sums in place; else, and where the product is scaled, they pass through memory of their
+// own. `Tiles` are the instructions.
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -31,100 +33,196 @@ inline float* tile_room(int64_t count) {
   return reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
 }
 
-// Rows and words up to whole tiles; what the last rows hold beyond m goes into no result.
-inline Matrix<const float> left_tiles(int64_t m, int64_t words, Matrix<const float> a,
-                                      float* room) {
-  const int64_t width = whole_tiles(words);
-  if (a.transposed) {
-    right_transpose<float>({a.data, a.ld}, words, m, {room, width});
-    return {room, width};
+// A row of an operand's tiles: those of whole words lie where the operand does, the last may be a
+// copy with zeros in it.
+struct TileRow {
+  const float* first;
+  int64_t ld, step;  // from one row to the next, from one tile to the next
+  Matrix<const float> last;
+
+  Matrix<const float> at(int64_t tile, bool whole) const {
+    return whole ? Matrix<const float>{first + tile * step, ld} : last;
   }
-  if (m % kTileRows == 0 && words % kTileWords == 0) return a;
-  for (int64_t i = 0; i < m; ++i) {
-    __builtin_memcpy(room + i * width, a.data + i * a.ld,
-                     static_cast<size_t>(words) * sizeof(float));
-    for (int64_t p = words; p < width; ++p) room[i * width + p] = 0;
+};
+
+// The left operand, (m, words).
+class LeftTiles {
+ public:
+  static int64_t room(int64_t m, int64_t words) {
+    return whole_tiles(m) * kTileWords + kTileRows * whole_tiles(words);
   }
-  return {room, width};
+
+  LeftTiles(int64_t m, int64_t words, Matrix<const float> a, float* room)
+      : a_(a), last_words_(room), last_row_(m / kTileRows * kTileRows) {
+    const int64_t ragged = words % kTileWords;
+    if (ragged > 0) copy(m, ragged, {a.data + words - ragged, a.ld}, {room, kTileWords});
+    // What the last rows hold beyond m goes into no result.
+    last_rows_ = {room + whole_tiles(m) * kTileWords, whole_tiles(words)};
+    for (int64_t p = 0; p < words && last_row_ < m; p += kTileWords) {
+      copy(m - last_row_, std::min(words - p, kTileWords), {a.data + last_row_ * a.ld + p, a.ld},
+           {last_rows_.data + p, last_rows_.ld});
+    }
+  }
+
+  TileRow row(int64_t i) const {
+    const bool whole = i < last_row_;
+    return {whole ? a_.data + i * a_.ld : last_rows_.data,
+            whole ? a_.ld : last_rows_.ld,
+            kTileWords,
+            {last_words_ + i * kTileWords, kTileWords}};
+  }
+
+ private:
+  static void copy(int64_t rows, int64_t words, Matrix<const float> from, Matrix<float> to) {
+    const auto some = static_cast<__mmask16>((1u << words) - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      store<float>(to.data + i * to.ld,
+                   (Vec<float>)_mm512_maskz_loadu_ps(some, from.data + i * from.ld));
+    }
+  }
+
+  Matrix<const float> a_;
+  const float* last_words_;
+  Matrix<float> last_rows_{};
+  int64_t last_row_;
+};
+
+// The right operand, (words, n).
+class RightTiles {
+ public:
+  static int64_t room(int64_t n) { return kTileWords * n; }
+
+  RightTiles(int64_t n, int64_t words, Matrix<const float> b, float* room)
+      : b_(b), last_words_{room, n} {
+    const int64_t ragged = words % kTileWords;
+    for (int64_t p = 0; ragged > 0 && p < kTileWords; ++p) {
+      const float* from = b.data + (words - ragged + p) * b.ld;
+      for (int64_t j = 0; j < n; j += kLanes<float>) {
+        store<float>(room + p * n + j, p < ragged ? load(from + j) : Vec<float>{});
+      }
+    }
+  }
+
+  TileRow column(int64_t j) const {
+    return {b_.data + j, b_.ld, kTileWords * b_.ld, {last_words_.data + j, last_words_.ld}};
+  }
+
+ private:
+  Matrix<const float> b_, last_words_;
+};
+
+// A tile of c, of which `rows` rows are there.
+struct SumTile {
+  float* c;
+  int64_t ld, rows;
+  float alpha;
+  bool adds;
+
+  bool in_place() const { return alpha == 1 && rows >= kTileRows; }
+};
+
+template <typename Tiles, int kTile>
+USP_SIMD void begin_sums(const SumTile& to) {
+  if (to.adds && to.in_place()) {
+    Tiles::template load<kTile>(to.c, to.ld);
+  } else {
+    Tiles::template zero<kTile>();
+  }
 }
 
-// One tile of c, of which `rows` rows are there.
 template <typename Tiles, int kTile>
-USP_SIMD void store_tile(int64_t rows, float* c, int64_t ldc, Update<float> update) {
+USP_SIMD void end_sums(const SumTile& to) {
+  if (to.in_place()) return Tiles::template store<kTile>(to.c, to.ld);
   alignas(64) float sums[kTileRows * kTileWords];
   Tiles::template store<kTile>(sums, kTileWords);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float kept = update.factor == nullptr ? 1.0f : update.factor[r];
-    for (int64_t i = 0; i < kTileWords; i += kLanes<float>) {
-      const Vec<float> sum = update.alpha * load(sums + r * kTileWords + i);
-      float* at = c + r * ldc + i;
-      store<float>(at, update.adds ? kept * load(at) + sum : sum);
-    }
+  for (int64_t r = 0; r < to.rows && r < kTileRows; ++r) {
+    const Vec<float> sum = to.alpha * load(sums + r * kTileWords);
+    float* at = to.c + r * to.ld;
+    store<float>(at, to.adds ? load(at) + sum : sum);
   }
 }
 
 // kRows by kColumns tiles of c, at most two each: tiles 0 to 3 are sums, 4 and 5 of a, 6 and 7 of
-// b.
+// b. The operands' second rows of tiles count only where there are two.
 template <typename Tiles, int kRows, int kColumns>
-void tile_block(int64_t m, int64_t words, Matrix<const float> a, Matrix<const float> b,
-                const float* last_b, int64_t last_ld, Matrix<float> c, Update<float> update) {
-  Tiles::template zero<0>();
-  if constexpr (kColumns > 1) Tiles::template zero<1>();
-  if constexpr (kRows > 1) Tiles::template zero<2>();
-  if constexpr (kRows > 1 && kColumns > 1) Tiles::template zero<3>();
-  for (int64_t p = 0; p < words; p += kTileWords) {
-    const bool whole = p + kTileWords <= words;
-    const float* right = whole ? b.data + p * b.ld : last_b;
-    const int64_t ld = whole ? b.ld : last_ld;
-    Tiles::template load<4>(a.data + p, a.ld);
-    Tiles::template load<6>(right, ld);
+void tile_block(int64_t words, const TileRow (&a)[2], const TileRow (&b)[2], const SumTile& to) {
+  const SumTile right{to.c + kTileWords, to.ld, to.rows, to.alpha, to.adds};
+  const SumTile below{to.c + kTileRows * to.ld, to.ld, to.rows - kTileRows, to.alpha, to.adds};
+  const SumTile beyond{below.c + kTileWords, to.ld, below.rows, to.alpha, to.adds};
+  begin_sums<Tiles, 0>(to);
+  if constexpr (kColumns > 1) begin_sums<Tiles, 1>(right);
+  if constexpr (kRows > 1) begin_sums<Tiles, 2>(below);
+  if constexpr (kRows > 1 && kColumns > 1) begin_sums<Tiles, 3>(beyond);
+  for (int64_t tile = 0; tile * kTileWords < words; ++tile) {
+    const bool whole = (tile + 1) * kTileWords <= words;
+    const auto load_from = [&]<int kTile>(const TileRow& row) {
+      const Matrix<const float> from = row.at(tile, whole);
+      Tiles::template load<kTile>(from.data, from.ld);
+    };
+    load_from.template operator()<4>(a[0]);
+    load_from.template operator()<6>(b[0]);
     Tiles::template multiply<0, 4, 6>();
     if constexpr (kColumns > 1) {
-      Tiles::template load<7>(right + kTileWords, ld);
+      load_from.template operator()<7>(b[1]);
       Tiles::template multiply<1, 4, 7>();
     }
     if constexpr (kRows > 1) {
-      Tiles::template load<5>(a.data + kTileRows * a.ld + p, a.ld);
+      load_from.template operator()<5>(a[1]);
       Tiles::template multiply<2, 5, 6>();
     }
     if constexpr (kRows > 1 && kColumns > 1) Tiles::template multiply<3, 5, 7>();
   }
-  const int64_t upper = m < kTileRows ? m : kTileRows, lower = m - kTileRows;
-  float* below = c.data + kTileRows * c.ld;
-  const Update<float> update_below = update.from(kTileRows);
-  store_tile<Tiles, 0>(upper, c.data, c.ld, update);
-  if constexpr (kColumns > 1) store_tile<Tiles, 1>(upper, c.data + kTileWords, c.ld, update);
-  if constexpr (kRows > 1) store_tile<Tiles, 2>(lower, below, c.ld, update_below);
-  if constexpr (kRows > 1 && kColumns > 1) {
-    store_tile<Tiles, 3>(lower, below + kTileWords, c.ld, update_below);
+  end_sums<Tiles, 0>(to);
+  if constexpr (kColumns > 1) end_sums<Tiles, 1>(right);
+  if constexpr (kRows > 1) end_sums<Tiles, 2>(below);
+  if constexpr (kRows > 1 && kColumns > 1) end_sums<Tiles, 3>(beyond);
+}
+
+// Column j of m (rows, cols) times factor[j]; most often whole vectors of factors are 1.
+inline void scale_columns(Matrix<float> m, int64_t rows, int64_t cols, const float* factor) {
+  for (int64_t j = 0; j < cols; j += kLanes<float>) {
+    const Vec<float> f = load(factor + j);
+    if (_mm512_cmpneq_ps_mask((__m512)f, _mm512_set1_ps(1)) == 0) continue;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* at = m.data + i * m.ld + j;
+      store<float>(at, f * load(at));
+    }
+  }
+}
+
+template <typename Tiles>
+void multiply_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matrix<const float> b,
+                    Matrix<float> c, const Update<float>& update) {
+  const int64_t words = (k + 1) / 2;
+  float* room = tile_room(LeftTiles::room(m, words) + RightTiles::room(n));
+  const LeftTiles left(m, words, a, room);
+  const RightTiles right(n, words, b, room + LeftTiles::room(m, words));
+  for (int64_t i = 0; i < m; i += 2 * kTileRows) {
+    const bool two_rows = m - i > kTileRows;
+    const TileRow rows[2] = {left.row(i), two_rows ? left.row(i + kTileRows) : TileRow{}};
+    for (int64_t j = 0; j < n; j += 2 * kTileWords) {
+      const bool two_columns = n - j > kTileWords;
+      const TileRow columns[2] = {right.column(j), right.column(j + kTileWords)};
+      const auto block = two_rows
+                             ? (two_columns ? tile_block<Tiles, 2, 2> : tile_block<Tiles, 2, 1>)
+                             : (two_columns ? tile_block<Tiles, 1, 2> : tile_block<Tiles, 1, 1>);
+      update.look_ahead();
+      block(words, rows, columns, {c.data + i * c.ld + j, c.ld, m - i, update.alpha, update.adds});
+    }
   }
 }
 
 template <typename Tiles>
 void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matrix<const float> b,
                    Matrix<float> c, Update<float> update) {
-  const int64_t words = (k + 1) / 2, ragged = words % kTileWords;
-  const int64_t of_left = whole_tiles(m) * whole_tiles(words);
-  float* room = tile_room(of_left + kTileWords * n);
-  a = left_tiles(m, words, a, room);
-  float* last_b = room + of_left;  // the words that fill no tile, and zeros
-  for (int64_t p = 0; ragged > 0 && p < kTileWords; ++p) {
-    float* to = last_b + p * n;
-    const float* from = b.data + (words - ragged + p) * b.ld;
-    for (int64_t j = 0; j < n; ++j) to[j] = p < ragged ? from[j] : 0;
-  }
-  const typename Tiles::Configured configured;
-  for (int64_t i = 0; i < m; i += 2 * kTileRows) {
-    const bool two_rows = m - i > kTileRows;
-    for (int64_t j = 0; j < n; j += 2 * kTileWords) {
-      const bool two_columns = n - j > kTileWords;
-      const auto block = two_rows
-                             ? (two_columns ? tile_block<Tiles, 2, 2> : tile_block<Tiles, 2, 1>)
-                             : (two_columns ? tile_block<Tiles, 1, 2> : tile_block<Tiles, 1, 1>);
-      update.look_ahead();
-      block(m - i < 2 * kTileRows ? m - i : 2 * kTileRows, words, {a.data + i * a.ld, a.ld},
-            {b.data + j, b.ld}, last_b + j, n, {c.data + i * c.ld + j, c.ld}, update.from(i));
-    }
+  if (c.transposed) {
+    // Columns up to a whole tile: they are padding, as those of a are.
+    const int64_t cols = whole_tiles(m);
+    if (update.adds && update.factor != nullptr) scale_columns(c, n, cols, update.factor);
+    multiply_tiles<Tiles>(n, cols, k, b, a, c, update);
+  } else {
+    if (update.adds && update.factor != nullptr) scale_rows(c, m, n, update.factor);
+    multiply_tiles<Tiles>(m, n, k, a, b, c, update);
   }
 }
 
@@ -140,10 +238,8 @@ struct EmulatedTiles {
     return mine;
   }
 
-  struct Configured {
-    Configured() { registers().configured = true; }
-    ~Configured() { registers().configured = false; }
-  };
+  static void configure() { registers().configured = true; }
+  static void release() { registers().configured = false; }
 
   template <int kTile>
   static void zero() {

@@ -93,7 +93,7 @@ void right_transpose_pairs(Matrix<const float> left, int64_t rows, int64_t cols,
 constexpr Kernels<float> make_bf16_kernels() {
   Kernels<float> table = make_kernels<float, PairWords>();
   table.left_rows = left_row_pairs;
-  table.right_rows = right_row_pairs;
+  table.right_rows = table.weighted_rows = right_row_pairs;
   table.right_transpose = right_transpose_pairs;
   return table;
 }

@@ -24,6 +24,7 @@ constexpr Kernels<T> make_kernels() {
       .products_with_few = products_with_few<Words, T>,
       .left_rows = left_rows<T>,
       .right_rows = right_rows<T>,
+      .weighted_rows = right_rows<T>,
       .right_transpose = right_transpose<T>,
       .store_rows = store_rows<T>,
       .row_products = row_products<T>,

@@ -4,6 +4,7 @@
 // tile before its softmax.
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -55,6 +56,31 @@ void right_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64
                 int64_t cols, Matrix<T> dst) {
   kernels.right_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
                      dst);
+}
+
+template <typename T>
+void weighted_rows(const Kernels<T>& kernels, const TensorView& x, int64_t b, int64_t h, Range rows,
+                   int64_t cols, Matrix<T> dst) {
+  kernels.weighted_rows(x.dtype, row_address(x, b, rows.begin, h), x.row_stride, rows.size(), cols,
+                        dst);
+}
+
+// Sums (rows, cols) as they are, or transposed to `room`.
+template <typename T>
+Matrix<const T> as_rows(const Kernels<T>& kernels, Matrix<T> sums, int64_t rows, int64_t cols,
+                        T* room) {
+  if (!sums.transposed) return {sums.data, sums.ld};
+  const Matrix<T> to{room, padded(cols)};
+  kernels.right_transpose({sums.data, sums.ld}, cols, rows * kernels.word, to);
+  return {to.data, to.ld};
+}
+
+// With the padding of a transpose.
+template <typename T>
+void set_zero(Matrix<T> m, int64_t rows, int64_t cols) {
+  if (m.transposed) std::swap(rows, cols), cols = padded(cols);
+  if (cols == m.ld) cols *= std::exchange(rows, 1);
+  for (int64_t i = 0; i < rows; ++i) std::fill_n(m.data + i * m.ld, cols, T(0));
 }
 
 template <typename T>
@@ -172,13 +198,23 @@ struct QueryPositions {
   }
 };
 
-// s (keys, queries) = the scores of a tile: scaled products, softcap, bias,
-// ALiBi, -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
+// A tile of scores to come; they are scaled late only where nothing else is done to them.
+template <typename T>
+Tile<T> score_tile(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at, T* data) {
+  const auto scale = static_cast<T>(a.softmax_scale);
+  const bool alone = !(a.softcap > 0) && a.bias.data == nullptr && a.alibi_slopes == nullptr;
+  const bool late = kernels.scales_late && alone && scale > 0;
+  return {data, at.keys.size(), padded(at.rows.size()), late ? scale : T(1)};
+}
+
+// s (keys, queries) = the scores of a tile: products, scaled but by s.scale, softcap, bias, ALiBi,
+// -inf where masked. `softcap_derivative` (null: not wanted) is laid out like s.
 template <typename T>
 void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const TileIndex& at,
                     Matrix<const T> k, const QueryOperand<T>& q, const QueryPositions& positions,
                     Tile<T> s, T* softcap_derivative, Lookahead& ahead) {
-  q.multiply(kernels, at.rows.size(), a.D, k, s, static_cast<T>(a.softmax_scale), ahead);
+  const T scale = s.scale == 1 ? static_cast<T>(a.softmax_scale) : T(1);
+  q.multiply(kernels, at.rows.size(), a.D, k, s, scale, ahead);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -203,7 +204,8 @@ TYPED_TEST(TileKernels, ExpAtTheEnds) {
   };
   this->on_each_capability(check);
   if constexpr (sizeof(T) == sizeof(float)) {
-    for (const Capability pairs : {Capability::kAvx512Bf16, Capability::kNeonBf16}) {
+    for (const Capability pairs :
+         {Capability::kAvx512Bf16, Capability::kAmxEmulated, Capability::kNeonBf16}) {
       if (has(pairs)) check(kernels_of<float>(pairs, DType::kBFloat16));
     }
   }
@@ -253,6 +255,7 @@ class Bf16Products : public testing::TestWithParam<Capability> {
  protected:
   void SetUp() override {
     if (!has(GetParam())) GTEST_SKIP() << "this machine has no " << name(GetParam());
+    products_.emplace(table());
   }
 
   // `bytes` is how far the rows lie from the alignment of a word.
@@ -273,9 +276,27 @@ class Bf16Products : public testing::TestWithParam<Capability> {
     return {words.data, ld};
   }
 
+  // The product of a tile by query with rows of x.
+  std::vector<float> weighted(const Bf16Rows& x, int64_t rows, int64_t m,
+                              Matrix<const float> tile) {
+    const int64_t ld = up_to_pad(x.dim), words = up_to_pad((rows + 1) / 2);
+    auto memory = room(words * ld), sums = room(up_to_pad(m) * ld);
+    const auto right = by_query_sums(table(), memory.data(), words, ld);
+    const auto sum = by_query_sums(table(), sums.data(), up_to_pad(m), ld);
+    table().weighted_rows(DType::kBFloat16, x.halves.data(), x.dim, rows, x.dim, right);
+    table().gemm(m, ld, rows, tile, {right.data, right.ld, right.transposed}, sum, {1.0f, false});
+    if (!sum.transposed) return sums;
+    auto result = room(m * ld);
+    for (int64_t i = 0; i < m * ld; ++i) result[i] = sums[i % ld * sum.ld + i / ld];
+    return result;
+  }
+
   const Kernels<float>& table() { return kernels_of<float>(GetParam(), DType::kBFloat16); }
 
   std::mt19937 random_{5};
+
+ private:
+  std::optional<Products<float>> products_;
 };
 
 TEST_P(Bf16Products, OfRowsWithRows) {
@@ -358,7 +379,7 @@ TEST_P(Bf16Products, OfTilesWithRows) {
                        {1.0f, true});
           return sum;
         };
-        const auto by_query = product(k, keys, queries, operands.scores_by_query);
+        const auto by_query = weighted(k, keys, queries, operands.scores_by_query);
         const auto by_key = product(q, queries, keys, operands.scores_by_key);
         const auto weighted = product(q, queries, keys, operands.weights_by_key);
         for (int64_t d = 0; d < ld; ++d) {
@@ -384,21 +405,19 @@ TEST_P(Bf16Products, OfTilesWithRows) {
 
 // Scores 0 and -inf: the weights of the softmax are 1 and 0, times the multiplier.
 TEST_P(Bf16Products, OfSoftmaxWeights) {
-  std::vector<float> right_memory;
   for (const int64_t keys : {1, 2, 7, 33}) {
     for (const int64_t columns : {16, 64, 80}) {
       const Bf16Rows v(random_, keys, 5), multiplier(random_, keys, columns);
       for (const bool dropped : {false, true}) {
         std::vector<float> s(keys * columns, 0.0f), max(columns, -INFINITY), sum(columns, 0.0f),
-            factor(columns), memory = room((keys + 1) * columns), out(columns * 16);
+            factor(columns), memory = room((keys + 1) * columns);
         for (int64_t j = 1; j < keys; j += 3) {
           for (int64_t i = 0; i < columns; ++i) s[j * columns + i] = -INFINITY;
         }
         const auto weights = table().softmax_update(
             {s.data(), keys, columns}, {max.data(), sum.data(), factor.data()},
             dropped ? multiplier.values.data() : nullptr, memory.data());
-        table().gemm(columns, 16, keys, weights, right(v, keys, right_memory), {out.data(), 16},
-                     {1.0f, true});
+        const auto out = weighted(v, keys, columns, weights);
         for (int64_t i = 0; i < columns; ++i) {
           float expected[5] = {}, count = 0;
           for (int64_t j = 0; j < keys; ++j) {
@@ -413,6 +432,74 @@ TEST_P(Bf16Products, OfSoftmaxWeights) {
           for (int64_t d = 0; d < 5; ++d) ASSERT_EQ(out[i * 16 + d], expected[d]);
         }
       }
+    }
+  }
+}
+
+// Sums that are written, added to, and shrunk before: whole tiles and ragged ones, with columns of
+// the transpose where the level sums it.
+TEST_P(Bf16Products, AddToWhatIsThere) {
+  std::uniform_int_distribution<int> small(-8, 8);
+  for (const int64_t m : {1, 16, 23, 32, 50}) {
+    for (const int64_t k : {3, 32, 74}) {
+      const Bf16Rows a(random_, m, k), b(random_, k, 80);
+      std::vector<float> a_memory, b_memory, before(m * 80), factor(up_to_pad(m), 1);
+      for (float& x : before) x = static_cast<float>(small(random_));
+      for (int64_t i = 0; i < m; i += 3) factor[i] = 0.5f;
+      for (const float alpha : {1.0f, 0.25f}) {
+        for (const bool adds : {false, true}) {
+          auto c = before;
+          table().gemm(m, 80, k, left(a, m, a_memory), right(b, k, b_memory), {c.data(), 80},
+                       {alpha, adds, adds ? factor.data() : nullptr});
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < 80; ++j) {
+              float expected = 0;
+              for (int64_t p = 0; p < k; ++p) expected += alpha * a.at(i, p) * b.at(p, j);
+              if (adds) expected += factor[i] * before[i * 80 + j];
+              ASSERT_EQ(c[i * 80 + j], expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Three tiles of keys into one softmax, with maxima that rise, and its product.
+TEST_P(Bf16Products, OfARunningSoftmax) {
+  const int64_t columns = 48, keys = 45, tiles = 3, dim = 24, ld = up_to_pad(dim);
+  const float scale = 0.3f, late = table().scales_late ? scale : 1.0f;
+  const Bf16Rows v(random_, tiles * keys, dim);
+  std::uniform_real_distribution<float> score(-20, 20);
+  std::vector<float> s(tiles * keys * columns), max(columns, -INFINITY), sum(columns, 0.0f),
+      factor(columns), memory = room((keys + 1) * columns), v_memory = room(ld * 32),
+                       out = room(columns * ld);
+  for (float& x : s) x = score(random_);
+  const auto right = by_query_sums(table(), v_memory.data(), 32, ld);
+  const auto sums = by_query_sums(table(), out.data(), columns, ld);
+  for (int64_t t = 0; t < tiles; ++t) {
+    std::vector<float> part(s.begin() + t * keys * columns, s.begin() + (t + 1) * keys * columns);
+    for (float& x : part) x *= scale / late;
+    const auto weights =
+        table().softmax_update({part.data(), keys, columns, late},
+                               {max.data(), sum.data(), factor.data()}, nullptr, memory.data());
+    table().weighted_rows(DType::kBFloat16, v.halves.data() + t * keys * dim, dim, keys, dim,
+                          right);
+    table().gemm(columns, ld, keys, weights, {right.data, right.ld, right.transposed}, sums,
+                 {1.0f, t > 0, factor.data()});
+  }
+  for (int64_t i = 0; i < columns; ++i) {
+    std::vector<double> expected(dim, 0.0);
+    double total = 0;
+    for (int64_t j = 0; j < tiles * keys; ++j) {
+      const double weight = std::exp(scale * static_cast<double>(s[j * columns + i]));
+      total += weight;
+      for (int64_t d = 0; d < dim; ++d) expected[d] += weight * v.at(j, d);
+    }
+    ASSERT_NEAR(max[i] + std::log(sum[i]), std::log(total), 2e-5);
+    for (int64_t d = 0; d < dim; ++d) {
+      const float found = sums.transposed ? out[d * sums.ld + i] : out[i * ld + d];
+      ASSERT_NEAR(found / sum[i], expected[d] / total, 0.02);
     }
   }
 }

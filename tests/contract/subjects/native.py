@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -52,12 +53,11 @@ CALLS = st.builds(
 @contextmanager
 def running_on(capability: str, threads: int = 1) -> Iterator[None]:
     before = torch.get_num_threads()
-    os.environ["USP_CPU_CAPABILITY"] = capability
     torch.set_num_threads(threads)
     try:
-        yield
+        with mock.patch.dict(os.environ, USP_CPU_CAPABILITY=capability):
+            yield
     finally:
-        del os.environ["USP_CPU_CAPABILITY"]
         torch.set_num_threads(before)
 
 
