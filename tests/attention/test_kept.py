@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import usp
-from usp.attention import hybrid, kept, request
+from usp.attention import attn_mask, hybrid, kept, request
 from usp.attention.single import Single
 from usp.backends import _local, native, packages
 from usp.planning.masks.bands import Bands
@@ -75,6 +75,23 @@ def test_a_mask_of_values_is_known_by_them() -> None:
         out = usp.long_context_attention(*qkv(), attn_mask=mask)
     bias = torch.zeros(1, 1, 5, 5).masked_fill(~mask, -torch.inf).double()
     torch.testing.assert_close(out, dense_attention(*qkv(), attn_bias=bias)[0])
+
+
+def test_values_of_a_mask_are_looked_into_once() -> None:
+    """And again where somebody who shares its memory has written to it, unseen by torch."""
+    values = np.tril(np.ones((8, 8), dtype=bool))
+    mask = torch.from_numpy(values)
+    with mock.patch.object(attn_mask, "planned", wraps=attn_mask.planned) as planned:
+        for changed, count in ((None, 1), ((5, 2), 2), ((6, 7), 3), (None, 3)):
+            if changed is not None:
+                values[changed] = not values[changed]
+            for given in (mask, mask.clone()):
+                out = usp.long_context_attention(*qkv(8), attn_mask=given)
+                bias = torch.zeros(1, 1, 8, 8).masked_fill(~mask, -torch.inf).double()
+                torch.testing.assert_close(out, dense_attention(*qkv(8), attn_bias=bias)[0])
+            assert planned.call_count == count
+        usp.long_context_attention(*qkv(8), attn_mask=mask.view(1, 1, 8, 8)[..., :8, :])
+        assert planned.call_count == 3
 
 
 def _on_a_mesh_of_one() -> int:

@@ -13,6 +13,7 @@ from mask_cases import any_mask, table_of
 
 from usp import masks
 from usp.masks import Mask
+from usp.planning.masks.runs import runs_of
 from usp.planning.masks.telling import from_told, told
 
 seeds = st.integers(0, 2**32)
@@ -119,6 +120,27 @@ def test_as_few_bands_as_there_are(mask: Mask, bands: int) -> None:
     assert len(mask.bands(torch.arange(50), 50).first) == bands
 
 
+@given(seeds)
+def test_runs_of_a_table_are_its_values(seed: int) -> None:
+    """Also of rows that are no whole words, of words that come again, and of views."""
+    random, torch_random = Random(seed), torch.Generator().manual_seed(seed)
+    rows, keys, skipped = random.randint(0, 9), random.randint(0, 40), random.randint(0, 9)
+    table = torch.rand(rows, keys + skipped, generator=torch_random) < random.choice(
+        [0.03, 0.5, 0.9]
+    )
+    if random.random() < 0.4:
+        table = (torch.arange(keys + skipped) % random.choice([2, 3, 4, 8]) < 2).expand(rows, -1)
+    table = table[:, skipped:]
+    if random.random() < 0.3:
+        table = table.mT
+    found = torch.zeros_like(table)
+    runs = runs_of(table).tolist()
+    for row, first, stop in runs:
+        assert first < stop and not found[row, max(0, first - 1) : stop + 1].any()
+        found[row, first:stop] = True
+    assert torch.equal(found, table) and runs == sorted(runs)
+
+
 def test_a_function_of_positions() -> None:
     documents = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
     mask = masks.from_function(lambda b, h, i, j: (documents[i] == documents[j]) & (i >= j), (8, 8))
@@ -131,7 +153,8 @@ def test_a_function_of_positions() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: masks.from_dense(torch.eye(80).bool().flip(1)), ValueError, "80 bands.*attn_bias"),
+        (lambda: masks.from_dense(torch.eye(80).bool().flip(1)), ValueError, "32 bands.*attn_bias"),
+        (lambda: masks.from_dense(torch.rand(2048, 2048) > 0.5), ValueError, "32 .*at query 0"),
         (lambda: masks.from_dense(torch.eye(4)), TypeError, "bool"),
         (lambda: masks.from_dense(torch.ones(1, 4, 4).bool()), ValueError, r"\(1, 4, 4\)"),
         (lambda: masks.window(-1, 2), ValueError, "left=-1"),

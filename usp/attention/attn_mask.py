@@ -10,9 +10,14 @@ from torch import Tensor
 
 from usp.attention.given import Options, Tensors
 from usp.attention.masking import planned
+from usp.attention.watched import is_watched
 from usp.planning.kinds import is_fake
 from usp.planning.layout import Replicated
 from usp.planning.masks.mask import Mask
+
+# of masks that come again in every layer: a copy each
+_KEPT, _MOST_VALUES = 2, 1 << 26
+_seen: tuple[tuple[Any, Tensor, list[Mask] | None], ...] = ()
 
 
 def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Tensors, Options]:
@@ -30,7 +35,7 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
     found, layout = None, options.layout
     everywhere = isinstance(layout, tuple) and isinstance(layout[0], Replicated)
     if (alone or everywhere) and not (torch.compiler.is_compiling() or is_fake(mask)):
-        found = planned(mask, (q.shape[1], mask.shape[3] if everywhere else k.shape[1]))
+        found = _planned(mask, (q.shape[1], mask.shape[3] if everywhere else k.shape[1]))
     if found is not None and len(found) in (1, q.shape[0]):
         return tensors, replace(options, attn_mask=None, mask=_both(options.mask, found))
     if tensors.attn_bias is None:
@@ -39,6 +44,22 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
         bias = tensors.attn_bias
     bias = torch.where(mask, bias, -torch.inf)
     return tensors._replace(attn_bias=bias), replace(options, attn_mask=None)
+
+
+def _planned(mask: Tensor, shape: tuple[int, int]) -> list[Mask] | None:
+    """As ``planned``; what one of the last masks has shown is not looked for again. Values are
+    compared, and not who holds them, for these may be written to by whoever shares the memory."""
+    global _seen
+    is_kept = mask.is_contiguous() and mask.numel() <= _MOST_VALUES and not is_watched()
+    if not is_kept or mask.device.type != "cpu" or mask.numel() % 8 or mask.storage_offset() % 8:
+        return planned(mask, shape)
+    words = mask.view(-1).view(torch.int64)  # which are compared ten times as fast
+    for of, held, found in _seen:
+        if of == (mask.shape, shape) and torch.equal(held, words):
+            return found
+    found = planned(mask, shape)
+    _seen = (((mask.shape, shape), words.clone(), found), *_seen)[:_KEPT]
+    return found
 
 
 def _both(given: Any, found: list[Mask]) -> Any:

@@ -15,9 +15,8 @@ from torch import Tensor
 from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.mask import Mask
+from usp.planning.masks.runs import MOST_BANDS, Run, TooManyBands, all_runs, runs_of
 
-# More bands than this are more calls of a kernel than a bias is work.
-MOST_BANDS = 32
 _VALUES_AT_ONCE = 1 << 24
 _HOST = torch.device("cpu")
 
@@ -72,14 +71,14 @@ def from_dense(mask: Tensor) -> Mask:
     Raises:
         TypeError: it is no bool tensor on the CPU.
         ValueError: it has not two dims, or its rows are not a few runs of keys that move on from
-            query to query: says how many bands it would take.
+            query to query, ``MOST_BANDS`` bands of them at most.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device.type != "cpu":
         said = f"{mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
         raise TypeError(f"a mask of values must be a bool tensor on the CPU, got {said}")
     if mask.dim() != 2:
         raise ValueError(f"a mask must be (queries, keys), got shape {tuple(mask.shape)}")
-    return _table([_runs(mask)], mask.shape[0], mask.shape[1])
+    return _table(map(tuple, all_runs(mask, MOST_BANDS).tolist()), *mask.shape)
 
 
 def from_function(
@@ -101,14 +100,14 @@ def from_function(
     rows = max(1, _VALUES_AT_ONCE // max(1, key_len))
     keys = torch.arange(key_len, device=_HOST)[None]
 
-    def parts() -> Iterator[Tensor]:
+    def found() -> Iterator[Run]:
         for start in range(0, query_len, rows):
             queries = torch.arange(start, min(start + rows, query_len), device=_HOST)[:, None]
             seen = mask_mod(_Unknown("batch"), _Unknown("head"), queries, keys)
-            runs = _runs(torch.as_tensor(seen).bool().expand(len(queries), key_len))
-            yield runs + runs.new_tensor([start, 0, 0])
+            part = runs_of(torch.as_tensor(seen).bool().expand(len(queries), key_len))
+            yield from map(tuple, (part + part.new_tensor([start, 0, 0])).tolist())
 
-    return _table(parts(), query_len, key_len)
+    return _table(found(), query_len, key_len)
 
 
 class _Unknown:
@@ -128,33 +127,17 @@ class _Unknown:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _runs(mask: Tensor) -> Tensor:
-    """(runs, 3) int64: row, first key, key behind the last, of each run of True, in order."""
-    edge = mask.new_zeros((len(mask), 1))
-    padded = torch.cat((edge, mask, edge), 1)
-    row, place = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)
-    return torch.stack((row[::2], place[::2], place[1::2]), 1)
-
-
-Run = tuple[int, int, int]  # row, first key, key behind the last
-
-
-def _table(parts: Iterable[Tensor], query_len: int, key_len: int) -> Mask:
+def _table(runs: Iterable[Run], query_len: int, key_len: int) -> Mask:
     """Give each run to a band that it carries on, the nearest one."""
     made: list[list[Run]] = []
-    for part in parts:
-        for run in map(tuple, part.tolist()):
-            fits = [band for band in made if _carries_on(band[-1], run)]
-            if fits:
-                max(fits, key=lambda band: band[-1][2]).append(run)
-            else:
-                made.append([run])
-    if len(made) > MOST_BANDS:
-        raise ValueError(
-            f"the mask would take {len(made)} bands, intervals of keys whose ends never move back "
-            f"from query to query, and {MOST_BANDS} are the most: pass it as attn_bias, -inf "
-            "where it hides"
-        )
+    for run in runs:
+        fits = [band for band in made if _carries_on(band[-1], run)]
+        if fits:
+            max(fits, key=lambda band: band[-1][2]).append(run)
+        elif len(made) < MOST_BANDS:
+            made.append([run])
+        else:
+            raise TooManyBands(run[0])
     found = bands.nothing(torch.arange(query_len, device=_HOST))
     if made:
         first, stop = (
