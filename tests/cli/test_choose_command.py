@@ -13,7 +13,7 @@ from pool import Pool
 from torch import nn
 
 from usp import cli, masks
-from usp.cli import calibrate
+from usp.cli import calibrate, choose
 from usp.cli.paste import code_of
 from usp.planning.choose import here
 from usp.planning.choose.cluster import CLUSTERS
@@ -68,6 +68,22 @@ def test_only_some_meshes_and_masks(capsys: pytest.CaptureFixture[str]) -> None:
     assert (choice["ring"], choice["layout"]) == (4, "document-zigzag")
     fp8 = json.loads(run(capsys, f"{PLAN} --fp8 --forward --json")[1])
     assert fp8["choices"][0]["seconds"] < found["choices"][0]["seconds"] / 3
+
+
+def test_planning_takes_one_thread(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small operations, which more would slow down; and leaves as many as there were."""
+    threads = []
+    before = torch.get_num_threads()
+    monkeypatch.setattr(choose, "rank", lambda *_: threads.append(torch.get_num_threads()) or 1 / 0)
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(ZeroDivisionError):
+            run(capsys, PLAN)
+        assert threads == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ones_own_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from usp.cli import calibrate, choose
 from usp.cli.console import UserError, present, table
@@ -212,13 +216,26 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.calibrate is not None:
             return calibrate.run(arguments)
-        if arguments.model is not None or arguments.sources:
-            return choose.run(arguments, asked_mask(arguments))
-        found = {} if arguments.json is None else document(arguments)
-        said = "" if arguments.json == "-" else report(arguments)
-        if arguments.png is not None:
-            save_picture(arguments)
+        with _one_thread():
+            if arguments.model is not None or arguments.sources:
+                return choose.run(arguments, asked_mask(arguments))
+            found = {} if arguments.json is None else document(arguments)
+            said = "" if arguments.json == "-" else report(arguments)
+            if arguments.png is not None:
+                save_picture(arguments)
         present(arguments, found, lambda: said)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from error
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Plans are thousands of small operations: with more, each waits for threads that others have
+    put off the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
