@@ -6,13 +6,14 @@ python benchmarks/cpu_masks.py --lengths 1024 --rounds 3          (quick)
 Candidates run in turn in one process: usp with everything seen, usp with the mask, SDPA with the
 boolean matrix and FlexAttention (torch.compile, a block mask of the same function). "of its share"
 is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1 where a
-mask costs just what it opens. Nothing is timed whose rows differ from fp64 by more than 1e-5 of
-the largest. FlexAttention on CPUs has a forward alone.
+mask costs just what it opens. Nothing is timed whose rows differ from fp64, of the same inputs, by
+more than 1e-5 of the largest, in bf16 1e-2. FlexAttention on CPUs has a forward alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -24,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usp import long_context_attention, masks
+from usp.bench.device import DTYPES
 from usp.bench.machine import introduce
 from usp.bench.records import write_report
 from usp.bench.timing import interleave
 from usp.masks import Mask
 
-TOLERANCE = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 Run = Callable[[], object]
 
 
@@ -71,10 +73,12 @@ def flex_attention_of(dense: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Run:
     return lambda: compiled(q, k, v, block_mask=block_mask)
 
 
-def measure(name: str, mask: Mask, length: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, mask: Mask, length: int, dtype: str, args: argparse.Namespace
+) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = (1, length, args.heads, args.head_dim)
-    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    q, k, v, dout = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(4))
     dense = mask.dense(length, length)
     share = float(dense.double().mean())
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -111,6 +115,7 @@ def measure(name: str, mask: Mask, length: int, args: argparse.Namespace) -> dic
     return {
         "mask": name,
         "length": length,
+        "dtype": dtype,
         "bands": len(mask.bands(torch.arange(length), length).first),
         "share_of_pairs": share,
         "of_its_share": times.ratio("usp", "everything") / share,
@@ -129,8 +134,8 @@ def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, dense: Tensor
     weights = scores.masked_fill(~dense[at], -torch.inf).softmax(-1).nan_to_num()
     exact = torch.einsum("bhij,bjhd->bihd", weights, v.double())
     error = float((out[:, at] - exact).abs().max() / exact.abs().max())
-    if not error <= TOLERANCE:
-        sys.exit(f"{name}: error {error:.1e}, allowed {TOLERANCE:.0e}: not timed")
+    if not error <= (allowed := TOLERANCE[q.dtype]):
+        sys.exit(f"{name}: error {error:.1e}, allowed {allowed:.0e}: not timed")
 
 
 def main() -> None:
@@ -141,6 +146,7 @@ def main() -> None:
     add("--lengths", nargs="+", type=int, default=[8192])
     add("--heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
+    add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     add("--masks", nargs="+", help="by name; default: all")
     add("--rounds", type=int, default=9)
     add("--seconds", type=float, default=20.0, help="after which a mask gets no further round")
@@ -148,17 +154,18 @@ def main() -> None:
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
     about = introduce("cpu_masks")
-    print("\nmask", " " * 27, "length bands  share  of its share: forward, both   over:")
+    print("\nmask", " " * 27, "length dtype bands  share  of its share: forward, both   over:")
     results = []
-    for length in args.lengths:
+    for length, dtype in itertools.product(args.lengths, args.dtypes):
         for name, mask in all_masks(length).items():
             if args.masks is not None and name not in args.masks:
                 continue
-            found = measure(name, mask, length, args)
+            found = measure(name, mask, length, dtype, args)
             over = "  ".join(f"{peer} {ratio:.2f}" for peer, ratio in found["ratios"].items())
             print(
-                f"{name:31} {length:6} {found['bands']:5} {100 * found['share_of_pairs']:5.1f} % "
-                f"{found['of_its_share']:14.2f} {found['of_its_share_both']:8.2f}      {over}",
+                f"{name:31} {length:6} {dtype:5} {found['bands']:5} "
+                f"{100 * found['share_of_pairs']:5.1f} % {found['of_its_share']:14.2f} "
+                f"{found['of_its_share_both']:8.2f}      {over}",
                 flush=True,
             )
             results.append(found)

@@ -63,15 +63,19 @@ def test_a_wrong_product_is_not_timed() -> None:
 def test_cpu_masks() -> None:
     benchmark = module("cpu_masks")
     args = argparse.Namespace(heads=1, head_dim=16, rounds=3, seconds=0.1, flex=False)
-    for name in ("window of 32, 4 registers", "neighbourhood 13 x 13, shifted"):
+    cases = {"window of 32, 4 registers": "bf16", "neighbourhood 13 x 13, shifted": "fp32"}
+    for name, dtype in cases.items():
         mask = benchmark.all_masks(256)[name]
-        found = benchmark.measure(name, mask, 256, args)
+        found = benchmark.measure(name, mask, 256, dtype, args)
+        assert found["dtype"] == dtype
         assert found["bands"] == (3 if "window" in name else 25)
         assert found["share_of_pairs"] == mask.dense(256, 256).double().mean()
         assert set(found["ratios"]) == {"sdpa"} and len(found["seconds"]["usp"]) == 3
     wrong = torch.zeros(1, 256, 1, 16)
-    with pytest.raises(SystemExit, match="not timed"):
-        benchmark.check("wrong", wrong, *[torch.randn(1, 256, 1, 16)] * 3, mask.dense(256, 256))
+    for dtype, allowed in ((torch.float32, "1e-05"), (torch.bfloat16, "1e-02")):
+        given = [torch.randn(1, 256, 1, 16).to(dtype)] * 3
+        with pytest.raises(SystemExit, match=f"allowed {allowed}: not timed"):
+            benchmark.check("wrong", wrong, *given, mask.dense(256, 256))
 
 
 @needs_kernels
