@@ -153,6 +153,11 @@ class ForwardWorker {
   }
 
   void walk() {
+    walk_keys();
+    for (RowTile<T>& tile : held()) store_state(tile);
+  }
+
+  void walk_keys() {
     const Products<T> products(kernels_);
     int64_t left = 0;
     for (Pace pace = from_band(0); !pace.keys.empty(); pace = after(pace)) ++left;
@@ -166,7 +171,6 @@ class ForwardWorker {
       add_keys(a_.band(pace.band), pace.keys);
       pace = next;
     }
-    for (RowTile<T>& tile : held()) store_state(tile);
   }
 
   // A tile of the keys that some row held sees in a band.

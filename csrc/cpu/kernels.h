@@ -103,7 +103,7 @@ struct GradientTile {
   const T* multiplier;   // of dropout, null: none
   const T* derivative;   // of softcap, null: none
   T* ds;                 // the gradient before softcap is written here, null: not wanted
-  T* rooms[3];           // for the operands, in their order
+  T* rooms[3];           // for the operands, in their order, each for a whole tile
 };
 
 template <typename T>
@@ -140,7 +140,9 @@ struct Kernels {
   // Whether products of operands by query (GradientOperands) want the other one, of weighted_rows,
   // transposed, and give the transpose.
   bool transposes_sums = false;
-  // Around all that a thread does with gemm; null: nothing is to be done.
+  // Around all that a thread does with gemm; null: nothing is to be done. Until the end, or another
+  // call of softmax_update or gradients, a product may wait that is added to something: its
+  // operands stay, but for weighted_rows, and rooms that these two may write to again.
   void (*begin)() = nullptr;
   void (*end)() = nullptr;
 
@@ -199,7 +201,7 @@ struct Kernels {
 
   // Lets the tile into the running softmax: max and sum move on, and `factor` says by how much what
   // was accumulated before must shrink. Returns the transpose of exp(s - max), times `multiplier`
-  // where not null, as left operand: in place, or written to `room`.
+  // where not null, as left operand: in place, or written to `room`, for a whole tile.
   Matrix<const T> (*softmax_update)(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room);
   // Weights and gradients of a tile of scores, as left operands: in place, or written to `rooms`.
   GradientOperands<T> (*gradients)(GradientTile<T> tile);

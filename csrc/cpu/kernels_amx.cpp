@@ -76,11 +76,12 @@ constexpr Kernels<float> make_tile_kernels() {
   table.block_rows = table.block_columns = 2 * kTileRows;
   table.transposes_sums = table.scales_late = true;
   table.begin = Tiles::configure;
-  table.end = Tiles::release;
+  table.end = end_products<Tiles>;
   table.gemm = gemm_on_tiles<Tiles>;
-  table.weighted_rows = weighted_columns;
-  table.softmax_update = softmax_update_late;
-  table.gradients = gradients_late;
+  table.right_rows = right_rows_by_column;
+  table.weighted_rows = weighted_columns<Tiles>;
+  table.softmax_update = softmax_update_late<Tiles>;
+  table.gradients = gradients_late<Tiles>;
   return table;
 }
 

@@ -6,11 +6,16 @@
 // base 2, where it costs nothing. What is not products of tiles is most of the time of this level;
 // so an exponential is eight instructions.
 
+#include "cpu/matrix_tiles.h"
 #include "cpu/pairs.h"
 #include "cpu/scores.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 namespace {
+
+// Operands are half as large as their room.
+inline constexpr int64_t kHalfRoom = kKeyTile * kQueryTile / 2;
 
 inline constexpr float kLog2OfE = 1.44269504f;
 
@@ -63,9 +68,9 @@ USP_SIMD void largest_of_columns(Tile<float> s, int64_t i, Vec<float> (&largest)
 }
 
 // As softmax_columns (scores.h).
-template <bool kDrops, int kVectors>
+template <bool kDrops, int kVectors, typename Tiles>
 void softmax_columns_late(Tile<float> s, SoftmaxRows<float> rows, const float* multiplier,
-                          float* room, int64_t i) {
+                          float* room, int64_t i, Spread<Tiles>& spread) {
   const auto at = [i](int v) { return i + v * kLanes<float>; };
   const Vec<float> exponent = broadcast(s.scale * kLog2OfE), zero{};
   Vec<float> max[kVectors], subtracted[kVectors], sum[kVectors];
@@ -85,6 +90,7 @@ void softmax_columns_late(Tile<float> s, SoftmaxRows<float> rows, const float* m
     sum[v] = zero;
   }
   for (int64_t j = 0; j < s.keys; j += 2) {
+    spread.turn();
     const bool paired = j + 1 < s.keys;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -107,19 +113,29 @@ void softmax_columns_late(Tile<float> s, SoftmaxRows<float> rows, const float* m
   }
 }
 
-inline Matrix<const float> softmax_update_late(Tile<float> s, SoftmaxRows<float> rows,
-                                               const float* multiplier, float* room) {
+// How many pairs of keys the columns of a tile take, `at_once` vectors of them together.
+inline int64_t turns(Tile<float> s, int64_t at_once) {
+  return (s.keys + 1) / 2 * ((s.queries + at_once * kLanes<float> - 1) / (at_once * kLanes<float>));
+}
+
+template <typename Tiles>
+Matrix<const float> softmax_update_late(Tile<float> s, SoftmaxRows<float> rows,
+                                        const float* multiplier, float* room) {
+  Later<Tiles>& later = Later<Tiles>::of_thread();
+  Spread<Tiles> spread(later, turns(s, 4));
+  room += later.other_half() * kHalfRoom;
   int64_t i = 0;
   const auto columns = [&]<int kVectors>() {
-    const auto update = multiplier == nullptr ? softmax_columns_late<false, kVectors>
-                                              : softmax_columns_late<true, kVectors>;
+    const auto update = multiplier == nullptr ? softmax_columns_late<false, kVectors, Tiles>
+                                              : softmax_columns_late<true, kVectors, Tiles>;
     for (; i + kVectors * kLanes<float> <= s.queries; i += kVectors * kLanes<float>) {
-      update(s, rows, multiplier, room, i);
+      update(s, rows, multiplier, room, i, spread);
     }
   };
   columns.template operator()<4>();
   columns.template operator()<2>();
   columns.template operator()<1>();
+  later.finish();
   return PairWords::by_query(s, room);
 }
 
@@ -135,8 +151,8 @@ USP_SIMD void store_halves(const Vec<float> (&x)[kVectors], float* to) {
 }
 
 // kVectors vectors of query rows from row i. kPlain: no dropout and softcap, and `ds` not wanted.
-template <bool kPlain, int kVectors>
-void gradient_columns_late(const GradientTile<float>& t, int64_t i) {
+template <bool kPlain, int kVectors, typename Tiles>
+void gradient_columns_late(const GradientTile<float>& t, int64_t i, Spread<Tiles>& spread) {
   const auto [p_room, by_key, by_query] = t.rooms;
   const Vec<float> exponent = broadcast(t.s.scale * kLog2OfE);
   Vec<float> lse[kVectors], delta[kVectors], p[kVectors], ds[2][kVectors];
@@ -161,6 +177,7 @@ void gradient_columns_late(const GradientTile<float>& t, int64_t i) {
     store_halves(ds, by_key + (j * t.s.queries + i) / 2);
   };
   for (int64_t j = 0; j < t.s.keys; j += 2) {
+    spread.turn();
     gradients_of(j, ds[0]);
     if (j + 1 < t.s.keys) {
       gradients_of(j + 1, ds[1]);
@@ -175,27 +192,52 @@ void gradient_columns_late(const GradientTile<float>& t, int64_t i) {
   }
 }
 
-inline GradientOperands<float> gradients_late(GradientTile<float> t) {
+template <typename Tiles>
+GradientOperands<float> gradients_late(GradientTile<float> t) {
+  Later<Tiles>& later = Later<Tiles>::of_thread();
+  Spread<Tiles> spread(later, turns(t.s, 2));
+  const int64_t half = later.other_half();
+  for (float*& room : t.rooms) room += half * kHalfRoom;
   const bool plain = t.multiplier == nullptr && t.derivative == nullptr && t.ds == nullptr;
   int64_t i = 0;
   const auto columns = [&]<int kVectors>() {
-    const auto gradients =
-        plain ? gradient_columns_late<true, kVectors> : gradient_columns_late<false, kVectors>;
+    const auto gradients = plain ? gradient_columns_late<true, kVectors, Tiles>
+                                 : gradient_columns_late<false, kVectors, Tiles>;
     for (; i + kVectors * kLanes<float> <= t.s.queries; i += kVectors * kLanes<float>) {
-      gradients(t, i);
+      gradients(t, i, spread);
     }
   };
   columns.template operator()<2>();
   columns.template operator()<1>();
+  later.finish();
   return {PairWords::by_key(t.s, t.rooms[0]), PairWords::by_key(t.dp, t.rooms[1]),
           PairWords::by_query(t.dp, t.rooms[2])};
+}
+
+alignas(64) inline constexpr uint16_t kNoRow[2 * kLanes<float>] = {};
+
+// As right_row_pairs (pairs.h), a vector of columns after the other.
+inline void right_rows_by_column(DType, const void* src, int64_t src_stride, int64_t rows,
+                                 int64_t cols, Matrix<float> dst) {
+  for (int64_t d = 0; d < dst.ld; d += kLanes<float>) {
+    const auto* halves = static_cast<const uint16_t*>(src) + d;
+    const int64_t there = cols - d;
+    const auto some = static_cast<__mmask16>(there >= kLanes<float> ? -1 : (1 << there) - 1);
+    const auto widened = [&](const uint16_t* from) {
+      return (Mask<float>)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(some, from));
+    };
+    for (int64_t i = 0; i < rows; i += 2) {
+      const uint16_t* low = halves + i * src_stride;
+      const uint16_t* high = i + 1 < rows ? low + src_stride : kNoRow;
+      store<float>(dst.data + i / 2 * dst.ld + d, words_of(widened(low), widened(high) << 16));
+    }
+  }
 }
 
 // 16 vectors of every second row from row i, 32 columns each: lane by lane two columns, zeros where
 // nothing is there. Then each vector is two columns, lane by lane a row.
 USP_SIMD void load_columns(const uint16_t* src, int64_t src_stride, int64_t i, int64_t rows,
                            __mmask32 cols, Vec<float> (&columns)[kLanes<float>]) {
-  alignas(64) static constexpr uint16_t kNoRow[2 * kLanes<float>] = {};
 #pragma GCC unroll 16
   for (int64_t w = 0; w < kLanes<float>; ++w) {
     const int64_t row = i + 2 * w;
@@ -207,8 +249,10 @@ USP_SIMD void load_columns(const uint16_t* src, int64_t src_stride, int64_t i, i
 
 // Rows as the transposed operand of weights: words of two rows along a row of dst, which has one
 // for each column, with zeros up to whole tiles.
-inline void weighted_columns(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
-                             Matrix<float> dst) {
+template <typename Tiles>
+void weighted_columns(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
+                      Matrix<float> dst) {
+  Later<Tiles>::of_thread().finish();  // what waits may read what was there
   constexpr int64_t kWords = kLanes<float>;
   for (int64_t d = 0; d < cols; d += 2 * kWords) {
     const auto* halves = static_cast<const uint16_t*>(src) + d;

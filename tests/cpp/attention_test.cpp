@@ -276,6 +276,9 @@ TEST_P(Attentions, AreWhatPlainLoopsFind) {
     Case capped = plain;
     capped.softcap = 1.5, capped.bias = true, capped.D = 64, capped.Dv = 17;
     expect_right(capped);
+    Case tiles = causal;  // more than one of rows and of keys
+    tiles.B = 1, tiles.Lq = 131, tiles.Lk = 313, tiles.window = 290, tiles.D = 80, tiles.Dv = 64;
+    expect_right(tiles);
   }
   unsetenv("USP_CPU_CAPABILITY");
 }

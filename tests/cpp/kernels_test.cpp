@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/fastest.h"
+#include "cpu/tiles.h"
 
 namespace usp::cpu {
 namespace {
@@ -156,7 +157,7 @@ template <typename T>
 std::vector<T> exps(const Kernels<T>& table, std::vector<T> x, std::vector<T> lse) {
   const auto keys = static_cast<int64_t>(x.size()) / 16;
   std::vector<T> dp(x.size(), T(1)), result(x.size()), rooms[3];
-  for (auto& room : rooms) room.resize(x.size() + 16);
+  for (auto& room : rooms) room.resize(x.size() + kKeyTile * kQueryTile);
   const std::vector<T> delta(16, T(0));
   table.gradients({{x.data(), keys, 16},
                    {dp.data(), keys, 16},
@@ -291,6 +292,12 @@ class Bf16Products : public testing::TestWithParam<Capability> {
     return result;
   }
 
+  // What is added to sums may wait until then.
+  void end_products() {
+    products_.reset();
+    products_.emplace(table());
+  }
+
   const Kernels<float>& table() { return kernels_of<float>(GetParam(), DType::kBFloat16); }
 
   std::mt19937 random_{5};
@@ -360,7 +367,7 @@ TEST_P(Bf16Products, OfTilesWithRows) {
           for (int64_t i = queries; i < columns; ++i) dp.values[j * columns + i] = 0;  // padding
         }
         std::vector<float> s(keys * columns, 0.0f), zero(columns, 0.0f), rooms[3];
-        for (auto& memory : rooms) memory = room((keys + 1) * columns);
+        for (auto& memory : rooms) memory = room(kKeyTile * kQueryTile);
         const Tile<float> scores{s.data(), keys, columns},
             gradients{dp.values.data(), keys, columns};
         const auto operands =
@@ -377,6 +384,7 @@ TEST_P(Bf16Products, OfTilesWithRows) {
           std::vector<float> sum(m * ld);
           table().gemm(m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld},
                        {1.0f, true});
+          end_products();
           return sum;
         };
         const auto by_query = weighted(k, keys, queries, operands.scores_by_query);
@@ -410,7 +418,7 @@ TEST_P(Bf16Products, OfSoftmaxWeights) {
       const Bf16Rows v(random_, keys, 5), multiplier(random_, keys, columns);
       for (const bool dropped : {false, true}) {
         std::vector<float> s(keys * columns, 0.0f), max(columns, -INFINITY), sum(columns, 0.0f),
-            factor(columns), memory = room((keys + 1) * columns);
+            factor(columns), memory = room(kKeyTile * kQueryTile);
         for (int64_t j = 1; j < keys; j += 3) {
           for (int64_t i = 0; i < columns; ++i) s[j * columns + i] = -INFINITY;
         }
@@ -451,6 +459,7 @@ TEST_P(Bf16Products, AddToWhatIsThere) {
           auto c = before;
           table().gemm(m, 80, k, left(a, m, a_memory), right(b, k, b_memory), {c.data(), 80},
                        {alpha, adds, adds ? factor.data() : nullptr});
+          end_products();
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t j = 0; j < 80; ++j) {
               float expected = 0;
@@ -472,7 +481,7 @@ TEST_P(Bf16Products, OfARunningSoftmax) {
   const Bf16Rows v(random_, tiles * keys, dim);
   std::uniform_real_distribution<float> score(-20, 20);
   std::vector<float> s(tiles * keys * columns), max(columns, -INFINITY), sum(columns, 0.0f),
-      factor(columns), memory = room((keys + 1) * columns), v_memory = room(ld * 32),
+      factor(columns), memory = room(kKeyTile * kQueryTile), v_memory = room(ld * 32),
                        out = room(columns * ld);
   for (float& x : s) x = score(random_);
   const auto right = by_query_sums(table(), v_memory.data(), 32, ld);
@@ -488,6 +497,7 @@ TEST_P(Bf16Products, OfARunningSoftmax) {
     table().gemm(columns, ld, keys, weights, {right.data, right.ld, right.transposed}, sums,
                  {1.0f, t > 0, factor.data()});
   }
+  end_products();
   for (int64_t i = 0; i < columns; ++i) {
     std::vector<double> expected(dim, 0.0);
     double total = 0;
