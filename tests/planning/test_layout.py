@@ -46,10 +46,14 @@ def test_every_token_is_held_once_and_rows_are_sorted(table: tuple[Layout, int, 
 @given(tables(), st.lists(st.integers(-3, 70), max_size=20))
 def test_count_below_counts(table: tuple[Layout, int, int], asked: list[int]) -> None:
     layout, seq_len, ring_degree = table
-    asked_for = torch.tensor(sorted(asked), dtype=torch.int64).clamp(0, seq_len)
-    for row in rows(layout, seq_len, ring_degree) if asked else ():
-        expected = [int((row.tensor < p).sum()) for p in asked_for]
-        assert row.count_below(asked_for, row.segment_of(asked_for)).tolist() == expected
+    asked_for = torch.tensor(asked, dtype=torch.int32).clamp(0, seq_len)
+    for row in rows(layout, seq_len, ring_degree):
+        cut = row.cut(len(row) // 3, len(row) - 1)
+        assert cut.tensor.tolist() == row.tensor[len(row) // 3 : max(len(row) - 1, 0)].tolist()
+        for some in (row, cut):
+            expected = [int((some.tensor < p).sum()) for p in asked_for]
+            assert some.count_below(asked_for).tolist() == expected
+            assert some.count_below(asked_for, between=(0, seq_len)).tolist() == expected
 
 
 @given(tables(), st.integers(1, 4), st.data())

@@ -14,7 +14,7 @@ from mask_cases import any_mask, table_of
 
 from usp import masks
 from usp.masks import Mask
-from usp.planning import reach
+from usp.planning import reach, seen
 from usp.planning.layout import DocumentZigzag, Held, Layout, Layouts, both, rows
 from usp.planning.masks.options import make_mask
 from usp.planning.plan import Load, Plan, make_plan
@@ -71,11 +71,16 @@ def visits(problem: Problem, transport: str = "auto") -> list[tuple[Plan, int, L
 
 
 @pytest.mark.parametrize("transport", ["auto", "ring", "direct", "allgather"])
-@given(problem=problems())
-def test_every_visible_pair_is_visited_once(transport: str, problem: Problem) -> None:
+@given(problem=problems(), tables=st.booleans())
+def test_every_visible_pair_is_visited_once(transport: str, problem: Problem, tables: bool) -> None:
+    """Also where keys are searched for that tables would tell."""
     _, expected, *_ = problem
     counted = torch.zeros(expected.shape, dtype=torch.int64)
-    for plan, owner, load, visit in visits(problem, transport):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(seen, "_POSITIONS_A_LOOK_UP", 8 if tables else 0)
+        make_plan.cache_clear(), needed_rows.cache_clear()
+        found = visits(problem, transport)
+    for plan, owner, load, visit in found:
         keys = plan.keys[owner].tensor[load.rows.index]
         assert visit.pairs == int(seen_in(visit).sum()) > 0
         counted[plan.queries.tensor[:, None], keys] += seen_in(visit)

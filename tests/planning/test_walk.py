@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usp.planning.memory import uninitialised
-from usp.planning.walk import each_of, parts_of, spread_over
+from usp.planning.walk import along_runs, each_of, parts_of, spread_over
 
 ascending = st.lists(st.integers(-3, 12), max_size=9).map(sorted)
 
@@ -25,6 +25,16 @@ def test_values_are_spread_over_runs(counts) -> None:
     counts = torch.tensor(counts, dtype=torch.int64)
     values = torch.arange(len(counts)) * 10
     assert torch.equal(spread_over(values, counts), values.repeat_interleave(counts))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), max_size=5), st.integers(1, 3))
+def test_runs_are_walked_along(runs, stride) -> None:
+    expected, start = [], []
+    for gap, count in runs:
+        start.append(expected[-1] + 1 + gap if expected else gap)
+        expected += range(start[-1], start[-1] + stride * count, stride)
+    start, counts = (torch.tensor(x, dtype=torch.int64) for x in (start, [n for _, n in runs]))
+    assert along_runs(start, counts, stride).tolist() == expected
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

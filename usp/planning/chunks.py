@@ -18,11 +18,11 @@ from itertools import accumulate
 import torch
 
 from usp.planning.double_ring import DoubleRing
-from usp.planning.plan import Load, Plan, Step, parts_of, step_of
-from usp.planning.positions import Positions
+from usp.planning.plan import Load, Plan, Step, steps_of
 from usp.planning.route import Arrival, Cargo, Direction, Exchange, Hop, Ring, Route
 from usp.planning.rows import Rows, all_rows, no_rows, rows_between
 from usp.planning.samples import Masks
+from usp.planning.seen import some_of
 from usp.planning.shares import pieces
 
 AnyRoute = Route | DoubleRing
@@ -94,10 +94,10 @@ def make_chunks(
     plans, last = [], [-1] * len(arrivals)
     for i, rows in enumerate(queries):
         some = some_of(plan.queries, rows)
-        parts = parts_of(masks, some, plan.keys, key_len)
+        come = [each for _, each in arrivals]
         steps = [Step(0, tuple(Load(p.samples, p.query_offset, no_rows(0), None) for p in masks))]
-        for page, (_, each) in enumerate(arrivals):
-            step = replace(step_of(each, positions[page], parts), owner=page)
+        for page, step in enumerate(steps_of(masks, some, come, positions, key_len)):
+            step = replace(step, owner=page)
             is_seen = any(load.seen is not None for load in step.loads)
             if is_seen:
                 last[page] = i
@@ -114,14 +114,6 @@ def make_chunks(
         tuple(routes),
         tuple(plans),
     )
-
-
-def some_of(positions: Positions, rows: Rows) -> Positions:
-    """The positions of some of the rows."""
-    ends = zip(rows.start.tolist(), rows.stop.tolist(), strict=True)
-    cuts = [positions.cut(*each) for each in ends] or [positions.cut(0, 0)]
-    start, stop = torch.cat([c.start for c in cuts], 1), torch.cat([c.stop for c in cuts], 1)
-    return Positions(positions.bounds, start, stop, positions.stride)
 
 
 def _lengths(lengths: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:

@@ -250,11 +250,8 @@ def _dealt_rows(layout: Dealt, seq_len: int, ring_degree: int) -> tuple[Position
         )
     runs = layout.runs or (Run(0, 0, 0),)
     owner, start, stop = torch.tensor(runs, device=_HOST).T
-    bounds = torch.cat((start[1:], start.new_tensor([seq_len])))
-    bounds = torch.cat((start.new_zeros(1), bounds))
     return tuple(
-        Positions(bounds, start[:, None], torch.where(owner == r, stop, start)[:, None], 1)
-        for r in range(ring_degree)
+        Positions(start, torch.where(owner == r, stop, start), 1) for r in range(ring_degree)
     )
 
 
@@ -273,6 +270,6 @@ def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions,
 
 
 def _row(bounds: Tensor, runs: Runs, stride: int) -> Positions:
-    start = torch.stack([run[0] for run in runs], 1) + bounds[:-1, None]
-    stop = torch.stack([run[1] for run in runs], 1) + bounds[:-1, None]
-    return Positions(bounds, start, stop, stride)
+    starts, stops = zip(*runs, strict=True)
+    start, stop = (torch.stack(end, 1) + bounds[:-1, None] for end in (starts, stops))
+    return Positions(start.flatten(), stop.flatten(), stride)

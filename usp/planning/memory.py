@@ -17,9 +17,11 @@ def uninitialised(*shape: int, dtype: torch.dtype) -> Tensor:
     size = prod(shape) * dtype.itemsize
     if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a system that has none
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(pages, dtype=dtype, count=prod(shape)).view(shape)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    begin = -memory.data_ptr() % _LARGE_PAGE  # else its first and last part come in small ones
+    return memory[begin : begin + size].view(dtype).view(shape)

@@ -9,23 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from usp.planning.double_ring import DoubleRing, make_double_ring
 from usp.planning.layout import Layout, Layouts, both, rows
-from usp.planning.masks.bands import Bands, joined
-from usp.planning.masks.mask import Mask
-from usp.planning.memory import uninitialised
 from usp.planning.positions import Positions
 from usp.planning.reach import needed_rows
-from usp.planning.route import Arrival, Cargo, Needs, Route, make_route
+from usp.planning.route import Arrival, Needs, Route, make_route
 from usp.planning.rows import Rows, all_rows
-from usp.planning.samples import Masks, Part, Samples
+from usp.planning.samples import Masks, Samples
+from usp.planning.seen import Here, seen_of
 from usp.planning.shares import local_row
-from usp.planning.visit import Span, Visit, whole_visit
+from usp.planning.visit import Visit
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +154,14 @@ def plan_of(
         masks, ring_rank: As in ``make_plan``.
         placed: The row of queries, and every owner's row of keys.
         key_len: Keys of the whole sequence.
-        arrivals: The own keys first.
+        arrivals: The own keys first, all of them.
         route: How they come.
     """
-    queries, keys = placed
-    parts = parts_of(masks, queries, keys, key_len)
-    steps = tuple(step_of(arrival, keys[arrival.owner], parts) for arrival in arrivals)
-    return Plan(ring_rank, len(keys), steps, route, queries, keys)
+    (queries, keys), own = placed, arrivals[0].owner
+    held = [keys[arrival.owner] for arrival in arrivals]
+    steps = steps_of(masks, queries, arrivals, held, key_len)
+    _kept(masks, queries, keys[own], own, key_len)[:] = steps[:1]
+    return Plan(ring_rank, len(keys), tuple(steps), route, queries, keys)
 
 
 def make_any_route(
@@ -204,132 +199,44 @@ def make_local_plan(
         local_row(layout, length, degrees, place)
         for layout, length in zip(layouts, lengths, strict=True)
     )
-    step = Step(0, loads_of(masks, queries, keys, lengths[1]))
+    step = own_step(masks, queries, keys, 0, lengths[1])
     return Plan(0, 1, (step,), None, queries, (keys,))
 
 
-class Band(NamedTuple):
-    """What each row of queries sees of a band.
+def steps_of(
+    masks: Masks,
+    queries: Positions,
+    arrivals: Sequence[Arrival],
+    keys: Sequence[Positions],
+    key_len: int,
+) -> list[Step]:
+    """What a row of queries sees of the keys that come, for each part of the batch.
 
-    Attributes:
-        ends: ``first`` and ``stop``, (Lq,) int32 each.
-        segments: Of the layout, in which these lie.
-        edges: Of ``first`` and of ``stop``, those of the first row and of the last.
+    Args:
+        keys: Of the owner of each arrival, all of its row.
     """
-
-    ends: tuple[Tensor, Tensor]
-    segments: tuple[Tensor | None, Tensor | None]
-    edges: tuple[tuple[int, int], tuple[int, int]]
-
-
-class Reach(NamedTuple):
-    """What so many rows of queries see."""
-
-    num_queries: int
-    bands: list[Band]
-
-
-def parts_of(
-    masks: Masks, queries: Positions, keys: tuple[Positions, ...], key_len: int
-) -> list[tuple[Part, Reach]]:
-    """What a row of queries sees, for each part of the batch."""
-    return [(part, _reach_of_row(part.mask, queries, keys[0], key_len)) for part in masks]
-
-
-@lru_cache(maxsize=1)  # a backward in which queries travel begins with those of its forward
-def _reach_of_row(mask: Mask, queries: Positions, keys: Positions, key_len: int) -> Reach:
-    return _reach(mask, queries.tensor, keys, key_len)
-
-
-def _reach(mask: Mask, queries: Tensor, keys: Positions, key_len: int) -> Reach:
-    """Of queries at these positions; of the keys just the segments of their layout count."""
-    if not len(queries):
-        return Reach(0, [])
-    found = mask.bands(queries.int(), key_len)  # half the memory to go through
-    segments = ((keys.segment_of(a), keys.segment_of(b)) for a, b in zip(*found, strict=True))
-    edges = zip(*(ends[:, [0, -1]].tolist() for ends in found), strict=True)
-    bands = zip(zip(*found, strict=True), segments, edges, strict=True)
-    return Reach(len(queries), [Band(*band) for band in bands])
-
-
-def loads_of(masks: Masks, queries: Positions, keys: Positions, key_len: int) -> tuple[Load, ...]:
-    """What a row of queries sees of a whole row of keys, for each part of the batch."""
-    here = all_rows(len(keys))
-    return tuple(
-        Load(
-            part.samples,
-            part.query_offset,
-            here,
-            _seen(keys, here, _reach(part.mask, queries.tensor, keys, key_len)),
-        )
-        for part in masks
-    )
-
-
-def loads_of_some(
-    masks: Masks, queries: Positions, here: Cargo, keys: Positions, key_len: int
-) -> tuple[Load, ...]:
-    """The same of the queries that are here."""
     loads = []
-    for part, some in zip(masks, here, strict=True):
-        at = queries.tensor if some.are_all else queries.tensor.index_select(0, some.index)
-        whole = all_rows(len(keys))
-        seen = _seen(keys, whole, _reach(part.mask, at, keys, key_len))
-        loads.append(Load(part.samples, part.query_offset, whole, seen, some))
-    return tuple(loads)
+    for index, part in enumerate(masks):
+        cargo = (arrival.cargo[index] for arrival in arrivals)
+        here = [Here(*each, key_len, 2 * len(queries)) for each in zip(keys, cargo, strict=True)]
+        seen = zip(here, seen_of(part.mask, queries.tensor, here, key_len), strict=True)
+        loads.append([Load(part.samples, part.query_offset, each.rows, v) for each, v in seen])
+    of_each = zip(*loads, strict=True)
+    return [Step(arrival.owner, each) for arrival, each in zip(arrivals, of_each, strict=True)]
 
 
-def step_of(arrival: Arrival, keys: Positions, parts: list[tuple[Part, Reach]]) -> Step:
-    """The keys of one owner that are here, and what these parts see of them."""
-    both = zip(parts, arrival.cargo, strict=True)
-    loads = (
-        Load(part.samples, part.query_offset, here, _seen(keys, here, reach))
-        for (part, reach), here in both
-    )
-    return Step(arrival.owner, tuple(loads))
+def own_step(masks: Masks, queries: Positions, keys: Positions, owner: int, key_len: int) -> Step:
+    """What a row of queries sees of all keys of one owner."""
+    kept = _kept(masks, queries, keys, owner, key_len)
+    if not kept:
+        own = Arrival(owner, tuple(all_rows(len(keys)) for _ in masks))
+        kept += steps_of(masks, queries, [own], [keys], key_len)
+    return kept[0]
 
 
-def _seen(keys: Positions, here: Rows, reach: Reach) -> Visit | None:
-    """What is seen of the rows that are here, in as few bands as can be."""
-    if not reach.num_queries or not len(here):
-        return None
-    lowest, highest = keys.ends.tolist()
-    seen = []
-    for band in reach.bands:
-        (first_low, first_high), (stop_low, stop_high) = band.edges
-        if stop_high <= lowest or first_low > highest:
-            continue
-        if first_high <= lowest and stop_low > highest:
-            return whole_visit(reach.num_queries, len(here))
-        seen.append(band)
-    ends, used = uninitialised(2, len(seen), reach.num_queries, dtype=torch.int32), 0
-    for band in seen:
-        first, stop = band.ends
-        # the queries before these see nothing up to the block's first key, those behind them
-        # nothing from its last one on
-        rows = slice(
-            int(torch.searchsorted(stop, lowest, right=True)),
-            int(torch.searchsorted(first, highest, right=True)),
-        )
-        for counts, bound, segment in zip(ends[:, used], band.ends, band.segments, strict=True):
-            _count_here(keys, here, bound, segment, rows, counts)
-        used += not torch.equal(*ends[:, used])  # else the next one takes its place
-    if not used:
-        return None
-    first, stop = joined(Bands(*ends[:, :used]))
-    span = Span(first, stop) if len(first) > 1 else Span(first[0], stop[0])
-    return Visit(reach.num_queries, len(here), span)
-
-
-def _count_here(
-    keys: Positions, here: Rows, bound: Tensor, segment: Tensor | None, rows: slice, out: Tensor
-) -> None:
-    """Into ``out``, how many of the keys that are here lie below each bound: between 0 in front of
-    some rows, and all behind them."""
-    out[: rows.start] = 0
-    out[rows.stop :] = len(here)
-    if rows.start < rows.stop:
-        among = None if segment is None else segment[rows]
-        below = keys.count_below(bound[rows], among, out[rows])
-        if not here.are_all:
-            out[rows] = here.count_below(below)
+@lru_cache(maxsize=1)  # a backward in which queries travel begins with the step of its forward
+def _kept(
+    masks: Masks, queries: Positions, keys: Positions, owner: int, key_len: int
+) -> list[Step]:
+    """Room for it."""
+    return []

@@ -6,32 +6,34 @@ A million tokens are planned by counting: nobody searches among a million number
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import iadd
 
 import torch
 from torch import Tensor
 
-from usp.planning.walk import each_of, parts_of, spread_over
+from usp.planning.walk import along_runs
+
+# So few runs are counted one by one: all in place, as fresh memory costs more than the arithmetic.
+FEW_RUNS = 4
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
 class Positions:
-    """The positions of one ring rank: in each segment of the sequence a few arithmetic runs.
+    """The positions of one ring rank: a few arithmetic runs in each segment of the sequence.
 
     Attributes:
-        bounds: (S + 1,) int64 boundaries of the segments (the documents; else one segment).
-        start, stop: (S, K) int64, run k of segment s is ``range(start, stop, stride)``; ascending.
+        start, stop: (K,) int64, run k is ``range(start, stop, stride)``; ascending.
         stride: Distance of neighbours in a run.
     """
 
-    bounds: Tensor
     start: Tensor
     stop: Tensor
     stride: int
 
     @cached_property
     def counts(self) -> Tensor:
-        """(S, K) tokens of each run."""
+        """(K,) tokens of each run."""
         return (self.stop - self.start + (self.stride - 1)) // self.stride
 
     def __len__(self) -> int:
@@ -44,10 +46,8 @@ class Positions:
     @cached_property
     def tensor(self) -> Tensor:
         """(n,) int64, sorted."""
-        counts = self.counts.flatten()
-        before = counts.cumsum(0) - counts
-        base = spread_over(self.start.flatten() - self.stride * before, counts)
-        return base + self.stride * torch.arange(len(self), device=base.device)
+        held = self.counts > 0
+        return along_runs(self.start[held], self.counts[held], self.stride)
 
     @cached_property
     def _on_device(self) -> dict[torch.device, Tensor]:
@@ -70,69 +70,69 @@ class Positions:
 
     def cut(self, start: int, stop: int) -> Positions:
         """Those from the ``start``-th to before the ``stop``-th."""
-        counts = self.counts
-        before = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
-        first, last = (torch.minimum((i - before).clamp_min(0), counts) for i in (start, stop))
-        begin = self.start + self.stride * first
-        return Positions(self.bounds, begin, begin + self.stride * (last - first), self.stride)
-
-    def segment_of(self, positions: Tensor) -> Tensor | None:
-        """Segment of each position, the same for every row of a table; None if there is one.
-
-        Args:
-            positions: (n,) ascending, 0 or more.
-        """
-        if len(self.bounds) == 2:
-            return None
-        return parts_of(self.bounds[1:-1].to(positions.dtype), positions)
+        before = self.counts.cumsum(0) - self.counts
+        first, last = (torch.minimum((i - before).clamp_min(0), self.counts) for i in (start, stop))
+        held = last > first
+        begin = self.start[held] + self.stride * first[held]
+        end = begin + self.stride * (last - first)[held]
+        return Positions(begin, end, self.stride)
 
     def count_below(
-        self, positions: Tensor, segment: Tensor | None, out: Tensor | None = None
+        self,
+        positions: Tensor,
+        out: Tensor | None = None,
+        between: tuple[int, int] | None = None,
     ) -> Tensor:
         """How many of this row's tokens lie below each of ``positions``, of their dtype.
 
         Args:
-            positions: (n,) int32 or int64, ascending, n > 0.
-            segment: ``segment_of(positions)``.
+            positions: Of any shape, int32 or int64, 0 or more; quick where they mostly ascend.
             out: Where they go, if that is there already.
+            between: None of the positions is less than the one, or more than the other.
         """
         out = torch.empty_like(positions) if out is None else out
-        if len(positions) > 1 and positions[0] == positions[-1]:
-            # One end of a causal or full mask is the same for every row.
-            alone = None if segment is None else segment[:1]
-            return out.copy_(self.count_below(positions[:1], alone).expand_as(out))
-        if segment is None:
-            runs = [*zip(self.start[0].tolist(), self.counts[0].tolist(), strict=True)]
-            self._within(positions, *runs[0], out)
-            for run in runs[1:]:
-                out += self._within(positions, *run, torch.empty_like(positions))
-            return out
-        per_segment = self.counts.sum(1)
-        table = torch.stack((per_segment.cumsum(0) - per_segment, *self.start.T, *self.counts.T))
-        below, *ends = each_of(table.to(positions.dtype), segment)
-        num = len(ends) // 2
-        for start, count in zip(ends[:num], ends[num:], strict=True):
-            below += self._within(positions, start, count, out)
-        return out.copy_(below)
+        if not len(self):
+            return out.zero_()
+        if len(self.start) <= FEW_RUNS:
+            outs = (out, *(torch.empty_like(out) for _ in self._few[1:]))
+            runs = zip(self._few, outs, strict=True)
+            return reduce(iadd, (self._within(positions, *run, between) for run in runs))
+        start, origin, most = (table.to(out.dtype) for table in self._walk)
+        run = torch.searchsorted(start, positions.contiguous().flatten(), right=True)
+        origin, most = (table.index_select(0, run).view_as(out) for table in (origin, most))
+        _divided(torch.sub(positions, origin, out=out), self.stride)
+        return torch.minimum(out, most, out=out)
+
+    @cached_property
+    def _walk(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each run begins; and of none in front of all, and of each run, the position from
+        which strides count its tokens, with those of the runs before, and how many these are."""
+        before, none = self.counts.cumsum(0) - self.counts, self.start.new_zeros(1)
+        origin = self.start - self.stride * before - (self.stride - 1)
+        return self.start, torch.cat((none, origin)), torch.cat((none, before + self.counts))
+
+    @cached_property
+    def _few(self) -> list[tuple[int, int]]:
+        """Where each run begins, and its tokens."""
+        return [*zip(self.start.tolist(), self.counts.tolist(), strict=True)]
 
     def _within(
-        self, positions: Tensor, start: Tensor | int, count: Tensor | int, out: Tensor
+        self, positions: Tensor, run: tuple[int, int], out: Tensor, between: tuple[int, int] | None
     ) -> Tensor:
-        """How many tokens of the run lie below each position.
-
-        All in place: fresh memory costs more than the arithmetic.
-        """
-        torch.sub(positions, start - (self.stride - 1), out=out)
-        if self.stride > 1:
-            _divide(out, self.stride)
-        if isinstance(count, Tensor):
-            return torch.minimum(out.clamp_min_(0), count, out=out)
+        """How many tokens of the run lie below each position."""
+        start, count = run[0] - (self.stride - 1), run[1]
+        _divided(torch.sub(positions, start, out=out), self.stride)
+        if between is not None:
+            low, high = ((end - start) // self.stride for end in between)
+            if low >= 0 and high <= count:
+                return out
         return out.clamp_(0, count)
 
 
-def _divide(x: Tensor, divisor: int) -> None:
+def _divided(x: Tensor, divisor: int) -> Tensor:
     """``x //= divisor``; by a power of two a shift is many times as fast, and floors alike."""
+    if divisor == 1:
+        return x
     if divisor & (divisor - 1):
-        x.floor_divide_(divisor)
-    else:
-        x.bitwise_right_shift_(divisor.bit_length() - 1)
+        return x.floor_divide_(divisor)
+    return x.bitwise_right_shift_(divisor.bit_length() - 1)

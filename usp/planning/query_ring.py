@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from usp.planning.grid import Grid
 from usp.planning.layout import Layout, rows
-from usp.planning.plan import Plan, Step, loads_of_some, make_any_route, parts_of, step_of
+from usp.planning.plan import Load, Plan, Step, make_any_route, own_step
 from usp.planning.reach import needed_queries
-from usp.planning.route import Arrival
 from usp.planning.rows import all_rows
 from usp.planning.samples import Masks
+from usp.planning.seen import Here, seen_of
 
 Layouts = tuple[Layout, Layout]
 
@@ -36,17 +36,22 @@ def make_query_ring(
     queries, keys = (
         rows(layout, length, ring_degree) for layout, length in zip(layouts, lengths, strict=True)
     )
-    mine, route = keys[ring_rank], None
+    route = None
     if ring_degree > 1:
         needs = [needed_queries(mask, layouts, lengths, ring_degree) for _, mask, _ in masks]
         owned = [len(row) for row in queries]
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
-    own = Arrival(ring_rank, tuple(all_rows(len(mine)) for _ in masks))
-    whole = step_of(own, mine, parts_of(masks, queries[ring_rank], keys, lengths[1]))
-    steps = [(ring_rank, whole)]  # one owner's may come twice, some rows from either side
+    whole, mine, key_len = all_rows(len(keys[ring_rank])), keys[ring_rank], lengths[1]
+    here = Here(mine, whole, key_len, 2 * lengths[0])
+    # one owner's may come twice, some rows from either side
+    steps = [(ring_rank, own_step(masks, queries[ring_rank], mine, ring_rank, key_len))]
     for arrival in () if route is None else route.arrivals:
-        theirs = queries[arrival.owner]
-        loads = loads_of_some(masks, theirs, arrival.cargo, mine, lengths[1])
-        steps.append((arrival.owner, Step(ring_rank, loads)))
+        loads = []
+        for part, some in zip(masks, arrival.cargo, strict=True):
+            at = queries[arrival.owner].tensor
+            at = at if some.are_all else at.index_select(0, some.index)
+            (seen,) = seen_of(part.mask, at, [here], key_len)
+            loads.append(Load(part.samples, part.query_offset, whole, seen, some))
+        steps.append((arrival.owner, Step(ring_rank, tuple(loads))))
     plans = (Plan(owner, ring_degree, (step,), None, queries[owner], keys) for owner, step in steps)
     return Grid(tuple(plans), route)

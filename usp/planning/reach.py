@@ -8,7 +8,7 @@ gaps inside such a stretch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,13 +18,12 @@ from torch import Tensor
 from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
 from usp.planning.positions import Positions
-from usp.planning.rows import Rows, merged, no_rows
+from usp.planning.rows import Rows, all_rows, joined_runs, merged, no_rows
+from usp.planning.seen import Here
 from usp.planning.walk import each_of, run_of_each
 
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
-# So few runs are looked at one by one: what is compared with more of them is sorted first.
-_FEW_RUNS = 4
 
 
 @lru_cache(maxsize=32)
@@ -42,19 +41,18 @@ def needed_rows(
     query_len, key_len = lengths
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _seen(mask, rows(layouts[0], query_len, ring_degree), key_len)
-    first, stop = (torch.cat([runs[end] for runs in seen]) for end in (0, 1))
-    counts = torch.tensor([len(runs[0]) for runs in seen], device=first.device)
+    ends = torch.cat([torch.stack(runs) for runs in seen], 1)
+    counts = torch.tensor([len(runs[0]) for runs in seen], device="cpu")
     rank_of = run_of_each(counts)
     table: list[list[Rows]] = [[] for _ in seen]
-    for owned in keys:
-        low, high = _count_below(owned, first), _count_below(owned, stop)
+    for owned, (low, high) in zip(keys, _counted(keys, ends, key_len), strict=True):
         held = high > low
         # most ranks of a long ring see nothing of most owners
         found = torch.bincount(rank_of[held], minlength=len(seen)).tolist()
-        ends = (end[held].split(found) for end in (low, high))
+        apart = (end[held].long().split(found) for end in (low, high))
         nothing = no_rows(len(owned))
-        for row, start, end in zip(table, *ends, strict=True):
-            row.append(Rows(len(owned), *merged(start, end)) if len(start) else nothing)
+        for row, start, end in zip(table, *apart, strict=True):
+            row.append(Rows(len(owned), *joined_runs(start, end)) if len(start) else nothing)
     return tuple(map(tuple, table))
 
 
@@ -70,59 +68,37 @@ def needed_queries(
     queries = rows(layouts[0], query_len, ring_degree)
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _by_stretches(mask, queries, key_len)
-    first, stop = (torch.cat([getattr(s, end) for s in seen], 1) for end in ("first", "stop"))
+    ends = torch.cat([torch.stack((each.first, each.stop)) for each in seen], 2)
     # places of the stretches among the queries of their row
     places = [
-        (_count_below(row, each.low), _count_below(row, each.high) + 1)
+        row.count_below(torch.stack((each.low, each.high))) + torch.tensor([[0], [1]], device="cpu")
         for row, each in zip(queries, seen, strict=True)
     ]
     counts, table = [len(each.low) for each in seen], []
-    for met in _met(keys, first, stop):
-        held = met.any(0).split(counts)
+    for low, high in _counted(keys, ends.flatten(1), key_len):
+        held = (high > low).view_as(ends[0]).any(0).split(counts)
         here = zip(queries, places, held, strict=True)
         table.append(
             tuple(
-                Rows(len(row), *merged(start[some], stop[some]))
+                Rows(len(row), *joined_runs(start[some], stop[some]))
                 for row, (start, stop), some in here
             )
         )
     return tuple(table)
 
 
-def _met(keys: Sequence[Positions], first: Tensor, stop: Tensor) -> list[Tensor]:
-    """For each row of keys, which of the intervals, in any order, hold some of them."""
-    if all(row.stride == 1 and row.start.numel() <= _FEW_RUNS for row in keys):
-        return [_met_by_runs(row, first, stop) for row in keys]
-    ends = torch.stack((first, stop))
-    ordered, order = ends.flatten().sort()
-    segments, met = keys[0].segment_of(ordered), []
-    for row in keys:
-        below = torch.zeros_like(ordered)
-        if len(row):
-            below.index_copy_(0, order, row.count_below(ordered, segments))
-        low, high = below.view_as(ends)
-        met.append(high > low)
-    return met
+def _counted(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:
+    """Of each owner, how many of all its keys lie below each of (2, n) int64."""
+    room = None
+    for owned in keys:
+        here = Here(owned, all_rows(len(owned)), key_len, ends.numel())
+        here.expect(1)
+        if here.has_table:
+            room = here.make_table(room)
+        yield here.count_below(ends)
 
 
-def _met_by_runs(row: Positions, first: Tensor, stop: Tensor) -> Tensor:
-    found = torch.zeros_like(first, dtype=torch.bool)
-    for start, end in zip(row.start.flatten().tolist(), row.stop.flatten().tolist(), strict=True):
-        if start < end:
-            found |= (first < end) & (stop > start)
-    return found & (first < stop)
-
-
-def _count_below(owned: Positions, positions: Tensor) -> Tensor:
-    """``Positions.count_below`` for positions in any order."""
-    if not len(positions) or not len(owned):
-        return torch.zeros_like(positions)
-    ordered, order = positions.sort()
-    below = owned.count_below(ordered, owned.segment_of(ordered))
-    return torch.empty_like(positions).index_copy_(0, order, below)
-
-
-def _seen(mask: Mask, table: Sequence[Positions], key_len: int) -> list[tuple[Tensor, Tensor]]:
+def _seen(mask: Mask, table: tuple[Positions, ...], key_len: int) -> list[tuple[Tensor, Tensor]]:
     """Of each row, the runs of global key positions that its queries see, ascending, apart."""
     return [_seen_runs(each.first, each.stop) for each in _by_stretches(mask, table, key_len)]
 
@@ -141,7 +117,8 @@ class _Stretches(NamedTuple):
     stop: Tensor
 
 
-def _by_stretches(mask: Mask, table: Sequence[Positions], key_len: int) -> list[_Stretches]:
+@lru_cache(maxsize=1)  # what is needed of keys and of queries is asked one after the other
+def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> list[_Stretches]:
     stretches = [_stretches(row) for row in table]
     for start, width in mask.seams:
         stretches = [_cut(*ends, start, width) for ends in stretches]

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from usp.planning.walk import parts_of, spread_over
+from usp.planning.walk import along_runs, parts_of
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
@@ -39,10 +39,7 @@ class Rows:
     @cached_property
     def index(self) -> Tensor:
         """(n,) int64 on CPU, ascending: the rows themselves."""
-        counts = self.stop - self.start
-        before = counts.cumsum(0) - counts
-        base = spread_over(self.start - before, counts)
-        return base + torch.arange(len(self), device=base.device)
+        return along_runs(self.start, self.stop - self.start)
 
     @cached_property
     def _on_device(self) -> dict[torch.device, Tensor]:
@@ -90,7 +87,7 @@ class Rows:
     def within(self, others: Rows) -> Rows:
         """These rows by their places among ``others``, which hold them all."""
         ends = (others.count_below(end.int()).long() for end in (self.start, self.stop))
-        return Rows(len(others), *_joined(*ends))
+        return Rows(len(others), *joined_runs(*ends))
 
     def among(self, others: Rows) -> Rows:
         """Those of these rows that are also ``others``, by their places among these."""
@@ -127,19 +124,19 @@ def union_of_rows(one: Rows, other: Rows) -> Rows:
     if other.are_all or not len(one):
         return other
     ends = ((one.start, other.start), (one.stop, other.stop))
-    start, stop = (torch.cat(each) for each in ends)
-    return rows_between(one.total, start, stop)
+    return Rows(one.total, *merged(*map(torch.cat, ends)))
 
 
 def merged(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Runs that may overlap as ascending ones with something between them."""
     start, order = start.sort()
-    stop = stop[order].cummax(0).values if len(stop) else stop
-    return _joined(start, stop)
+    return joined_runs(start, stop.index_select(0, order).cummax(0).values if len(stop) else stop)
 
 
-def _joined(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    if len(start) < 2:
+def joined_runs(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs with ascending ends; those that touch as one."""
+    apart = (start[1:] > stop[:-1]).nonzero().flatten()
+    if len(apart) == len(start) - 1:
         return start, stop
-    apart, ends = start[1:] > stop[:-1], start.new_ones(1, dtype=torch.bool)
-    return start[torch.cat((ends, apart))], stop[torch.cat((apart, ends))]
+    starts, stops = start[1:].index_select(0, apart), stop.index_select(0, apart)
+    return torch.cat((start[:1], starts)), torch.cat((stops, stop[-1:]))

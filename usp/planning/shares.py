@@ -188,7 +188,7 @@ def owners(
     cuts = row_pieces(layout, seq_len, ring_degree, ulysses_degree)
     table = rows(layout, seq_len, ring_degree) if len(positions) else ()
     for r, row in enumerate(table):
-        below, up_to = (row.count_below(p, row.segment_of(p)) for p in (positions, positions + 1))
+        below, up_to = (row.count_below(p) for p in (positions, positions + 1))
         here = up_to > below
         ends = torch.tensor(cuts[r], device=positions.device).cumsum(0)
         in_row = below[here].long()

@@ -11,6 +11,15 @@ def run_of_each(counts: Tensor) -> Tensor:
     return spread_over(torch.arange(len(counts), device=counts.device), counts)
 
 
+def along_runs(start: Tensor, counts: Tensor, stride: int = 1) -> Tensor:
+    """The numbers of ascending runs ``start, start + stride, ...`` of so many, none without any."""
+    steps = torch.full((int(counts.sum()),), stride, dtype=start.dtype, device=start.device)
+    if len(start):
+        last = start[:-1] + stride * (counts[:-1] - 1)
+        steps[counts.cumsum(0) - counts] = start - torch.cat((start.new_zeros(1), last))
+    return steps.cumsum_(0)
+
+
 def spread_over(values: Tensor, counts: Tensor) -> Tensor:
     """Each value as many times as its count says; twice as fast where the sum is told."""
     return values.repeat_interleave(counts, output_size=int(counts.sum()))

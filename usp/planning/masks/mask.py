@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from usp.planning.kinds import integer
 from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
+
+EachBand = tuple[int, Iterator[Tensor]]
 
 
 class Mask:
@@ -32,6 +34,12 @@ class Mask:
                 them see of a band lies between its first end at the one and its stop at the other.
         """
         raise NotImplementedError
+
+    def each_band(self, positions: Tensor, key_len: int) -> EachBand:
+        """The same one by one, some of them empty: how many, and (2, n) first and stop of each,
+        which stand until the next one is asked for."""
+        found = self.bands(positions, key_len)
+        return len(found.first), map(torch.stack, zip(*found, strict=True))
 
     @property
     def seams(self) -> frozenset[tuple[int, int]]:
@@ -170,6 +178,9 @@ class Shifted(Mask):
 
     def bands(self, positions: Tensor, key_len: int, trim: bool = True) -> Bands:
         return self.mask.bands(positions + self.query_offset, key_len, trim)
+
+    def each_band(self, positions: Tensor, key_len: int) -> EachBand:
+        return self.mask.each_band(positions + self.query_offset, key_len)
 
     @property
     def seams(self) -> frozenset[tuple[int, int]]:

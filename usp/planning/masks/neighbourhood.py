@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import flag, integer
-from usp.planning.masks.bands import Bands, nothing, without_empty
-from usp.planning.masks.mask import Mask
-from usp.planning.memory import uninitialised
+from usp.planning.masks.bands import Bands, without_empty
+from usp.planning.masks.mask import EachBand, Mask
 
 EDGES = ("clip", "shift")
 
@@ -44,18 +43,21 @@ class Window:
 
     def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys ``[first, stop)``, counted among those of the coordinate's residue."""
-        place, residue = x // self.dilation, x % self.dilation
-        count = (self.size - residue + (self.dilation - 1)) // self.dilation
+        place, count = x, x.new_tensor(self.size)
+        if self.dilation > 1:
+            place = x // self.dilation
+            count = (self.size - x % self.dilation + (self.dilation - 1)) // self.dilation
         first = place - (self.kernel - 1 if self.causal else self.kernel // 2)
         if self.shifts and not self.causal:
-            first = torch.minimum(first.clamp_min(0), (count - self.kernel).clamp_min(0))
+            last = (count - self.kernel).clamp_min_(0)
+            first = torch.minimum(first.clamp_min_(0), last, out=first)
         stop = place + 1 if self.causal else first + self.kernel
-        return first.clamp_min(0), torch.minimum(stop, count)
+        return first.clamp_min_(0), torch.minimum(stop, count, out=stop)
 
     def sees(self, x: Tensor, offset: int) -> Tensor:
         """Whether a coordinate sees the key so many steps away."""
         first, stop = self.interval(x)
-        place = x // self.dilation + offset
+        place = (x if self.dilation == 1 else x // self.dilation) + offset
         return (first <= place) & (place < stop)
 
 
@@ -84,25 +86,31 @@ class Neighbourhood(Mask):
         return frozenset({(self.start, self.grid[-1])} if len(self.grid) > 1 else ())
 
     def bands(self, positions: Tensor, key_len: int, trim: bool = True) -> Bands:
+        most, each = self.each_band(positions, key_len)
+        ends = positions.new_empty((2, most, len(positions)))
+        for into, band in zip(ends.unbind(1), each, strict=True):
+            into.copy_(band)
+        return without_empty(Bands(*ends), trim)
+
+    def each_band(self, positions: Tensor, key_len: int) -> EachBand:
         width, total = self.grid[-1], prod(self.grid)
         if not len(positions) or not total:
-            return nothing(positions)
-        inside = positions - self.start
-        line = torch.div(inside, width, rounding_mode="floor")
-        ends = int(line[0]), int(line[-1]) + 1
-        lines = torch.arange(*ends, dtype=line.dtype, device=line.device)
-        x, *_, line = inside - line * width, line - lines[0]
-        offsets, seen = self._lines(lines)
-        if not len(offsets):
-            return nothing(positions)
-        base = ((lines + offsets[:, None]) * width).clamp_(0, total)
-        return without_empty(Bands(*self._inside_lines(base, seen, x, line)), trim)
+            return 0, iter(())
+        x = positions - self.start
+        line = torch.div(x, width, rounding_mode="floor")
+        begin, first_line = line * width, int(line[0])
+        lines = torch.arange(first_line, int(line[-1]) + 1, dtype=line.dtype, device=line.device)
+        parts = self._parts(x.sub_(begin))
+        distances, seen = self._lines(lines)
+        placed = line.sub_(first_line), begin
+        each = self._inside_lines(zip(distances, seen, strict=True), placed, parts)
+        return len(distances) * len(parts), each
 
-    def _lines(self, lines: Tensor) -> tuple[Tensor, Tensor]:
+    def _lines(self, lines: Tensor) -> tuple[list[int], list[Tensor]]:
         """Lines of keys that are seen whole or in part, by their distance from the query's own.
 
         Returns:
-            (d,) ascending distances in lines, and (d, lines) bool where they are seen.
+            Ascending distances in lines, and of each (lines,) bool where it is seen.
         """
         windows, rest = self.windows[:-1], lines
         coordinates: list[Tensor] = []
@@ -121,34 +129,55 @@ class Neighbourhood(Mask):
                 valid = valid & by_step[a]
             seen[distance] = seen[distance] | valid if distance in seen else valid
         used = sorted(distance for distance, valid in seen.items() if valid.any())
-        if not used:
-            return lines.new_empty(0), lines.new_empty((0, len(lines)), dtype=torch.bool)
-        return lines.new_tensor(used), torch.stack([seen[distance] for distance in used])
+        return used, [seen[distance] for distance in used]
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """Of each query the keys that it sees of a line, counted in the line: (2, n) each."""
+        window = self.windows[-1]
+        if window.dilation == 1:
+            return [torch.stack(window.interval(x))]
+        # neighbours along the line are apart: a band for each
+        at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
+        each = zip(at, window.offsets, strict=True)
+        return [torch.stack((place, place + window.sees(x, a))) for place, a in each]
 
     def _inside_lines(
-        self, base: Tensor, seen: Tensor, x: Tensor, line: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        distances: Iterable[tuple[int, Tensor]],
+        placed: tuple[Tensor, Tensor],
+        parts: list[Tensor],
+    ) -> Iterator[Tensor]:
         """Both ends of each band. What is not seen is empty where its line begins.
 
         Args:
-            base, seen: (d, lines) where the lines of keys begin, and whether they are seen.
-            x, line: (n,) of each query.
+            distances: Of lines of keys, and (lines,) whether these are seen.
+            placed: (n,) the line of each query among these, and where it begins in the grid.
+            parts: As of ``_parts``.
         """
-        window = self.windows[-1]
-        if window.dilation == 1:
-            parts = [window.interval(x)]
-        else:  # neighbours along the line are apart: a band for each
-            at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
-            parts = [(p, p + window.sees(x, a)) for p, a in zip(at, window.offsets, strict=True)]
-        ends = uninitialised(2, len(base) * len(parts), len(x), dtype=x.dtype)
-        bands = iter(ends.unbind(1))
-        for begin, used in zip(base + self.start, seen, strict=True):
-            here = begin.index_select(0, line)
-            valid = 1 if used.all() else used.to(x.dtype).index_select(0, line)
+        (line, begin), total = placed, prod(self.grid)
+        for part in parts:
+            part += begin + self.start if self.start else begin
+        ends = begin.new_empty((2, len(begin)))
+
+        def empty(rows: slice, ahead: int) -> Tensor:
+            return (begin[rows] + ahead).clamp_(0, total).add_(self.start)
+
+        for distance, seen in distances:
+            ahead, used = distance * self.grid[-1], seen.nonzero()
+            lines = slice(int(used[0]), int(used[-1]) + 1)
+            rows = slice(*(int(torch.searchsorted(line, at)) for at in (lines.start, lines.stop)))
+            outside = [slice(0, rows.start), slice(rows.stop, len(line))]
+            are_all = bool(seen[lines].all())
+            valid = None if are_all else seen.to(line.dtype).index_select(0, line[rows])
             for part in parts:
-                for end, inside in zip(next(bands), part, strict=True):
-                    torch.add(here, inside * valid, out=end)
-        return ends[0], ends[1]
+                torch.add(part[:, rows], ahead, out=ends[:, rows])
+                if valid is not None:
+                    inside = ends[:, rows] - (begin[rows] + (ahead + self.start))
+                    ends[:, rows] = empty(rows, ahead) + inside * valid
+                for some in outside:
+                    if some.start < some.stop:
+                        ends[:, some] = empty(some, ahead)
+                yield ends
 
     def refuse_lengths(self, query_len: int, key_len: int) -> None:
         if query_len < self.stop or key_len < self.stop:
