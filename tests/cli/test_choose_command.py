@@ -204,7 +204,7 @@ CHOICES = [
     Choice(ring=2, ulysses=2, layout="zigzag", transport="allgather", tiles="mlp+loss"),
     Choice(dp=2, fsdp=4, ulysses=2, checkpointing="attention"),
     Choice(dp=2, fsdp=2, ring=2, layout="zigzag", checkpointing="full", offload="inputs"),
-    Choice(ring=4, ring_outer=2, layout="zigzag", chunks=2),
+    Choice(ring=4, ring_outer=2, layout="zigzag", chunks=2, head_chunks=2),
     Choice(ring=4, ring_outer=2, fsdp=4, transport="grid"),
     Choice(ring=4, layout="zigzag", transport="query_ring"),
     Choice(ring=4, layout=DocumentZigzag((0, 12, 32)), transport="direct"),

@@ -167,6 +167,19 @@ def test_no_other_saver_that_fits_is_faster(job: Job, degrees: Choice) -> None:
     assert others and found.time.total <= 1.01 * min(one.time.total for one in others)
 
 
+def test_groups_of_heads_where_all_at_once_do_not_fit() -> None:
+    job = Job(MODELS["llama2-7b"], 2**20, 1, CLUSTERS["h100"], 16)
+    found = [one for one in search(job) if one.choice.head_chunks > 1]
+    assert found
+    for one in found:
+        choice = one.choice
+        assert choice.sp > 1 and choice.head_chunks * choice.tp * choice.ulysses <= 32
+        assert choice.transport not in ("query_ring", "grid")
+        at_once = predict(job, replace(choice, head_chunks=1))
+        assert at_once.memory.total > one.memory.total and not at_once.fits
+        assert at_once.time.total < one.time.total and at_once.sent == one.sent
+
+
 def test_packed_documents_get_a_layout_of_their_own() -> None:
     """A long document among short ones: zigzag rows of the whole are not even."""
     packed = masks.causal() & masks.documents((0, 70000, 80000, 100000, 131072))

@@ -26,6 +26,17 @@ CASES = [
         (("fp32", 384, 1), ("bf16", 896, 1), ("bf16", 128, 2)), MODELS.values(), CHECKPOINTING
     )
 ]
+# models of which attention is most, and how far above what is held a checkpoint is told
+GROUPS = [
+    (StepCase(*sizes, 1, 1, checkpointing, 2), most_over)
+    for sizes, (checkpointing, most_over) in product(
+        (
+            ("bf16", Model("even", 2, 128, 8, 8, 128, patch=8, gated=False, causal=False), 896),
+            ("fp32", Model("thin", 3, 128, 8, 4, 64, patch=8, gated=False, causal=True), 384),
+        ),
+        (("none", 0.1), ("full", 0.15)),
+    )
+]
 
 
 def most(case: StepCase, ulysses: int, ring: int) -> int:
@@ -51,3 +62,13 @@ def test_sharded(pool: Pool, ulysses: int, ring: int) -> None:
         real = max(pool.run(most, case, ulysses, ring, ranks=ulysses * ring))
         print(f"{case}: {real} bytes, predicted {told / real:.3f} of them")
         assert told == pytest.approx(real, rel=0.1), case
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2), (1, 4)])
+def test_in_groups_of_heads(pool: Pool, ulysses: int, ring: int) -> None:
+    for case, most_over in GROUPS:
+        told = predicted(case, Spread(1, ulysses, ring), "cpu")
+        real = max(pool.run(most, case, ulysses, ring, ranks=ulysses * ring))
+        print(f"{case}: {real} bytes, predicted {told / real:.3f} of them")
+        assert 0.9 * real < told < (1 + most_over) * real, case

@@ -127,8 +127,9 @@ def predicted(case: StepCase, spread: Spread, device: str) -> float:
     )  # fmt: skip
     choice = Choice(
         dp=spread.dp, ring=spread.ring, ulysses=spread.ulysses, layout=layout_of(case),
-        transport=transport_of(job, spread), checkpointing=case.checkpointing,
-        micro=case.batch // spread.dp // case.accumulate,
+        transport="ring" if case.head_chunks > 1 else transport_of(job, spread),
+        checkpointing=case.checkpointing,
+        micro=case.batch // spread.dp // case.accumulate, head_chunks=case.head_chunks,
     )  # fmt: skip
     return memory_of(job, choice).total
 

@@ -101,6 +101,7 @@ class StepCase:
         seq_len, batch: Of a whole step, over all ranks.
         accumulate: In so many micro batches.
         checkpointing: Of ``usp.planning.choose.job.CHECKPOINTING``.
+        head_chunks: Groups of heads of usp's attention.
     """
 
     dtype: str
@@ -109,11 +110,13 @@ class StepCase:
     batch: int
     accumulate: int = 1
     checkpointing: str = "none"
+    head_chunks: int = 1
 
     def __str__(self) -> str:
         name, sizes = self.model.name, f"{self.batch} x {self.seq_len}"
         more = f" in {self.accumulate}" if self.accumulate > 1 else ""
         more += f", checkpoints: {self.checkpointing}" if self.checkpointing != "none" else ""
+        more += f", {self.head_chunks} groups of heads" if self.head_chunks > 1 else ""
         return f"{self.dtype} {name} {sizes}{more}"
 
     @property
@@ -139,6 +142,7 @@ class StepCase:
             "batch": self.batch,
             "accumulate": self.accumulate,
             "checkpointing": self.checkpointing,
+            **({"head_chunks": self.head_chunks} if self.head_chunks > 1 else {}),
         }
 
     def data(self) -> tuple[Tensor, Tensor]:
@@ -237,6 +241,7 @@ def of_usp(case: StepCase, mesh: usp.SequenceMesh | None) -> Attend:
         layout=layout_of(case),
         seq_len=case.seq_len,
         validate="never",
+        head_chunks=case.head_chunks,
     )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from usp.planning.masks.mask import Mask
 
 GIB, GB = 2**30, 1e9
 _DEGREES = ("dp", "fsdp", "ring", "ulysses", "tp", "pp")
-_HOW = ("layout", "transport", "ring_outer", "tiles", "checkpointing", "offload", "chunks", "micro")
+_SAVERS = ("tiles", "checkpointing", "offload", "chunks", "head_chunks", "micro")
+_HOW = ("layout", "transport", "ring_outer", *_SAVERS)
 _FP32 = Precision(weights=4, gradients=4, optimizer=8, element=4, matrix="fp32")
 
 

@@ -83,6 +83,8 @@ def _attention(one: Predicted) -> list[str]:
     how.append(f"seq_len={job.seq_len}")
     if choice.chunks > 1:
         how.append(f'chunks={choice.chunks}, offload="cpu"')
+    if choice.head_chunks > 1:
+        how.append(f"head_chunks={choice.head_chunks}")
     options = f"options = dict({', '.join(filter(None, how))})"
     if job.model.latent:
         return [

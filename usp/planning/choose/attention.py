@@ -17,7 +17,7 @@ from usp.planning.sides import Sizes, Width
 
 # Products of a visible pair, in units of D: 2 FLOP each of q k and p v; a backward has five.
 _FORWARD, _BACKWARD = 4, 10
-_CALLS = 3  # kernels of a step: pack, attend, merge
+CALLS_OF_STEP = 3  # kernels of a step: pack, attend, merge
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _ring_seconds(
 ) -> tuple[float, float, float]:
     """Kernels, sums, and what messages add."""
     works = [pairs * width.pair / cluster.attention_rate for pairs in steps.pairs]
-    launches = cluster.call + _CALLS * cluster.launch * len(works)
+    launches = cluster.call + CALLS_OF_STEP * cluster.launch * len(works)
     if way.ring.size == 1:
         return sum(works) + launches, 0.0, 0.0
     rows = steps.queries  # keys of a row are about as many

@@ -111,6 +111,7 @@ class Choice:
         ring_outer: Nodes of a ring of two levels; 1 is a plain one.
         chunks: Of a rank's tokens, worked off by attention one after the other, with ``offload=
             "cpu"``; 1 is all at once.
+        head_chunks: Groups of a rank's heads, worked off one after the other; 1 is all at once.
         tiles: "loss": a fused head and loss; "mlp+loss": the MLPs in tiles, too.
         checkpointing: "attention" computes all but attention again, "full" everything.
         offload: "inputs": those that checkpoints keep lie on the host; "states": weights and
@@ -132,6 +133,7 @@ class Choice:
     micro: int = 1
     ring_outer: int = 1
     chunks: int = 1
+    head_chunks: int = 1
 
     @property
     def sp(self) -> int:

@@ -121,9 +121,13 @@ def _of_attention(job: Job, choice: Choice) -> float:
         of_chunk += 3 * model.keys * (element + wide)
         return gradients + of_chunk / choice.chunks
     ring = _of_ring(job, choice) if choice.ring > 1 else gradients
-    if choice.ulysses == 1:
-        return ring
-    return element * model.result + max(ring, 4 * gradients)
+    groups = choice.head_chunks
+    if groups == 1:
+        return ring if choice.ulysses == 1 else element * model.result + max(ring, 4 * gradients)
+    # of a group of heads, beside the gradients of all, to which its own go
+    if choice.ulysses > 1:
+        ring = element * model.result + max(ring, 3 * gradients)
+    return gradients + ring / groups
 
 
 def _of_ring(job: Job, choice: Choice) -> float:

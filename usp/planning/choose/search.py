@@ -12,29 +12,33 @@ from usp.planning.choose.traffic import Sent, bytes_of
 from usp.planning.choose.ways import meshes, refined, relaid
 
 # What saves memory, by and large by the time it costs: the fastest that fits is taken.
-_CHUNKS = 16
+_CHUNKS, _HEAD_CHUNKS = 16, 4
 SAVERS = tuple(
-    (tiles, checkpointing, offload, chunks)
-    for offload, checkpointing, tiles, chunks in (
-        ("none", "none", "none", 1),
-        ("none", "none", "loss", 1),
-        ("none", "none", "mlp+loss", 1),
-        ("none", "attention", "none", 1),
-        ("none", "attention", "loss", 1),
-        ("none", "full", "loss", 1),
-        ("inputs", "attention", "loss", 1),
-        ("inputs", "full", "loss", 1),
-        ("inputs", "full", "mlp+loss", 1),
-        ("inputs", "full", "mlp+loss", _CHUNKS),
-        ("states", "attention", "loss", 1),
-        ("states", "full", "loss", 1),
-        ("states", "full", "mlp+loss", 1),
-        ("states", "full", "mlp+loss", _CHUNKS),
+    (tiles, checkpointing, offload, chunks, head_chunks)
+    for offload, checkpointing, tiles, chunks, head_chunks in (
+        ("none", "none", "none", 1, 1),
+        ("none", "none", "loss", 1, 1),
+        ("none", "none", "mlp+loss", 1, 1),
+        ("none", "none", "mlp+loss", 1, _HEAD_CHUNKS),
+        ("none", "attention", "none", 1, 1),
+        ("none", "attention", "loss", 1, 1),
+        ("none", "full", "loss", 1, 1),
+        ("none", "full", "loss", 1, _HEAD_CHUNKS),
+        ("inputs", "attention", "loss", 1, 1),
+        ("inputs", "full", "loss", 1, 1),
+        ("inputs", "full", "mlp+loss", 1, 1),
+        ("inputs", "full", "mlp+loss", 1, _HEAD_CHUNKS),
+        ("inputs", "full", "mlp+loss", _CHUNKS, 1),
+        ("states", "attention", "loss", 1, 1),
+        ("states", "full", "loss", 1, 1),
+        ("states", "full", "mlp+loss", 1, 1),
+        ("states", "full", "mlp+loss", 1, _HEAD_CHUNKS),
+        ("states", "full", "mlp+loss", _CHUNKS, 1),
     )
 )
 
 
-Saver = tuple[str, str, str, int]
+Saver = tuple[str, str, str, int, int]
 _REFINED, _RELAID = 24, 8
 
 
@@ -177,20 +181,31 @@ def _nothing_fits(job: Job, tried: Sequence[Choice]) -> str:
 
 
 def _with(choice: Choice, saver: Saver) -> Choice:
-    tiles, checkpointing, offload, chunks = saver
-    return replace(choice, tiles=tiles, checkpointing=checkpointing, offload=offload, chunks=chunks)
+    tiles, checkpointing, offload, chunks, head_chunks = saver
+    return replace(
+        choice,
+        tiles=tiles,
+        checkpointing=checkpointing,
+        offload=offload,
+        chunks=chunks,
+        head_chunks=head_chunks,
+    )
 
 
 def _savers(job: Job, choice: Choice) -> Iterator[Saver]:
-    in_chunks = choice.transport not in ("query_ring", "grid") and job.cluster.device != "cpu"
-    in_chunks = in_chunks and not job.model.latent
+    of_keys = choice.transport not in ("query_ring", "grid") and not job.model.latent
+    in_chunks = of_keys and job.cluster.device != "cpu"
+    in_groups = of_keys and choice.sp > 1  # on one device they save nothing
+    held = -(-job.model.kv_heads // (choice.tp * choice.ulysses))  # key heads
     for saver in SAVERS:
-        tiles, checkpointing, _, chunks = saver
+        tiles, checkpointing, _, chunks, head_chunks = saver
         if not job.backward and checkpointing != "none":
             continue
         if not job.model.vocabulary and tiles == "loss" and checkpointing == "none":
             continue
-        if chunks > 1 and not in_chunks:
+        if (chunks > 1 and not in_chunks) or (head_chunks > 1 and not in_groups):
+            continue
+        if head_chunks > held:
             continue
         if checkpointing == "attention" and job.model.latent:
             continue  # the memory of its op is not known here

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import log, sqrt
 
-from usp.planning.choose.attention import attention_seconds
+from usp.planning.choose.attention import CALLS_OF_STEP, attention_seconds
 from usp.planning.choose.cluster import Cluster
 from usp.planning.choose.job import Choice, Job, micro_batches, shape_of, tokens_of
 from usp.planning.choose.memory import weights_here
-from usp.planning.choose.network import Group, all_reduce, gather, hop
+from usp.planning.choose.network import Group, all_reduce, gather, hop, level_of
 
 # Each saved byte of a layer is written, read again and met by a gradient: passes over memory of
 # norms, activations and residuals.
@@ -103,6 +103,8 @@ def _micro_batch(job: Job, choice: Choice) -> dict[str, float]:
     }
     if choice.chunks > 1:
         found["ring"] += layers * _chunks(job, choice, [one.compute for one in passes])
+    if choice.head_chunks > 1:
+        found["ring"] += layers * len(passes) * _head_chunks(job, choice)
     if choice.pp > 1:
         sent = tokens_of(job, choice) / choice.tp * job.model.hidden * job.precision.element
         stage = Group(choice.pp, choice.devices // choice.pp)
@@ -133,11 +135,24 @@ def _chunks(job: Job, choice: Choice, passes: Sequence[float]) -> float:
     back, keys for every later chunk, behind attention."""
     model, element, cluster = job.model, job.precision.element, job.cluster
     count, tokens = choice.chunks, tokens_of(job, choice) / choice.tp
-    calls = 3 * cluster.launch * (count * (count + 1) / 2 - 1) * choice.ring
+    calls = CALLS_OF_STEP * cluster.launch * (count * (count + 1) / 2 - 1) * choice.ring
     once = element * (model.query + model.keys + model.result)
     again = element * model.keys * (count - 1) / 2 * choice.ring
     moved = (once + again) * tokens / cluster.host_rate
     return sum(calls + _not_hidden(cluster, moved, work) for work in passes)
+
+
+def _head_chunks(job: Job, choice: Choice) -> float:
+    """Of a pass of a layer: calls and messages of each further group of heads; its bytes are those
+    of all at once."""
+    cluster, way = job.cluster, choice.way
+    calls = CALLS_OF_STEP * cluster.launch * choice.ring
+    starts = sum(
+        times * level_of(cluster, group).hop
+        for group, times in ((way.ring, choice.ring - 1), (way.ulysses, 2))
+        if group.size > 1
+    )
+    return (choice.head_chunks - 1) * (calls + starts)
 
 
 def _traffic(job: Job, choice: Choice) -> float:
