@@ -160,6 +160,7 @@ def test_quick_gives_way_to_what_was_asked_for(capsys: pytest.CaptureFixture[str
     assert (args.length, args.rounds, args.json) == (5, 3, "-")
     for argv, said in (
         (["--rounds", "2"], "--rounds must be 3 or more, got 2"),
+        (["--seconds", "nan"], "--seconds must be 0 or more, got nan"),
         (["--threads", "0"], "argument --threads: must be 1 or more, got 0"),
     ):
         with pytest.raises(SystemExit) as end:

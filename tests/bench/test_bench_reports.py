@@ -96,6 +96,9 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     with pytest.raises(BenchError, match="holds no times of these"):
         bench.run("plot", [str(file), "--what", "backward"])
+    for wrong in (["--what", "backward"], ["--over", "nobody"]):
+        with pytest.raises(BenchError, match=f"{' '.join(wrong)}: the results have none of these"):
+            bench.run("table", [str(file), *wrong])
 
 
 @pytest.mark.parametrize("program", ["compare", "table", "plot"])

@@ -28,6 +28,7 @@ from usp.bench.device import DTYPES, measured, tried
 from usp.bench.exact import judged_by, relative_error, wrong
 from usp.bench.libraries import MERGES, libraries
 from usp.bench.options import (
+    BenchError,
     Run,
     add_dtypes,
     begin,
@@ -47,6 +48,7 @@ ATTENTION = ("forward", "backward", "both")
 NAMED_ONLY = ("usp reference", "usp triton")
 STEP_TOKENS, STEP_HEADS = {"cpu": (2048, 4), "cuda": (8192, 16)}, {"cpu": 8, "cuda": 32}
 DEGREES = (2, 4, 8)
+_TRIED = ("time", "not_timed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
                 run.show.begin(f"{what} {dtype} {head_dim}")
                 MOVES[what](run, dtype, head_dim, args)
             run.show.done()
+    if args.candidates and not any(r["record"] in _TRIED for r in run.sink.records):
+        raise BenchError(f"no candidate's name holds one of {', '.join(args.candidates)}")
     return finish(run)
 
 

@@ -65,6 +65,8 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str], **quick: Any) -> a
         for name, value in {"rounds": LEAST_ROUNDS, "seconds": 0.0, **quick}.items():
             if getattr(args, name) == made.get_default(name):
                 setattr(args, name, value)
+    if not args.seconds >= 0:
+        made.error(f"--seconds must be 0 or more, got {args.seconds}")
     if args.rounds < LEAST_ROUNDS:
         made.error(f"--rounds must be {LEAST_ROUNDS} or more, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():

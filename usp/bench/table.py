@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from usp.bench.grouping import ROOFS, Group, Row
+from usp.bench.options import BenchError
 from usp.bench.records import Record, Report
 from usp.bench.show import duration, number
 from usp.bench.shown_file import groups_of, in_words, load, shown_parser
@@ -27,12 +28,25 @@ def main(argv: Sequence[str]) -> int:
     add("--over", metavar="CANDIDATE", help="ratios to this one, too")
     add("--out", type=Path, metavar="FILE.md", help="there, and not to the standard output")
     args = made.parse_args(list(argv))
-    text = markdown(load(args.file), args.what, args.over)
+    report = load(args.file)
+    _check(report, args.what, args.over)
+    text = markdown(report, args.what, args.over)
     if args.out is None:
         print(text)
     else:
         args.out.write_text(text + "\n")
     return 0
+
+
+def _check(report: Report, what: Sequence[str] | None, over: str | None) -> None:
+    """Raises:
+    BenchError: the file has nothing of what was named.
+    """
+    there = {name for r in report.records for name in (r.get("what"), r["record"])}
+    timed = {r["candidate"] for r in report.of("time")}
+    for option, asked, known in (("--what", what, there), ("--over", over and [over], timed)):
+        if asked and not set(asked) & known:
+            raise BenchError(f"{option} {' '.join(asked)}: the results have none of these")
 
 
 def markdown(report: Report, what: Sequence[str] | None = None, over: str | None = None) -> str:
