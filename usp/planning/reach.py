@@ -18,7 +18,7 @@ from torch import Tensor
 from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
 from usp.planning.positions import Positions
-from usp.planning.rows import Rows, all_rows, joined_runs, merged, no_rows
+from usp.planning.rows import Rows, all_rows, merged
 from usp.planning.seen import Here
 from usp.planning.walk import each_of, run_of_each
 
@@ -42,18 +42,13 @@ def needed_rows(
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _seen(mask, rows(layouts[0], query_len, ring_degree), key_len)
     ends = torch.cat([torch.stack(runs) for runs in seen], 1)
-    counts = torch.tensor([len(runs[0]) for runs in seen], device="cpu")
-    rank_of = run_of_each(counts)
-    table: list[list[Rows]] = [[] for _ in seen]
+    rank_of = run_of_each(torch.tensor([len(runs[0]) for runs in seen], device="cpu"))
+    table = []
     for owned, (low, high) in zip(keys, _counted(keys, ends, key_len), strict=True):
         held = high > low
-        # most ranks of a long ring see nothing of most owners
-        found = torch.bincount(rank_of[held], minlength=len(seen)).tolist()
-        apart = (end[held].long().split(found) for end in (low, high))
-        nothing = no_rows(len(owned))
-        for row, start, end in zip(table, *apart, strict=True):
-            row.append(Rows(len(owned), *joined_runs(start, end)) if len(start) else nothing)
-    return tuple(map(tuple, table))
+        apart = (end[held].long() for end in (low, high))
+        table.append(_rows_of([len(owned)] * len(seen), rank_of[held], *apart))
+    return tuple(zip(*table, strict=True))
 
 
 @lru_cache(maxsize=32)
@@ -74,17 +69,32 @@ def needed_queries(
         row.count_below(torch.stack((each.low, each.high))) + torch.tensor([[0], [1]], device="cpu")
         for row, each in zip(queries, seen, strict=True)
     ]
-    counts, table = [len(each.low) for each in seen], []
+    start, stop = torch.cat(places, 1)
+    owner_of = run_of_each(torch.tensor([len(each.low) for each in seen], device="cpu"))
+    table = []
     for low, high in _counted(keys, ends.flatten(1), key_len):
-        held = (high > low).view_as(ends[0]).any(0).split(counts)
-        here = zip(queries, places, held, strict=True)
-        table.append(
-            tuple(
-                Rows(len(row), *joined_runs(start[some], stop[some]))
-                for row, (start, stop), some in here
-            )
-        )
+        held = (high > low).view_as(ends[0]).any(0)
+        of_each = _rows_of([*map(len, queries)], owner_of[held], start[held], stop[held])
+        table.append(tuple(of_each))
     return tuple(table)
+
+
+def _rows_of(totals: Sequence[int], block: Tensor, start: Tensor, stop: Tensor) -> list[Rows]:
+    """Rows of several blocks.
+
+    Args:
+        totals: Rows of each block.
+        block: Of each run, which block it is of, ascending.
+        start, stop: Of each run, ascending in a block; those that touch become one.
+    """
+    apart = ((start[1:] > stop[:-1]) | (block[1:] != block[:-1])).nonzero().flatten()
+    if len(apart) < len(start) - 1:
+        start = torch.cat((start[:1], start[1:].index_select(0, apart)))
+        stop = torch.cat((stop.index_select(0, apart), stop[-1:]))
+        block = torch.cat((block[:1], block[1:].index_select(0, apart)))
+    counts = torch.bincount(block, minlength=len(totals)).tolist()
+    runs = zip(totals, start.split(counts), stop.split(counts), strict=True)
+    return [Rows(*each) for each in runs]
 
 
 def _counted(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:

@@ -54,11 +54,12 @@ class Window:
         stop = place + 1 if self.causal else first + self.kernel
         return first.clamp_min_(0), torch.minimum(stop, count, out=stop)
 
-    def sees(self, x: Tensor, offset: int) -> Tensor:
-        """Whether a coordinate sees the key so many steps away."""
+    def sees(self, x: Tensor) -> dict[int, Tensor]:
+        """Whether a coordinate sees the key so many steps away, of each offset."""
         first, stop = self.interval(x)
-        place = (x if self.dilation == 1 else x // self.dilation) + offset
-        return (first <= place) & (place < stop)
+        place = x if self.dilation == 1 else x // self.dilation
+        before, behind = first - place, stop - place
+        return {a: (before <= a) & (behind > a) for a in self.offsets}
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ class Neighbourhood(Mask):
             rest = rest // size
         there = (lines >= 0) & (lines < prod(self.grid[:-1]))
         seen: dict[int, Tensor] = {}
-        each = [
-            {a: w.sees(c, a) for a in w.offsets} for w, c in zip(windows, coordinates, strict=True)
-        ]
+        each = [w.sees(c) for w, c in zip(windows, coordinates, strict=True)]
         for steps in product(*(w.offsets for w in windows)):
             distance, valid = 0, there
             for window, by_step, a in zip(windows, each, steps, strict=True):
@@ -138,8 +137,8 @@ class Neighbourhood(Mask):
             return [torch.stack(window.interval(x))]
         # neighbours along the line are apart: a band for each
         at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
-        each = zip(at, window.offsets, strict=True)
-        return [torch.stack((place, place + window.sees(x, a))) for place, a in each]
+        each = zip(at, window.sees(x).values(), strict=True)
+        return [torch.stack((place, place + is_seen)) for place, is_seen in each]
 
     def _inside_lines(
         self,
