@@ -71,16 +71,23 @@ def union(parts: Sequence[Bands], trim: bool = True) -> Bands:
     How many intervals hold a key is told by their ends alone, in whatever order: so the i-th first
     and the i-th stop make as good intervals, and each is cut off where the one before it ends.
     """
-    first, stop = (torch.cat([bands[end] for bands in parts]) for end in (0, 1))
-    return disjoint(*without_empty(Bands(first, stop), trim), trim)
+    ends = [ends for bands in parts for ends in zip(*bands, strict=True)]
+    if trim:
+        ends = [each for each in ends if not torch.equal(*each)]
+    if not ends:
+        return Bands(*(end[:0] for end in parts[0]))
+    first, stop = zip(*ends, strict=True)
+    return disjoint(first, stop, trim)
 
 
-def disjoint(first: Tensor, stop: Tensor, trim: bool = True) -> Bands:
-    """Bands that may overlap, (bands, n) each, as disjoint ones."""
-    if len(first) > 1 and (stop[:-1] > first[1:]).any():
-        first, stop = _sorted(first), _sorted(stop)
-        first = torch.cat((first[:1], torch.maximum(first[1:], stop[:-1])))
-    return joined(without_empty(Bands(first, stop))) if trim else Bands(first, stop)
+def disjoint(
+    first: Sequence[Tensor] | Tensor, stop: Sequence[Tensor] | Tensor, trim: bool = True
+) -> Bands:
+    """Bands that may overlap, (n,) each, as disjoint ones."""
+    firsts, stops = _sorted([*first]), _sorted([*stop])
+    after = (torch.maximum(*ends) for ends in zip(stops[:-1], firsts[1:], strict=True))
+    found = Bands(torch.stack([*firsts[:1], *after]), torch.stack(stops))
+    return joined(without_empty(found)) if trim else found
 
 
 def joined(bands: Bands) -> Bands:
@@ -94,25 +101,27 @@ def joined(bands: Bands) -> Bands:
     return Bands(bands.first[[True, *apart]], bands.stop[[*apart, True]])
 
 
-def _sorted(ends: Tensor) -> Tensor:
+def _sorted(rows: list[Tensor]) -> list[Tensor]:
     """Along the bands; for a few of them comparing rows is many times faster than a sort."""
-    if len(ends) > 8:
-        return ends.sort(0).values
-    rows = list(ends)
+    if len(rows) > 8:
+        return [*torch.stack(rows).sort(0).values]
     for last in range(len(rows) - 1, 0, -1):
         for i in range(last):
             rows[i], rows[i + 1] = (
                 torch.minimum(rows[i], rows[i + 1]),
                 torch.maximum(rows[i], rows[i + 1]),
             )
-    return torch.stack(rows)
+    return rows
 
 
 def intersection(one: Bands, other: Bands, trim: bool = True) -> Bands:
     """What is in both."""
     first = torch.maximum(one.first[:, None], other.first[None]).flatten(0, 1)
     stop = torch.minimum(one.stop[:, None], other.stop[None]).flatten(0, 1)
-    return disjoint(*without_empty(Bands(first, torch.maximum(first, stop)), trim), trim)
+    found = without_empty(Bands(first, torch.maximum(first, stop)), trim)
+    if len(found.first) < 2 or not (found.stop[:-1] > found.first[1:]).any():
+        return joined(found) if trim else found
+    return disjoint(*found, trim)
 
 
 def complement(bands: Bands, key_len: int, trim: bool = True) -> Bands:
