@@ -96,6 +96,8 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     with pytest.raises(BenchError, match="holds no times of these"):
         bench.run("plot", [str(file), "--what", "backward"])
+    with pytest.raises(BenchError, match=r"x.foo: Format 'foo' is not supported"):
+        bench.run("plot", [str(file), "--out", str(tmp_path / "x.foo")])
     for wrong in (["--what", "backward"], ["--over", "nobody"]):
         with pytest.raises(BenchError, match=f"{' '.join(wrong)}: the results have none of these"):
             bench.run("table", [str(file), *wrong])

@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     if not panels:
         raise BenchError(f"{args.file} holds no times{' of these' if args.what else ''}")
     out = args.out or args.file.with_suffix(".png")
-    draw(panels[:MOST_PANELS], ", ".join(in_words(report)), out)
+    try:
+        draw(panels[:MOST_PANELS], ", ".join(in_words(report)), out)
+    except ValueError as error:  # of matplotlib: a format that it does not know
+        raise BenchError(f"--out {out}: {error}") from error
     print(out)
     if len(panels) > MOST_PANELS:
         print(f"{len(panels) - MOST_PANELS} panels had no place: name some with --what")

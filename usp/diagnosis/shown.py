@@ -112,4 +112,4 @@ def draw(ranks: Sequence[Sequence[Span]], title: str, file: Path) -> None:
     axes.set_axisbelow(True)
     axes.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, format="png")
