@@ -211,7 +211,7 @@ def rows(layout: Layout, seq_len: int, ring_degree: int) -> tuple[Positions, ...
     bounds = torch.tensor([0, seq_len], device=_HOST)
     stride = ring_degree if rule.strided else 1
     ranks = torch.arange(ring_degree, device=_HOST)[:, None]
-    return tuple(_row(bounds, rule.runs(bounds[1:], ring_degree, r), stride) for r in ranks)
+    return _table(bounds, rule.runs(bounds[1:], ring_degree, ranks), stride)
 
 
 def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tuple[Positions, ...]:
@@ -221,12 +221,10 @@ def _document_rows(layout: DocumentZigzag, seq_len: int, ring_degree: int) -> tu
             f"but the sequence has {seq_len}"
         )
     bounds = torch.tensor(layout.cu_seqlens, device=_HOST)
-    length, document = bounds.diff(), torch.arange(len(bounds) - 1, device=_HOST)
+    document = torch.arange(len(bounds) - 1, device=_HOST)
+    ranks = torch.arange(ring_degree, device=_HOST)[:, None]
     # The first chunks of a document are the longer ones: rotate which rank gets them.
-    return tuple(
-        _row(bounds, zigzag(length, ring_degree, (r + document) % ring_degree), 1)
-        for r in range(ring_degree)
-    )
+    return _table(bounds, zigzag(bounds.diff(), ring_degree, (ranks + document) % ring_degree), 1)
 
 
 def check_held(layout: Held | Dealt, seq_len: int) -> None:
@@ -263,13 +261,14 @@ def _held_rows(layout: Held, seq_len: int, ring_degree: int) -> tuple[Positions,
             f"layout Held counts the tokens of {len(layout.counts)} ranks, which are no "
             f"{ring_degree} rows of a mesh: give a count for each rank"
         )
-    counts = torch.tensor(layout.counts, device=_HOST).view(ring_degree, degree).sum(1)
-    stops = counts.cumsum(0)[:, None]
-    bounds = torch.tensor([0, seq_len], device=_HOST)
-    return tuple(_row(bounds, [(stop - n, stop)], 1) for stop, n in zip(stops, counts, strict=True))
+    counts = torch.tensor(layout.counts, device=_HOST).view(ring_degree, degree).sum(1, True)
+    stops = counts.cumsum(0)
+    return _table(torch.tensor([0, seq_len], device=_HOST), [(stops - counts, stops)], 1)
 
 
-def _row(bounds: Tensor, runs: Runs, stride: int) -> Positions:
+def _table(bounds: Tensor, runs: Runs, stride: int) -> tuple[Positions, ...]:
+    """Of runs that are (ranks, segments) each, counted from where their segment begins."""
     starts, stops = zip(*runs, strict=True)
-    start, stop = (torch.stack(end, 1) + bounds[:-1, None] for end in (starts, stops))
-    return Positions(start.flatten(), stop.flatten(), stride)
+    start, stop = (torch.stack(end, 2) + bounds[:-1, None] for end in (starts, stops))
+    ends = zip(start.flatten(1), stop.flatten(1), strict=True)
+    return tuple(Positions(*each, stride) for each in ends)

@@ -15,7 +15,7 @@ def uninitialised(*shape: int, dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the host. The system hands out fresh memory page by page as it is first
     written, which takes longer than planning does; large pages save most of that."""
     size = prod(shape) * dtype.itemsize
-    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < 4 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:

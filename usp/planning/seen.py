@@ -20,7 +20,7 @@ from usp.planning.rows import Rows
 from usp.planning.visit import Span, Visit, whole_visit
 
 # A table pays from so many look-ups on: one for so many positions of its.
-_POSITIONS_A_LOOK_UP = 8
+_POSITIONS_A_LOOK_UP = 16
 _TABLE_WIDTH = 1 << 14
 _FEW_QUERIES = 256
 
