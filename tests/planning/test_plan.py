@@ -78,6 +78,7 @@ def test_every_visible_pair_is_visited_once(transport: str, problem: Problem, ta
     counted = torch.zeros(expected.shape, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(seen, "_POSITIONS_A_LOOK_UP", 16 if tables else 0)
+        patched.setattr(seen, "_TABLE_WIDTH", 8)
         make_plan.cache_clear(), needed_rows.cache_clear()
         found = visits(problem, transport)
     for plan, owner, load, visit in found:

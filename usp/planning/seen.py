@@ -101,9 +101,10 @@ class Here:
             room = torch.empty(size, dtype=torch.int32, device="cpu")
         room.zero_()[1:].index_fill_(0, at, 1)
         parts = room.view(-1, _TABLE_WIDTH)
-        torch.cumsum(parts, 1, dtype=torch.int32, out=parts)  # threads share rows
-        each = parts[:, -1:]
-        parts += each.cumsum(0, dtype=torch.int32) - each
+        # threads share rows: each begins with the keys in front of it
+        starts = _TABLE_WIDTH * torch.arange(1, len(parts), device="cpu") - 1
+        parts[1:, 0] += torch.searchsorted(at, starts)
+        torch.cumsum(parts, 1, dtype=torch.int32, out=parts)
         self._table = room
         return room
 
