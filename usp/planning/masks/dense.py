@@ -15,7 +15,7 @@ from torch import Tensor
 from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.mask import Mask
-from usp.planning.masks.runs import MOST_BANDS, Run, TooManyBands, all_runs, runs_of
+from usp.planning.masks.runs import MOST_BANDS, Run, all_runs, runs_of, too_many_bands
 
 _VALUES_AT_ONCE = 1 << 24
 _HOST = torch.device("cpu")
@@ -137,7 +137,7 @@ def _table(runs: Iterable[Run], query_len: int, key_len: int) -> Mask:
         elif len(made) < MOST_BANDS:
             made.append([run])
         else:
-            raise TooManyBands(run[0])
+            raise too_many_bands(run[0])
     found = bands.nothing(torch.arange(query_len, device=_HOST))
     if made:
         first, stop = (

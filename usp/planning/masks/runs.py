@@ -14,22 +14,19 @@ _ONES = 0x0101010101010101
 Run = tuple[int, int, int]  # row, first key, key behind the last
 
 
-class TooManyBands(ValueError):
-    """A table that is no mask of a few bands."""
-
-    def __init__(self, row: int):
-        super().__init__(
-            f"the mask would take more than {MOST_BANDS} bands, intervals of keys whose ends never "
-            f"move back from query to query (at query {row}): pass it as attn_bias, -inf where it "
-            "hides"
-        )
+def too_many_bands(row: int) -> ValueError:
+    """Of a table that is no mask of a few bands, as a query shows."""
+    return ValueError(
+        f"the mask would take more than {MOST_BANDS} bands, intervals of keys whose ends never "
+        f"move back from query to query (at query {row}): pass it as attn_bias, -inf where it hides"
+    )
 
 
 def all_runs(mask: Tensor, most: int) -> Tensor:
     """Of a whole table, as ``runs_of`` has them.
 
     Raises:
-        TooManyBands: a row has more than ``most``.
+        ValueError: a row has more than ``most``.
     """
     found = []
     for start, rows in ((0, mask[:_FIRST_ROWS]), (_FIRST_ROWS, mask[_FIRST_ROWS:])):
@@ -37,7 +34,7 @@ def all_runs(mask: Tensor, most: int) -> Tensor:
         part[:, 0] += start
         behind = part[most:, 0] == part[: max(0, len(part) - most), 0]
         if behind.any():
-            raise TooManyBands(int(part[most:, 0][behind][0]))
+            raise too_many_bands(int(part[most:, 0][behind][0]))
         found.append(part)
     return torch.cat(found)
 
