@@ -1,6 +1,7 @@
 // AMX: the products of bf16 inputs in matrix tiles. Everything else is AVX-512's, with BF16.
 
 #include "cpu/kernels.h"
+#include "cpu/tiles.h"
 
 #if USP_CPU_AMX
 
@@ -8,6 +9,8 @@
 
 // The target is set in the source, after every header that other objects share, so that no build
 // system has to know it and no shared inline function is compiled for it.
+#include <algorithm>
+#include <optional>
 #include <vector>
 #if defined(__clang__)
 #pragma clang attribute push(                                                                 \
@@ -21,9 +24,9 @@
 #define USP_VECTOR_BYTES 64
 #define USP_GEMM_ROWS 6
 #define USP_GEMM_VECTORS 4
-#include "cpu/matrix_tiles.h"
 #include "cpu/pairs.h"
 #include "cpu/scores_late.h"
+#include "cpu/tile_products.h"
 
 namespace usp::cpu {
 namespace {

@@ -1,18 +1,13 @@
 #pragma once
 
-// gemm on matrix tiles of 16 rows of 16 words, a word two bf16: AMX, or what stands in for it.
+// Matrix tiles of 16 rows of 16 words, a word two bf16: AMX, or what stands in for it.
 //
 // c += a b needs a's words along its rows and b's along its columns, which is how they lie
 // (kernels.h), and whole tiles: ends that fill none are copied first. Sums are fp32. Whole tiles of
 // c are sums in place; else, and where the product is scaled, they pass through memory of their
 // own. `Tiles` are the instructions.
-//
-// A product that is added to c waits: the next softmax or gradients of a tile make it block by
-// block between their own vectors, for a core does both at once, but looks ahead no further than a
-// few hundred instructions.
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -148,17 +143,21 @@ USP_SIMD void end_sums(const SumTile& to) {
 }
 
 // kRows by kColumns tiles of c, at most two each: tiles 0 to 3 are sums, 4 and 5 of a, 6 and 7 of
-// b. The operands' second rows of tiles count only where there are two.
+// b. The operands' second rows of tiles count only where there are two. Some of the tiles that are
+// summed: what the first leave in the registers is there for the next.
 template <typename Tiles, int kRows, int kColumns>
-void tile_block(int64_t words, const TileRow (&a)[2], const TileRow (&b)[2], const SumTile& to) {
+void tile_block(int64_t words, Range tiles, const TileRow (&a)[2], const TileRow (&b)[2],
+                const SumTile& to) {
   const SumTile right{to.c + kTileWords, to.ld, to.rows, to.alpha, to.adds};
   const SumTile below{to.c + kTileRows * to.ld, to.ld, to.rows - kTileRows, to.alpha, to.adds};
   const SumTile beyond{below.c + kTileWords, to.ld, below.rows, to.alpha, to.adds};
-  begin_sums<Tiles, 0>(to);
-  if constexpr (kColumns > 1) begin_sums<Tiles, 1>(right);
-  if constexpr (kRows > 1) begin_sums<Tiles, 2>(below);
-  if constexpr (kRows > 1 && kColumns > 1) begin_sums<Tiles, 3>(beyond);
-  for (int64_t tile = 0; tile * kTileWords < words; ++tile) {
+  if (tiles.begin == 0) {
+    begin_sums<Tiles, 0>(to);
+    if constexpr (kColumns > 1) begin_sums<Tiles, 1>(right);
+    if constexpr (kRows > 1) begin_sums<Tiles, 2>(below);
+    if constexpr (kRows > 1 && kColumns > 1) begin_sums<Tiles, 3>(beyond);
+  }
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const bool whole = (tile + 1) * kTileWords <= words;
     const auto load_from = [&]<int kTile>(const TileRow& row) {
       const Matrix<const float> from = row.at(tile, whole);
@@ -177,6 +176,7 @@ void tile_block(int64_t words, const TileRow (&a)[2], const TileRow (&b)[2], con
     }
     if constexpr (kRows > 1 && kColumns > 1) Tiles::template multiply<3, 5, 7>();
   }
+  if (tiles.end * kTileWords < words) return;
   end_sums<Tiles, 0>(to);
   if constexpr (kColumns > 1) end_sums<Tiles, 1>(right);
   if constexpr (kRows > 1) end_sums<Tiles, 2>(below);
@@ -193,152 +193,6 @@ inline void scale_columns(Matrix<float> m, int64_t rows, int64_t cols, const flo
       store<float>(at, f * load(at));
     }
   }
-}
-
-// The arguments of gemm, with c as it lies.
-struct Operands {
-  int64_t m, n, k;
-  Matrix<const float> a, b;
-  Matrix<float> c;
-  Update<float> update;
-
-  int64_t words() const { return (k + 1) / 2; }
-  int64_t blocks() const {
-    const auto halved = [](int64_t count) { return (count + 2 * kTileRows - 1) / (2 * kTileRows); };
-    return halved(m) * halved(n);
-  }
-};
-
-// A product, block by block of its sums.
-template <typename Tiles>
-class TileProduct {
- public:
-  explicit TileProduct(const Operands& of)
-      : of_(of),
-        room_(tile_room(LeftTiles::room(of.m, of.words()) + RightTiles::room(of.n))),
-        left_(of.m, of.words(), of.a, room_),
-        right_(of.n, of.words(), of.b, room_ + LeftTiles::room(of.m, of.words())) {}
-
-  bool done() const { return i_ >= of_.m; }
-
-  void advance() {
-    const bool two_rows = of_.m - i_ > kTileRows, two_columns = of_.n - j_ > kTileWords;
-    const TileRow rows[2] = {left_.row(i_), two_rows ? left_.row(i_ + kTileRows) : TileRow{}};
-    const TileRow columns[2] = {right_.column(j_), right_.column(j_ + kTileWords)};
-    const auto block = two_rows ? (two_columns ? tile_block<Tiles, 2, 2> : tile_block<Tiles, 2, 1>)
-                                : (two_columns ? tile_block<Tiles, 1, 2> : tile_block<Tiles, 1, 1>);
-    of_.update.look_ahead();
-    block(
-        of_.words(), rows, columns,
-        {of_.c.data + i_ * of_.c.ld + j_, of_.c.ld, of_.m - i_, of_.update.alpha, of_.update.adds});
-    j_ += 2 * kTileWords;
-    if (j_ < of_.n) return;
-    j_ = 0;
-    i_ += 2 * kTileRows;
-  }
-
-  void finish() {
-    while (!done()) advance();
-  }
-
- private:
-  Operands of_;
-  float* room_;
-  LeftTiles left_;
-  RightTiles right_;
-  int64_t i_ = 0, j_ = 0;
-};
-
-// Products of this thread that wait for the next work on vectors, between whose instructions the
-// tiles multiply. One that has begun ends before another that does not wait: they share memory and
-// tiles.
-template <typename Tiles>
-class Later {
- public:
-  static Later& of_thread() {
-    static thread_local Later mine;
-    return mine;
-  }
-
-  void add(const Operands& product) {
-    if (end_ == kMost) finish();
-    waiting_[end_++] = product;
-  }
-
-  int64_t blocks() const {
-    int64_t blocks = 0;
-    for (int64_t p = next_; p < end_; ++p) blocks += waiting_[p].blocks();
-    return blocks;
-  }
-
-  void advance() {
-    if (!begun_.has_value()) {
-      if (next_ == end_) return;
-      begun_.emplace(waiting_[next_++]);
-    }
-    begun_->advance();
-    if (begun_->done()) begun_.reset();
-  }
-
-  void finish() {
-    while (begun_.has_value() || next_ < end_) advance();
-    next_ = end_ = 0;
-  }
-
-  void finish_begun() {
-    if (begun_.has_value()) finish();
-  }
-
-  // Of the two halves of a room, the one that no product which waits reads.
-  int64_t other_half() { return half_ ^= 1; }
-
- private:
-  static constexpr int64_t kMost = 3;  // of a tile of gradients
-  Operands waiting_[kMost];
-  std::optional<TileProduct<Tiles>> begun_;
-  int64_t next_ = 0, end_ = 0, half_ = 0;
-};
-
-// Spreads the blocks of products that wait over `turns`.
-template <typename Tiles>
-class Spread {
- public:
-  Spread(Later<Tiles>& later, int64_t turns)
-      : later_(later), every_(turns / std::max<int64_t>(later.blocks(), 1)), left_(every_) {}
-
-  USP_SIMD_MEMBER void turn() {
-    if (--left_ > 0) return;
-    left_ = every_;
-    later_.advance();
-  }
-
- private:
-  Later<Tiles>& later_;
-  const int64_t every_;
-  int64_t left_;
-};
-
-template <typename Tiles>
-void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matrix<const float> b,
-                   Matrix<float> c, Update<float> update) {
-  Later<Tiles>& later = Later<Tiles>::of_thread();
-  if (update.adds && update.factor != nullptr) {
-    later.finish();
-    // Columns up to a whole tile: they are padding, as those of a are.
-    c.transposed ? scale_columns(c, n, whole_tiles(m), update.factor)
-                 : scale_rows(c, m, n, update.factor);
-  }
-  const Operands product = c.transposed ? Operands{n, whole_tiles(m), k, b, a, c, update}
-                                        : Operands{m, n, k, a, b, c, update};
-  if (update.adds) return later.add(product);
-  later.finish_begun();
-  TileProduct<Tiles>(product).finish();
-}
-
-template <typename Tiles>
-void end_products() {
-  Later<Tiles>::of_thread().finish();
-  Tiles::release();
 }
 
 // The instructions in plain C++, for machines that lack them. As they do, a load reads whole tiles.

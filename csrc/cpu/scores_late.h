@@ -6,9 +6,9 @@
 // base 2, where it costs nothing. What is not products of tiles is most of the time of this level;
 // so an exponential is eight instructions.
 
-#include "cpu/matrix_tiles.h"
 #include "cpu/pairs.h"
 #include "cpu/scores.h"
+#include "cpu/tile_products.h"
 #include "cpu/tiles.h"
 
 namespace usp::cpu {
