@@ -22,7 +22,7 @@ fi
 
 build=build/arm-tests
 mkdir -p "$build"
-tests=(tests/cpp/{attention,check,kernels,philox,piece,softmax,span}_test.cpp)
+tests=(tests/cpp/{attention,check,cut,kernels,philox,piece,softmax,span}_test.cpp)
 sources=("${tests[@]}" csrc/cpu/*.cpp "$googletest"/src/gtest-all.cc "$googletest"/src/gtest_main.cc)
 objects=()
 for source in "${sources[@]}"; do objects+=("$build/$(basename "$source").o"); done

@@ -72,12 +72,16 @@ USP_HOST_DEVICE int64_t first_above(const int32_t* ends, int64_t count, int64_t 
   return begin;
 }
 
-// Rows that may see one of `keys`: every other row sees none of them.
-USP_HOST_DEVICE Range visible_queries(const Span& span, Range keys) {
+// Those of `rows` that may see one of `keys`: every other row sees none of them.
+USP_HOST_DEVICE Range visible_queries(const Span& span, Range rows, Range keys) {
   if (keys.empty()) return {0, 0};
-  if (span.sees_all()) return {0, span.num_queries};
-  return {first_above(span.stop, span.num_queries, keys.begin),
-          first_above(span.first, span.num_queries, keys.end - 1)};
+  if (span.sees_all()) return rows;
+  return {rows.begin + first_above(span.stop + rows.begin, rows.size(), keys.begin),
+          rows.begin + first_above(span.first + rows.begin, rows.size(), keys.end - 1)};
+}
+
+USP_HOST_DEVICE Range visible_queries(const Span& span, Range keys) {
+  return visible_queries(span, {0, span.num_queries}, keys);
 }
 
 // Rows that see every one of `keys`.
@@ -103,8 +107,7 @@ USP_HOST_DEVICE bool sees_any(const Span& span, Range rows, Range keys) {
 USP_HOST_DEVICE bool may_see_any(const Span& span, Range rows, Range keys) {
   if (rows.empty() || keys.empty()) return false;
   if (span.sees_all()) return true;
-  return first_above(span.stop + rows.begin, rows.size(), keys.begin) <
-         first_above(span.first + rows.begin, rows.size(), keys.end - 1);
+  return !visible_queries(span, rows, keys).empty();
 }
 
 }  // namespace usp

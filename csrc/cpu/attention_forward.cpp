@@ -32,7 +32,7 @@ int64_t tiles_held(int64_t tiles, int64_t threads) {
 template <typename T>
 struct RowTile {
   int64_t h;
-  uint32_t started;  // a bit for each strip of rows: out holds something
+  bool started;  // out holds something
   Range rows;
   Matrix<T> q_room;   // (few rows, D)
   QueryOperand<T> q;  // (D, rows)
@@ -205,11 +205,11 @@ class ForwardWorker {
   int64_t turns(const Pace& pace) const {
     int64_t turns = 0;
     for (int64_t t = 0; t < count_; ++t) {
-      const Range rows = w_.tiles[t].rows;
-      const int64_t keys = intersect(visible_keys(a_.band(pace.band), rows), pace.keys).size();
-      if (keys == 0) continue;
-      turns +=
-          QueryOperand<T>::turns(kernels_, rows.size(), keys) + kernels_.blocks(rows.size(), a_.Dv);
+      const Span span = a_.band(pace.band);
+      const int64_t keys = intersect(visible_keys(span, w_.tiles[t].rows), pace.keys).size();
+      const int64_t rows = visible_queries(span, w_.tiles[t].rows, pace.keys).size();
+      if (keys == 0 || rows == 0) continue;
+      turns += QueryOperand<T>::turns(kernels_, rows, keys) + kernels_.blocks(rows, a_.Dv);
     }
     return turns;
   }
@@ -279,7 +279,7 @@ class ForwardWorker {
       tile.softmax.sum[i] = row.sum;
       fresh &= carried_lse == minus_infinity<T>();
     }
-    tile.started = 0;
+    tile.started = false;
     if (state_.out == nullptr || fresh) return;
     start(tile);
     const Matrix<T> to = tile.out.transposed ? Matrix<T>{w_.v.data, padded(a_.Dv)} : tile.out;
@@ -289,62 +289,46 @@ class ForwardWorker {
     kernels_.right_transpose(as_const(to), tile.rows.size(), a_.Dv * kernels_.word, tile.out);
   }
 
-  // A bit for each strip that holds one of the rows.
-  static uint32_t strips(int64_t first_row, int64_t num_rows) {
-    const int64_t begin = first_row / kStrip, end = (first_row + num_rows - 1) / kStrip + 1;
-    return (1u << end) - (1u << begin);
-  }
-
-  // Strips that have not begun begin with zeros, with their padding.
+  // With zeros, and their padding.
   void start(RowTile<T>& tile) {
-    for (int64_t row = 0; row < tile.rows.size(); row += kStrip) {
-      const int64_t rows = std::min(kStrip, tile.rows.size() - row);
-      const uint32_t strip = strips(row, rows);
-      if (tile.started & strip) continue;
-      set_zero(rows_from(tile.out, row), rows, padded(a_.Dv));
-      tile.started |= strip;
-    }
+    if (tile.started) return;
+    set_zero(tile.out, tile.rows.size(), padded(a_.Dv));
+    tile.started = true;
   }
 
   void add_keys(const Span& span, Range keys) {
     bool loaded = false;
     Matrix<const T> k;
     for (RowTile<T>& tile : held()) {
-      const auto visit = [&](Range rows, Range seen, const Span* mask) {
-        if (!loaded) {
-          k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
-          weighted_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
-          loaded = true;
-        }
-        const int64_t skipped = seen.begin - keys.begin;
-        add_part(tile, {b_, tile.h, rows, seen, mask}, {k.data + skipped * k.ld, k.ld},
-                 as_const(rows_from(w_.v, skipped / kernels_.word)));
-      };
-      for_each_part(span, tile.rows, keys, kernels_.word, visit);
+      with_seen(span, b_, tile.h, tile.rows, keys, kernels_.word, kernels_.word,
+                [&](const TileIndex& at) {
+                  if (!loaded) {
+                    k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
+                    weighted_rows(kernels_, a_.v, b_, g_, keys, a_.Dv, w_.v);
+                    loaded = true;
+                  }
+                  const int64_t skipped = at.keys.begin - keys.begin;
+                  add_seen(tile, at, rows_from(k, skipped),
+                           as_const(rows_from(w_.v, skipped / kernels_.word)));
+                });
     }
   }
 
-  // Keys into the tile, or into a strip of it.
-  void add_part(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
-    const int64_t num_rows = at.rows.size(), num_keys = at.keys.size();
-    const int64_t row = at.rows.begin - tile.rows.begin;
-    const QueryOperand<T> q = tile.q.from(row);
-    const SoftmaxRows<T> softmax = tile.softmax.from(row);
-    const QueryPositions positions = tile.positions.from(row);
-    const Matrix<T> out = rows_from(tile.out, row);
+  void add_seen(RowTile<T>& tile, const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
     const Tile<T> s = score_tile(a_, kernels_, at, w_.scores);
-    compute_scores<T>(a_, kernels_, at, k, q, positions, s, nullptr, ahead_);
+    compute_scores<T>(a_, kernels_, at, k, tile.q, tile.positions, s, nullptr, ahead_);
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
+      dropout_multiplier<T>(a_, kernels_, at, tile.positions, {w_.multiplier, s.keys, s.queries});
     }
-    const auto weights = kernels_.softmax_update(s, softmax, w_.multiplier, w_.weights);
-    const uint32_t part = strips(row, num_rows), old = tile.started & part;
-    const int64_t seeing = rows_seeing(at);
-    if ((old != 0 && old != part) || (old == 0 && seeing < num_rows)) start(tile);
-    const bool adds = (tile.started & part) != 0;
-    kernels_.gemm(seeing, padded(a_.Dv), num_keys, weights, v, out,
-                  {T(1), adds, softmax.factor, &ahead_});
-    tile.started |= part;
+    const auto weights = kernels_.softmax_update(s, tile.softmax, w_.multiplier, w_.weights);
+    if (at.mask != nullptr && !at.cut.covers(at.rows.size())) start(tile);
+    at.for_each_run(kernels_, [&](Range rows, Range seen) {
+      kernels_.gemm(rows.size(), padded(a_.Dv), seen.size(),
+                    at.by_query(kernels_, weights, rows, seen),
+                    rows_from(v, seen.begin / kernels_.word), rows_from(tile.out, rows.begin),
+                    {T(1), tile.started, tile.softmax.factor + rows.begin, &ahead_});
+    });
+    tile.started = true;
   }
 
   void store_state(RowTile<T>& tile) {

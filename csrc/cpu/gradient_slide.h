@@ -140,13 +140,25 @@ class SlidingKeys {
   void put(Range tiles) {
     if (tiles.empty()) return;
     if (slide_.wide >= 0) {
+      const Range rows = wide_rows(keys(tiles));
       for (int64_t h = heads_.begin; h < heads_.end; ++h) {
-        walk_.pass(h, rows_of_tile(a_, slide_.wide), {0, 0}, keys(tiles), !wide_passed_);
+        walk_.pass(h, rows, {0, 0}, keys(tiles), !wide_passed_);
       }
       wide_passed_ = true;
     }
     walk_.put_key_gradients(keys(tiles));
     held_.begin = std::max(held_.begin, tiles.end);
+  }
+
+  // All of the tile at first, for all are to be written, and then those that see some of the keys.
+  Range wide_rows(Range keys) const {
+    const Range tile = rows_of_tile(a_, slide_.wide);
+    if (!wide_passed_) return tile;
+    Range rows;
+    for (int64_t band = 0; band < a_.num_bands; ++band) {
+      rows = hull(rows, visible_queries(a_.band(band), tile, keys));
+    }
+    return rows;
   }
 
   const Attention<T>& a_;

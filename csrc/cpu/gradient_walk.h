@@ -178,10 +178,8 @@ class GradientWalk {
       const Range seen = intersect(visible_keys(span, rows), keys);
       if (seen.empty()) continue;
       for_each_tile({seen.begin / kKeyTile * kKeyTile, seen.end}, [&](Range tile, int64_t row) {
-        for_each_part(span, rows, tile, kernels_.word,
-                      [&](Range some, Range part, const Span* mask) {
-                        add_part({b_, h, some, part, mask}, rows, row, part.begin - tile.begin);
-                      });
+        with_seen(span, b_, h, rows, tile, kernels_.word, Cut::kRows,
+                  [&](const TileIndex& at) { add_seen(at, row, at.keys.begin - tile.begin); });
       });
     }
   }
@@ -192,20 +190,28 @@ class GradientWalk {
            kernels_.blocks(keys, a_.Dv) + kernels_.blocks(rows, a_.D);
   }
 
-  // A tile of the queries, or a strip of it; keys `skipped` behind the first of a tile held.
-  void add_part(const TileIndex& at, Range rows, int64_t tile, int64_t skipped) {
-    const int64_t num_keys = at.keys.size(), seeing = rows_seeing(at);
-    const int64_t row = at.rows.begin - rows.begin, key = tile + skipped;
+  // Keys that lie `skipped` behind the first of a tile held.
+  void add_seen(const TileIndex& at, int64_t tile, int64_t skipped) {
+    const int64_t word = kernels_.word;
     const auto& [k, v] = operands_[static_cast<size_t>(tile / kKeyTile)];
-    const auto gradients = compute_gradients(at, row, {k.data + skipped * k.ld, k.ld},
-                                             {v.data + skipped * v.ld, v.ld});
-    const int64_t word = row / kernels_.word;
-    add_product(num_keys, a_.Dv, seeing, gradients.weights_by_key, rows_from(w_.dout, word),
-                rows_from(w_.dv, key));
-    add_product(num_keys, a_.D, seeing, gradients.scores_by_key, rows_from(w_.q, word),
-                rows_from(w_.dk, key));
-    add_product(seeing, a_.D, num_keys, gradients.scores_by_query,
-                rows_from(weighted_keys(tile), skipped / kernels_.word), rows_from(w_.dq, row));
+    const auto gradients = compute_gradients(at, rows_from(k, skipped), rows_from(v, skipped));
+    at.for_each_block([&](const Strip& block) {
+      const auto [columns, rows, keys] = block;
+      const int64_t key = tile + skipped + keys.begin, row = columns.begin / word;
+      const auto add = [&](Matrix<const T> left, int64_t cols, Matrix<T> right, Matrix<T> sum) {
+        left.data += keys.begin * left.ld + row;
+        add_product(keys.size(), cols, rows.end - columns.begin, left, rows_from(right, row),
+                    rows_from(sum, key));
+      };
+      add(gradients.weights_by_key, a_.Dv, w_.dout, w_.dv);
+      add(gradients.scores_by_key, a_.D, w_.q, w_.dk);
+    });
+    at.for_each_run(kernels_, [&](Range rows, Range keys) {
+      add_product(rows.size(), a_.D, keys.size(),
+                  at.by_query(kernels_, gradients.scores_by_query, rows, keys),
+                  rows_from(weighted_keys(tile), (skipped + keys.begin) / word),
+                  rows_from(w_.dq, rows.begin));
+    });
   }
 
   void add_product(int64_t m, int64_t n, int64_t k, Matrix<const T> left, Matrix<T> right,
@@ -213,20 +219,21 @@ class GradientWalk {
     kernels_.gemm(m, padded(n), k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_});
   }
 
-  GradientOperands<T> compute_gradients(const TileIndex& at, int64_t row, Matrix<const T> k,
-                                        Matrix<const T> v) {
-    const Tile<T> s = score_tile(a_, kernels_, at, w_.s), dp{w_.dp, s.keys, s.queries};
-    const QueryPositions positions = w_.positions.from(row);
-    compute_scores<T>(a_, kernels_, at, k, w_.q_t.from(row), positions, s, w_.derivative, ahead_);
-    w_.dout_t.from(row).multiply(kernels_, at.rows.size(), a_.Dv, v, dp, T(1), ahead_);
+  GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
+    const Tile<T> s = score_tile(a_, kernels_, at, w_.s), dp{w_.dp, s.keys, s.queries, T(1), s.cut};
+    compute_scores<T>(a_, kernels_, at, k, w_.q_t, w_.positions, s, w_.derivative, ahead_);
+    w_.dout_t.multiply(kernels_, at, a_.Dv, v, dp.data, T(1), ahead_);
     if (a_.dropout_p > 0) {
-      dropout_multiplier<T>(a_, kernels_, at, positions, {w_.multiplier, s.keys, s.queries});
+      dropout_multiplier<T>(a_, kernels_, at, w_.positions, {w_.multiplier, s.keys, s.queries});
+    }
+    if (w_.ds != nullptr && at.mask != nullptr) {  // dbias takes all of it
+      std::fill(w_.ds, w_.ds + s.keys * s.queries, T(0));
     }
     const auto [weights, by_key, by_query] = w_.operands;
     const auto operands = kernels_.gradients({s,
                                               dp,
-                                              w_.lse + row,
-                                              w_.delta + row,
+                                              w_.lse,
+                                              w_.delta,
                                               w_.multiplier,
                                               w_.derivative,
                                               w_.ds,

@@ -17,6 +17,7 @@
 #include "common/philox.h"
 #include "common/softmax.h"
 #include "cpu/capability.h"
+#include "cpu/cut.h"
 #include "cpu/lookahead.h"
 
 namespace usp::cpu {
@@ -39,15 +40,23 @@ Matrix<T> rows_from(Matrix<T> m, int64_t row) {
   return {m.data + (m.transposed ? row : row * m.ld), m.ld, m.transposed};
 }
 
-// (keys, queries) scores or gradients of scores; `queries` includes the padding.
+// (keys, queries) scores or gradients of scores; `queries` includes the padding. Where a cut is
+// given, mask, softmax_update and gradients look at nothing but the strips and their keys.
 template <typename T>
 struct Tile {
   T* data;
   int64_t keys;
   int64_t queries;
   T scale = 1;  // of scores that are not scaled yet (Kernels::scales_late)
+  const Cut* cut = nullptr;
 
   T* row(int64_t j) const { return data + j * queries; }
+
+  template <typename Visit>
+  void for_each_strip(const Visit& visit) const {
+    if (cut == nullptr) return visit(Strip{{0, queries}, {0, queries}, {0, keys}});
+    cut->for_each_strip(visit);
+  }
 };
 
 // Visible keys of the tile's query rows, relative to nothing: local key indices.
@@ -64,8 +73,6 @@ struct SoftmaxRows {
   T* max;
   T* sum;  // of exp(score - max)
   T* factor;
-
-  SoftmaxRows from(int64_t row) const { return {max + row, sum + row, factor + row}; }
 };
 
 // What becomes of row i of c in a product: factor[i] * c + alpha * product, or only the latter.

@@ -69,7 +69,7 @@ USP_SIMD Mask<T> ends_of(const int32_t* ends, int64_t num_rows, int64_t i) {
 template <typename T>
 void mask(Tile<T> s, TileMask m) {
   using Lane = std::remove_cvref_t<decltype(Mask<T>{}[0])>;
-  for (int64_t i = 0; i < s.queries && i < m.num_rows; i += kLanes<T>) {
+  const auto mask_column = [&](Range keys, int64_t i) {
     const Mask<T> first = ends_of<T>(m.first, m.num_rows, i);
     const Mask<T> stop = ends_of<T>(m.stop, m.num_rows, i);
     const auto hide = [&](int64_t begin, int64_t end) {
@@ -83,12 +83,18 @@ void mask(Tile<T> s, TileMask m) {
       }
     };
     const auto at_key = [&](int64_t key) {
-      return key < m.first_key ? 0 : key - m.first_key < s.keys ? key - m.first_key : s.keys;
+      const int64_t j = key - m.first_key;
+      return j < keys.begin ? keys.begin : j < keys.end ? j : keys.end;
     };
     const int64_t begin = at_key(first[kLanes<T> - 1]), end = at_key(stop[0]);
-    hide(0, begin);
-    hide(begin < end ? end : begin, s.keys);
-  }
+    hide(keys.begin, begin);
+    hide(begin < end ? end : begin, keys.end);
+  };
+  s.for_each_strip([&](const Strip& strip) {
+    for (int64_t i = strip.columns.begin; i < strip.columns.end && i < m.num_rows; i += kLanes<T>) {
+      mask_column(strip.keys, i);
+    }
+  });
 }
 
 // The four words of kPad queries at one counter of key positions.
@@ -123,34 +129,35 @@ void dropout(Tile<T> m, TileDropout d) {
   }
 }
 
-// The largest of `bound` and what the vector of query rows from row i holds: four at a time, for
-// each waits for the one before it.
+// The largest of `bound` and what the vector of query rows from row i holds at these keys: four at
+// a time, for each waits for the one before it.
 template <typename T>
-USP_SIMD Vec<T> max_of_column(Tile<T> s, Vec<T> bound, int64_t i) {
+USP_SIMD Vec<T> max_of_column(Tile<T> s, Range keys, Vec<T> bound, int64_t i) {
   constexpr int kChains = 4;
   Vec<T> max[kChains];
 #pragma GCC unroll 4
   for (Vec<T>& chain : max) chain = bound;
-  int64_t j = 0;
-  for (; j + kChains <= s.keys; j += kChains) {
+  int64_t j = keys.begin;
+  for (; j + kChains <= keys.end; j += kChains) {
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) max[c] = max_or_nan<T>(max[c], load(s.row(j + c) + i));
   }
-  for (; j < s.keys; ++j) max[0] = max_or_nan<T>(max[0], load(s.row(j) + i));
+  for (; j < keys.end; ++j) max[0] = max_or_nan<T>(max[0], load(s.row(j) + i));
   return max_or_nan<T>(max_or_nan<T>(max[2], max[3]), max_or_nan<T>(max[1], max[0]));
 }
 
-// kVectors vectors of query rows from row i.
+// kVectors vectors of query rows from row i, and these keys, in whole words.
 template <typename Words, int kVectors, typename T>
-void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room, int64_t i) {
+void softmax_columns(Tile<T> s, Range keys, SoftmaxRows<T> rows, const T* multiplier, T* room,
+                     int64_t i) {
   const auto at = [i](int v) { return i + v * kLanes<T>; };
   Vec<T> max[kVectors], subtracted[kVectors], sum[kVectors];  // sum of this tile alone
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) max[v] = load(rows.max + at(v));
   if constexpr (kVectors == 1) {
-    max[0] = max_of_column(s, max[0], i);
+    max[0] = max_of_column(s, keys, max[0], i);
   } else {
-    for (int64_t j = 0; j < s.keys; ++j) {
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) max[v] = max_or_nan<T>(max[v], load(s.row(j) + at(v)));
     }
@@ -160,8 +167,8 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
     subtracted[v] = max[v] == broadcast<T>(minus_infinity<T>()) ? Vec<T>{} : max[v];
     sum[v] = Vec<T>{};
   }
-  for (int64_t j = 0; j < s.keys; j += 2) {
-    const bool paired = j + 1 < s.keys;
+  for (int64_t j = keys.begin; j < keys.end; j += 2) {
+    const bool paired = j + 1 < keys.end;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const auto weight = [&](int64_t key) {
@@ -187,20 +194,22 @@ void softmax_columns(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* roo
 
 template <typename Words, typename T>
 Matrix<const T> softmax_update(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room) {
-  int64_t i = 0;
-  const auto columns = [&]<int kVectors>() {
-    for (; i + kVectors * kLanes<T> <= s.queries; i += kVectors * kLanes<T>) {
-      softmax_columns<Words, kVectors>(s, rows, multiplier, room, i);
-    }
-  };
-  columns.template operator()<4>();
-  columns.template operator()<2>();  // a strip
-  columns.template operator()<1>();
+  s.for_each_strip([&](const Strip& strip) {
+    int64_t i = strip.columns.begin;
+    const auto columns = [&]<int kVectors>() {
+      for (; i + kVectors * kLanes<T> <= strip.columns.end; i += kVectors * kLanes<T>) {
+        softmax_columns<Words, kVectors>(s, strip.keys, rows, multiplier, room, i);
+      }
+    };
+    columns.template operator()<4>();
+    columns.template operator()<2>();
+    columns.template operator()<1>();
+  });
   return Words::by_query(s, room);
 }
 
 template <typename Words, typename T>
-GradientOperands<T> gradients(const GradientTile<T> t) {
+void strip_gradients(const GradientTile<T> t, const Strip strip) {
   const auto [p_room, by_key, by_query] = t.rooms;
   const auto gradient = [&](int64_t j, int64_t i) {
     const int64_t at = j * t.s.queries + i;
@@ -215,13 +224,19 @@ GradientOperands<T> gradients(const GradientTile<T> t) {
     Words::store_by_key(t.dp, by_key, j, i, ds);
     return ds;
   };
-  for (int64_t j = 0; j < t.s.keys; j += 2) {
-    for (int64_t i = 0; i < t.s.queries; i += kLanes<T>) {
+  for (int64_t j = strip.keys.begin; j < strip.keys.end; j += 2) {
+    for (int64_t i = strip.columns.begin; i < strip.columns.end; i += kLanes<T>) {
       const Vec<T> first = gradient(j, i);
-      const Vec<T> second = j + 1 < t.s.keys ? gradient(j + 1, i) : Vec<T>{};
+      const Vec<T> second = j + 1 < strip.keys.end ? gradient(j + 1, i) : Vec<T>{};
       if constexpr (!Words::kInPlace) Words::store_by_query(t.dp, by_query, j, i, first, second);
     }
   }
+}
+
+template <typename Words, typename T>
+GradientOperands<T> gradients(const GradientTile<T> t) {
+  t.s.for_each_strip([&](const Strip& strip) { strip_gradients<Words>(t, strip); });
+  const auto [p_room, by_key, by_query] = t.rooms;
   return {Words::by_key(t.s, p_room), Words::by_key(t.dp, by_key), Words::by_query(t.dp, by_query)};
 }
 

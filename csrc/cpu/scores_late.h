@@ -45,12 +45,13 @@ USP_SIMD Vec<float> rounded_words(Vec<float> first, Vec<float> second) {
 
 // The largest scores of kVectors vectors of query rows from row i, in two chains each.
 template <int kVectors>
-USP_SIMD void largest_of_columns(Tile<float> s, int64_t i, Vec<float> (&largest)[kVectors]) {
+USP_SIMD void largest_of_columns(Tile<float> s, Range keys, int64_t i,
+                                 Vec<float> (&largest)[kVectors]) {
   Vec<float> other[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) largest[v] = other[v] = broadcast(minus_infinity<float>());
-  int64_t j = 0;
-  for (; j + 1 < s.keys; j += 2) {
+  int64_t j = keys.begin;
+  for (; j + 1 < keys.end; j += 2) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const float* at = s.row(j) + i + v * kLanes<float>;
@@ -60,7 +61,7 @@ USP_SIMD void largest_of_columns(Tile<float> s, int64_t i, Vec<float> (&largest)
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    if (j < s.keys) {
+    if (j < keys.end) {
       largest[v] = max_or_nan<float>(largest[v], load(s.row(j) + i + v * kLanes<float>));
     }
     largest[v] = max_or_nan<float>(largest[v], other[v]);
@@ -69,15 +70,15 @@ USP_SIMD void largest_of_columns(Tile<float> s, int64_t i, Vec<float> (&largest)
 
 // As softmax_columns (scores.h).
 template <bool kDrops, int kVectors, typename Tiles>
-void softmax_columns_late(Tile<float> s, SoftmaxRows<float> rows, const float* multiplier,
-                          float* room, int64_t i, Spread<Tiles>& spread) {
+void softmax_columns_late(Tile<float> s, Range keys, SoftmaxRows<float> rows,
+                          const float* multiplier, float* room, int64_t i, Spread<Tiles>& spread) {
   const auto at = [i](int v) { return i + v * kLanes<float>; };
   const Vec<float> exponent = broadcast(s.scale * kLog2OfE), zero{};
   Vec<float> max[kVectors], subtracted[kVectors], sum[kVectors];
   if constexpr (kVectors == 1) {
-    max[0] = max_of_column(s, broadcast(minus_infinity<float>()), i);
+    max[0] = max_of_column(s, keys, broadcast(minus_infinity<float>()), i);
   } else {
-    largest_of_columns(s, i, max);
+    largest_of_columns(s, keys, i, max);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
@@ -89,9 +90,9 @@ void softmax_columns_late(Tile<float> s, SoftmaxRows<float> rows, const float* m
     subtracted[v] = finite * kLog2OfE;
     sum[v] = zero;
   }
-  for (int64_t j = 0; j < s.keys; j += 2) {
+  for (int64_t j = keys.begin; j < keys.end; j += 2) {
     spread.turn();
-    const bool paired = j + 1 < s.keys;
+    const bool paired = j + 1 < keys.end;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const float* score = s.row(j) + at(v);
@@ -124,17 +125,19 @@ Matrix<const float> softmax_update_late(Tile<float> s, SoftmaxRows<float> rows,
   Later<Tiles>& later = Later<Tiles>::of_thread();
   Spread<Tiles> spread(later, turns(s, 4));
   room += later.other_half() * kHalfRoom;
-  int64_t i = 0;
-  const auto columns = [&]<int kVectors>() {
-    const auto update = multiplier == nullptr ? softmax_columns_late<false, kVectors, Tiles>
-                                              : softmax_columns_late<true, kVectors, Tiles>;
-    for (; i + kVectors * kLanes<float> <= s.queries; i += kVectors * kLanes<float>) {
-      update(s, rows, multiplier, room, i, spread);
-    }
-  };
-  columns.template operator()<4>();
-  columns.template operator()<2>();
-  columns.template operator()<1>();
+  s.for_each_strip([&](const Strip& strip) {
+    int64_t i = strip.columns.begin;
+    const auto columns = [&]<int kVectors>() {
+      const auto update = multiplier == nullptr ? softmax_columns_late<false, kVectors, Tiles>
+                                                : softmax_columns_late<true, kVectors, Tiles>;
+      for (; i + kVectors * kLanes<float> <= strip.columns.end; i += kVectors * kLanes<float>) {
+        update(s, strip.keys, rows, multiplier, room, i, spread);
+      }
+    };
+    columns.template operator()<4>();
+    columns.template operator()<2>();
+    columns.template operator()<1>();
+  });
   later.finish();
   return PairWords::by_query(s, room);
 }
@@ -152,7 +155,8 @@ USP_SIMD void store_halves(const Vec<float> (&x)[kVectors], float* to) {
 
 // kVectors vectors of query rows from row i. kPlain: no dropout and softcap, and `ds` not wanted.
 template <bool kPlain, int kVectors, typename Tiles>
-void gradient_columns_late(const GradientTile<float>& t, int64_t i, Spread<Tiles>& spread) {
+void gradient_columns_late(const GradientTile<float>& t, Range keys, int64_t i,
+                           Spread<Tiles>& spread) {
   const auto [p_room, by_key, by_query] = t.rooms;
   const Vec<float> exponent = broadcast(t.s.scale * kLog2OfE);
   Vec<float> lse[kVectors], delta[kVectors], p[kVectors], ds[2][kVectors];
@@ -176,10 +180,10 @@ void gradient_columns_late(const GradientTile<float>& t, int64_t i, Spread<Tiles
     store_halves(p, p_room + (j * t.s.queries + i) / 2);
     store_halves(ds, by_key + (j * t.s.queries + i) / 2);
   };
-  for (int64_t j = 0; j < t.s.keys; j += 2) {
+  for (int64_t j = keys.begin; j < keys.end; j += 2) {
     spread.turn();
     gradients_of(j, ds[0]);
-    if (j + 1 < t.s.keys) {
+    if (j + 1 < keys.end) {
       gradients_of(j + 1, ds[1]);
     } else {
       for (Vec<float>& none : ds[1]) none = Vec<float>{};
@@ -199,16 +203,18 @@ GradientOperands<float> gradients_late(GradientTile<float> t) {
   const int64_t half = later.other_half();
   for (float*& room : t.rooms) room += half * kHalfRoom;
   const bool plain = t.multiplier == nullptr && t.derivative == nullptr && t.ds == nullptr;
-  int64_t i = 0;
-  const auto columns = [&]<int kVectors>() {
-    const auto gradients = plain ? gradient_columns_late<true, kVectors, Tiles>
-                                 : gradient_columns_late<false, kVectors, Tiles>;
-    for (; i + kVectors * kLanes<float> <= t.s.queries; i += kVectors * kLanes<float>) {
-      gradients(t, i, spread);
-    }
-  };
-  columns.template operator()<2>();
-  columns.template operator()<1>();
+  t.s.for_each_strip([&](const Strip& strip) {
+    int64_t i = strip.columns.begin;
+    const auto columns = [&]<int kVectors>() {
+      const auto gradients = plain ? gradient_columns_late<true, kVectors, Tiles>
+                                   : gradient_columns_late<false, kVectors, Tiles>;
+      for (; i + kVectors * kLanes<float> <= strip.columns.end; i += kVectors * kLanes<float>) {
+        gradients(t, strip.keys, i, spread);
+      }
+    };
+    columns.template operator()<2>();
+    columns.template operator()<1>();
+  });
   later.finish();
   return {PairWords::by_key(t.s, t.rooms[0]), PairWords::by_key(t.dp, t.rooms[1]),
           PairWords::by_query(t.dp, t.rooms[2])};

@@ -88,6 +88,46 @@ Matrix<const T> as_const(Matrix<T> m) {
   return {m.data, m.ld, m.transposed};
 }
 
+// Which tile of which head is being computed: rows and the keys that some of them see.
+struct TileIndex {
+  int64_t b;
+  int64_t h;
+  Range rows;
+  Range keys{};
+  const Span* mask = nullptr;  // null: every row sees every key
+  Cut cut{};                   // where there is a mask
+
+  template <typename Visit>
+  void for_each_block(const Visit& visit) const {
+    if (mask != nullptr) return cut.for_each_block(visit);
+    visit(Strip{{0, padded(rows.size())}, {0, rows.size()}, {0, keys.size()}});
+  }
+
+  // Calls visit(some, seen) for as many rows at a time as a block of products has, but none of two
+  // strips, with what they see of the keys.
+  template <typename T, typename Visit>
+  void for_each_run(const Kernels<T>& kernels, const Visit& visit) const {
+    if (mask == nullptr) return visit(Range{0, rows.size()}, Range{0, keys.size()});
+    const int64_t at_once = std::min(kernels.block_rows, Cut::kRows);
+    cut.for_each_strip([&](const Strip& strip) {
+      const int64_t unseeing = strip.rows.begin - strip.columns.begin;
+      int64_t row = strip.columns.begin + unseeing / at_once * at_once;
+      for (; row < strip.rows.end; row += at_once) {
+        const Range some{row, std::min(row + at_once, strip.rows.end)};
+        const Range mine{rows.begin + some.begin, rows.begin + some.end};
+        visit(some, intersect(seen_in(*mask, mine, keys, kernels.word), strip.keys));
+      }
+    });
+  }
+
+  // Of an operand by query the part for these rows and keys.
+  template <typename T>
+  static Matrix<const T> by_query(const Kernels<T>& kernels, Matrix<const T> all, Range some,
+                                  Range seen) {
+    return {all.data + seen.begin / kernels.word * all.ld + some.begin, all.ld, all.transposed};
+  }
+};
+
 // Rows of queries, or of their gradients, as the second operand of scores.
 template <typename T>
 struct QueryOperand {
@@ -103,82 +143,48 @@ struct QueryOperand {
     kernels.right_transpose(rows, num_rows, cols, transposed);
   }
 
-  // From one row on, a multiple of kPad: the first where the rows are few.
-  QueryOperand from(int64_t row) const { return {{transposed.data + row, transposed.ld}, few}; }
-
   // How often `multiply` asks ahead, about.
   static int64_t turns(const Kernels<T>& kernels, int64_t num_rows, int64_t keys) {
     return num_rows <= kFew ? 1 : kernels.blocks(keys, num_rows);
   }
 
-  // products (keys, padded rows) = scale * left (keys, cols) times this.
-  void multiply(const Kernels<T>& kernels, int64_t num_rows, int64_t cols, Matrix<const T> left,
-                Tile<T> products, T scale, Lookahead& ahead) const {
-    const Matrix<T> to{products.data, products.queries};
-    if (few.data != nullptr) {
-      ahead.advance();
-      kernels.products_with_few(products.keys, num_rows, cols, left, few, to, scale);
-    } else {
-      kernels.gemm(products.keys, products.queries, cols, left, as_const(transposed), to,
-                   {scale, false, nullptr, &ahead});
-    }
+  // products (keys, padded rows) = scale * left (keys, cols) times this, where the cut has numbers.
+  void multiply(const Kernels<T>& kernels, const TileIndex& at, int64_t cols, Matrix<const T> left,
+                T* products, T scale, Lookahead& ahead) const {
+    const int64_t ld = padded(at.rows.size());
+    at.for_each_block([&](const Strip& block) {
+      const auto [columns, rows, keys] = block;
+      const Matrix<const T> some{left.data + keys.begin * left.ld, left.ld};
+      const Matrix<T> to{products + keys.begin * ld + columns.begin, ld};
+      if (few.data != nullptr) {
+        ahead.advance();
+        kernels.products_with_few(keys.size(), at.rows.size(), cols, some, few, to, scale);
+      } else {
+        const Matrix<const T> right{transposed.data + columns.begin, transposed.ld};
+        kernels.gemm(keys.size(), columns.size(), cols, some, right, to,
+                     {scale, false, nullptr, &ahead});
+      }
+    });
   }
 };
 
-// Which tile of which head is being computed.
-struct TileIndex {
-  int64_t b;
-  int64_t h;
-  Range rows;
-  Range keys;
-  const Span* mask;  // null: every row sees every key
-};
+static_assert(kQueryTile == Cut::kMostRows && kKeyTile == Cut::kMostKeys && kPad == Cut::kRows);
 
-// Rows of a tile that an edge of the mask crosses are taken in strips: each sees less than all of
-// them together.
-inline constexpr int64_t kStrip = kPad;
-
-// Those of `keys` that every row sees, in whole vectors counted from the first; may be empty.
-inline Range seen_by_all(const Span& span, Range rows, Range keys) {
-  const Range all = intersect(unmasked_keys(span, rows), keys);
-  if (all.empty()) return {keys.end, keys.end};
-  const int64_t begin = keys.begin + round_up(all.begin - keys.begin, kPad);
-  const int64_t end = keys.begin + (all.end - keys.begin) / kPad * kPad;
-  return begin < end ? Range{begin, end} : Range{keys.end, keys.end};
-}
-
-// Calls visit(rows, keys, mask) for the tile, or for its strips and for the keys that all of them
-// see, with those of `keys` that are seen, in whole words counted from the first; mask as in
-// TileIndex.
+// Calls visit(index) for a tile of rows and those of `keys` that they see, in whole words counted
+// from the first of `keys`; not if they see none. Strips see whole `unit`s of keys.
 template <typename Visit>
-void for_each_part(const Span& span, Range rows, Range keys, int64_t word, const Visit& visit) {
-  Range seen = intersect(keys, visible_keys(span, rows));
-  if (seen.empty()) return;
-  seen.begin -= (seen.begin - keys.begin) % word;
-  if (unmasked_keys(span, rows).contains(seen)) return visit(rows, seen, nullptr);
-  if (rows.size() <= kStrip) {
-    if (sees_any(span, rows, seen)) visit(rows, seen, &span);
-    return;
+void with_seen(const Span& span, int64_t b, int64_t h, Range rows, Range keys, int64_t word,
+               int64_t unit, const Visit& visit) {
+  TileIndex at{b, h, rows};
+  at.keys = intersect(keys, visible_keys(span, at.rows));
+  if (at.keys.empty()) return;
+  at.keys.begin -= (at.keys.begin - keys.begin) % word;
+  if (!unmasked_keys(span, at.rows).contains(at.keys)) {
+    at.mask = &span;
+    at.cut.set(span, at.rows, at.keys, padded(at.rows.size()), unit);
+    if (at.cut.empty()) return;
   }
-  const Range together = seen_by_all(span, rows, seen);
-  if (!together.empty()) visit(rows, together, nullptr);
-  for (int64_t begin = rows.begin; begin < rows.end; begin += kStrip) {
-    const Range strip{begin, std::min(begin + kStrip, rows.end)};
-    for_each_part(span, strip, {seen.begin, together.begin}, word, visit);
-    for_each_part(span, strip, {together.end, seen.end}, word, visit);
-  }
-}
-
-// Rows up to the last that sees one of the keys. Columns behind them hold nothing but -inf.
-inline int64_t rows_seeing(const TileIndex& at) {
-  if (at.mask == nullptr) return at.rows.size();
-  int64_t end = at.rows.end;
-  while (end > at.rows.begin + 1) {
-    const Range seen{at.mask->first[end - 1], at.mask->stop[end - 1]};
-    if (!intersect(seen, at.keys).empty()) break;
-    --end;
-  }
-  return end - at.rows.begin;
+  visit(at);
 }
 
 // Padded copies of what belongs to the query rows of a tile.
@@ -186,8 +192,6 @@ struct QueryPositions {
   int32_t* q_pos;
 
   void carve(Carver& carver) { q_pos = carver.take<int32_t>(kQueryTile); }
-
-  QueryPositions from(int64_t row) const { return {q_pos + row}; }
 
   template <typename T>
   void load(const Attention<T>& a, Range rows) {
@@ -204,7 +208,8 @@ Tile<T> score_tile(const Attention<T>& a, const Kernels<T>& kernels, const TileI
   const auto scale = static_cast<T>(a.softmax_scale);
   const bool alone = !(a.softcap > 0) && a.bias.data == nullptr && a.alibi_slopes == nullptr;
   const bool late = kernels.scales_late && alone && scale > 0;
-  return {data, at.keys.size(), padded(at.rows.size()), late ? scale : T(1)};
+  return {data, at.keys.size(), padded(at.rows.size()), late ? scale : T(1),
+          at.mask == nullptr ? nullptr : &at.cut};
 }
 
 // s (keys, queries) = the scores of a tile: products, scaled but by s.scale, softcap, bias, ALiBi,
@@ -214,7 +219,7 @@ void compute_scores(const Attention<T>& a, const Kernels<T>& kernels, const Tile
                     Matrix<const T> k, const QueryOperand<T>& q, const QueryPositions& positions,
                     Tile<T> s, T* softcap_derivative, Lookahead& ahead) {
   const T scale = s.scale == 1 ? static_cast<T>(a.softmax_scale) : T(1);
-  q.multiply(kernels, at.rows.size(), a.D, k, s, scale, ahead);
+  q.multiply(kernels, at, a.D, k, s.data, scale, ahead);
   if (a.softcap > 0) kernels.softcap(s, static_cast<T>(a.softcap), softcap_derivative);
   if (a.bias.data != nullptr) {
     kernels.add_bias(s, at.rows.size(), a.bias.at(at.b, at.h, at.rows.begin, at.keys.begin),
