@@ -6,8 +6,7 @@ A million tokens are planned by counting: nobody searches among a million number
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from operator import iadd
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,9 +93,10 @@ class Positions:
         if not len(self):
             return out.zero_()
         if len(self.start) <= FEW_RUNS:
-            outs = (out, *(torch.empty_like(out) for _ in self._few[1:]))
-            runs = zip(self._few, outs, strict=True)
-            return reduce(iadd, (self._within(positions, *run, between) for run in runs))
+            self._within(positions, self._few[0], out, between)
+            for each in self._few[1:]:
+                out += self._within(positions, each, torch.empty_like(out), between)
+            return out
         start, origin, most = (table.to(out.dtype) for table in self._walk)
         run = torch.searchsorted(start, positions.contiguous().flatten(), right=True)
         origin, most = (table.index_select(0, run).view_as(out) for table in (origin, most))

@@ -163,11 +163,13 @@ class Neighbourhood(Mask):
 
         for distance, seen in distances:
             ahead, used = distance * self.grid[-1], seen.nonzero()
-            lines = slice(int(used[0]), int(used[-1]) + 1)
-            rows = slice(*(int(torch.searchsorted(line, at)) for at in (lines.start, lines.stop)))
-            outside = [slice(0, rows.start), slice(rows.stop, len(line))]
-            are_all = bool(seen[lines].all())
-            valid = None if are_all else seen.to(line.dtype).index_select(0, line[rows])
+            lines = int(used[0]), int(used[-1]) + 1
+            start = int(torch.searchsorted(line, lines[0])) if lines[0] else 0
+            end = int(torch.searchsorted(line, lines[1])) if lines[1] < len(seen) else len(line)
+            rows, outside = slice(start, end), [slice(0, start), slice(end, len(line))]
+            valid = None
+            if len(used) < lines[1] - lines[0]:
+                valid = seen.to(line.dtype).index_select(0, line[rows])
             for part in parts:
                 torch.add(part[:, rows], ahead, out=ends[:, rows])
                 if valid is not None:
