@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from usp.planning.kinds import integer, tensor
-from usp.planning.masks.dense import from_dense
+from usp.planning.masks.dense import in_few_bands
 from usp.planning.masks.mask import Everything, Mask, shifted
 from usp.planning.masks.options import make_mask
 from usp.planning.masks.terms import documents, first_keys
@@ -192,7 +192,5 @@ def planned(attn_mask: Tensor, shape: tuple[int, int]) -> list[Mask] | None:
     """
     if attn_mask.shape[1] != 1 or attn_mask.shape[2:] != shape or attn_mask.device.type != "cpu":
         return None
-    try:
-        return [from_dense(sample[0]) for sample in attn_mask]
-    except ValueError:  # too many bands
-        return None
+    found = [in_few_bands(sample[0]) for sample in attn_mask]
+    return None if None in found else cast(list[Mask], found)

@@ -6,7 +6,8 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from torch import Tensor
 from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
 from usp.planning.masks.mask import Mask
-from usp.planning.masks.runs import MOST_BANDS, Run, all_runs, runs_of, too_many_bands
+from usp.planning.masks.runs import MOST_BANDS, Run, chains_of, few_runs, runs_of
 
 _VALUES_AT_ONCE = 1 << 24
+_MOST_COUNTED = 1 << 19  # runs, to say how many bands they would take: about a second
 _HOST = torch.device("cpu")
 
 
@@ -71,14 +73,20 @@ def from_dense(mask: Tensor) -> Mask:
     Raises:
         TypeError: it is no bool tensor on the CPU.
         ValueError: it has not two dims, or its rows are not a few runs of keys that move on from
-            query to query, ``MOST_BANDS`` bands of them at most.
+            query to query, ``MOST_BANDS`` bands of them at most: says how many it would take.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device.type != "cpu":
         said = f"{mask.dtype} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
         raise TypeError(f"a mask of values must be a bool tensor on the CPU, got {said}")
     if mask.dim() != 2:
         raise ValueError(f"a mask must be (queries, keys), got shape {tuple(mask.shape)}")
-    return _table(map(tuple, all_runs(mask, MOST_BANDS).tolist()), *mask.shape)
+    return in_few_bands(mask) or _refuse(map(tuple, runs_of(mask).tolist()))
+
+
+def in_few_bands(mask: Tensor) -> Mask | None:
+    """As ``from_dense``, or none where it refuses, without counting."""
+    runs = few_runs(mask)
+    return None if runs is None else _table(map(tuple, runs.tolist()), *mask.shape)
 
 
 def from_function(
@@ -107,7 +115,7 @@ def from_function(
             part = runs_of(torch.as_tensor(seen).bool().expand(len(queries), key_len))
             yield from map(tuple, (part + part.new_tensor([start, 0, 0])).tolist())
 
-    return _table(found(), query_len, key_len)
+    return _table(found(), query_len, key_len) or _refuse(found())
 
 
 class _Unknown:
@@ -127,17 +135,20 @@ class _Unknown:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _table(runs: Iterable[Run], query_len: int, key_len: int) -> Mask:
-    """Give each run to a band that it carries on, the nearest one."""
-    made: list[list[Run]] = []
-    for run in runs:
-        fits = [band for band in made if _carries_on(band[-1], run)]
-        if fits:
-            max(fits, key=lambda band: band[-1][2]).append(run)
-        elif len(made) < MOST_BANDS:
-            made.append([run])
-        else:
-            raise too_many_bands(run[0])
+def _refuse(runs: Iterable[Run]) -> NoReturn:
+    counted = list(islice(runs, _MOST_COUNTED))
+    at_least = "at least " if len(counted) == _MOST_COUNTED else ""
+    raise ValueError(
+        f"the mask would take {at_least}{len(chains_of(counted) or ())} bands, intervals of keys "
+        f"whose ends never move back from query to query, and {MOST_BANDS} are the most: pass it "
+        "as attn_bias, -inf where it hides"
+    )
+
+
+def _table(runs: Iterable[Run], query_len: int, key_len: int) -> Mask | None:
+    made = chains_of(runs, MOST_BANDS)
+    if made is None:
+        return None
     found = bands.nothing(torch.arange(query_len, device=_HOST))
     if made:
         first, stop = (
@@ -147,14 +158,6 @@ def _table(runs: Iterable[Run], query_len: int, key_len: int) -> Mask:
     told = array("q", torch.stack(found).flatten().tolist()).tobytes()
     code = torch.tensor(array("q", hashlib.sha256(told).digest()), device=_HOST)
     return Table(query_len, key_len, code, found)
-
-
-def _carries_on(last: Run, run: Run) -> bool:
-    """Whether ends stay monotone; across rows that see nothing, in whose place nothing fits
-    between runs that overlap."""
-    if run[0] == last[0] + 1:
-        return last[1] <= run[1] and last[2] <= run[2]
-    return run[0] > last[0] and last[2] <= run[1]
 
 
 def _ends(band: list[Run], query_len: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,29 +19,63 @@ _ONES = 0x0101010101010101
 Run = tuple[int, int, int]  # row, first key, key behind the last
 
 
-def too_many_bands(row: int) -> ValueError:
-    """Of a table that is no mask of a few bands, as a query shows."""
-    return ValueError(
-        f"the mask would take more than {MOST_BANDS} bands, intervals of keys whose ends never "
-        f"move back from query to query (at query {row}): pass it as attn_bias, -inf where it hides"
-    )
-
-
-def all_runs(mask: Tensor, most: int) -> Tensor:
-    """Of a whole table, as ``runs_of`` has them.
-
-    Raises:
-        ValueError: a row has more than ``most``.
-    """
+def few_runs(mask: Tensor) -> Tensor | None:
+    """Of a whole table, as ``runs_of`` has them; none if a row alone takes too many bands."""
     found = []
     for start, rows in ((0, mask[:_FIRST_ROWS]), (_FIRST_ROWS, mask[_FIRST_ROWS:])):
         part = runs_of(rows)
         part[:, 0] += start
-        behind = part[most:, 0] == part[: max(0, len(part) - most), 0]
-        if behind.any():
-            raise too_many_bands(int(part[most:, 0][behind][0]))
+        if (part[MOST_BANDS:, 0] == part[: max(0, len(part) - MOST_BANDS), 0]).any():
+            return None
         found.append(part)
     return torch.cat(found)
+
+
+def chains_of(runs: Iterable[Run], most: int | None = None) -> list[list[Run]] | None:
+    """Runs of a table in order, each in the chain that it carries on, the nearest one; none where
+    that makes more than ``most`` chains.
+
+    A chain's ends never move back. It goes on in the next row, or behind its end after rows that it
+    leaves out, in whose place nothing then fits between runs that overlap.
+    """
+    chains: list[list[Run]] = []
+    beside: list[list[Run]] = []  # chains that end in the row before, in order
+    older: list[list[Run]] = []  # by where they end
+    before = -1
+    for row, of_row in groupby(runs, itemgetter(0)):
+        current: list[list[Run]] = []
+        if row != before + 1:
+            older, beside = sorted(older + beside, key=_last_key), []
+        for run in of_row:
+            i = (
+                min(
+                    bisect_right(beside, run[2], key=_last_key),
+                    bisect_right(beside, run[1], key=_first_key),
+                )
+                - 1
+            )
+            j = bisect_right(older, run[1], key=_last_key) - 1
+            if i >= 0 and (j < 0 or _last_key(beside[i]) >= _last_key(older[j])):
+                chain = beside.pop(i)
+            elif j >= 0:
+                chain = older.pop(j)
+            elif len(chains) == most:
+                return None
+            else:
+                chains.append(chain := [])
+            chain.append(run)
+            current.append(chain)
+        older = sorted(older + beside, key=_last_key)
+        beside, before = current, row
+    return chains
+
+
+def _first_key(chain: list[Run]) -> int:
+    return chain[-1][1]
+
+
+def _last_key(chain: list[Run]) -> int:
+    return chain[-1][2]
 
 
 def runs_of(mask: Tensor) -> Tensor:
