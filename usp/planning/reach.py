@@ -18,7 +18,7 @@ from torch import Tensor
 from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
 from usp.planning.positions import Positions
-from usp.planning.rows import Rows, all_rows, merged
+from usp.planning.rows import Rows, all_rows, merged, no_rows
 from usp.planning.seen import Here
 from usp.planning.walk import each_of, run_of_each
 
@@ -47,7 +47,8 @@ def needed_rows(
     for owned, (low, high) in zip(keys, _counted(keys, ends, key_len), strict=True):
         held = high > low
         apart = (end[held].long() for end in (low, high))
-        table.append(_rows_of([len(owned)] * len(seen), rank_of[held], *apart))
+        nothing = [no_rows(len(owned))] * len(seen)
+        table.append(_rows_of(nothing, rank_of[held], *apart))
     return tuple(zip(*table, strict=True))
 
 
@@ -71,19 +72,18 @@ def needed_queries(
     ]
     start, stop = torch.cat(places, 1)
     owner_of = run_of_each(torch.tensor([len(each.low) for each in seen], device="cpu"))
-    table = []
+    nothing, table = [no_rows(len(row)) for row in queries], []
     for low, high in _counted(keys, ends.flatten(1), key_len):
         held = (high > low).view_as(ends[0]).any(0)
-        of_each = _rows_of([*map(len, queries)], owner_of[held], start[held], stop[held])
-        table.append(tuple(of_each))
+        table.append(tuple(_rows_of(nothing, owner_of[held], start[held], stop[held])))
     return tuple(table)
 
 
-def _rows_of(totals: Sequence[int], block: Tensor, start: Tensor, stop: Tensor) -> list[Rows]:
+def _rows_of(nothing: Sequence[Rows], block: Tensor, start: Tensor, stop: Tensor) -> list[Rows]:
     """Rows of several blocks.
 
     Args:
-        totals: Rows of each block.
+        nothing: No rows of each block: what most ranks of a long ring see of most owners.
         block: Of each run, which block it is of, ascending.
         start, stop: Of each run, ascending in a block; those that touch become one.
     """
@@ -92,9 +92,9 @@ def _rows_of(totals: Sequence[int], block: Tensor, start: Tensor, stop: Tensor) 
         start = torch.cat((start[:1], start[1:].index_select(0, apart)))
         stop = torch.cat((stop.index_select(0, apart), stop[-1:]))
         block = torch.cat((block[:1], block[1:].index_select(0, apart)))
-    counts = torch.bincount(block, minlength=len(totals)).tolist()
-    runs = zip(totals, start.split(counts), stop.split(counts), strict=True)
-    return [Rows(*each) for each in runs]
+    counts = torch.bincount(block, minlength=len(nothing)).tolist()
+    runs = zip(nothing, start.split(counts), stop.split(counts), strict=True)
+    return [Rows(none.total, *ends) if len(ends[0]) else none for none, *ends in runs]
 
 
 def _counted(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:
