@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from usp.distributed import comm
 from usp.distributed.agreement import Facts, check_on_all_ranks, meets, refuse_together
@@ -126,6 +125,8 @@ def refuse_in_transforms_together(mesh: SequenceMesh | None, name: str, where: s
     try:
         refuse_in_transforms(name + where)
     except NotImplementedError as refusal:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
         with temporarily_clear_interpreter_stack():  # in a transform nothing can be sent
             refuse_together(mesh, name, None, refusal)
         raise
