@@ -3,11 +3,13 @@
 usp bench cpu_masks --json result.json
 python benchmarks/cpu_masks.py --lengths 1024 --rounds 3          (quick)
 
-Candidates run in turn in one process: usp with everything seen, usp with the mask, SDPA with the
-boolean matrix and FlexAttention (torch.compile, a block mask of the same function). "of its share"
-is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1 where a
-mask costs just what it opens. Nothing is timed whose rows differ from fp64, of the same inputs, by
-more than 1e-5 of the largest, in bf16 1e-2. FlexAttention on CPUs has a forward alone.
+Candidates run in turn in one process: usp with the mask and with everything seen; both with their
+backward; then usp with the mask, SDPA with the boolean matrix and FlexAttention (torch.compile, a
+block mask of the same function). These three by themselves: SDPA's scores, 4 bytes a pair, push out
+of the caches what the next call reads, which a short call feels and a long one does not. "of its
+share" is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1
+where a mask costs just what it opens. Nothing is timed whose rows differ from fp64, of the same
+inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention on CPUs has a forward alone.
 """
 
 from __future__ import annotations
@@ -95,11 +97,12 @@ def measure(
         return torch.autograd.grad(out, leaves, dout)
 
     check(name, usp(mask), q, k, v, dense)
+    pairs: list[dict[str, Run]] = [
+        {"usp": lambda: usp(mask), "everything": lambda: usp(masks.everything())},
+        {"both": lambda: both(mask), "everything, both": lambda: both(masks.everything())},
+    ]
     candidates: dict[str, Run] = {
-        "usp": lambda: usp(mask),
-        "everything": lambda: usp(masks.everything()),
-        "both": lambda: both(mask),
-        "everything, both": lambda: both(masks.everything()),
+        "usp beside peers": lambda: usp(mask),
         "sdpa": lambda: F.scaled_dot_product_attention(*heads_first, attn_mask=dense),
     }
     reasons = {}
@@ -110,6 +113,7 @@ def measure(
             candidates["flex"] = flex
         except Exception as error:  # a peer that does not run here is no result
             reasons["flex"] = f"{type(error).__name__}: {error}"[:200]
+    forward, backward = (interleave(pair, args.rounds, args.seconds) for pair in pairs)
     times = interleave(candidates, args.rounds, args.seconds)
     peers = [peer for peer in ("sdpa", "flex") if peer in candidates]
     return {
@@ -118,11 +122,11 @@ def measure(
         "dtype": dtype,
         "bands": len(mask.bands(torch.arange(length), length).first),
         "share_of_pairs": share,
-        "of_its_share": times.ratio("usp", "everything") / share,
-        "of_its_share_both": times.ratio("both", "everything, both") / share,
-        "ratios": {peer: times.ratio(peer, "usp") for peer in peers},
+        "of_its_share": forward.ratio("usp", "everything") / share,
+        "of_its_share_both": backward.ratio("both", "everything, both") / share,
+        "ratios": {peer: times.ratio(peer, "usp beside peers") for peer in peers},
         "not_measured": reasons,
-        "seconds": times.seconds,
+        "seconds": {**forward.seconds, **backward.seconds, **times.seconds},
     }
 
 
