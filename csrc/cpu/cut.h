@@ -2,7 +2,7 @@
 
 // How an edge of the mask cuts a tile of scores. Its rows are taken in strips, each with the run of
 // the tile's keys that it sees. Scores of keys are computed in blocks, each for all strips that see
-// some of it, and products with weights a few rows at a time; what is in no strip is never touched.
+// some of it, and products with weights a few rows at a time; what is in no strip is never read.
 
 #include <algorithm>
 

@@ -61,7 +61,7 @@ TEST(Cut, HoldsWhatIsSeenOnce) {
     const Range keys{behind, behind + count};
     Cut cut;
     cut.set(ends.span, {0, rows}, keys, columns, unit);
-    bool any = false, all = true;
+    bool any = false;
     for (int64_t i = 0; i < columns; ++i) {
       bool some = false;
       for (int64_t j = 0; j < count; ++j) {
@@ -92,55 +92,104 @@ TEST(Cut, HoldsWhatIsSeenOnce) {
 }
 
 template <typename T>
-class CutTiles : public testing::Test {};
+class CutTiles : public testing::Test {
+ protected:
+  // Calls body(table, ends, tile) for cut tiles of numbers, NaN in no strip, at each level.
+  template <typename Body>
+  void on_cut_tiles(const Body& body) {
+    std::mt19937 random(2);
+    for (const Capability capability : capabilities_built()) {
+      if (!has(capability)) continue;
+      SCOPED_TRACE(name(capability));
+      for (int round = 0; round < 100; ++round) {
+        const int64_t rows = 17 + random() % 48, keys = 1 + random() % 128;
+        const Ends ends(random, rows, keys);
+        Cut cut;
+        cut.set(ends.span, {0, rows}, {0, keys}, columns(rows), 1);
+        cut_ = &cut;
+        body(kernels_of<T>(capability, DType::kFloat32), ends,
+             Tile<T>{nullptr, keys, columns(rows), T(1), &cut});
+      }
+    }
+  }
+
+  static int64_t columns(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+  bool held(int64_t column, int64_t key) const { return holders(*cut_, column, key).first == 1; }
+
+  std::vector<T> numbers(const Tile<T>& tile) {
+    std::uniform_real_distribution<double> number(-3, 3);
+    std::vector<T> result;
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      for (int64_t i = 0; i < tile.queries; ++i) {
+        result.push_back(held(i, j) ? static_cast<T>(number(random_)) : std::nan(""));
+      }
+    }
+    return result;
+  }
+
+ private:
+  const Cut* cut_ = nullptr;
+  std::mt19937 random_{3};
+};
 using Arithmetic = testing::Types<float, double>;
 TYPED_TEST_SUITE(CutTiles, Arithmetic);
 
-constexpr DType dtype_of(float) { return DType::kFloat32; }
-constexpr DType dtype_of(double) { return DType::kFloat64; }
-
-// Weights in the strips, of scores that are NaN elsewhere, are those of the whole tile, masked.
+// Weights in the strips are those of the whole tile, masked.
 TYPED_TEST(CutTiles, SoftmaxReadsTheStripsAlone) {
   using T = TypeParam;
-  std::mt19937 random(2);
-  std::uniform_real_distribution<double> score(-3, 3);
-  const auto& table = kernels<T>(dtype_of(T()));
-  for (int round = 0; round < 200; ++round) {
-    const int64_t rows = 17 + random() % 48, count = 1 + random() % 128;
-    const int64_t columns = (rows + 15) / 16 * 16;
-    const Ends ends(random, rows, count);
-    Cut cut;
-    cut.set(ends.span, {0, rows}, {0, count}, columns, 1);
-    std::vector<T> scores(count * columns), max(columns, -INFINITY), sum(columns), factor(columns);
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t i = 0; i < columns; ++i) {
-        const bool held = holders(cut, i, j).first == 1;
-        scores[j * columns + i] = held ? static_cast<T>(score(random)) : std::nan("");
-      }
-    }
-    std::vector<T> s = scores;
-    const Tile<T> tile{s.data(), count, columns, T(1), &cut};
+  this->on_cut_tiles([&](const Kernels<T>& table, const Ends& ends, Tile<T> tile) {
+    const int64_t columns = tile.queries, rows = ends.span.num_queries;
+    const auto scores = this->numbers(tile);
+    std::vector<T> s = scores, max(columns, -INFINITY), sum(columns), factor(columns);
+    tile.data = s.data();
     table.mask(tile, {ends.first.data(), ends.stop.data(), rows, 0});
     table.softmax_update(tile, {max.data(), sum.data(), factor.data()}, nullptr, nullptr);
     for (int64_t i = 0; i < rows; ++i) {
       double largest = -INFINITY, total = 0;
-      for (int64_t j = 0; j < count; ++j) {
+      for (int64_t j = 0; j < tile.keys; ++j) {
         if (ends.sees(i, j)) largest = std::max<double>(largest, scores[j * columns + i]);
       }
-      for (int64_t j = 0; j < count; ++j) {
-        const T weight = s[j * columns + i];
-        if (ends.sees(i, j)) {
-          const double expected = std::exp(scores[j * columns + i] - largest);
-          ASSERT_NEAR(weight, expected, 1e-6);
-          total += expected;
-        } else if (holders(cut, i, j).first == 1) {
-          ASSERT_EQ(weight, T(0));
-        }
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        if (!this->held(i, j)) continue;
+        const double expected = ends.sees(i, j) ? std::exp(scores[j * columns + i] - largest) : 0.0;
+        ASSERT_NEAR(s[j * columns + i], expected, 1e-6);
+        total += expected;
       }
       if (largest > -INFINITY) ASSERT_EQ(max[i], static_cast<T>(largest));
       ASSERT_NEAR(sum[i], total, 1e-5 * (1 + total));
     }
-  }
+  });
+}
+
+// Gradients are written in the strips, and nowhere else.
+TYPED_TEST(CutTiles, GradientsKeepToTheStrips) {
+  using T = TypeParam;
+  this->on_cut_tiles([&](const Kernels<T>& table, const Ends& ends, Tile<T> tile) {
+    const int64_t columns = tile.queries, rows = ends.span.num_queries;
+    const auto scores = this->numbers(tile), gradients = this->numbers(tile);
+    std::vector<T> s = scores, dp = gradients, ds(scores.size(), T(7)), rooms[3];
+    std::vector<T> lse(columns, T(2)), delta(columns, T(0.25));
+    for (auto& room : rooms) room.resize(scores.size() + columns);
+    tile.data = s.data();
+    table.mask(tile, {ends.first.data(), ends.stop.data(), rows, 0});
+    table.gradients({tile,
+                     {dp.data(), tile.keys, columns, T(1), tile.cut},
+                     lse.data(),
+                     delta.data(),
+                     nullptr,
+                     nullptr,
+                     ds.data(),
+                     {rooms[0].data(), rooms[1].data(), rooms[2].data()}});
+    for (int64_t j = 0; j < tile.keys; ++j) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = j * columns + i;
+        const double p = ends.sees(i, j) ? std::exp(scores[at] - 2.0) : 0.0;
+        const double expected = this->held(i, j) ? p * (gradients[at] - 0.25) : 7.0;
+        ASSERT_NEAR(ds[at], expected, 1e-5);
+      }
+    }
+  });
 }
 
 }  // namespace
