@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 Module = TypeVar("Module", bound=nn.Module)
 Given = ParamSpec("Given")
@@ -27,7 +28,7 @@ def one_node(
     @wraps(forward)
     def call(self: Module, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         for x in (*args, *kwargs.values()):
-            if isinstance(x, torch.fx.Proxy):
+            if isinstance(x, Proxy):
                 return cast(Found, _record(self, x.tracer, args, kwargs))
         return forward(self, *args, **kwargs)
 

@@ -5,7 +5,7 @@ Shape letters: N batch, L local queries, S local keys, H heads, E embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ class ArgumentError(ValueError, AssertionError):
     """A ``ValueError``, as everywhere here, and what torch's module raises in its place."""
 
 
-@dataclass(frozen=True, eq=False)
-class Arguments:
+class Arguments(NamedTuple):
     """The arguments of ``MultiheadAttention.forward``; see there.
 
     Attributes:
@@ -42,7 +41,16 @@ class Arguments:
     num_heads: int
 
     @property
+    def is_one(self) -> bool:
+        """Whether query, key and value are one tensor, and may be."""
+        queries, keys, values = self.sizes
+        return self.key is self.query and self.value is self.query and queries == keys == values
+
+    @property
     def named_inputs(self) -> tuple[tuple[str, Tensor], ...]:
+        """Each tensor once."""
+        if self.is_one:
+            return (("query", self.query),)
         return ("query", self.query), ("key", self.key), ("value", self.value)
 
     @property
@@ -99,10 +107,8 @@ class Arguments:
 
     def check_inputs(self) -> None:
         """Query, key and value alone; see ``check``."""
-        inputs = tuple(zip(self.named_inputs, self.sizes, strict=True))
-        if self.key is self.query and self.value is self.query and len(set(self.sizes)) == 1:
-            inputs = inputs[:1]
-        for (name, x), _ in inputs:
+        inputs = self.named_inputs
+        for name, x in inputs:
             if isinstance(x, Tensor) and x.is_nested:
                 raise NotImplementedError(
                     f"{name} is a NestedTensor; pass a padded one with key_padding_mask (an "
@@ -111,7 +117,7 @@ class Arguments:
                     "usp.replace_attention does)"
                 )
             tensor(name, x)
-        for (name, x), size in inputs:
+        for (name, x), size in zip(inputs, self.sizes, strict=False):
             if x.dim() not in (2, 3) or x.dim() != self.query.dim():
                 raise self._wrong_dims(name, x)
             if x.shape[-1] != size:
@@ -121,7 +127,7 @@ class Arguments:
                     f"batch sizes differ: query has {_batch(self.query, self.batch_first)}, "
                     f"{name} has {_batch(x, self.batch_first)}"
                 )
-        if self.key.shape[:-1] != self.value.shape[:-1]:
+        if self.key is not self.value and self.key.shape[:-1] != self.value.shape[:-1]:
             raise ArgumentError(
                 f"key and value must have the same tokens: key is {tuple(self.key.shape)}, "
                 f"value {tuple(self.value.shape)}"

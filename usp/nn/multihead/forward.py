@@ -5,8 +5,7 @@ Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from usp.planning.problem import state_dtype
 from usp.sharding.sequence import positions
 
 
-@dataclass(frozen=True, eq=False)
-class Projected:
+class Projected(NamedTuple):
     """One call, ready to attend.
 
     Attributes:
@@ -64,7 +62,7 @@ def with_columns(call: Projected, placement: Placement, validate: bool) -> Proje
     """The call with its float padding, if it has any, added to the bias; a collective then."""
     if call.padding is None or call.padding.dtype == torch.bool:
         return call
-    return replace(call, padding=None, bias=_padded_bias(call, placement, validate))
+    return call._replace(padding=None, bias=_padded_bias(call, placement, validate))
 
 
 def attend(

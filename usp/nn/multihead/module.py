@@ -5,6 +5,7 @@ Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E em
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -256,9 +257,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         placement, drawn = self.placement, self._dropout_seed(arguments)
         lengths, mesh = placement.named_lengths, placement.mesh
-        in_graph = torch.compiler.is_compiling() or is_fake(arguments.query)
         enough = lengths is not None or not (drawn is not None or arguments.needs_lengths)
-        if in_graph and enough and mesh is not None and placement.size > 1:
+        if mesh is not None and placement.size > 1 and enough and _in_graph(arguments):
             return self._agree_in_graph(arguments, mesh, cast("Tensor | None", drawn), validate)
 
         def check() -> tuple[Tensor, ...]:
@@ -339,20 +339,25 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _dropout_seed(self, arguments: Arguments) -> int | Tensor | None:
         """Drawn here where more than the attention itself drops by it; a graph holds a tensor."""
-        shared = arguments.need_weights or self.add_zero_attn or self.bias_k is not None
-        if not (shared and self.training and self.dropout):
+        if not (self.training and self.dropout):
+            return None
+        if not (arguments.need_weights or self.add_zero_attn or self.bias_k is not None):
             return None
         seed = draw_dropout_seed()
-        in_graph = torch.compiler.is_compiling() or is_fake(arguments.query)
-        return seed if in_graph else int(seed)
+        return seed if _in_graph(arguments) else int(seed)
 
     def extra_repr(self) -> str:
         shown = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, "
         shown += f"batch_first={self.batch_first}, mesh={self.placement.mesh}"
-        for name, value in vars(self.placement).items():
-            if name != "mesh" and value != getattr(Placement, name):
-                shown += f", {name}={value!r}"
+        for field in fields(Placement):
+            value = getattr(self.placement, field.name)
+            if field.name != "mesh" and value != field.default:
+                shown += f", {field.name}={value!r}"
         return shown
+
+
+def _in_graph(arguments: Arguments) -> bool:
+    return torch.compiler.is_compiling() or is_fake(arguments.query)
 
 
 def _no_change(module: nn.Module, inputs: Any) -> None:

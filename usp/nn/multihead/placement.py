@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Placement:
         self.whole_mask(False)
         refuse_chunks(Options(**self.told))
 
-    @property
+    @cached_property
     def told(self) -> dict[str, Any]:
         """The options of ``long_context_attention`` by name, but for what a call says."""
         return {
@@ -96,7 +97,7 @@ class Placement:
         options = make_mask(causal=self.causal or causal, window_size=self.window_size)
         return options if self.mask is None else options & self.mask
 
-    @property
+    @cached_property
     def named_lengths(self) -> tuple[int, int] | None:
         """Queries and keys of the whole sequence where ``seq_len`` or the layout say them."""
         return named_lengths(self.seq_len, self.layout)

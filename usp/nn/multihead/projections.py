@@ -22,7 +22,10 @@ def project(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[Tensor
         NotImplementedError: a parameter is spread over ranks itself.
     """
     _check_parameters(module, arguments)
-    return tuple(_batch_first(module, x) for x in _projections(module, arguments))
+    found = _projections(module, arguments)
+    if not arguments.is_batched:
+        return tuple(x[None] for x in found)
+    return found if module.batch_first else tuple(x.transpose(0, 1) for x in found)
 
 
 def join_heads(module: nn.MultiheadAttention, out: Tensor, arguments: Arguments) -> Tensor:
@@ -63,7 +66,7 @@ def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[T
     weights: tuple[Tensor, ...]
     if packed is None:
         weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-    elif x[0] is x[1] and x[1] is x[2]:
+    elif arguments.is_one:
         return _heads(module, F.linear(x[0], packed, module.in_proj_bias), 3).unbind(-3)
     else:
         weights = packed.chunk(3)
@@ -75,10 +78,3 @@ def _projections(module: nn.MultiheadAttention, arguments: Arguments) -> tuple[T
 def _heads(module: nn.MultiheadAttention, x: Tensor, *parts: int) -> Tensor:
     """(..., E) -> (..., H, D), and of so many parts (..., parts, H, D)."""
     return x.view(*x.shape[:-1], *parts, module.num_heads, module.head_dim)
-
-
-def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """(L, N, H, D), (N, L, H, D) or (L, H, D) -> (N, L, H, D)."""
-    if x.dim() == 3:
-        return x[None]
-    return x if module.batch_first else x.transpose(0, 1)
