@@ -14,19 +14,10 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/tiles.h"
+#include "cpu/shares.h"
 
 namespace usp::cpu {
 namespace {
-
-// The tiles of query rows that a task holds: keys and values that it loads serve all of them.
-constexpr int64_t kTilesHeld = 8;
-
-// As many as leave several tasks to each thread.
-int64_t tiles_held(int64_t tiles, int64_t threads) {
-  constexpr int64_t kTasksPerThread = 8;
-  return std::clamp<int64_t>(tiles / (kTasksPerThread * threads), 1, kTilesHeld);
-}
 
 // A tile of query rows with its running softmax.
 template <typename T>
@@ -76,64 +67,27 @@ struct Workspace {
   }
 };
 
-// Some tiles of query rows that read one key head, counted from the last rows, for under a causal
-// mask they are the heaviest, and for the same rows head by head.
-struct Share {
-  int64_t b, g;
-  Range tiles;
-};
-
-// How the work is cut into tasks.
-template <typename T>
-struct Division {
-  const Attention<T>& a;
-  int64_t row_tiles, held, runs, tasks;  // runs of tiles held: those of one key head
-
-  Division(const Attention<T>& attention, int64_t threads) : a(attention) {
-    row_tiles = (a.Lq + kQueryTile - 1) / kQueryTile;
-    held = tiles_held(a.B * a.H * row_tiles, threads);
-    runs = (row_tiles * std::min(a.group_size, a.H) + held - 1) / held;
-    tasks = a.B * a.G * runs;
-  }
-
-  Share share(int64_t task) const {
-    const int64_t g = task % a.G, first = task / a.G % runs * held;
-    const int64_t tiles = row_tiles * a.query_heads(g).size();
-    return {task / runs / a.G, g, intersect({first, first + held}, {0, tiles})};
-  }
-
-  // Calls visit(h, rows) for one of its tiles.
-  template <typename Visit>
-  void with_tile(const Share& share, int64_t number, Visit&& visit) const {
-    const Range own = a.query_heads(share.g);
-    const int64_t t = share.tiles.begin + number;
-    const int64_t begin = (row_tiles - 1 - t / own.size()) * kQueryTile;
-    visit(own.begin + t % own.size(), Range{begin, std::min(begin + kQueryTile, a.Lq)});
-  }
-};
-
 // One worker's tasks, one after another.
 template <typename T>
 class ForwardWorker {
  public:
-  ForwardWorker(const Attention<T>& a, const AttentionState<T>& state, const Division<T>& division,
+  ForwardWorker(const Attention<T>& a, const AttentionState<T>& state, const Shares<T>& shares,
                 Carver& carver)
       : a_(a),
         state_(state),
-        division_(division),
+        shares_(shares),
         kernels_(kernels<T>(a.q.dtype)),
         headroom_sum_(std::exp(kernels_.headroom)),
-        w_(a, kernels_, division.held, carver) {}
+        w_(a, kernels_, shares.held, carver) {}
 
   void run(int64_t task, int64_t probably_next) {
-    const Share share = task == next_ ? next_share_ : division_.share(task);
-    next_ = probably_next;
-    if (next_ < division_.tasks) next_share_ = division_.share(next_);
+    const Share& share = shares_[task];
+    next_ = probably_next < shares_.count() ? &shares_[probably_next] : nullptr;
     b_ = share.b;
     g_ = share.g;
     count_ = 0;
     for (int64_t number = 0; number < share.tiles.size(); ++number) {
-      division_.with_tile(share, number, [&](int64_t h, Range rows) { hold(h, rows); });
+      shares_.with_tile(share, number, [&](int64_t h, Range rows) { hold(h, rows); });
     }
     if (count_ > 0) walk();
   }
@@ -227,9 +181,9 @@ class ForwardWorker {
   void look_ahead(Range keys) {
     ahead_.forget();
     if (!keys.empty()) return look_ahead_at_keys(b_, g_, keys);
-    if (next_ >= division_.tasks) return;
-    division_.with_tile(next_share_, next_share_.tiles.size() - 1, [&](int64_t, Range rows) {
-      look_ahead_at_keys(next_share_.b, next_share_.g, first_tile(first_keys(rows)));
+    if (next_ == nullptr) return;
+    shares_.with_tile(*next_, next_->tiles.size() - 1, [&](int64_t, Range rows) {
+      look_ahead_at_keys(next_->b, next_->g, first_tile(first_keys(rows)));
     });
   }
 
@@ -239,9 +193,7 @@ class ForwardWorker {
   }
 
   // Where results go, and then the queries of the next task: a few tiles in each of the last paces.
-  int64_t expected_tiles() const {
-    return count_ + (next_ < division_.tasks ? next_share_.tiles.size() : 0);
-  }
+  int64_t expected_tiles() const { return count_ + (next_ != nullptr ? next_->tiles.size() : 0); }
 
   void expect_tiles(int64_t number) {
     for (; tiles_expected_ < number; ++tiles_expected_) {
@@ -250,8 +202,8 @@ class ForwardWorker {
         const int64_t size = element_size(stored());
         ahead_.add(place(tile, 0), a_.H * a_.Dv * size, tile.rows.size(), a_.Dv * size);
       } else {
-        division_.with_tile(next_share_, tiles_expected_ - count_, [&](int64_t h, Range rows) {
-          expect(ahead_, a_.q, next_share_.b, h, rows, a_.D);
+        shares_.with_tile(*next_, tiles_expected_ - count_, [&](int64_t h, Range rows) {
+          expect(ahead_, a_.q, next_->b, h, rows, a_.D);
         });
       }
     }
@@ -300,7 +252,7 @@ class ForwardWorker {
     bool loaded = false;
     Matrix<const T> k;
     for (RowTile<T>& tile : held()) {
-      with_seen(span, b_, tile.h, tile.rows, keys, kernels_.word, kernels_.word,
+      with_seen(span, {b_, tile.h, tile.rows}, keys, kernels_.word, kernels_.word, cut_,
                 [&](const TileIndex& at) {
                   if (!loaded) {
                     k = left_rows(kernels_, a_.k, b_, g_, keys, a_.D, w_.k);
@@ -321,7 +273,7 @@ class ForwardWorker {
       dropout_multiplier<T>(a_, kernels_, at, tile.positions, {w_.multiplier, s.keys, s.queries});
     }
     const auto weights = kernels_.softmax_update(s, tile.softmax, w_.multiplier, w_.weights);
-    if (at.mask != nullptr && !at.cut.covers(at.rows.size())) start(tile);
+    if (at.mask != nullptr && !at.cut->covers(at.rows.size())) start(tile);
     at.for_each_run(kernels_, [&](Range rows, Range seen) {
       kernels_.gemm(rows.size(), padded(a_.Dv), seen.size(),
                     at.by_query(kernels_, weights, rows, seen),
@@ -375,13 +327,13 @@ class ForwardWorker {
 
   const Attention<T>& a_;
   const AttentionState<T>& state_;
-  const Division<T>& division_;
+  const Shares<T>& shares_;
   const Kernels<T>& kernels_;
   const T headroom_sum_;  // exp(headroom)
   Workspace<T> w_;
+  Cut cut_;
   int64_t b_ = 0, g_ = 0, count_ = 0;
-  int64_t next_ = -1;  // task
-  Share next_share_{};
+  const Share* next_ = nullptr;
   int64_t tiles_expected_ = 0;  // of expected_tiles()
   Lookahead ahead_;
 };
@@ -392,19 +344,19 @@ template <typename T>
 void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
                        const ParallelFor& parallel) {
   if (a.H == 0 || a.Lq == 0) return;
-  const Division<T> division(a, parallel.num_threads);
+  const Shares<T> shares(a, parallel.num_threads);
   Carver measure(nullptr);
-  Workspace<T>(a, kernels<T>(a.q.dtype), division.held, measure);
-  const int64_t count = parallel.workers_for(division.tasks);
+  Workspace<T>(a, kernels<T>(a.q.dtype), shares.held, measure);
+  const int64_t count = parallel.workers_for(shares.count());
   Scratch scratch(count, measure.used());
   std::vector<ForwardWorker<T>> workers;
   workers.reserve(static_cast<size_t>(count));
   for (int64_t worker = 0; worker < count; ++worker) {
     Carver carver(scratch.of(worker));
-    workers.emplace_back(a, state, division, carver);
+    workers.emplace_back(a, state, shares, carver);
   }
-  parallel.for_each_task(division.tasks, [&](int64_t worker, int64_t task) {
-    const int64_t next = parallel.probably_after(task, division.tasks);
+  parallel.for_each_task(shares.count(), [&](int64_t worker, int64_t task) {
+    const int64_t next = parallel.probably_after(task, shares.count());
     workers[static_cast<size_t>(worker)].run(task, next);
   });
 }

@@ -91,12 +91,12 @@ class Cut {
 
   // Neighbouring strips that see some of the keys. Rows that see nothing at all may part them.
   void add_blocks(Range keys) {
-    Strip block{.keys = keys};
+    Strip block{{}, {}, keys};
     for_each_strip([&](const Strip& strip) {
       if (intersect(strip.keys, keys).empty()) return;
       if (!block.columns.empty() && block.columns.end != strip.columns.begin) {
         add_block(block);
-        block = {.keys = keys};
+        block = {{}, {}, keys};
       }
       block.columns = hull(block.columns, strip.columns);
       block.rows = hull(block.rows, strip.rows);

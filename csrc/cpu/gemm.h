@@ -5,6 +5,8 @@
 //
 // `Words` says what a word of a and b is (kernels.h) and how two of them are multiplied.
 
+#include <algorithm>
+
 #include "cpu/words.h"
 
 namespace usp::cpu {
@@ -85,8 +87,7 @@ void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, i
 // Rows of a block: narrow ones have more, for each sum waits for its own last product.
 template <int kVectors>
 inline constexpr int kGemmRows =
-    kVectors * 12 <= USP_GEMM_ROWS * USP_GEMM_VECTORS ? 12
-                                                      : USP_GEMM_ROWS * USP_GEMM_VECTORS / kVectors;
+    std::min<int>(USP_GEMM_ROWS * USP_GEMM_VECTORS / kVectors, kHighestBlock);
 
 // Panels of at most kVectors vectors, about equally wide.
 template <typename Words, typename T, int kVectors, bool kTransposed>

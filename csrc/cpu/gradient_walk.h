@@ -178,7 +178,7 @@ class GradientWalk {
       const Range seen = intersect(visible_keys(span, rows), keys);
       if (seen.empty()) continue;
       for_each_tile({seen.begin / kKeyTile * kKeyTile, seen.end}, [&](Range tile, int64_t row) {
-        with_seen(span, b_, h, rows, tile, kernels_.word, Cut::kRows,
+        with_seen(span, {b_, h, rows}, tile, kernels_.word, Cut::kRows, cut_,
                   [&](const TileIndex& at) { add_seen(at, row, at.keys.begin - tile.begin); });
       });
     }
@@ -272,6 +272,7 @@ class GradientWalk {
   const Places places_;
   std::vector<std::pair<Matrix<const T>, Matrix<const T>>> operands_;  // keys and values, left
   const bool overwrite_;
+  Cut cut_;
   int64_t b_ = 0, g_ = 0;
   Lookahead ahead_;
 };

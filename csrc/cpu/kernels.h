@@ -11,6 +11,7 @@
 // bf16 elements that are neighbours along the dim that gemm sums over; the left operand's second is
 // 0 past an odd end. A word is as large as a T either way, so that operands take room of T.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/attention.h"
@@ -27,6 +28,9 @@ inline constexpr int64_t kPad = 16;
 
 // Up to this many rows of queries take less as rows than padded to kPad columns.
 inline constexpr int64_t kFew = 3;
+
+// Rows of a register block of gemm that is as narrow as a vector.
+inline constexpr int64_t kHighestBlock = 12;
 
 template <typename T>
 struct Matrix {
@@ -153,9 +157,12 @@ struct Kernels {
   void (*begin)() = nullptr;
   void (*end)() = nullptr;
 
-  // About how many register blocks gemm makes of c (m, n).
+  // About how many register blocks gemm makes of c (m, n): of few columns higher ones.
   int64_t blocks(int64_t m, int64_t n) const {
-    return ((m + block_rows - 1) / block_rows) * ((n + block_columns - 1) / block_columns);
+    const int64_t columns = std::clamp<int64_t>((n + kPad - 1) & -kPad, kPad, block_columns);
+    const int64_t high = std::min(block_rows * block_columns / columns, kHighestBlock);
+    const int64_t rows = std::max(block_rows, high);
+    return ((m + rows - 1) / rows) * ((n + columns - 1) / columns);
   }
 
   // c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other

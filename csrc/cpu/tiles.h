@@ -95,11 +95,11 @@ struct TileIndex {
   Range rows;
   Range keys{};
   const Span* mask = nullptr;  // null: every row sees every key
-  Cut cut{};                   // where there is a mask
+  const Cut* cut = nullptr;    // of the tile by the mask
 
   template <typename Visit>
   void for_each_block(const Visit& visit) const {
-    if (mask != nullptr) return cut.for_each_block(visit);
+    if (mask != nullptr) return cut->for_each_block(visit);
     visit(Strip{{0, padded(rows.size())}, {0, rows.size()}, {0, keys.size()}});
   }
 
@@ -109,7 +109,7 @@ struct TileIndex {
   void for_each_run(const Kernels<T>& kernels, const Visit& visit) const {
     if (mask == nullptr) return visit(Range{0, rows.size()}, Range{0, keys.size()});
     const int64_t at_once = std::min(kernels.block_rows, Cut::kRows);
-    cut.for_each_strip([&](const Strip& strip) {
+    cut->for_each_strip([&](const Strip& strip) {
       const int64_t unseeing = strip.rows.begin - strip.columns.begin;
       int64_t row = strip.columns.begin + unseeing / at_once * at_once;
       for (; row < strip.rows.end; row += at_once) {
@@ -171,18 +171,19 @@ struct QueryOperand {
 static_assert(kQueryTile == Cut::kMostRows && kKeyTile == Cut::kMostKeys && kPad == Cut::kRows);
 
 // Calls visit(index) for a tile of rows and those of `keys` that they see, in whole words counted
-// from the first of `keys`; not if they see none. Strips see whole `unit`s of keys.
+// from the first of `keys`; not if they see none. Strips see whole `unit`s of keys. `at` says whose
+// rows, and `cut` is room.
 template <typename Visit>
-void with_seen(const Span& span, int64_t b, int64_t h, Range rows, Range keys, int64_t word,
-               int64_t unit, const Visit& visit) {
-  TileIndex at{b, h, rows};
+void with_seen(const Span& span, TileIndex at, Range keys, int64_t word, int64_t unit, Cut& cut,
+               const Visit& visit) {
   at.keys = intersect(keys, visible_keys(span, at.rows));
   if (at.keys.empty()) return;
   at.keys.begin -= (at.keys.begin - keys.begin) % word;
   if (!unmasked_keys(span, at.rows).contains(at.keys)) {
     at.mask = &span;
-    at.cut.set(span, at.rows, at.keys, padded(at.rows.size()), unit);
-    if (at.cut.empty()) return;
+    at.cut = &cut;
+    cut.set(span, at.rows, at.keys, padded(at.rows.size()), unit);
+    if (cut.empty()) return;
   }
   visit(at);
 }
@@ -208,8 +209,7 @@ Tile<T> score_tile(const Attention<T>& a, const Kernels<T>& kernels, const TileI
   const auto scale = static_cast<T>(a.softmax_scale);
   const bool alone = !(a.softcap > 0) && a.bias.data == nullptr && a.alibi_slopes == nullptr;
   const bool late = kernels.scales_late && alone && scale > 0;
-  return {data, at.keys.size(), padded(at.rows.size()), late ? scale : T(1),
-          at.mask == nullptr ? nullptr : &at.cut};
+  return {data, at.keys.size(), padded(at.rows.size()), late ? scale : T(1), at.cut};
 }
 
 // s (keys, queries) = the scores of a tile: products, scaled but by s.scale, softcap, bias, ALiBi,
