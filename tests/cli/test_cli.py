@@ -344,6 +344,10 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("plan --seq-len 8 --layout held:3,4", "holds 7 tokens.*has 8"),
         ("bench no-such-program", "no benchmark"),
         ("bench kernels --json /dev/null/x", "--json: .*/dev/null/x"),
+        ("demo --json /dev/null/x", "--json: .*/dev/null/x"),
+        ("doctor --json tests", "--json: .*Is a directory: 'tests'"),
+        ("plan --seq-len 8 --png /dev/null/x", "--png: .*/dev/null/x"),
+        ("trace --out /dev/null/x", "--out: .*/dev/null/x"),
         ("bench table setup.py", "setup.py"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from usp._version import __version__
 from usp.cli import bench, completions, demo, doctor, info, plan, trace, tune, verify
-from usp.cli.console import Exit, NoAnswer, UserError
+from usp.cli.console import Exit, NoAnswer, UserError, check_file
 
 # In the order in which a person meets them.
 COMMANDS = (info, doctor, demo, verify, plan, trace, tune, bench, completions)
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     try:
+        for option in ("json", "png"):
+            check_file(option, getattr(arguments, option, None))
         return int(arguments.run(arguments) or Exit.RIGHT)
     except UserError as error:
         return _fail(Exit.USAGE, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -57,6 +58,30 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         help="the findings as JSON in place of text; into FILE beside the text",
     )
     action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]
+
+
+def check_file(option: str, file: str | Path | None) -> None:
+    """Refuse a file that cannot be written, before minutes go into what it is for.
+
+    Args:
+        option: By which it was named.
+        file: None and "-" are none.
+
+    Raises:
+        UserError: says why.
+    """
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if file is None or str(file) == "-" or not is_first:  # which writes it
+        return
+    path = Path(file)
+    try:
+        is_new = not path.exists()
+        if is_new or path.is_file() or path.is_dir():  # who reads a pipe would see its end
+            path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--{option}: {error}") from error
 
 
 def present(

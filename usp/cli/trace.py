@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from usp.cli.console import Exit, NoAnswer, UserError, add_json, check_seconds, present, table
+from usp.cli.console import (
+    Exit,
+    NoAnswer,
+    UserError,
+    add_json,
+    check_file,
+    check_seconds,
+    present,
+    table,
+)
 from usp.cli.doctor import add_rank_options, chosen_ranks
 from usp.cli.expression import parse_mask
 from usp.diagnosis.ranks import Local, on_ranks
@@ -60,6 +69,7 @@ def add_arguments(commands: Commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Write the trace, the picture, and say where the time went."""
     check_seconds(arguments.seconds)
+    check_file("out", arguments.out)
     step, ranks = _chosen(arguments)
     local = Local(ranks, step.device_type, arguments.seconds)
     try:
