@@ -257,6 +257,13 @@ def test_refusals(module, shape, more, tiles, error, said) -> None:
         usp.tiled_mlp(module, torch.ones(shape), tiles, *more)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_transforms_are_refused(trained: bool) -> None:
+    module = nn.Linear(3, 3).requires_grad_(trained)
+    with pytest.raises(NotImplementedError, match=r"tiled_mlp does not run inside of torch.func"):
+        torch.func.vmap(lambda x: usp.tiled_mlp(module, x, 2))(torch.ones(2, 4, 3))
+
+
 def test_what_needs_a_gradient_and_is_not_told_is_refused() -> None:
     other, x = nn.Parameter(torch.ones(3)), torch.ones(4, 3, requires_grad=True)
     with pytest.raises(ValueError, match=r"uses a tensor \(3,\) that needs a gradient"):

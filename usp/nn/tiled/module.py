@@ -19,6 +19,7 @@ from usp.nn.site import Site
 from usp.nn.tiled.function import Call, in_tiles
 from usp.nn.tiled.given import Given
 from usp.nn.tiled.surroundings import Surroundings
+from usp.ops.derivatives import refuse_in_transforms
 from usp.planning.kinds import integer
 
 # they reduce the gradients of what they wrap, and so cannot be called once a tile
@@ -58,7 +59,7 @@ def tiled_mlp(module: nn.Module, x: Tensor, tiles: int, *beside: Any, dim: int =
             that needs a gradient and is neither its parameter nor an argument.
         NotImplementedError: the module holds something that looks at several tokens (attention,
             batch statistics, convolutions, DropPath), or a DTensor; is a wrapper like DDP; or
-            returns more than one tensor.
+            returns more than one tensor; or it is called inside of a transform of torch.func.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -101,6 +102,7 @@ class Tiled(Site):
         return self._run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        refuse_in_transforms("usp.tiled_mlp")
         self.check()  # training or not, and what it holds, may be others than when it was made
         given = Given.of(args, kwargs, self.tiles, self.dim)
         parameters = dict(self.module.named_parameters())
