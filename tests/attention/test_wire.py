@@ -65,8 +65,12 @@ def counted(case: Case) -> tuple[int, int, int]:
         torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
     unheard = attend()
     saved = (unheard[0] if case.return_lse else unheard).grad_fn.saved_tensors
-    kept = saved[4 if (case.chunks, case.head_chunks, case.offload) == (1, 1, None) else 1]
-    return forward.sent, backward.sent, 0 if kept is None else kept.nbytes
+    kept = 0
+    if t.bias is not None:
+        kept = saved[
+            4 if (case.chunks, case.head_chunks, case.offload) == (1, 1, None) else 1
+        ].nbytes
+    return forward.sent, backward.sent, kept
 
 
 def placement(case: Case) -> dict[str, str]:
