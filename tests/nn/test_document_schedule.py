@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from itertools import accumulate
 from typing import Any
 
@@ -171,16 +172,14 @@ def refused(kind: str) -> None:
         most = 4
     schedule = usp.schedule_documents(cuts, meshes(1, 2), usp.DocumentCost(0, 0), most_tokens=most)
     q = torch.zeros(1, len(schedule.positions), 1, 2)
-    if kind == "option":
-        schedule.attention(q, q, q, dropout_p=0.1)
-    if kind == "length":
+    if kind in ("length", "option"):
         schedule = usp.schedule_documents((0, 9), meshes(1, 2), COST)
-        x = torch.zeros(1, len(schedule.positions) + rank, 1, 2)
-        schedule.attention(x, x, x)
+        x = torch.zeros(1, len(schedule.positions) + rank * (kind == "length"), 1, 2)
+        schedule.attention(x, x, x, **({"dropout_p": 0.1} if rank and kind == "option" else {}))
     if kind == "mesh":
         usp.schedule_documents(cuts, worker.mesh(1, 2), COST)  # type: ignore[arg-type]
     if kind == "list":  # on one rank: the other must hear of it
-        given: Any = list(meshes(1, 2)) if rank else meshes(1, 2)
+        given: Any = ["none", *meshes(1, 2)] if rank else meshes(1, 2)
         usp.schedule_documents(cuts, given, COST)
     schedule.shard(q.new_zeros(8), 0)
 
@@ -198,9 +197,19 @@ def refused(kind: str) -> None:
     ],
 )
 def test_refusals_on_all_ranks(pool, kind: str, message: str) -> None:
-    with pytest.raises(RemoteError, match=message) as raised:
-        pool.run(refused, kind, ranks=2)
-    assert raised.value.kind in ("ValueError", "TypeError")
+    for outcome in pool.outcomes(refused, kind, ranks=2):
+        assert isinstance(outcome, RemoteError) and re.search(message, outcome.message), outcome
+        assert outcome.kind in ("ValueError", "TypeError")
+
+
+def a_list_of_submeshes() -> None:
+    given: Any = meshes(1, 4) if worker.mesh(1, 4).rank != 3 else ["none", *meshes(1, 4)[1:]]
+    usp.schedule_documents(CUTS, given, COST)
+
+
+def test_a_list_that_one_rank_has_without_the_whole(pool) -> None:
+    for outcome in pool.outcomes(a_list_of_submeshes, ranks=4):
+        assert isinstance(outcome, RemoteError) and "got list" in outcome.message, outcome
 
 
 def test_what_is_no_mesh_or_no_cost_is_refused() -> None:

@@ -89,6 +89,11 @@ class Axis:
         """Whether its ranks can exchange tensors of the CPU."""
         return self.group is None or "cpu:" in dist.get_backend_config(self.group)
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its messages go nowhere."""
+        return self.group is not None and dist.get_backend(self.group) == "fake"
+
     def _peer(self, rank: int) -> int:
         assert self.group is not None
         return dist.get_global_rank(self.group, rank % self.size)

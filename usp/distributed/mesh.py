@@ -38,6 +38,7 @@ class SequenceMesh:
         device_mesh: The ``DeviceMesh`` below, which may have more axes.
         name: Of this very mesh in this process, and its shape: what a graph made for one place
             does is not found again for another.
+        inside: The mesh that ``submeshes`` made it in; None of another.
         compared: The kinds of calls in graphs of which the first is over; for us alone.
     """
 
@@ -60,6 +61,7 @@ class SequenceMesh:
         self.ring_rank = outer.index(rank) * len(inner) + inner.index(rank)
         self.ulysses_rank = axes["ulysses"].index(rank)
         self._ring_ranks: tuple[int, ...] = ()
+        self.inside: SequenceMesh | None = None
         self._home: str | None = None  # the process that made it, where that is another
         if self.ring_levels is not None:
             self._ring_ranks = tuple(self._gather_along_ring(rank))
@@ -121,6 +123,11 @@ class SequenceMesh:
     @property
     def device_type(self) -> str:
         return self.device_mesh.device_type
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its ranks are but names (torch's backend "fake"), and none of them answers."""
+        return any(axis.is_simulated for axis in (self.ulysses, self.ring))
 
     @property
     def ring(self) -> Axis:

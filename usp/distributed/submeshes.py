@@ -57,9 +57,10 @@ def submeshes(mesh: SequenceMesh | None, *, cores: int | None = None) -> Submesh
     shared = shared_cores([seat for _, seat in told])
     is_world = len(ranks) == len(comm.group_ranks(None))
     group = None if is_world else mesh.whole()[0].group
-    found: list[SequenceMesh | None] = [mesh]
+    found: list[SequenceMesh] = [mesh]
     for degrees in nested_degrees(mesh.ring_degree, mesh.ulysses_degree)[1:-1]:
         told_degrees = "submeshes of degrees {} x {}".format(*degrees)
         comm.compare_before_groups(group, told_degrees, None, None)
         found.append(mesh_among(ranks, degrees, group, mesh.device_type))
+        found[-1].inside = mesh
     return Submeshes((*found, None), shared)

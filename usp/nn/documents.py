@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usp.attention.functional import long_context_attention
-from usp.distributed.agreement import check_on_all_ranks, digest
+from usp.distributed.agreement import check_on_all_ranks, digest, refuse_together
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.submeshes import Submeshes
 from usp.planning.degrees import Degrees, choose_degrees
@@ -167,14 +167,18 @@ class DocumentSchedule:
 
         Raises:
             TypeError: another option.
-            ValueError: a rank holds other tokens than its own; on all that share a document with
-                it. Others see that when they next meet it.
+            ValueError: a rank holds other tokens than its own.
+            Both on all ranks that share a document with it. Others see that when they next meet it.
         """
         if wrong := sorted(options.keys() - _OPTIONS):
-            raise TypeError(
+            refusal = TypeError(
                 f"a document schedule takes {sorted(_OPTIONS)}, not {wrong}: positions in it are "
                 "not those of the batch"
             )
+            refuse_together(
+                self.parts[0].mesh, "long_context_attention", options.get("validate"), refusal
+            )
+            raise refusal
         found = [
             long_context_attention(
                 q_part,
@@ -233,8 +237,10 @@ def schedule_documents(
         >>> x = schedule.shard(x, dim=1)
         >>> x = schedule.attention(q, k, v, causal=True)                             # in each layer
     """
-    first = meshes[0] if isinstance(meshes, Sequence) and meshes else meshes
-    mesh = first if isinstance(first, SequenceMesh) else None  # whose ranks refuse together
+    given = meshes if isinstance(meshes, Sequence) else [meshes]
+    among = [each for each in given if isinstance(each, SequenceMesh)]
+    # of the whole, whose ranks refuse together, whatever is missing
+    mesh = (among[0].inside or among[0]) if among else None
 
     def check() -> tuple[tuple[int, ...], Degrees]:
         if not isinstance(meshes, Submeshes):
