@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cases import Case
 from judge import judge
 from pool import RemoteError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -246,9 +247,11 @@ NO_SUCH = {
     "return_lse": [1, None, "no"],
     "validate": [1, "first", 0.0],
     "dropout_p": [float("nan"), float("inf"), True, "0.1", None, 1, torch.ones(2)],
-    "dropout_seed": [-1, 2**64, 0.5, True, "7", float("nan")],
-    "softcap": [float("nan"), float("inf"), -1.0, True, "2", (2.0,)],
-    "softmax_scale": [float("inf"), float("nan"), True, "1", (1.0,)],
+    "dropout_seed": [-1, 2**64, 0.5, True, "7", float("nan"), torch.ones(2)],
+    "chunks": [0, 1.5, "2", True, torch.ones(2)],
+    "head_chunks": [-1, None],
+    "softcap": [float("nan"), -1.0, True, "2", (2.0,), torch.ones((), requires_grad=True)],
+    "softmax_scale": [float("inf"), True, "1", (1.0,), torch.ones(2), zeros(device="meta")],
     "transport": [None, 1, ["ring"], True, ("ring", "allgather")],
     "layout": [None, 1, ["zigzag"], (0, 6), True],
     "backend": [None, 1, ["reference"], {"auto"}],
@@ -426,6 +429,8 @@ DEVIATIONS = {
     "offload": ({"offload": "cpu"}, {}, ["offload", "cpu", "None"]),
     "no tensor": ({"no_tensor": True}, {}, ["q"]),
     "no pair": ({"window_size": 3}, {}, ["3", "pair"]),
+    "no values": ({"device": "meta"}, {}, ["long_context_attention", "no values"]),
+    "fake tensors": ({"fake": True}, {}, ["long_context_attention", "no values"]),
 }
 
 
@@ -441,10 +446,13 @@ def shaped(
     flat: bool = False,
     no_tensor: bool = False,
     requires_grad: bool = False,
+    device: str = "cpu",
+    fake: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    q = torch.randn(batch, tokens, heads, head_dim, dtype=dtype, requires_grad=requires_grad)
-    k = torch.randn(batch, tokens, kv_heads, head_dim, dtype=dtype)
+    with FakeTensorMode() if fake else torch.device(device):
+        q = torch.randn(batch, tokens, heads, head_dim, dtype=dtype, requires_grad=requires_grad)
+        k = torch.randn(batch, tokens, kv_heads, head_dim, dtype=dtype)
     if flat:
         q = q.flatten(2)
     return {"q": None if no_tensor else q, "k": k, "v": k.clone()}, options
@@ -482,6 +490,11 @@ UNSHARDS = {
     "length": ({"x": zeros(2, 2, 4), "seq_len": 12}, {"seq_len": 12}, ["holds 2", "3 of 12"]),
     "length of all": ({"seq_len": 13}, {"seq_len": 12}, ["13", "12|holds 3"]),
     "no seq_len": ({"x": zeros(2, 1, 4)}, {}, ["1", "10 in all"]),
+    "no values": (
+        {"x": zeros(2, 3, 4, device="meta"), "seq_len": 12},
+        {"seq_len": 12},
+        ["no values"],
+    ),
     "seq_len or not": ({"seq_len": 12}, {}, ["12", "not given"]),
     "dims": ({"x": zeros(2, 3, 5)}, {}, ["(2, 'tokens', 4)", "(2, 'tokens', 5)"]),
     "which dim": ({"x": zeros(3, 3, 4), "dim": 0}, {"x": zeros(3, 3, 4)}, ["'tokens', 3, 4)"]),
@@ -505,6 +518,74 @@ def test_one_rank_joins_something_else_and_all_hear_of_it(pool, name: str, devia
     for message in assert_refused(pool, unshards, name, deviant, ranks=4):
         for values in UNSHARDS[name][2]:
             assert any(value in message for value in values.split("|")), message
+
+
+# of one rank: functions that ask for a whole, each with what is wrong
+ASKS: dict[str, Callable[[usp.SequenceMesh, bool], Any]] = {
+    "linear's layout": lambda mesh, wrong: usp.linear_attention(
+        *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, layout="zigzag" if wrong else "contiguous"
+    ),
+    "linear's unknown layout": lambda mesh, wrong: usp.linear_attention(
+        *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, layout=None if wrong else "contiguous"
+    ),
+    "linear's length": lambda mesh, wrong: usp.linear_attention(
+        *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, seq_len=4.0 if wrong else 4
+    ),
+    "held": lambda mesh, wrong: usp.held(2**63 if wrong else 2, mesh),
+    "documents": lambda mesh, wrong: usp.Spread.infer(
+        2, mesh, cu_seqlens=(0, 5, 4) if wrong else (0, 4)
+    ),
+    "other documents": lambda mesh, wrong: usp.Spread.infer(
+        2, mesh, cu_seqlens=(0, 3, 4) if wrong else (0, 4)
+    ),
+}
+
+
+def asks(name: str) -> Any:
+    mesh = worker.mesh(1, 2)
+    return ASKS[name](mesh, mesh.rank == 1)
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_what_is_wrong_before_a_length_is_known(pool, name: str) -> None:
+    assert_refused(pool, asks, name, ranks=2)
+
+
+def without_values(name: str, fake: bool) -> Any:
+    """One rank of two has shapes alone."""
+    mesh = worker.mesh(1, 2)
+    with FakeTensorMode() if fake and mesh.rank else nullcontext():
+        return NO_VALUES[name](mesh, "meta" if mesh.rank and not fake else "cpu")
+
+
+# functions of a mesh and a device, beside attention and unsharding
+NO_VALUES: dict[str, Callable[[usp.SequenceMesh, str], Any]] = {
+    "take": lambda mesh, on: usp.take(zeros(2, 6, 4, device=on), mesh, [0], seq_len=12),
+    "roll": lambda mesh, on: usp.roll(zeros(2, 6, 4, device=on), mesh, 1),
+    "mean": lambda mesh, on: usp.mean(zeros(2, 6, 4, device=on), mesh),
+    "switch": lambda mesh, on: usp.dsp.switch(zeros(2, 6, 4, device=on), 1, 2, mesh),
+    "loss": lambda mesh, on: usp.cross_entropy(
+        zeros(6, 3, device=on), zeros(6, dtype=torch.int64, device=on), mesh
+    ),
+    "linear": lambda mesh, on: usp.linear_attention(*[zeros(2, 6, 2, 4, device=on)] * 3, mesh=mesh),
+    "multihead": lambda mesh, on: usp.MultiheadAttention(
+        8, 2, mesh=mesh, batch_first=True, seq_len=12, device=on
+    )(*[zeros(2, 6, 8, device=on)] * 3),
+    "latent": lambda mesh, on: usp.latent_attention(
+        zeros(2, 6, 2, 5, device=on),
+        zeros(2, 6, 7, device=on),
+        zeros(2, 6, 1, device=on),
+        *[zeros(2, 4, 7, device=on)] * 2,
+        mesh,
+    ),
+}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+@pytest.mark.parametrize("name", NO_VALUES)
+def test_values_that_one_rank_does_not_have(pool, name: str, fake: bool) -> None:
+    for message in assert_refused(pool, without_values, name, fake, ranks=2):
+        assert "no values" in message or "without values" in message, message
 
 
 def function_validates(validate: bool) -> Any:

@@ -9,6 +9,7 @@ import pool as worker
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from pool import RemoteError
 from torch import Tensor
 
 import usp
@@ -99,6 +100,18 @@ def test_vmap(call) -> None:
     got = call(lambda attend: torch.func.vmap(attend, in_dims=1, out_dims=2)(items))
     right = torch.stack([dense_attention(q, K, V, causal=True)[0] for q in items.unbind(1)], 2)
     torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
+
+
+def transformed_by_one(name: str) -> None:
+    mesh = worker.mesh(1, 2)
+    transform = (FORWARD | TRANSFORMS)[name] if mesh.rank else lambda attend: attend(Q)
+    transform(lambda q: usp.long_context_attention(q, K, V, mesh))
+
+
+@pytest.mark.parametrize("name", ["jvp", "dual numbers", "grad"])
+def test_what_one_rank_transforms_is_refused_on_all(pool, name: str) -> None:
+    for outcome in pool.outcomes(transformed_by_one, name, ranks=2):
+        assert isinstance(outcome, RemoteError) and outcome.kind == "NotImplementedError", outcome
 
 
 def vmapped(ulysses: int, ring: int) -> list[Tensor]:

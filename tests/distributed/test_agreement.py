@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from pool import RemoteError
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import usp
 from usp.distributed.agreement import meets
@@ -188,6 +192,46 @@ def test_a_backward_that_one_rank_alone_runs(pool, then: str) -> None:
     for outcome in pool.outcomes(two_outputs, "ab b", "module", then, ranks=2):
         assert isinstance(outcome, RemoteError) and outcome.kind == "ValueError", outcome
         assert "the backward of" in outcome.message and "different places" in outcome.message
+
+
+def computed_again_by_one(kind: str) -> None:
+    """Rank 1 has a checkpoint, or keeps its graph for a second backward."""
+    mesh, repeats = worker.mesh(1, 2), partial(checkpoint, use_reentrant=False)
+    q, k, v = (torch.randn(1, 3, 2, 3, requires_grad=True) for _ in range(3))
+    attend = function(mesh, chunks=2 if kind == "chunks" else 1)
+    if kind == "latent":
+        q, k, v = torch.randn(1, 3, 2, 3, requires_grad=True), *torch.randn(2, 1, 3, 1)
+        ups = torch.randn(2, 2, 1), torch.randn(2, 2, 1)
+        attend = lambda *latents: usp.latent_attention(*latents, *ups, mesh)  # noqa: E731
+    if mesh.rank and kind == "selective":
+        saved = partial(create_selective_checkpoint_contexts, [torch.ops.usp.attention.default])
+        out = repeats(attend, q, k, v, context_fn=saved)
+    else:
+        again = kind == "selective" or (mesh.rank and kind != "twice")
+        out = repeats(attend, q, k, v) if again else attend(q, k, v)
+    out.sum().backward(retain_graph=bool(mesh.rank))
+    if kind == "twice":
+        with suppress(RuntimeError):  # of the rank whose graph is gone
+            out.sum().backward()
+        function(mesh)(q, k, v)
+
+
+@pytest.mark.parametrize("kind", ["attention", "chunks", "latent", "selective", "twice"])
+def test_a_rank_that_alone_computes_again(pool, kind: str) -> None:
+    for outcome in pool.outcomes(computed_again_by_one, kind, ranks=2):
+        assert isinstance(outcome, RemoteError) and "different places" in outcome.message, outcome
+
+
+def test_ranks_that_are_but_names() -> None:
+    """Torch's backend for what never runs: shapes of a mesh of any size, in one process."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=64)
+    try:
+        mesh = usp.init_mesh(4, 16, device_type="cpu")
+        q = torch.empty(1, 5, 8, 2, device="meta", requires_grad=True)
+        assert usp.long_context_attention(q, q, q, mesh, seq_len=320).shape == q.shape
+        assert usp.unshard_sequence(q, mesh, 1, seq_len=320).shape == (1, 320, 8, 2)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def other_parameters(sizes: list[int]) -> None:

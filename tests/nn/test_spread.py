@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import compiling
@@ -254,6 +255,57 @@ def uncut() -> None:
 def test_shares_that_nobody_cut_are_refused_on_every_rank(pool) -> None:
     for outcome in pool.outcomes(uncut, ranks=2):
         assert isinstance(outcome, RemoteError) and "(4, 6) tokens" in outcome.message
+
+
+def wrong_on_one_rank(kind: str, linear: bool) -> None:
+    mesh = worker.mesh(1, 2)
+    spread, more, right = usp.Spread(mesh, seq_len=4), {}, mesh.rank == 0
+    wrong: dict[str, Any] = {
+        "no Spread": mesh,
+        "mesh": usp.Spread(worker.mesh(2, 1), seq_len=4),
+        "length": usp.Spread(mesh, seq_len=3),
+        "layout": usp.Spread(mesh, usp.Held((1, 3))),
+        "documents": usp.Spread(mesh, seq_len=4, cu_seqlens=(0, 3, 4)),
+        "both": spread,
+    }
+    if not right and kind == "both":
+        more = {"seq_len": 4}
+    x = torch.zeros(1, 2, 2, 2)
+    module = usp.LinearAttention(mesh) if linear else usp.LongContextAttention(mesh)
+    module(x, x, x, spread=spread if right else wrong[kind], **more)
+
+
+WRONG = {
+    "no Spread": "must be a usp.Spread, got SequenceMesh",
+    "mesh": r"on mesh: rank 0 has .*ring_degree=2\), rank 1 has .*ring_degree=1\)",
+    "length": "[Rr]ank 1.* of 3|disagree on seq_len",
+    "layout": "[Rr]ank 1|disagree on layout",
+    "documents": "disagree on .*cu_seqlens",
+    "both": "leave out the others",
+}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_spread_that_is_wrong_on_one_rank(pool, kind: str, linear: bool) -> None:
+    for outcome in pool.outcomes(wrong_on_one_rank, kind, linear, ranks=2):
+        assert isinstance(outcome, RemoteError) and re.search(WRONG[kind], outcome.message), outcome
+
+
+def elsewhere() -> list[float]:
+    """On all ranks in place of the module's: a mesh of other degrees, and one device."""
+    mesh, other = worker.mesh(1, 2), worker.mesh(2, 1)
+    x = tokens(8).unflatten(2, (HEADS, -1))
+    wanted = dense_attention(x, x, x)[0]
+    module, errors = usp.LongContextAttention(mesh), []
+    for spread in (usp.Spread(other, seq_len=8), usp.Spread(None, seq_len=8)):
+        mine = spread.shard(x)
+        errors.append((module(mine, mine, mine, spread=spread) - spread.shard(wanted)).abs().max())
+    return [error.item() for error in errors]
+
+
+def test_a_mesh_in_place_of_that_of_the_module(pool) -> None:
+    assert max(map(max, pool.run(elsewhere, ranks=2))) < 1e-9
 
 
 def streams() -> list[Tensor]:

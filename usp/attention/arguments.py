@@ -20,7 +20,7 @@ from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
-from usp.planning.kinds import flag, integer, real
+from usp.planning.kinds import device_type, flag, integer, real
 from usp.planning.layout import Layout, both, replicated
 from usp.planning.problem import Scoring, Traits, state_dtype
 from usp.planning.samples import Masks
@@ -296,7 +296,7 @@ def facts(
         "heads (first, total)": alone.heads,
         "head_dim": (q.shape[3], v.shape[3]),
         "dtype": q.dtype,
-        "device type": q.device.type,
+        "device type": device_type(q),
         "seq_len": Advised(alone.lengths or "not given", LENGTH_ADVICE),
         masking.NAMES: alone.masks,
         "layout": layouts[0] if layouts[0] == layouts[1] else layouts,

@@ -11,7 +11,7 @@ from torch import Tensor
 from usp.attention.given import Options, Tensors
 from usp.attention.masking import planned
 from usp.attention.watched import is_watched
-from usp.planning.kinds import is_fake
+from usp.planning.kinds import is_fake, tensor
 from usp.planning.layout import Replicated
 from usp.planning.masks.mask import Mask
 
@@ -38,12 +38,20 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
         found = _planned(mask, (q.shape[1], mask.shape[3] if everywhere else k.shape[1]))
     if found is not None and len(found) in (1, q.shape[0]):
         return tensors, replace(options, attn_mask=None, mask=_both(options.mask, found))
-    if tensors.attn_bias is None:
+    bias = tensors.attn_bias
+    if bias is None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device)
-    else:
-        bias = tensors.attn_bias
+    elif not _fit(mask.shape, tensor("attn_bias", bias).shape):
+        raise ValueError(
+            f"attn_mask is {tuple(mask.shape)}, and attn_bias {tuple(bias.shape)}: they must "
+            "fit each other"
+        )
     bias = torch.where(mask, bias, -torch.inf)
     return tensors._replace(attn_bias=bias), replace(options, attn_mask=None)
+
+
+def _fit(mask: torch.Size, bias: torch.Size) -> bool:
+    return all(m == b or 1 in (m, b) for m, b in zip(mask, bias, strict=False))
 
 
 def _planned(mask: Tensor, shape: tuple[int, int]) -> list[Mask] | None:

@@ -262,6 +262,7 @@ class _Chunked(OnceDifferentiable):
     ) -> tuple[Tensor | None, ...]:
         anchor, bias, slopes, *rest = ctx.saved_tensors
         work, each = ctx.work, iter(rest)
+        work.call.meet()
         lists = [[next(each) for _ in range(length)] for length in ctx.lengths]
         whole, masks, *others = lists
         number = len(work.groups) * len(work.queries)

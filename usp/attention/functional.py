@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from usp.attention.placement import with_placement
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import beside_sinks
 from usp.attention.watched import is_eager, seen_whole
-from usp.distributed.agreement import When, meet_in_backward
+from usp.distributed.agreement import When, refuse_together
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
+from usp.ops.derivatives import refuse_transforms
 from usp.ops.precision import in_autocast
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
@@ -148,7 +149,8 @@ def long_context_attention(
             have to wait for them, only if there is something to ask: neither ``seq_len`` nor the
             layout says the length, or a dropout seed is drawn. False: only for a length that
             nobody says; ranks that differ otherwise hang or are wrong, and a drawn seed is one's
-            own.
+            own. The same on all ranks: no message says that a rank sends none, so that those that
+            compare would wait for one that does not.
 
     Returns:
         (B, Lq, H, Dv) in the dtype of q; rows that see nothing are 0. With ``return_lse`` also
@@ -218,10 +220,8 @@ def attend(
     found = kept(kind, tensors)
     if found is not None:
         return _attended(*found, None)
-    tensors, options = with_learned_scale(tensors, Options(**told))
-    options = with_placement(tensors, options)
-    if options.attn_mask is not None:
-        tensors, options = with_attn_mask(tensors, options, mesh is None)
+    tensors, options = prepared(tensors, Options(**told), mesh, validate)
+    if told.get("attn_mask") is not None:
         # what its values are is known by now
         kind = kind_of(tensors, vars(options), validate) if may_keep else None
         found = kept(kind, tensors)
@@ -230,6 +230,28 @@ def attend(
     return beside_sinks(
         options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate, kind)
     )
+
+
+def prepared(
+    tensors: Tensors, options: Options, mesh: SequenceMesh | None, validate: When
+) -> tuple[Tensors, Options]:
+    """With a scale that is learned, sides that are replicated and a boolean mask told as all
+    below takes them.
+
+    Raises:
+        TypeError, NotImplementedError: what cannot be told so, on every rank that meets.
+    """
+    try:
+        if not torch.compiler.is_compiling():
+            refuse_transforms(tensors)
+        tensors, options = with_learned_scale(tensors, options)
+        options = with_placement(tensors, options)
+        if options.attn_mask is None:
+            return tensors, options
+        return with_attn_mask(tensors, options, mesh is None)
+    except Exception as refusal:  # whatever it is, the others must not wait for this rank
+        refuse_together(mesh, "long_context_attention", validate, refusal)
+        raise
 
 
 def _dispatched(
@@ -246,8 +268,7 @@ def _dispatched(
     found = seen_whole(op.attention, tensors, options, mesh, dropout_seed, validate)
     if found is not None:
         return found
-    assert not isinstance(dropout_seed, Tensor)
-    return _attend(tensors, options, mesh, dropout_seed, validate, kind)
+    return _attend(tensors, options, mesh, cast("int | None", dropout_seed), validate, kind)
 
 
 @untraced
@@ -279,10 +300,7 @@ def _attend(
     request, name = agree_on_request(tensors, options, mesh, dropout_seed, drawn, validate)
     tensors, call = prepare(tensors, request, mesh)
     keep(kind, tensors, options, call)
-    found = _attended(tensors, call, mesh)
-    if mesh is not None and name is not None:
-        meet_in_backward(found if isinstance(found, Tensor) else found[0], mesh, name)
-    return found
+    return _attended(tensors, call.named(mesh, name), mesh)
 
 
 def _attended(

@@ -22,6 +22,7 @@ from usp.attention.replicas import Replicas, replicas_forward, summed
 from usp.attention.ring import Ring, ring_backward, ring_forward
 from usp.attention.single import Single, single_attention
 from usp.attention.ulysses import gather_heads, scatter_heads
+from usp.distributed.agreement import meet_before_backward
 from usp.distributed.comm import Axis
 from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import (
@@ -43,7 +44,7 @@ def hybrid_attention(tensors: Tensors, call: Call) -> tuple[Tensor, Tensor | Non
         out: (B, Lq, H, Dv). lse: (B, H, Lq), None unless it was asked for.
     """
     if call.single is not None:
-        return single_attention(tensors, call.single)
+        return single_attention(tensors, call.single, call.meet)
     if not is_differentiated(tensors):
         given = attention_forward(tensors, call)
         return given.out, given.lse
@@ -86,6 +87,7 @@ class Call:
         bias_cut: How the bias changes hands, if there is one.
         back: That of the backward.
         single: The executor in their place where one visit is all there is to do.
+        name: Of the call, and on which mesh, where the ranks have met.
     """
 
     ulysses: Axis
@@ -95,6 +97,17 @@ class Call:
     bias_cut: BiasCut | None
     back: Ring
     single: Single | None = None
+    name: tuple[SequenceMesh, int] | None = None
+
+    def named(self, mesh: SequenceMesh | None, name: int | None) -> Call:
+        """The same, by the name that the ranks have told each other, if they have met."""
+        return self if mesh is None or name is None else replace(self, name=(mesh, name))
+
+    def meet(self) -> None:
+        """In the backward: behind what a checkpoint computes again for it, which a rank may do
+        alone, and before anything is sent."""
+        if self.name is not None:
+            meet_before_backward(*self.name)
 
     @cached_property
     def query_cut(self) -> Cut:
@@ -275,6 +288,7 @@ class _Attention(OnceDifferentiable):
         ctx: Any, dout: Tensor, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *inputs, out, lse, level, anchor = ctx.saved_tensors
+        ctx.call.meet()
         results = Results(out, lse, level)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             found = attention_backward(

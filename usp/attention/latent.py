@@ -9,15 +9,13 @@ from torch import Tensor
 
 from usp.attention import latent_op
 from usp.attention.arguments import drops
-from usp.attention.functional import draw_dropout_seed
+from usp.attention.functional import draw_dropout_seed, prepared
 from usp.attention.given import Latents, Options, Tensors
 from usp.attention.hybrid import own_slopes, prepare
 from usp.attention.latent_passes import attend_latents
-from usp.attention.learned import with_learned_scale
 from usp.attention.request import agree_on_request
 from usp.attention.sinks import beside_sinks
 from usp.attention.watched import seen_whole
-from usp.distributed.agreement import meet_in_backward
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
 from usp.ops.precision import in_autocast
@@ -110,7 +108,7 @@ def latent_attention(
     q, given = in_autocast(q), options.latents
     assert given is not None
     tensors = Tensors(q, *_like_keys(q, given), key_padding_mask, None, alibi_slopes)
-    tensors, options = with_learned_scale(tensors, options)
+    tensors, options = prepared(tensors, options, mesh, validate)
     return beside_sinks(
         options, lambda told: _dispatched(tensors, told, mesh, dropout_seed, validate)
     )
@@ -147,10 +145,8 @@ def _attend(
     keys = torch.cat((given.latent, given.rope_key), -1)[:, :, None]
     slopes = own_slopes(tensors.alibi_slopes, call)
     out, lse = attend_latents(
-        (q, keys, given.up_k, given.up_v, tensors.key_padding_mask, slopes), call
+        (q, keys, given.up_k, given.up_v, tensors.key_padding_mask, slopes), call.named(mesh, name)
     )
-    if mesh is not None and name is not None:
-        meet_in_backward(out, mesh, name)
     return out if lse is None else (out, lse)
 
 

@@ -196,6 +196,7 @@ class _LatentAttention(OnceDifferentiable):
         ctx: Any, dout: Tensor, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *held, out, lse, anchor = ctx.saved_tensors
+        ctx.call.meet()
         with torch.no_grad():
             found = latent_backward(dout, dlse, Held(*held), Results(out, lse, None), ctx.call)
         return *without_second_derivative(found, (dout, dlse, anchor)), None, None, None

@@ -23,10 +23,10 @@ def with_learned_scale(tensors: Tensors, options: Options) -> tuple[Tensors, Opt
     scale, q = options.softmax_scale, tensors.q
     if not isinstance(scale, Tensor) or not hasattr(q, "dtype"):  # checked later
         return tensors, options
-    if scale.numel() != 1:
+    if scale.numel() != 1 or (scale.is_meta and not q.is_meta):
         raise TypeError(
-            f"softmax_scale must be one number, got a tensor of shape {tuple(scale.shape)}: "
-            "multiply q by a scale for each head"
+            f"softmax_scale must be one number, got a tensor of shape {tuple(scale.shape)} on "
+            f"{scale.device}: multiply q by a scale for each head"
         )
     dtype = state_dtype(q.dtype)
     scaled = q.to(dtype) * scale.reshape(()).to(q.device, dtype)

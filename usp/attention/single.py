@@ -7,6 +7,7 @@ or what a family without such an op takes for its only block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -100,11 +101,13 @@ def _last_dims_contiguous(piece: Block) -> Block:
     return piece._replace(q=q, k=k, v=v)
 
 
-def single_attention(tensors: Tensors, single: Single) -> tuple[Tensor, Tensor | None]:
-    """``hybrid_attention`` of one visit."""
+def single_attention(
+    tensors: Tensors, single: Single, meet: Callable[[], None]
+) -> tuple[Tensor, Tensor | None]:
+    """``hybrid_attention`` of one visit; ``meet`` is that of its call."""
     q, k, v, *_ = tensors
     if is_differentiated(tensors):
-        out, lse = cast(Any, _Attention).apply(q, k, v, single)
+        out, lse = cast(Any, _Attention).apply(q, k, v, single, meet)
     else:
         out, lse = single.forward(q, k, v)
     return out, lse if single.returns_lse else None
@@ -115,24 +118,30 @@ class _Attention(OnceDifferentiable):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, single: Single
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        single: Single,
+        meet: Callable[[], None],
     ) -> tuple[Tensor, Tensor | None]:
         out, lse = single.forward(q, k, v)
         # twice: a checkpoint that computes torch's attention in the place of this one counts
         # fewer tensors
         ctx.save_for_backward(q, k, v, out, lse, lse)
-        ctx.single = single
+        ctx.single, ctx.meet = single, meet
         ctx.set_materialize_grads(False)
         return out, lse if single.returns_lse else None
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, _ = ctx.saved_tensors
+        ctx.meet()
         backward = ctx.single.backward
         if dout is None:
             dout = torch.zeros_like(out)
         if not torch.is_grad_enabled():
-            return *backward((q, k, v), dout, dlse, out, lse), None
+            return *backward((q, k, v), dout, dlse, out, lse), None, None
         with torch.no_grad():
             found = backward((q, k, v), dout, dlse, out, lse)
-        return *without_second_derivative(found, (dout, dlse, out)), None
+        return *without_second_derivative(found, (dout, dlse, out)), None, None

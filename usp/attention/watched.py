@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usp.attention.given import Options, Tensors
-from usp.distributed.agreement import When
+from usp.distributed.agreement import When, meet_without_values
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.planning.kinds import is_fake, tensor
 
@@ -53,6 +53,7 @@ def seen_whole(
         several = mesh is not None and mesh.size > 1
         return op(tensors, options, mesh if several else None, dropout_seed, validate)
     if is_fake(tensors.q):
+        meet_without_values(check_mesh(mesh), validate)
         with getattr(tensors.q, "fake_mode", nullcontext()):
             return op(tensors, options, mesh, dropout_seed, validate)
     return op(tensors, options, mesh, dropout_seed, validate) if is_watched() else None

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
@@ -45,6 +47,7 @@ PLACES = (
     "linear_attention",
     "usp.causal_conv1d",
     "usp.schedule_documents",
+    "something with meta or fake tensors, which have no values",
 )
 _NUMBERS = 4
 _REFUSALS = {
@@ -122,6 +125,20 @@ def meets(mesh: SequenceMesh | None, validate: When, asks: bool) -> bool:
     return asks or mesh.device_type == "cpu"
 
 
+@contextmanager
+def _in_the_open() -> Iterator[None]:
+    """In a transform of torch.func nothing can be sent, and a mode of fake tensors would answer for
+    the other ranks."""
+    with ExitStack() as stack:
+        if torch._C._are_functorch_transforms_active():
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            stack.enter_context(_disable_current_modes())
+        yield
+
+
 def check_on_all_ranks(
     mesh: SequenceMesh,
     place: str,
@@ -161,20 +178,51 @@ def refuse_together(
     """Raise on all ranks what one refuses in a call before they meet in it.
 
     Args:
-        mesh, validate: Of the call; see ``meets``. Where the ranks do not meet nothing happens.
+        mesh, validate: Of the call; see ``meets``. Where the ranks do not meet nothing happens,
+            nor where a graph is made.
         place: Of PLACES: where the others are.
         refusal: To be raised by the caller behind this.
     """
-    if isinstance(mesh, SequenceMesh) and meets(mesh, validate, False):
+    if torch.compiler.is_compiling() or not isinstance(mesh, SequenceMesh):
+        return
+    if meets(mesh, validate, False):
         _compare(mesh, place, {}, refusal, ())
 
 
+def meet_without_values(mesh: SequenceMesh | None, validate: When) -> None:
+    """Meet where tensors have no values, and nothing is computed or sent: all ranks do so, or all
+    of them raise.
+
+    Args:
+        mesh, validate: Of the call; see ``meets``.
+    """
+    if mesh is not None and meets(mesh, validate, False) and not mesh.is_simulated:
+        _compare(mesh, PLACES[-1], {}, None, ())
+
+
+def meet_in_place_of(
+    mesh: SequenceMesh | None, other: SequenceMesh | None, place: str, validate: When
+) -> None:
+    """Meet on a mesh before one of other degrees takes its place, so that a rank that does so alone
+    is heard. One of fewer ranks is taken without: they may be alone in what they do.
+
+    Args:
+        mesh, place, validate: Of the call.
+        other: The mesh in its place.
+    """
+    if mesh is None or other is None or other is mesh or torch.compiler.is_compiling():
+        return
+    if mesh.size == other.size and repr(mesh) != repr(other) and meets(mesh, validate, False):
+        _compare(mesh, place, {"mesh": other}, None, ())
+
+
 @untraced
+@_in_the_open()
 def _compare(
     mesh: SequenceMesh, place: str, facts: Facts, error: Exception | None, numbers: Numbers
 ) -> list[Numbers]:
     """Collective: a digest of what each rank was told; only where these differ what it was."""
-    said = {name: str(fact) for name, fact in facts.items()}
+    said = {name: str(fact) for name, fact in ({"mesh": mesh} | facts).items()}
     told = (said, type(error).__name__ if error else None, str(error))
     padded = (*numbers, *(0,) * (_NUMBERS - len(numbers)))
     everyone = mesh.gather_numbers(PLACES.index(place), digest(repr(told)), *padded)

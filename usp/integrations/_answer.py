@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usp import rng
-from usp.distributed.agreement import check_on_all_ranks, meets
+from usp.distributed.agreement import refuse_together
 from usp.distributed.mesh import degrees_and_place
 from usp.nn.spread import Spread
 from usp.planning.kinds import integer
@@ -339,15 +339,5 @@ def _of_mask(tokens: Tokens, mask: Tensor) -> str:
 
 def refuse(spread: Spread, refusal: Exception) -> NoReturn:
     """Raise on every rank that comes to this attention, where the ranks meet."""
-    mesh = spread.mesh
-    if (
-        mesh is not None
-        and not torch.compiler.is_compiling()
-        and meets(mesh, spread.validate, False)
-    ):
-
-        def check() -> None:
-            raise refusal
-
-        check_on_all_ranks(mesh, "long_context_attention", check, lambda _: {})
+    refuse_together(spread.mesh, "long_context_attention", spread.validate, refusal)
     raise refusal

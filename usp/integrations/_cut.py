@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from usp.distributed.agreement import refuse_together
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.integrations._answer import Tokens
 from usp.integrations._sites import Whole
@@ -97,15 +98,13 @@ class Cut(Whole):
         self._takes_spread = "spread" in inspect.signature(type(module).forward).parameters
 
     def __call__(self, *args: Any, spread: Spread | None = None, **kwargs: Any) -> Any:
+        try:
+            self._check(spread)
+        except (TypeError, ValueError) as refusal:
+            refuse_together(self.mesh, "long_context_attention", self.trunk.validate, refusal)
+            raise
         if spread is None:
-            if self.ranks > 1:
-                raise ValueError(
-                    f"{self.described()} has local outputs on {self.ranks} ranks, and nobody says "
-                    "of which sequence its tokens are: hand it all of usp.cut_batch(batch, mesh), "
-                    "which holds spread=, or a usp.Spread of your own"
-                )
             return self.inner(*args, **kwargs)
-        self._check(spread)
         if self._takes_spread:
             kwargs = kwargs | {"spread": spread}
         try:
@@ -114,7 +113,15 @@ class Cut(Whole):
         finally:
             self.trunk.close()
 
-    def _check(self, spread: Spread) -> None:
+    def _check(self, spread: Spread | None) -> None:
+        if spread is None:
+            if self.ranks > 1:
+                raise ValueError(
+                    f"{self.described()} has local outputs on {self.ranks} ranks, and nobody says "
+                    "of which sequence its tokens are: hand it all of usp.cut_batch(batch, mesh), "
+                    "which holds spread=, or a usp.Spread of your own"
+                )
+            return
         if not isinstance(spread, Spread):
             raise TypeError(f"spread must be a usp.Spread, got {type(spread).__name__}")
         theirs, ours = degrees_and_place(spread.mesh), degrees_and_place(self.mesh)

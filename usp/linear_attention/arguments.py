@@ -21,7 +21,7 @@ from usp.distributed.agreement import (
 )
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.linear_attention.exchange import METHODS
-from usp.planning.kinds import DTYPES, check_kinds, flag, integer, tensor
+from usp.planning.kinds import DTYPES, check_kinds, device_type, flag, integer, tensor
 from usp.planning.layout import Held, Layout
 from usp.planning.masks.bounds import check_cu_seqlens
 from usp.planning.shares import named_lengths, shares, summed_length
@@ -265,7 +265,7 @@ def _facts(given: Given, options: Options, length: int | None) -> Facts:
         "heads of q, k and v": tuple(x.shape[2] for x in (given.q, given.k, given.v)),
         "head_dim": (given.q.shape[3], given.v.shape[3]),
         "dtype": given.q.dtype,
-        "device type": given.q.device.type,
+        "device type": device_type(given.q),
         "seq_len": Advised("not given" if length is None else length, LENGTH_ADVICE),
         "layout": options.layout,
         "decay": given.decay_of,

@@ -97,8 +97,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``linear_attention`` with its arguments in two parts."""
     alone = check_mesh(mesh) is None or mesh is None or mesh.size == 1
-    is_told = alone or named_lengths(options.seq_len, options.layout) is not None
-    if torch.compiler.is_compiling() and options.causal and is_told:
+    in_graph = torch.compiler.is_compiling() and options.causal
+    if in_graph and (alone or named_lengths(options.seq_len, options.layout) is not None):
         return _attend_in_graph(given, options, mesh, validate)
     return (_attend if alone else untraced(_attend))(given, options, mesh, validate)
 

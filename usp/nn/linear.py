@@ -11,7 +11,7 @@ from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.linear_attention.arguments import Given, Options
 from usp.linear_attention.functional import attend
-from usp.nn.spread import Spread
+from usp.nn.spread import Spread, check_spread
 from usp.nn.tracing import one_node
 from usp.planning.layout import Layout
 
@@ -82,26 +82,28 @@ class LinearAttention(nn.Module):
             beta: (B, L, H), for the delta rule.
             cu_seqlens, seq_len: In place of those of the constructor.
             initial_state: (B, H, D, Dv) before the first token of the whole.
-            spread: In place of mesh, layout, ``seq_len`` and ``cu_seqlens``.
+            spread: In place of mesh, layout, ``seq_len`` and ``cu_seqlens``; of the same mesh on
+                all ranks.
 
         Returns:
             (B, L, H, Dv), with ``return_state`` also (B, H, D, Dv).
 
         Raises:
-            ValueError: ``spread`` and one of ``seq_len`` and ``cu_seqlens``, beside what the
-                function refuses.
+            TypeError, ValueError: ``spread`` is none, or there is one of ``seq_len`` and
+                ``cu_seqlens``, too; beside what the function refuses.
         """
         mesh, layout = self.mesh, self.layout
         cu_seqlens = self.cu_seqlens if cu_seqlens is None else cu_seqlens
         seq_len = self.seq_len if seq_len is None else seq_len
+        compare = compares_now(self.validate, self._compared)
         if spread is not None:
-            if seq_len is not None or cu_seqlens is not None:
-                raise ValueError("spread says the length and documents: leave out the others")
+            other = cu_seqlens if seq_len is None else seq_len
+            check_spread(spread, mesh, "linear_attention", compare, other)
             mesh, layout = spread.mesh, spread.layout
             seq_len, cu_seqlens = spread.seq_len, spread.cu_seqlens
         given = Given(q, k, v, self.decay if decay is None else decay, beta, initial_state)
         options = Options(self.method, self.causal, cu_seqlens, self.return_state, layout, seq_len)
-        out = attend(given, options, mesh, compares_now(self.validate, self._compared))
+        out = attend(given, options, mesh, compare)
         if not torch.compiler.is_compiling():  # a graph is run many times, and must change nothing
             self._compared = True
         return out

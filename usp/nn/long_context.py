@@ -13,7 +13,7 @@ from usp.attention.given import Options, Tensors
 from usp.attention.learned import refuse_gradient
 from usp.distributed.agreement import check_validate, compares_now
 from usp.distributed.mesh import SequenceMesh, check_mesh
-from usp.nn.spread import Spread
+from usp.nn.spread import Spread, check_spread
 from usp.nn.tracing import one_node
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
@@ -35,7 +35,7 @@ class LongContextAttention(nn.Module):
         validate: When ranks compare their arguments, so that a difference is an error on every
             rank and not a hang: "always", "never", or at the "first" call and then wherever
             ``long_context_attention`` does by itself: always on CPUs, and elsewhere where it
-            has to ask for a length or a dropout seed.
+            has to ask for a length or a dropout seed. The same on all ranks.
 
     Raises:
         ValueError: ``validate`` is none of the three.
@@ -134,14 +134,15 @@ class LongContextAttention(nn.Module):
             key_lengths: (B,) host integers, keys of each sample.
             alibi_slopes, cu_seqlens, mask, query_offset, seq_len: In place of those of the
                 constructor.
-            spread: In place of the constructor's mesh, layout, ``seq_len`` and ``cu_seqlens``.
+            spread: In place of the constructor's mesh, layout, ``seq_len`` and ``cu_seqlens``; of
+                the same mesh on all ranks.
 
         Returns:
             (B, Lq, H, Dv), with ``return_lse`` also (B, H, Lq).
 
         Raises:
-            ValueError: ``spread`` and one of ``seq_len`` and ``cu_seqlens``, beside what the
-                function refuses.
+            TypeError, ValueError: ``spread`` is none, or there is one of ``seq_len`` and
+                ``cu_seqlens``, too; beside what the function refuses.
         """
         told = vars(self.options) | {
             "softmax_scale": self.softmax_scale,
@@ -154,16 +155,15 @@ class LongContextAttention(nn.Module):
             "seq_len": self.seq_len if seq_len is None else seq_len,
             "dropout_p": self.dropout_p if self.training else 0.0,
         }
-        mesh = self.mesh
+        mesh, compare = self.mesh, compares_now(self.validate, self._compared)
         if spread is not None:
-            if seq_len is not None or cu_seqlens is not None:
-                raise ValueError("spread says the length and documents: leave out the others")
+            other = cu_seqlens if seq_len is None else seq_len
+            check_spread(spread, mesh, "long_context_attention", compare, other)
             placed = {"cu_seqlens": None} | spread.options
             mesh = placed.pop("mesh")
             told |= placed
         slopes = self.alibi_slopes if alibi_slopes is None else alibi_slopes
         tensors = Tensors(q, k, v, key_padding_mask, attn_bias, slopes)
-        compare = compares_now(self.validate, self._compared)
         out = attend(tensors, told, mesh, None, compare)
         # a graph is run many times, and must change nothing
         if not self._compared and not torch.compiler.is_compiling():

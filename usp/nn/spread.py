@@ -12,6 +12,7 @@ from torch import Tensor
 
 from usp import rng
 from usp.attention.functional import long_context_attention
+from usp.distributed.agreement import Facts, When, meet_in_place_of, refuse_together
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
 from usp.planning.kinds import integer
 from usp.planning.layout import Held, Layout, check_layout
@@ -101,9 +102,15 @@ class Spread:
             mesh, layout, cu_seqlens, validate: As above.
 
         Raises:
-            ValueError: the ranks hold other shares than the layout gives them; on all of them.
+            ValueError: the ranks hold other shares than the layout gives them, or have other
+                layouts or documents; on all of them.
         """
-        held = ask_lengths(length, mesh, lambda: {"layout": check_layout(layout)})
+
+        def alike() -> Facts:
+            ends = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens)
+            return {"layout": check_layout(layout), "cu_seqlens": ends}
+
+        held = ask_lengths(length, mesh, alike)
         whole = summed_length("x", held, layout, degrees_and_place(mesh)[0])
         return cls(mesh, layout, whole, cast(Any, cu_seqlens), validate)
 
@@ -178,3 +185,31 @@ class Spread:
     def sharded(self) -> AbstractContextManager[None]:
         """``usp.rng.sharded``: random numbers that differ on each rank."""
         return rng.sharded(self.mesh)
+
+
+def check_spread(
+    spread: Any, mesh: SequenceMesh | None, place: str, validate: When, other: object
+) -> Spread:
+    """``spread=`` of a module's call.
+
+    Args:
+        spread: What was given.
+        mesh: Of the module, in whose place the spread's is.
+        place: Of ``agreement.PLACES``.
+        validate: See ``agreement.meets``.
+        other: What else says the length or documents; None where nothing does.
+
+    Raises:
+        TypeError, ValueError: it is no Spread, or not alone; on a rank of ``mesh`` of as many
+            ranks, it is of other degrees than that of another rank. On all ranks of ``mesh``.
+    """
+    try:
+        if not isinstance(spread, Spread):
+            raise TypeError(f"spread must be a usp.Spread, got {type(spread).__name__}")
+        if other is not None:
+            raise ValueError("spread says the length and documents: leave out the others")
+    except (TypeError, ValueError) as refusal:
+        refuse_together(mesh, place, validate, refusal)
+        raise
+    meet_in_place_of(mesh, spread.mesh, place, validate)
+    return spread

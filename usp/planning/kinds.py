@@ -147,6 +147,11 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_meta or type(value).__name__ == "FakeTensor")
 
 
+def device_type(x: Tensor) -> str:
+    """In words; ranks whose tensors have no values have others than those whose have."""
+    return f"{x.device.type}, without values" if is_fake(x) else x.device.type
+
+
 # Classes of torch that stand for a plain tensor while it is traced or on its way.
 _STANDING_IN = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor", "ProxyTensor")
 

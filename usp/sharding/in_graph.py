@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from usp.distributed.agreement import Facts, meet_before_backward
+from usp.distributed.agreement import Facts, meet_before_backward, meet_without_values
 from usp.distributed.graph import has_effect, saved_in_graph
 from usp.distributed.mesh import SequenceMesh, mesh_of
 from usp.planning.kinds import is_fake
@@ -54,6 +54,8 @@ def call(name: str, x: Tensor, *settings: Any, validate: bool | None) -> Tensor:
         settings: As registered.
         validate: As in ``agreement.meets``.
     """
+    if not torch.compiler.is_compiling() and is_fake(x):
+        meet_without_values(mesh_of(settings[-1]), validate)
     needed = torch.is_grad_enabled() and x.requires_grad
     out, _ = getattr(torch.ops.usp, name)(x, *settings, validate, needed)
     return cast(Tensor, out)

@@ -14,7 +14,7 @@ from usp.distributed.agreement import Facts, check_on_all_ranks, meets, refuse_t
 from usp.distributed.comm import Axis, untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh
 from usp.ops.derivatives import refuse_in_transforms
-from usp.planning.kinds import tensor
+from usp.planning.kinds import device_type, tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,7 +76,7 @@ def cross_entropy(
         )
         same = {"count": count, "ignore_index": ignored, "label_smoothing": smoothing}
         found = each.sum(dtype=dtype), (target != ignored).sum()
-        return {"dtype of input": input.dtype, **same}, found
+        return {"device type": device_type(input), "dtype of input": input.dtype, **same}, found
 
     if mesh is not None or data_parallel_group is not None:
         refuse_in_transforms_together(mesh, "usp.cross_entropy", " over several ranks")
@@ -125,10 +125,7 @@ def refuse_in_transforms_together(mesh: SequenceMesh | None, name: str, where: s
     try:
         refuse_in_transforms(name + where)
     except NotImplementedError as refusal:
-        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-        with temporarily_clear_interpreter_stack():  # in a transform nothing can be sent
-            refuse_together(mesh, name, None, refusal)
+        refuse_together(mesh, name, None, refusal)
         raise
 
 

@@ -25,7 +25,7 @@ from usp.distributed.agreement import (
 )
 from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh, check_mesh, mesh_of
-from usp.planning.kinds import flag, integer, real
+from usp.planning.kinds import device_type, flag, integer, real
 from usp.planning.problem import state_dtype
 from usp.sharding import in_graph
 from usp.sharding.collectives import Gather, gather, reduce_scatter
@@ -200,7 +200,7 @@ def _asked(
 
 def _more(x: Tensor) -> Facts:
     needed = torch.is_grad_enabled() and x.requires_grad
-    return {"device type": x.device.type, "gradient needed": needed}
+    return {"device type": device_type(x), "gradient needed": needed}
 
 
 def _agree(
@@ -285,7 +285,7 @@ def _apply(told: Tensor, *settings: Any) -> tuple[Tensor, int | None]:
     asked = asked._replace(dims=tuple(asked.dims), beside=tuple(asked.beside))
 
     def others() -> Facts:
-        return {"device type": told.device.type} | more()
+        return {"device type": device_type(told)} | more()
 
     _, name = _agree(asked.place, lambda: asked, on, validate, others)
     return gather(on, told, _one_each(on)), name

@@ -16,7 +16,7 @@ from torch import Tensor
 from usp.distributed.agreement import Facts
 from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import OnceDifferentiable, without_second_derivative
-from usp.planning.kinds import integer, real, tensor
+from usp.planning.kinds import device_type, integer, real, tensor
 from usp.planning.shares import tile_bounds
 from usp.sharding.loss import (
     check_target,
@@ -95,7 +95,8 @@ def tiled_cross_entropy(
         apply = torch.compiler.disable(_apply) if torch.compiler.is_compiling() else _apply
         found = apply(how, hidden, weight, bias, labels), (labels != ignore_index).sum()
         same = {"count": count, "ignore_index": ignore_index, **options}
-        return {"dtype of hidden": hidden.dtype, "classes": len(weight), **same}, found
+        same |= {"device type": device_type(hidden), "dtype of hidden": hidden.dtype}
+        return {"classes": len(weight), **same}, found
 
     mine, valid = with_others(mesh, "usp.tiled_cross_entropy", compute)
     return mean_of_whole(mine, valid, mesh, data_parallel_group, count)

@@ -17,7 +17,7 @@ from usp.distributed.agreement import (
     new_name,
 )
 from usp.distributed.mesh import SequenceMesh, check_mesh, degrees_and_place
-from usp.planning.kinds import integer, tensor
+from usp.planning.kinds import device_type, integer, tensor
 from usp.planning.layout import Held, Layout, check_layout
 from usp.planning.shares import named_lengths, shares, summed_length
 
@@ -122,7 +122,9 @@ def ask_lengths(
     """
 
     def check() -> tuple[int, Facts]:
-        return integer("length", length, least=0), more()
+        if integer("length", length, least=0) >= 2**63:
+            raise ValueError(f"length must be below 2**63, got {length}")
+        return length, more()
 
     if check_mesh(mesh) is None or mesh is None or mesh.size == 1:
         return (check()[0],)
@@ -150,7 +152,7 @@ def _facts(x: Tensor, dim: int, layout: Layout, seq_len: int | None) -> Facts:
         "seq_len": Advised("not given" if seq_len is None else seq_len, LENGTH_ADVICE),
         "dims beside the sequence": (*x.shape[:dim], "tokens", *x.shape[dim + 1 :]),
         "dtype": x.dtype,
-        "device type": x.device.type,
+        "device type": device_type(x),
         "layout": layout,
         "gradient needed": torch.is_grad_enabled() and x.requires_grad,
     }

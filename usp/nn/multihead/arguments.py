@@ -12,7 +12,7 @@ from torch import Tensor
 
 from usp.attention import levels
 from usp.distributed.agreement import Facts
-from usp.planning.kinds import tensor
+from usp.planning.kinds import device_type, tensor
 from usp.planning.problem import state_dtype
 
 
@@ -173,6 +173,7 @@ class Arguments(NamedTuple):
             lengths: Queries and keys of the whole sequence where they were named.
         """
         told: Facts = {"need_weights": self.need_weights, "seq_len": "not given"}
+        told["device type"] = device_type(self.query)
         if lengths is not None:
             told["seq_len"], told["keys of seq_len"] = lengths
         for name, mask in (

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from usp.attention.functional import draw_dropout_seed
-from usp.distributed.agreement import When, check_on_all_ranks, compares_now, meets
+from usp.distributed.agreement import (
+    When,
+    check_on_all_ranks,
+    compares_now,
+    meet_without_values,
+    meets,
+)
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.multihead import forward as multihead_forward
 from usp.nn.multihead.arguments import Arguments
@@ -288,6 +294,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> Projected:
         """The same in a graph; attention itself asks for lengths that nobody named."""
         placement, lengths = self.placement, self.placement.named_lengths
+        if not torch.compiler.is_compiling():
+            meet_without_values(mesh, validate)
         arguments.check(None if lengths is None else lengths[1])
         if validate is not False or seed is not None:
             differ = lengths is None and bool(placement.whole_mask(False) != Everything())
