@@ -520,7 +520,7 @@ def test_one_rank_joins_something_else_and_all_hear_of_it(pool, name: str, devia
             assert any(value in message for value in values.split("|")), message
 
 
-# of one rank: functions that ask for a whole, each with what is wrong
+# functions of a whole, and what one rank alone says wrong of it
 ASKS: dict[str, Callable[[usp.SequenceMesh, bool], Any]] = {
     "linear's layout": lambda mesh, wrong: usp.linear_attention(
         *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, layout="zigzag" if wrong else "contiguous"
@@ -530,6 +530,19 @@ ASKS: dict[str, Callable[[usp.SequenceMesh, bool], Any]] = {
     ),
     "linear's length": lambda mesh, wrong: usp.linear_attention(
         *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, seq_len=4.0 if wrong else 4
+    ),
+    "dynamic dims": lambda mesh, wrong: usp.dsp.DynamicShard.of(
+        zeros(2, 2, 4), (1, 3 if wrong else 2), mesh
+    ),
+    "parameters": lambda mesh, wrong: usp.all_reduce_gradients(None if wrong else [], mesh),
+    "group of gradients": lambda mesh, wrong: usp.all_reduce_gradients(
+        [], mesh, dist.group.WORLD if wrong else None
+    ),
+    "sums of gradients": lambda mesh, wrong: usp.all_reduce_gradients(
+        [], mesh, accumulate_in_fp32=wrong
+    ),
+    "group of a loss": lambda mesh, wrong: usp.cross_entropy(
+        zeros(2, 3), zeros(2, dtype=torch.int64), mesh, dist.group.WORLD if wrong else None
     ),
     "held": lambda mesh, wrong: usp.held(2**63 if wrong else 2, mesh),
     "documents": lambda mesh, wrong: usp.Spread.infer(
@@ -547,7 +560,7 @@ def asks(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ASKS)
-def test_what_is_wrong_before_a_length_is_known(pool, name: str) -> None:
+def test_what_one_rank_alone_says_of_a_whole(pool, name: str) -> None:
     assert_refused(pool, asks, name, ranks=2)
 
 

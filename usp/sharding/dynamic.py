@@ -105,7 +105,11 @@ class DynamicShard:
             TypeError, ValueError: as ``split``; or this rank's share of ``seq_len`` is not what
                 ``local`` holds, or ranks differ; names both.
         """
-        dims, dim = _checked(local, dims, dim)
+        try:
+            dims, dim = _checked(local, dims, dim)
+        except Exception as refusal:  # whatever it is, the others must not wait for this rank
+            refuse_together(mesh, "usp.dsp.DynamicShard.of", validate, refusal)
+            raise
         if seq_len is None or not is_in_graph(local, check_mesh(mesh)):
             seq_len = _agreed(local, mesh, dim, seq_len, validate, dims)
         lengths = tuple(seq_len if each == dim else local.shape[each] for each in dims)

@@ -71,26 +71,29 @@ def all_reduce_gradients(
         ValueError: parameters differ between the ranks of the mesh, or a rank is still in a
             backward; says both. Or one of ``by_position`` is none of those to reduce.
     """
-    axes = _axes(check_mesh(mesh), data_parallel_group)
-    parameters, own = _parameters(module_or_parameters), _parameters(by_position)
-    rest = [p for p in parameters if not any(p is q for q in own)]
 
-    def check() -> tuple[list[nn.Parameter], int]:
+    def check() -> tuple[list[nn.Parameter], list[nn.Parameter], list[Axis]]:
+        parameters, own = _parameters(module_or_parameters), _parameters(by_position)
         if strange := [tuple(p.shape) for p in own if not any(p is q for q in parameters)]:
             raise ValueError(
                 f"by_position holds parameters {strange} that are not among the {len(parameters)} "
                 "to reduce"
             )
-        return rest, len(own)
+        rest = [p for p in parameters if not any(p is q for q in own)]
+        return rest, own, _axes(None, data_parallel_group)
 
+    def facts(found: tuple[list[nn.Parameter], list[nn.Parameter], list[Axis]]) -> Facts:
+        return _facts(*found) | {"accumulate_in_fp32": accumulate_in_fp32}
+
+    check_mesh(mesh)
     if mesh is not None and mesh.size > 1:
-        check_on_all_ranks(mesh, "all_reduce_gradients", check, _facts)
+        (rest, own, data), _ = check_on_all_ranks(mesh, "all_reduce_gradients", check, facts)
     else:
-        check()
+        rest, own, data = check()
+    axes = _axes(mesh, None) + data
     if not axes:
         return
-    replicas = 1 if data_parallel_group is None else len(comm.group_ranks(data_parallel_group))
-    data = _axes(None, data_parallel_group)
+    replicas = data[0].size if data else 1
     with torch.no_grad():
         for bucket in _buckets(rest):
             _reduce(bucket, axes, replicas, accumulate_in_fp32)
@@ -115,15 +118,15 @@ def _parameters(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> lis
     return [p for p in dict.fromkeys(module_or_parameters) if p.requires_grad]
 
 
-def _facts(found: tuple[list[nn.Parameter], int]) -> Facts:
-    parameters, own = found
+def _facts(parameters: list[nn.Parameter], own: list[nn.Parameter], data: list[Axis]) -> Facts:
     shapes = [(tuple(_local(p).shape), p.dtype) for p in parameters]
     return {
         "number of parameters": len(parameters),
         "number of their elements": sum(_local(p).numel() for p in parameters),
         "shapes and dtypes of the parameters (a digest)": digest(repr(shapes)),
         "device types of the parameters": {p.device.type for p in parameters},
-        "number of parameters by position": own,
+        "number of parameters by position": len(own),
+        "ranks of data_parallel_group": [axis.size for axis in data],
     }
 
 

@@ -80,7 +80,7 @@ def cross_entropy(
 
     if mesh is not None or data_parallel_group is not None:
         refuse_in_transforms_together(mesh, "usp.cross_entropy", " over several ranks")
-    mine, valid = with_others(mesh, "usp.cross_entropy", compute)
+    mine, valid = with_others(mesh, data_parallel_group, "usp.cross_entropy", compute)
     return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
 
 
@@ -98,18 +98,28 @@ def check_target(name: str, target: Tensor) -> None:
 
 
 def with_others(
-    mesh: SequenceMesh | None, name: str, compute: Callable[[], tuple[Facts, Found]]
+    mesh: SequenceMesh | None,
+    group: ProcessGroup | None,
+    name: str,
+    compute: Callable[[], tuple[Facts, Found]],
 ) -> Found:
     """What this rank computes by itself; where the ranks meet they compare what it was given, and
     hear of what torch refuses (a label that is no class), too.
 
     Args:
+        mesh, group: As ``cross_entropy`` has them.
+        name: Of PLACES of ``usp.distributed.agreement``.
         compute: Returns what must be the same on all ranks, and what it found.
     """
     check_mesh(mesh)
     if mesh is None or not meets(mesh, None, False):
         return compute()[1]
-    (_, found), _ = check_on_all_ranks(mesh, name, compute, lambda both: both[0])
+
+    def facts(both: tuple[Facts, Found]) -> Facts:
+        size = None if group is None else len(comm.group_ranks(group))
+        return {"ranks of data_parallel_group": size} | both[0]
+
+    (_, found), _ = check_on_all_ranks(mesh, name, compute, facts)
     return found
 
 

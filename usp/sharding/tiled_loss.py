@@ -98,7 +98,7 @@ def tiled_cross_entropy(
         same |= {"device type": device_type(hidden), "dtype of hidden": hidden.dtype}
         return {"classes": len(weight), **same}, found
 
-    mine, valid = with_others(mesh, "usp.tiled_cross_entropy", compute)
+    mine, valid = with_others(mesh, data_parallel_group, "usp.tiled_cross_entropy", compute)
     return mean_of_whole(mine, valid, mesh, data_parallel_group, count)
 
 
