@@ -15,13 +15,15 @@ def uninitialised(*shape: int, dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the host. The system hands out fresh memory page by page as it is first
     written, which takes longer than planning does; large pages save most of that."""
     size = prod(shape) * dtype.itemsize
-    if size < 4 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = -(-size // _LARGE_PAGE) + 1  # else its first and last part come in small ones
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, whole * _LARGE_PAGE, flags=flags)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a system that has none
         return torch.empty(shape, dtype=dtype, device="cpu")
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    begin = -memory.data_ptr() % _LARGE_PAGE  # else its first and last part come in small ones
+    begin = -memory.data_ptr() % _LARGE_PAGE
     return memory[begin : begin + size].view(dtype).view(shape)

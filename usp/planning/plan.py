@@ -107,6 +107,10 @@ class Plan:
         return sum(step.pairs for step in self.steps)
 
 
+# Of the plan made last: a backward in which queries travel begins with the step of its forward.
+_own_steps: dict[tuple[Masks, Positions, Positions, int, int], Step] = {}
+
+
 @lru_cache(maxsize=64)
 def make_plan(
     masks: Masks,
@@ -160,7 +164,8 @@ def plan_of(
     (queries, keys), own = placed, arrivals[0].owner
     held = [keys[arrival.owner] for arrival in arrivals]
     steps = steps_of(masks, queries, arrivals, held, key_len)
-    _kept(masks, queries, keys[own], own, key_len)[:] = steps[:1]
+    _own_steps.clear()
+    _own_steps[masks, queries, keys[own], own, key_len] = steps[0]
     return Plan(ring_rank, len(keys), tuple(steps), route, queries, keys)
 
 
@@ -219,7 +224,7 @@ def steps_of(
     for index, part in enumerate(masks):
         cargo = (arrival.cargo[index] for arrival in arrivals)
         here = [Here(*each, key_len, 2 * len(queries)) for each in zip(keys, cargo, strict=True)]
-        seen = zip(here, seen_of(part.mask, queries.tensor, here, key_len), strict=True)
+        seen = zip(here, seen_of(part.mask, queries, here, key_len), strict=True)
         loads.append([Load(part.samples, part.query_offset, each.rows, v) for each, v in seen])
     of_each = zip(*loads, strict=True)
     return [Step(arrival.owner, each) for arrival, each in zip(arrivals, of_each, strict=True)]
@@ -227,16 +232,8 @@ def steps_of(
 
 def own_step(masks: Masks, queries: Positions, keys: Positions, owner: int, key_len: int) -> Step:
     """What a row of queries sees of all keys of one owner."""
-    kept = _kept(masks, queries, keys, owner, key_len)
-    if not kept:
-        own = Arrival(owner, tuple(all_rows(len(keys)) for _ in masks))
-        kept += steps_of(masks, queries, [own], [keys], key_len)
-    return kept[0]
-
-
-@lru_cache(maxsize=1)  # a backward in which queries travel begins with the step of its forward
-def _kept(
-    masks: Masks, queries: Positions, keys: Positions, owner: int, key_len: int
-) -> list[Step]:
-    """Room for it."""
-    return []
+    kept = _own_steps.get((masks, queries, keys, owner, key_len))
+    if kept is not None:
+        return kept
+    own = Arrival(owner, tuple(all_rows(len(keys)) for _ in masks))
+    return steps_of(masks, queries, [own], [keys], key_len)[0]

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from usp.planning.walk import along_runs
+from usp.planning.walk import along_runs, divided
 
 # So few runs are counted one by one: all in place, as fresh memory costs more than the arithmetic.
 FEW_RUNS = 4
@@ -45,8 +45,12 @@ class Positions:
     @cached_property
     def tensor(self) -> Tensor:
         """(n,) int64, sorted."""
+        return self.written(self.start.new_empty(len(self)))
+
+    def written(self, out: Tensor) -> Tensor:
+        """The same in (n,) of any integer dtype."""
         held = self.counts > 0
-        return along_runs(self.start[held], self.counts[held], self.stride)
+        return along_runs(self.start[held], self.counts[held], self.stride, out)
 
     @cached_property
     def _on_device(self) -> dict[torch.device, Tensor]:
@@ -81,26 +85,31 @@ class Positions:
         positions: Tensor,
         out: Tensor | None = None,
         between: tuple[int, int] | None = None,
+        ahead: int = 0,
     ) -> Tensor:
-        """How many of this row's tokens lie below each of ``positions``, of their dtype.
+        """How many of this row's tokens lie below each of ``positions + ahead``, of their dtype.
 
         Args:
-            positions: Of any shape, int32 or int64, 0 or more; quick where they mostly ascend.
+            positions: Of any shape, int32 or int64; quick where they mostly ascend.
             out: Where they go, if that is there already.
-            between: None of the positions is less than the one, or more than the other.
+            between: None of the sums is less than the one, or more than the other.
         """
         out = torch.empty_like(positions) if out is None else out
         if not len(self):
             return out.zero_()
         if len(self.start) <= FEW_RUNS:
-            self._within(positions, self._few[0], out, between)
-            for each in self._few[1:]:
+            few = [(start - ahead, count) for start, count in self._few]
+            if between is not None:
+                between = between[0] - ahead, between[1] - ahead
+            self._within(positions, few[0], out, between)
+            for each in few[1:]:
                 out += self._within(positions, each, torch.empty_like(out), between)
             return out
+        positions = positions + ahead if ahead else positions
         start, origin, most = (table.to(out.dtype) for table in self._walk)
         run = torch.searchsorted(start, positions.contiguous().flatten(), right=True)
         origin, most = (table.index_select(0, run).view_as(out) for table in (origin, most))
-        _divided(torch.sub(positions, origin, out=out), self.stride)
+        divided(torch.sub(positions, origin, out=out), self.stride)
         return torch.minimum(out, most, out=out)
 
     @cached_property
@@ -121,18 +130,9 @@ class Positions:
     ) -> Tensor:
         """How many tokens of the run lie below each position."""
         start, count = run[0] - (self.stride - 1), run[1]
-        _divided(torch.sub(positions, start, out=out), self.stride)
+        divided(torch.sub(positions, start, out=out), self.stride)
         if between is not None:
             low, high = ((end - start) // self.stride for end in between)
             if low >= 0 and high <= count:
                 return out
         return out.clamp_(0, count)
-
-
-def _divided(x: Tensor, divisor: int) -> Tensor:
-    """``x //= divisor``; by a power of two a shift is many times as fast, and floors alike."""
-    if divisor == 1:
-        return x
-    if divisor & (divisor - 1):
-        return x.floor_divide_(divisor)
-    return x.bitwise_right_shift_(divisor.bit_length() - 1)

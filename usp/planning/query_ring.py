@@ -17,7 +17,8 @@ from usp.planning.plan import Load, Plan, Step, make_any_route, own_step
 from usp.planning.reach import needed_queries
 from usp.planning.rows import all_rows
 from usp.planning.samples import Masks
-from usp.planning.seen import Here, seen_of
+from usp.planning.seen import Here, seen_of, some_of
+from usp.planning.slides import Slides
 
 Layouts = tuple[Layout, Layout]
 
@@ -43,14 +44,14 @@ def make_query_ring(
         route = make_any_route(transport, needs, owned, outer_degree, ring_rank)
     whole, mine, key_len = all_rows(len(keys[ring_rank])), keys[ring_rank], lengths[1]
     here = Here(mine, whole, key_len, 2 * lengths[0])
+    slides = [Slides(key_len) for _ in masks]
     # one owner's may come twice, some rows from either side
     steps = [(ring_rank, own_step(masks, queries[ring_rank], mine, ring_rank, key_len))]
     for arrival in () if route is None else route.arrivals:
         loads = []
-        for part, some in zip(masks, arrival.cargo, strict=True):
-            at = queries[arrival.owner].tensor
-            at = at if some.are_all else at.index_select(0, some.index)
-            (seen,) = seen_of(part.mask, at, [here], key_len)
+        for part, some, known in zip(masks, arrival.cargo, slides, strict=True):
+            at = some_of(queries[arrival.owner], some)
+            (seen,) = seen_of(part.mask, at, [here], key_len, known)
             loads.append(Load(part.samples, part.query_offset, whole, seen, some))
         steps.append((arrival.owner, Step(ring_rank, tuple(loads))))
     plans = (Plan(owner, ring_degree, (step,), None, queries[owner], keys) for owner, step in steps)

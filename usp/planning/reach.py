@@ -8,19 +8,21 @@ gaps inside such a stretch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
-from usp.planning.positions import Positions
+from usp.planning.memory import uninitialised
+from usp.planning.positions import FEW_RUNS, Positions
 from usp.planning.rows import Rows, all_rows, merged, no_rows
 from usp.planning.seen import Here
-from usp.planning.walk import each_of, run_of_each
+from usp.planning.walk import each_of, pieces_of_each, run_of_each
 
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
@@ -40,15 +42,15 @@ def needed_rows(
     """
     query_len, key_len = lengths
     keys = rows(layouts[1], key_len, ring_degree)
-    seen = _seen(mask, rows(layouts[0], query_len, ring_degree), key_len)
-    ends = torch.cat([torch.stack(runs) for runs in seen], 1)
-    rank_of = run_of_each(torch.tensor([len(runs[0]) for runs in seen], device="cpu"))
-    table = []
-    for owned, (low, high) in zip(keys, _counted(keys, ends, key_len), strict=True):
-        held = high > low
-        apart = (end[held].long() for end in (low, high))
-        nothing = [no_rows(len(owned))] * len(seen)
-        table.append(_rows_of(nothing, rank_of[held], *apart))
+    seen = _by_stretches(mask, rows(layouts[0], query_len, ring_degree), key_len)
+    rank_of, *runs = _seen_runs(seen, key_len)
+    table, nothing = [], [[no_rows(len(owned))] * ring_degree for owned in keys]
+    for none, counted in zip(
+        nothing, _counted(keys, torch.stack(runs).int(), key_len), strict=True
+    ):
+        held = (counted[1] > counted[0]).nonzero().flatten()
+        low, high = (end.index_select(0, held).long() for end in counted)
+        table.append(_rows_of(none, rank_of.index_select(0, held), low, high))
     return tuple(zip(*table, strict=True))
 
 
@@ -64,18 +66,18 @@ def needed_queries(
     queries = rows(layouts[0], query_len, ring_degree)
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _by_stretches(mask, queries, key_len)
-    ends = torch.cat([torch.stack((each.first, each.stop)) for each in seen], 2)
-    # places of the stretches among the queries of their row
-    places = [
-        row.count_below(torch.stack((each.low, each.high))) + torch.tensor([[0], [1]], device="cpu")
-        for row, each in zip(queries, seen, strict=True)
-    ]
-    start, stop = torch.cat(places, 1)
-    owner_of = run_of_each(torch.tensor([len(each.low) for each in seen], device="cpu"))
+    some = (seen.last > seen.first).flatten().nonzero().flatten()
+    ends = uninitialised(2, len(some), dtype=torch.int32)
+    for end, out in zip((seen.first, seen.last), ends, strict=True):
+        torch.index_select(end.flatten(), 0, some, out=out)
+    every = torch.arange(len(seen.row_of), dtype=torch.int32, device="cpu")
+    which = every.expand_as(seen.first).flatten().index_select(0, some)
     nothing, table = [no_rows(len(row)) for row in queries], []
-    for low, high in _counted(keys, ends.flatten(1), key_len):
-        held = (high > low).view_as(ends[0]).any(0)
-        table.append(tuple(_rows_of(nothing, owner_of[held], start[held], stop[held])))
+    for low, high in _counted(keys, ends, key_len):
+        found = which.index_select(0, (high > low).nonzero().flatten()).long()
+        held = torch.zeros_like(every, dtype=torch.bool).index_fill_(0, found, True)
+        runs = (seen.row_of, seen.start, seen.stop)
+        table.append(tuple(_rows_of(nothing, *(each[held] for each in runs))))
     return tuple(table)
 
 
@@ -93,90 +95,136 @@ def _rows_of(nothing: Sequence[Rows], block: Tensor, start: Tensor, stop: Tensor
         stop = torch.cat((stop.index_select(0, apart), stop[-1:]))
         block = torch.cat((block[:1], block[1:].index_select(0, apart)))
     counts = torch.bincount(block, minlength=len(nothing)).tolist()
-    runs = zip(nothing, start.split(counts), stop.split(counts), strict=True)
-    return [Rows(none.total, *ends) if len(ends[0]) else none for none, *ends in runs]
+    found, held = [*nothing], [i for i, count in enumerate(counts) if count]
+    each = (ends.split([counts[i] for i in held]) for ends in (start, stop))
+    for i, *ends in zip(held, *each, strict=True):
+        found[i] = Rows(nothing[i].total, *ends)
+    return found
 
 
 def _counted(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:
-    """Of each owner, how many of all its keys lie below each of (2, n) int64."""
-    room = None
-    for owned in keys:
-        here = Here(owned, all_rows(len(owned)), key_len, ends.numel())
-        here.expect(1)
-        if here.has_table:
-            room = here.make_table(room)
-        yield here.count_below(ends)
+    """Of each owner, how many of all its keys lie below each of (2, n) int32; what is found stands
+    until the next one is asked for."""
+    if keys[0].stride > 1 or all(len(owned.start) <= FEW_RUNS for owned in keys):
+        out = uninitialised(*ends.shape, dtype=torch.int32)
+        yield from (owned.count_below(ends, out) for owned in keys)
+        return
+    owner = run_of_each(torch.tensor([len(owned.start) for owned in keys], device="cpu"))
+    counts = torch.cat([owned.counts for owned in keys])
+    held = counts.nonzero().flatten()
+    start, order = (
+        torch.cat([owned.start for owned in keys]).index_select(0, held).sort(stable=True)
+    )
+    counts, owner = (each.index_select(0, held[order]).int() for each in (counts, owner))
+    if not len(start) or start[0] > 0:  # a run of nobody's
+        start, counts, owner = (F.pad(each, (1, 0)) for each in (start, counts, owner))
+    # the run of all owners in which an end lies is looked up once
+    begins, start = Positions(start[1:] - 1, start[1:], 1), start.int()
+    here = Here(begins, all_rows(len(begins)), key_len, ends.numel())
+    here.expect(1)
+    run, inside, whose, mine, out = uninitialised(5, *ends.shape, dtype=torch.int32)
+    run = here.count_below(ends, run).flatten()
 
+    def look_up(table: Tensor, into: Tensor) -> Tensor:
+        torch.index_select(table, 0, run, out=into.flatten())
+        return into
 
-def _seen(mask: Mask, table: tuple[Positions, ...], key_len: int) -> list[tuple[Tensor, Tensor]]:
-    """Of each row, the runs of global key positions that its queries see, ascending, apart."""
-    return [_seen_runs(each.first, each.stop) for each in _by_stretches(mask, table, key_len)]
+    torch.sub(ends, look_up(start, mine), out=inside)
+    torch.minimum(inside, look_up(counts, mine), out=inside)
+    look_up(owner, whose)
+    for rank in range(len(keys)):
+        own = counts * (owner == rank)
+        look_up(own.cumsum(0, dtype=torch.int32) - own, out)
+        yield out.addcmul_(inside, torch.eq(whose, rank, out=mine))
 
 
 class _Stretches(NamedTuple):
-    """Of a row: stretches of its queries, and what they see.
+    """Stretches of the queries of all rows, and what they see.
 
     Attributes:
-        low, high: (stretches,) first and last position.
-        first, stop: (bands, stretches) of each band what they see of it.
+        row_of: (stretches,) ascending.
+        start, stop: (stretches,) which queries of their row they are.
+        first, last: (bands, stretches) int32, of each band between which positions they see.
     """
 
-    low: Tensor
-    high: Tensor
-    first: Tensor
+    row_of: Tensor
+    start: Tensor
     stop: Tensor
+    first: Tensor
+    last: Tensor
 
 
 @lru_cache(maxsize=1)  # what is needed of keys and of queries is asked one after the other
-def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> list[_Stretches]:
-    stretches = [_stretches(row) for row in table]
-    for start, width in mask.seams:
-        stretches = [_cut(*ends, start, width) for ends in stretches]
-    counts = [len(low) for low, _ in stretches]
+def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> _Stretches:
+    row_of, start, stop, low, high = _stretches(table, mask.seams)
     # the mask is asked once for all rows: many small questions take longer
-    ends, order = torch.cat([torch.cat(ends) for ends in zip(*stretches, strict=True)]).sort()
+    ends, order = torch.cat((low, high)).sort(stable=True)
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device="cpu"))
-    bands = mask.bands(ends, key_len, trim=False)
-    low, high = place.tensor_split(2)
-    each = zip(stretches, low.split(counts), high.split(counts), strict=True)
-    return [
-        _Stretches(*ends, each_of(bands.first, low), each_of(bands.stop, high))
-        for ends, low, high in each
-    ]
+    bands = mask.bands(ends.int(), key_len, trim=False)
+    seen = uninitialised(2, len(bands.first), len(low), dtype=torch.int32)
+    for end, at, out in zip(bands, place.tensor_split(2), seen, strict=True):
+        each_of(end, at, out)
+    return _Stretches(row_of, start, stop, *seen)
 
 
-def _seen_runs(first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of keys that are seen of bands, ascending, with something between them.
+def _seen_runs(seen: _Stretches, key_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of keys that rows see: of each its row, and both ends; ascending in a row, with
+    something between them."""
+    row, first, last = seen.row_of, seen.first, seen.last
+    # of each row behind those of the row before, in half the memory where that can be
+    small = not len(row) or (int(row[-1]) + 1) * (key_len + 1) < 2**31
+    behind = (row * (key_len + 1)).to(torch.int32 if small else torch.int64)
+    start, stop = first + behind, last + behind
+    apart = start[:, 1:] > stop[:, :-1]
+    if 2 * int(apart.sum()) < apart.numel():
+        # along a band they mostly touch: few are left to sort
+        begins, stops = (F.pad(apart, pad, value=True) for pad in ((1, 0), (0, 1)))
+        start, stop = start[begins], stop[stops]
+    start, stop = start.flatten(), stop.flatten()
+    held = (stop > start).nonzero().flatten()
+    start, stop = merged(start.index_select(0, held), stop.index_select(0, held))
+    row = start.long() // (key_len + 1)
+    behind = row * (key_len + 1)
+    return row, start - behind, stop - behind
+
+
+def _stretches(
+    table: tuple[Positions, ...], seams: Iterable[tuple[int, int]]
+) -> tuple[Tensor, ...]:
+    """Stretches of the queries of all rows, none longer than the runs of its row.
 
     Args:
-        first, stop: (bands, stretches) of each band what the stretches of queries see of it.
+        table: Rows of a layout.
+        seams: Of a mask: what crosses one is cut.
+
+    Returns:
+        Of each its row; which queries of the row it is, from and up to; and the first position
+        and the last.
     """
-    if first.shape[1] > 1:
-        # along a band they ascend, and mostly touch: few are left to sort
-        apart, edge = first[:, 1:] > stop[:, :-1], torch.ones_like(first[:, :1], dtype=torch.bool)
-        first = first[torch.cat((edge, apart), 1)]
-        stop = stop[torch.cat((apart, edge), 1)]
-    held = stop > first
-    return merged(first[held], stop[held])
+    stride, each = table[0].stride, [len(row.start) for row in table]
+    start, counts = (torch.cat([getattr(r, name) for r in table]) for name in ("start", "counts"))
+    row_of = run_of_each(torch.tensor(each, device="cpu"))
+    before = torch.cat([row.counts.cumsum(0) - row.counts for row in table])
+    lengths = torch.tensor([max(1, -(-len(row) // _STRETCHES)) for row in table], device="cpu")
+    length = lengths[row_of]
+    run, piece = pieces_of_each((counts + (length - 1)) // length)
+    length = length[run]
+    low = start[run] + stride * (piece * length)
+    high = start[run] + stride * (torch.minimum(piece * length + length, counts[run]) - 1)
+    for seam, width in seams:
+        which, low, high = _cut(low, high, seam, width)
+        run = run[which]
+    places = (before[run] + (end - start[run] + (stride - 1)) // stride for end in (low, high))
+    first, last = places
+    return row_of[run], first, last + 1, low, high
 
 
-def _stretches(row: Positions) -> tuple[Tensor, Tensor]:
-    """First and last position of stretches of the row, none longer than its runs."""
-    length = max(1, -(-len(row) // _STRETCHES))
-    counts, start = row.counts.flatten(), row.start.flatten()
-    pieces = (counts + (length - 1)) // length
-    run = run_of_each(pieces)
-    piece = torch.arange(len(run), device=start.device) - (pieces.cumsum(0) - pieces)[run]
-    low = piece * length
-    high = torch.minimum(low + length, counts[run]) - 1
-    return start[run] + row.stride * low, start[run] + row.stride * high
-
-
-def _cut(low: Tensor, high: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Stretches that cross no seam; these lie at ``start`` and every ``width`` positions."""
+def _cut(low: Tensor, high: Tensor, start: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stretches that cross no seam, and of which ones they are pieces; seams lie at ``start`` and
+    every ``width`` positions."""
     line = torch.div(low - start, width, rounding_mode="floor")
     pieces = torch.div(high - start, width, rounding_mode="floor") - line + 1
-    which = run_of_each(pieces)
-    piece = torch.arange(len(which), device=low.device) - (pieces.cumsum(0) - pieces)[which]
+    which, piece = pieces_of_each(pieces)
     begin = start + (line[which] + piece) * width
-    return torch.maximum(low[which], begin), torch.minimum(high[which], begin + (width - 1))
+    low, high = torch.maximum(low[which], begin), torch.minimum(high[which], begin + (width - 1))
+    return which, low, high

@@ -164,9 +164,8 @@ def make_route(transport: str, needs: Needs, held: Sequence[Cargo], rank: int) -
 
 def choose_way(transport: str, needs: Needs) -> Way | str | None:
     """How rows come to all ranks: along a ring as told, "direct", "allgather", or not at all."""
-    ranks = range(len(needs[0]))
-    pairs = [(other, owner) for other in ranks for owner in ranks if other != owner]
-    direct = sum(len(part[other][owner]) for part in needs for other, owner in pairs)
+    each = [(rank, row) for part in needs for rank, row in enumerate(part)]
+    direct = sum(sum(map(len, row)) - len(row[rank]) for rank, row in each)
     if not direct:
         return None
     if transport in ("direct", "allgather"):

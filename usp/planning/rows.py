@@ -129,7 +129,7 @@ def union_of_rows(one: Rows, other: Rows) -> Rows:
 
 def merged(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Runs that may overlap as ascending ones with something between them."""
-    start, order = start.sort()
+    start, order = start.sort(stable=True)  # of a few ascending parts: much faster
     return joined_runs(start, stop.index_select(0, order).cummax(0).values if len(stop) else stop)
 
 

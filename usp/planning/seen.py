@@ -6,18 +6,20 @@ so a band is counted against the keys of all owners while it is in the cache, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from usp.planning.masks.bands import Bands, joined
-from usp.planning.masks.mask import Mask
+from usp.planning.masks.mask import Band, Mask
 from usp.planning.memory import uninitialised
 from usp.planning.positions import FEW_RUNS, Positions
 from usp.planning.rows import Rows
+from usp.planning.slides import Slides
 from usp.planning.visit import Span, Visit, whole_visit
+from usp.planning.walk import pieces_of_each
 
 # A table pays from so many look-ups on: one for so many positions of its.
 _POSITIONS_A_LOOK_UP = 16
@@ -41,7 +43,7 @@ class Here:
     def __init__(self, keys: Positions, rows: Rows, key_len: int, look_ups: int) -> None:
         self.keys, self.rows = keys, rows
         self._key_len, self._look_ups = key_len, look_ups
-        self._table: Tensor | None = None
+        self.table: Table | None = None
         self.has_table = False
 
     @cached_property
@@ -51,115 +53,205 @@ class Here:
         return ends
 
     @cached_property
-    def _runs(self) -> Positions | None:
-        """The keys that are here, where they are few runs of all keys or of a few."""
-        if self.rows.are_all:
-            return self.keys
-        if len(self.keys.start) <= FEW_RUNS and len(self.rows.start) <= FEW_RUNS:
-            return some_of(self.keys, self.rows)
-        return None
+    def _runs(self) -> Positions:
+        """The keys that are here."""
+        return some_of(self.keys, self.rows)
 
     def expect(self, bands: int) -> None:
         """Decide on a table for so many bands."""
-        is_formula = self._runs is not None and len(self._runs.start) <= FEW_RUNS
         pays = self._look_ups * bands * _POSITIONS_A_LOOK_UP >= self._key_len
-        self.has_table = pays and not is_formula
+        self.has_table = pays and len(self.rows) > 0 and len(self._runs.start) > FEW_RUNS
 
     def count_below(
         self,
         positions: Tensor,
         out: Tensor | None = None,
         between: tuple[int, int] | None = None,
+        ahead: int = 0,
     ) -> Tensor:
-        """``Positions.count_below`` of the keys that are here.
-
-        Args:
-            positions: (2, n), int64 where there is a table; ascending unless all keys are here.
-            out: (2, n), int32 where there is a table.
-        """
-        if self.has_table:
-            table = self.make_table() if self._table is None else self._table
-            return torch.gather(table.expand(2, -1), 1, positions, out=out)  # a thread for each row
-        if self._runs is not None:
-            return self._runs.count_below(positions, out, between)
-        out = self.keys.count_below(positions, out)
-        for each in out:
-            each.copy_(self.rows.count_below(each))
+        """``Positions.count_below`` of the keys that are here, of (2, n) int32; from a table no
+        sum may be below 0 or above the keys."""
+        if not self.has_table:
+            return self._runs.count_below(positions, out, between, ahead)
+        table = (self.make_table() if self.table is None else self.table).counts(ahead)
+        out = torch.empty_like(positions) if out is None else out
+        for row, each in zip(positions, out, strict=True):
+            torch.index_select(table, 0, row, out=each)
         return out
 
-    def make_table(self, room: Tensor | None = None) -> Tensor:
-        """The table: (key_len + 1 or more,) int32, of each position how many keys are below.
+    def make_table(self, room: Table | None = None) -> Table:
+        """The table, in the room of one that nobody needs any more."""
+        self.table = Table(self._key_len) if room is None else room
+        self.table.fill(self._runs)
+        return self.table
 
-        Args:
-            room: Memory of a table that nobody needs any more.
-        """
-        at = self.keys.tensor
-        if not self.rows.are_all:
-            at = at.index_select(0, self.rows.index)
-        if room is None:
-            size = (self._key_len // _TABLE_WIDTH + 1) * _TABLE_WIDTH
-            room = torch.empty(size, dtype=torch.int32, device="cpu")
-        room.zero_()[1:].index_fill_(0, at, 1)
-        parts = room.view(-1, _TABLE_WIDTH)
+
+class Table:
+    """Of each position how many keys are below, for whole sequences of so many keys."""
+
+    def __init__(self, key_len: int) -> None:
+        self._parts = key_len // _TABLE_WIDTH + 1
+        # what nobody writes takes no memory: there look-ups begin that go ahead
+        self._memory = uninitialised(2 * self._parts * _TABLE_WIDTH, dtype=torch.int32)
+        self._at = uninitialised(key_len, dtype=torch.int64)
+
+    def fill(self, keys: Positions) -> None:
+        """Count these."""
+        at, table = keys.written(self._at[: len(keys)]), self.counts(0)
+        table.zero_()[1:].index_fill_(0, at, 1)
+        parts = table.view(-1, _TABLE_WIDTH)
         # threads share rows: each begins with the keys in front of it
         starts = _TABLE_WIDTH * torch.arange(1, len(parts), device="cpu") - 1
         parts[1:, 0] += torch.searchsorted(at, starts)
         torch.cumsum(parts, 1, dtype=torch.int32, out=parts)
-        self._table = room
-        return room
+
+    def counts(self, ahead: int) -> Tensor:
+        """int32, by positions that lie so far ahead of those that are asked for."""
+        return self._memory[self._parts * _TABLE_WIDTH + ahead :]
 
 
 def some_of(positions: Positions, rows: Rows) -> Positions:
     """The positions of some of the rows."""
-    ends = zip(rows.start.tolist(), rows.stop.tolist(), strict=True)
-    cuts = [positions.cut(*each) for each in ends] or [positions.cut(0, 0)]
-    start, stop = torch.cat([c.start for c in cuts]), torch.cat([c.stop for c in cuts])
-    return Positions(start, stop, positions.stride)
+    if rows.are_all:
+        return positions
+    held = positions.counts > 0
+    start, counts = positions.start[held], positions.counts[held]
+    end = counts.cumsum(0)
+    # rows that lie side by side may go through several runs of positions
+    first, last = (torch.searchsorted(end, at, right=True) for at in (rows.start, rows.stop - 1))
+    row, run = pieces_of_each(last - first + 1)
+    run += first[row]
+    end, before = end[run], (end - counts)[run]
+    begin, end = torch.maximum(rows.start[row], before), torch.minimum(rows.stop[row], end)
+    at = start[run] + positions.stride * (begin - before)
+    return Positions(at, at + positions.stride * (end - begin), positions.stride)
 
 
-def seen_of(mask: Mask, queries: Tensor, here: Sequence[Here], key_len: int) -> list[Visit | None]:
+def seen_of(
+    mask: Mask,
+    queries: Positions,
+    here: Sequence[Here],
+    key_len: int,
+    slides: Slides | None = None,
+) -> list[Visit | None]:
     """What queries see of the keys of each owner, in as few bands as can be.
 
     Args:
         mask: Who sees whom.
-        queries: (n,) int64 ascending positions.
+        queries: Those of a row that are here.
         here: Keys of each owner.
         key_len: Keys of the whole sequence.
+        slides: Of this mask, where other queries may have seen the same.
     """
-    if not len(queries):
+    num_queries = len(queries)
+    if not num_queries:
         return [None for _ in here]
-    most, bands = mask.each_band(queries.int(), key_len)  # half the memory to go through
+    # half the memory of int64 to go through
+    at = queries.written(uninitialised(num_queries, dtype=torch.int32))
+    most, bands = mask.each_band(at, key_len)
     for each in here:
         each.expect(most)
-    found = [_Seen(each, len(queries), most) for each in here]
-    if not any(each.has_table for each in here):
-        for ends in bands:
-            band = _Band(ends, ends)
-            for seen in found:
-                seen.add(band)
-        return [seen.visit for seen in found]
-    # one table at a time: together they would take more memory than the bands do
-    room, index = None, queries.new_empty((2, len(queries)))
-    kept = bands if len(here) == 1 else [ends.clone() for ends in bands]
-    for each, seen in zip(here, found, strict=True):
-        if each.has_table and len(here) > 1:
-            room = each.make_table(room)
-        for ends in kept:
-            seen.add(_Band(ends, index.copy_(ends) if each.has_table else ends))
-    return [seen.visit for seen in found]
+    if any(each.has_table for each in here):
+        return _seen_in_tables(queries, here, _standing(bands, most, num_queries), key_len)
+    found: list[Visit | None] = [None] * len(here)
+    if isinstance(bands, list):
+        bands = [band for band in bands if len(band.rows)]
+        slides = slides or Slides(key_len)
+        found = [slides.visit(bands, each.keys) if each.rows.are_all else None for each in here]
+    rest = {i: _Seen(here[i], num_queries, most) for i, visit in enumerate(found) if visit is None}
+    for band in bands if rest else ():
+        ends = _Ends(band)
+        for seen in rest.values():
+            seen.add(ends)
+    return [visit or rest[i].visit for i, visit in enumerate(found)]
 
 
-class _Band:
-    """What each query sees of a band.
+def _standing(bands: list[Band] | Iterator[Band], most: int, num_queries: int) -> list[Band]:
+    """All of them at once."""
+    if isinstance(bands, list):
+        return bands
+    room = uninitialised(most, 2, num_queries, dtype=torch.int32)
+    return [band._replace(ends=r.copy_(band.ends)) for r, band in zip(room, bands, strict=True)]
+
+
+def _seen_in_tables(
+    queries: Positions, here: Sequence[Here], bands: list[Band], key_len: int
+) -> list[Visit | None]:
+    """The same where keys lie in many runs. What the queries of a run see lies between the ends
+    of its first one and its last one: most bands see nothing of an owner, which is told so."""
+    bands = [band for band in bands if len(band.rows)]
+    if not bands:
+        return [None for _ in here]
+    counts = queries.counts[queries.counts > 0]
+    first, last = counts.cumsum(0) - counts, counts.cumsum(0) - 1
+    of_runs, may_see = _of_runs(bands, first, last)
+    of_runs.clamp_(0, key_len)
+    ends, table = [_Ends(band) for band in bands], None
+    visits: list[Visit | None] = []
+    for each in here:
+        if any(end.are_whole(each, len(queries)) for end in ends):
+            visits.append(whole_visit(len(queries), len(each.rows)))
+            continue
+        # one table at a time: together they would take more memory than the bands do
+        if each.has_table and each.table is None:
+            table = each.make_table(table)
+        low, high = each.count_below(of_runs.flatten(1)).view_as(of_runs)
+        used = ((high > low) & may_see).any(1).nonzero().flatten().tolist()
+        seen = _Seen(each, len(queries), len(used))
+        for i in used:
+            seen.add(ends[i])
+        visits.append(seen.visit)
+    return visits
+
+
+def _of_runs(bands: list[Band], first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bands what runs of queries may see.
 
     Args:
-        ends: (2, n) int32, ``first`` and ``stop``.
-        index: The same as tables are asked.
+        first, last: (runs,) queries of each, by their places.
+
+    Returns:
+        (2, bands, runs) int32 positions between which lies what they see, and (bands, runs) bool,
+        whether they are among those that may see something.
+    """
+    found = first.new_empty((2, len(bands), len(first)), dtype=torch.int32)
+    known: dict[int, Tensor] = {}
+    for band, out in zip(bands, found.unbind(1), strict=True):
+        if id(band.ends) not in known:
+            each = zip(band.ends, (first, last), strict=True)
+            known[id(band.ends)] = torch.stack([end.index_select(0, at) for end, at in each])
+        torch.add(known[id(band.ends)], band.ahead, out=out)
+    rows = [(band.rows.start, band.rows.stop) for band in bands]
+    start, stop = first.new_tensor(rows).view(-1, 2, 1).unbind(1)
+    return found, (last >= start) & (first < stop)
+
+
+class _Ends:
+    """The ends of a band, for the queries that may see something of it.
+
+    Attributes:
+        band: The band.
+        first, stop: From the least to the largest, one behind it.
     """
 
-    def __init__(self, ends: Tensor, index: Tensor) -> None:
-        self.ends, self.index = ends, index
-        self.first, self.stop = (range(int(end[0]), int(end[-1]) + 1) for end in ends)
+    def __init__(self, band: Band) -> None:
+        self.band, rows = band, band.rows
+        self.first, self.stop = (
+            range(int(end[rows.start]) + band.ahead, int(end[rows.stop - 1]) + band.ahead + 1)
+            for end in band.ends
+        )
+
+    def are_whole(self, here: Here, num_queries: int) -> bool:
+        """Whether all of so many queries see all keys that are here."""
+        if not len(here.rows) or len(self.band.rows) < num_queries:
+            return False
+        return self.first[-1] <= here.ends[0] and self.stop[0] > here.ends[1]
+
+    def queries_up_to(self, which: int, position: int) -> int:
+        """Before which query its first (0) or stop (1) is not above a position."""
+        rows, ends = self.band.rows, self.band.ends[which]
+        some = ends[rows.start : rows.stop]
+        return rows.start + int(torch.searchsorted(some, position - self.band.ahead, right=True))
 
 
 class _Seen:
@@ -173,32 +265,33 @@ class _Seen:
     def _ends(self) -> Tensor:
         return uninitialised(2, self._most, self._num_queries, dtype=torch.int32)
 
-    def add(self, band: _Band) -> None:
+    def add(self, ends: _Ends) -> None:
         """One more band."""
-        here, first, stop = self._here, band.first, band.stop
+        here, first, stop, rows = self._here, ends.first, ends.stop, ends.band.rows
         if self._is_whole or not len(here.rows):
             return
         lowest, highest = here.ends
         if stop[-1] <= lowest or first[0] > highest:
             return
-        if first[-1] <= lowest and stop[0] > highest:
+        if ends.are_whole(here, self._num_queries):
             self._is_whole = True
             return
         # the queries before these see nothing up to the owner's first key, those behind them
         # nothing from its last one on
-        begin, end = 0, self._num_queries
+        begin, end = rows.start, rows.stop
         if stop[0] <= lowest:
-            begin = int(torch.searchsorted(band.ends[1], lowest, right=True))
+            begin = max(begin, ends.queries_up_to(1, lowest))
         if first[-1] > highest:
-            end = int(torch.searchsorted(band.ends[0], highest, right=True))
-        counted = self._ends[:, self._used]
+            end = min(end, ends.queries_up_to(0, highest))
+        if begin >= end:
+            return
+        counted, some = self._ends[:, self._used], slice(begin, end)
         if begin:
             counted[:, :begin] = 0
         if end < self._num_queries:
             counted[:, end:] = len(here.rows)
-        if begin < end:
-            some, between = slice(begin, end), (first[0], stop[-1])
-            here.count_below(band.index[:, some], counted[:, some], between)
+        between, band = (first[0], stop[-1]), ends.band
+        here.count_below(band.ends[:, some], counted[:, some], between, band.ahead)
         # what is empty for the last queries may be so for all: then the next one takes its place
         self._used += not (torch.equal(*counted[:, -_FEW_QUERIES:]) and torch.equal(*counted))
 

@@ -11,13 +11,27 @@ def run_of_each(counts: Tensor) -> Tensor:
     return spread_over(torch.arange(len(counts), device=counts.device), counts)
 
 
-def along_runs(start: Tensor, counts: Tensor, stride: int = 1) -> Tensor:
-    """The numbers of ascending runs ``start, start + stride, ...`` of so many, none without any."""
-    steps = torch.full((int(counts.sum()),), stride, dtype=start.dtype, device=start.device)
+def pieces_of_each(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of runs in so many pieces each: the run of each piece, and which of the run's it is."""
+    run = run_of_each(counts)
+    before = (counts.cumsum(0) - counts).index_select(0, run)
+    return run, torch.arange(len(run), device=counts.device) - before
+
+
+def along_runs(start: Tensor, counts: Tensor, stride: int = 1, out: Tensor | None = None) -> Tensor:
+    """The numbers of ascending runs ``start, start + stride, ...`` of so many, none without any.
+
+    Args:
+        out: (their sum,) room for them, of any integer dtype.
+    """
+    if out is None:
+        out = start.new_empty(int(counts.sum()))
+    out.fill_(stride)
     if len(start):
         last = start[:-1] + stride * (counts[:-1] - 1)
-        steps[counts.cumsum(0) - counts] = start - torch.cat((start.new_zeros(1), last))
-    return steps.cumsum_(0)
+        jumps = start - torch.cat((start.new_zeros(1), last))
+        out[counts.cumsum(0) - counts] = jumps.to(out.dtype)
+    return out.cumsum_(0)
 
 
 def spread_over(values: Tensor, counts: Tensor) -> Tensor:
@@ -39,9 +53,16 @@ def parts_of(bounds: Tensor, positions: Tensor) -> Tensor:
     return run_of_each(torch.cat(ends).diff())
 
 
-def each_of(table: Tensor, index: Tensor) -> Tensor:
-    """``table[:, index]``, many times as fast: (n, m) by (k,) -> (n, k)."""
-    found = table.new_empty((len(table), len(index)))
-    for row, out in zip(table, found, strict=True):
-        torch.index_select(row, 0, index, out=out)
-    return found
+def each_of(table: Tensor, index: Tensor, out: Tensor) -> None:
+    """``out = table[:, index]``, many times as fast: (n, m) by (k,) -> (n, k)."""
+    for row, into in zip(table, out, strict=True):
+        torch.index_select(row, 0, index, out=into)
+
+
+def divided(x: Tensor, divisor: int) -> Tensor:
+    """``x //= divisor``; by a power of two a shift is many times as fast, and floors alike."""
+    if divisor == 1:
+        return x
+    if divisor & (divisor - 1):
+        return x.floor_divide_(divisor)
+    return x.bitwise_right_shift_(divisor.bit_length() - 1)

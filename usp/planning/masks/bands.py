@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from usp.planning.memory import uninitialised
+
 
 class Bands(NamedTuple):
     """Disjoint bands in ascending order.
@@ -51,9 +53,9 @@ def clipped(first: Tensor, stop: Tensor, key_len: int) -> Bands:
         key_len: Number of keys.
     """
     first, stop = torch.atleast_2d(first), torch.atleast_2d(stop)
-    first = first.clamp(0, key_len)
+    first, stop = first.clamp(0, key_len), stop.clamp(0, key_len)
     # The larger of two non-decreasing ends is non-decreasing: an empty band stays monotone.
-    return Bands(first, torch.maximum(first, stop.clamp(0, key_len)))
+    return Bands(first, torch.maximum(first, stop, out=stop))
 
 
 def without_empty(bands: Bands, trim: bool = True) -> Bands:
@@ -85,8 +87,12 @@ def disjoint(
 ) -> Bands:
     """Bands that may overlap, (n,) each, as disjoint ones."""
     firsts, stops = _sorted([*first]), _sorted([*stop])
-    after = (torch.maximum(*ends) for ends in zip(stops[:-1], firsts[1:], strict=True))
-    found = Bands(torch.stack([*firsts[:1], *after]), torch.stack(stops))
+    # fresh memory takes longer than what is written there
+    found = Bands(*uninitialised(2, len(firsts), len(firsts[0]), dtype=firsts[0].dtype))
+    torch.stack(stops, out=found.stop)
+    found.first[0].copy_(firsts[0])
+    for ends in zip(stops[:-1], firsts[1:], found.first[1:], strict=True):
+        torch.maximum(*ends[:2], out=ends[2])
     return joined(without_empty(found)) if trim else found
 
 

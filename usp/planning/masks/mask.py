@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,23 @@ from usp.planning.kinds import integer
 from usp.planning.masks import bands
 from usp.planning.masks.bands import Bands
 
-EachBand = tuple[int, Iterator[Tensor]]
+
+class Band(NamedTuple):
+    """One band of some queries, ``ends + ahead``.
+
+    Attributes:
+        ends: (2, n) first and stop of each query.
+        ahead: How much further they lie.
+        rows: The queries that may see something; what stands for the others means nothing.
+    """
+
+    ends: Tensor
+    ahead: int
+    rows: range
+
+
+# A list where all of them stand at once, else each until the next one is asked for.
+EachBand = tuple[int, list[Band] | Iterator[Band]]
 
 
 class Mask:
@@ -36,10 +53,10 @@ class Mask:
         raise NotImplementedError
 
     def each_band(self, positions: Tensor, key_len: int) -> EachBand:
-        """The same one by one, some of them empty: how many, and (2, n) first and stop of each,
-        which stand until the next one is asked for."""
-        found = self.bands(positions, key_len)
-        return len(found.first), map(torch.stack, zip(*found, strict=True))
+        """The same one by one, some of them empty, and how many these are."""
+        found, every = self.bands(positions, key_len), range(len(positions))
+        each = (Band(torch.stack(ends), 0, every) for ends in zip(*found, strict=True))
+        return len(found.first), each
 
     @property
     def seams(self) -> frozenset[tuple[int, int]]:

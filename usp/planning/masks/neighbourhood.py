@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usp.planning.kinds import flag, integer
-from usp.planning.masks.bands import Bands, without_empty
-from usp.planning.masks.mask import EachBand, Mask
+from usp.planning.masks.bands import Bands, nothing, without_empty
+from usp.planning.masks.mask import Band, EachBand, Mask
+from usp.planning.memory import uninitialised
+from usp.planning.walk import divided
 
 EDGES = ("clip", "shift")
 
@@ -41,25 +44,48 @@ class Window:
             return range(1 - self.kernel, self.kernel)
         return range(-(self.kernel // 2), (self.kernel + 1) // 2)
 
-    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``[first, stop)``, counted among those of the coordinate's residue."""
+    def interval(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys ``[first, stop)``, counted among those of the coordinate's residue; ``out`` is
+        (2, n) room for them."""
+        first, stop = x.new_empty((2, len(x))) if out is None else out
         place, count = x, x.new_tensor(self.size)
         if self.dilation > 1:
             place = x // self.dilation
             count = (self.size - x % self.dilation + (self.dilation - 1)) // self.dilation
-        first = place - (self.kernel - 1 if self.causal else self.kernel // 2)
+        torch.sub(place, self.kernel - 1 if self.causal else self.kernel // 2, out=first)
         if self.shifts and not self.causal:
             last = (count - self.kernel).clamp_min_(0)
-            first = torch.minimum(first.clamp_min_(0), last, out=first)
-        stop = place + 1 if self.causal else first + self.kernel
+            torch.minimum(first.clamp_min_(0), last, out=first)
+        if self.causal:
+            torch.add(place, 1, out=stop)
+        else:
+            torch.add(first, self.kernel, out=stop)
         return first.clamp_min_(0), torch.minimum(stop, count, out=stop)
 
     def sees(self, x: Tensor) -> dict[int, Tensor]:
         """Whether a coordinate sees the key so many steps away, of each offset."""
         first, stop = self.interval(x)
         place = x if self.dilation == 1 else x // self.dilation
-        before, behind = first - place, stop - place
-        return {a: (before <= a) & (behind > a) for a in self.offsets}
+        offsets = torch.tensor(self.offsets, dtype=x.dtype, device=x.device)[:, None]
+        seen = (first - place <= offsets) & (stop - place > offsets)
+        return dict(zip(self.offsets, seen, strict=True))
+
+
+class _Placed(NamedTuple):
+    """Where queries are on the grid.
+
+    Attributes:
+        line, begin: (n,) the line of each, counted from that of the first, and where it begins.
+        parts: Keys that each would see of its own line, (2, n) first and stop, ascending.
+        distances: Of the lines of keys that are seen, in lines, ascending.
+        seen: Of each distance, (lines,) bool which lines of queries see something.
+    """
+
+    line: Tensor
+    begin: Tensor
+    parts: list[Tensor]
+    distances: list[int]
+    seen: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,25 +113,49 @@ class Neighbourhood(Mask):
         return frozenset({(self.start, self.grid[-1])} if len(self.grid) > 1 else ())
 
     def bands(self, positions: Tensor, key_len: int, trim: bool = True) -> Bands:
-        most, each = self.each_band(positions, key_len)
-        ends = positions.new_empty((2, most, len(positions)))
-        for into, band in zip(ends.unbind(1), each, strict=True):
+        if not len(positions) or not prod(self.grid):
+            return nothing(positions)
+        placed = self._placed(positions)
+        most = len(placed.distances) * len(placed.parts)
+        ends = uninitialised(2, most, len(positions), dtype=positions.dtype)
+        for into, band in zip(ends.unbind(1), self._inside_lines(placed), strict=True):
             into.copy_(band)
         return without_empty(Bands(*ends), trim)
 
     def each_band(self, positions: Tensor, key_len: int) -> EachBand:
-        width, total = self.grid[-1], prod(self.grid)
-        if not len(positions) or not total:
-            return 0, iter(())
-        x = positions - self.start
-        line = torch.div(x, width, rounding_mode="floor")
-        begin, first_line = line * width, int(line[0])
+        if not len(positions) or not prod(self.grid):
+            return 0, []
+        placed = self._placed(positions)
+        parts, each = placed.parts, [_run_of(seen) for seen in placed.seen]
+        lines = [run for run in each if run is not None]
+        # further ahead fewer lines at the end see keys, and more at the beginning: those that see
+        # none lie before all others or behind them; but whole lines may become one band
+        is_whole = self.grid[-1] <= self.kernel[-1]
+        back = any(a < b for two in pairwise(lines) for a, b in zip(*two, strict=True))
+        if is_whole or back or len(lines) < len(each):
+            every, ends = range(len(positions)), self._inside_lines(placed)
+            return len(each) * len(parts), (Band(end, 0, every) for end in ends)
+        bounds = torch.tensor(lines, dtype=positions.dtype, device=positions.device)
+        rows = torch.searchsorted(placed.line, bounds).tolist()
+        width, found = self.grid[-1], zip(placed.distances, rows, strict=True)
+        return len(each) * len(parts), [
+            Band(part, distance * width, range(*some)) for distance, some in found for part in parts
+        ]
+
+    def _placed(self, positions: Tensor) -> _Placed:
+        """Where queries are, one at least."""
+        width = self.grid[-1]
+        # all at once: fresh memory takes longer than what is written there
+        room = uninitialised(5, len(positions), dtype=positions.dtype)
+        x, line, begin = torch.sub(positions, self.start, out=room[0]), room[1], room[2]
+        torch.mul(divided(line.copy_(x), width), width, out=begin)
+        first_line, x = int(line[0]), x.sub_(begin)
         lines = torch.arange(first_line, int(line[-1]) + 1, dtype=line.dtype, device=line.device)
-        parts = self._parts(x.sub_(begin))
-        distances, seen = self._lines(lines)
-        placed = line.sub_(first_line), begin
-        each = self._inside_lines(zip(distances, seen, strict=True), placed, parts)
-        return len(distances) * len(parts), each
+        parts = self._parts(x, room[3:])
+        for part in parts:
+            for end in part:
+                end.add_(begin).add_(self.start)
+        return _Placed(line.sub_(first_line), begin, parts, *self._lines(lines))
 
     def _lines(self, lines: Tensor) -> tuple[list[int], list[Tensor]]:
         """Lines of keys that are seen whole or in part, by their distance from the query's own.
@@ -130,38 +180,27 @@ class Neighbourhood(Mask):
         used = sorted(distance for distance, valid in seen.items() if valid.any())
         return used, [seen[distance] for distance in used]
 
-    def _parts(self, x: Tensor) -> list[Tensor]:
-        """Of each query the keys that it sees of a line, counted in the line: (2, n) each."""
+    def _parts(self, x: Tensor, room: Tensor) -> list[Tensor]:
+        """Of each query the keys that it sees of a line, counted in the line: (2, n) each, the
+        first one in the ``room`` for it."""
         window = self.windows[-1]
         if window.dilation == 1:
-            return [torch.stack(window.interval(x))]
+            window.interval(x, room)
+            return [room]
         # neighbours along the line are apart: a band for each
         at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
         each = zip(at, window.sees(x).values(), strict=True)
         return [torch.stack((place, place + is_seen)) for place, is_seen in each]
 
-    def _inside_lines(
-        self,
-        distances: Iterable[tuple[int, Tensor]],
-        placed: tuple[Tensor, Tensor],
-        parts: list[Tensor],
-    ) -> Iterator[Tensor]:
-        """Both ends of each band. What is not seen is empty where its line begins.
-
-        Args:
-            distances: Of lines of keys, and (lines,) whether these are seen.
-            placed: (n,) the line of each query among these, and where it begins in the grid.
-            parts: As of ``_parts``.
-        """
-        (line, begin), total = placed, prod(self.grid)
-        for part in parts:
-            part += begin + self.start if self.start else begin
-        ends = begin.new_empty((2, len(begin)))
+    def _inside_lines(self, placed: _Placed) -> Iterator[Tensor]:
+        """Both ends of each band. What is not seen is empty where its line begins."""
+        line, begin, parts, *each = placed
+        total, ends = prod(self.grid), torch.empty_like(parts[0])
 
         def empty(rows: slice, ahead: int) -> Tensor:
             return (begin[rows] + ahead).clamp_(0, total).add_(self.start)
 
-        for distance, seen in distances:
+        for distance, seen in zip(*each, strict=True):
             ahead, used = distance * self.grid[-1], seen.nonzero()
             lines = int(used[0]), int(used[-1]) + 1
             start = int(torch.searchsorted(line, lines[0])) if lines[0] else 0
@@ -192,6 +231,13 @@ class Neighbourhood(Mask):
             f"neighbourhood({self.grid}, {self.kernel}, causal={self.causal}, "
             f"dilation={self.dilation}, edges={self.edges!r}, start={self.start})"
         )
+
+
+def _run_of(seen: Tensor) -> tuple[int, int] | None:
+    """First and stop of what is true, once at least; None for more than one run."""
+    places = seen.nonzero()
+    first, stop = int(places[0]), int(places[-1]) + 1
+    return (first, stop) if len(places) == stop - first else None
 
 
 def neighbourhood(
