@@ -213,7 +213,7 @@ class ForwardWorker {
     const int64_t num_rows = tile.rows.size();
     const Matrix<T> room = num_rows <= kFew ? tile.q_room : w_.q;
     const auto q = left_rows(kernels_, a_.q, b_, tile.h, tile.rows, a_.D, room);
-    tile.q.set(kernels_, q, num_rows, a_.D);
+    tile.q.set(kernels_, q, num_rows, a_.D, q.data != w_.q.data);
     tile.positions.load(a_, tile.rows);
   }
 

@@ -110,30 +110,42 @@ void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix
   }
 }
 
-template <typename Words, typename T>
-USP_SIMD T dot(const T* a, const T* b, int64_t words) {
-  Vec<T> sum = {};
+// row[i] = alpha <a, row i of b>.
+template <typename Words, typename T, int kRows>
+USP_SIMD void dots(const T* __restrict a, Matrix<const T> b, int64_t words, T alpha,
+                   T* __restrict row) {
+  Vec<T> sum[kRows] = {};
   int64_t p = 0;
   for (; p + kLanes<T> <= words; p += kLanes<T>) {
-    sum = Words::template multiply_add_lanes<T>(load(a + p), load(b + p), sum);
+    const Vec<T> left = load(a + p);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] = Words::template multiply_add_lanes<T>(left, load(b.data + i * b.ld + p), sum[i]);
+    }
   }
   if (p < words) {
-    const Vec<T> left = load_some(a + p, words - p), right = load_some(b + p, words - p);
-    sum = Words::template multiply_add_lanes<T>(left, right, sum);
+    const Vec<T> left = load_some(a + p, words - p);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> right = load_some(b.data + i * b.ld + p, words - p);
+      sum[i] = Words::template multiply_add_lanes<T>(left, right, sum[i]);
+    }
   }
-  return sum_of_lanes<T>(sum)[0];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) row[i] = alpha * sum_of_lanes<T>(sum[i])[0];
 }
 
-template <typename Words, typename T>
+template <typename Words, typename T, int kRows = kFew>
 void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
                        Matrix<T> c, T alpha) {
+  if constexpr (kRows > 1) {
+    if (n < kRows) return products_with_few<Words, T, kRows - 1>(m, n, k, a, b, c, alpha);
+  }
   const int64_t words = (k + Words::kElements - 1) / Words::kElements;
   for (int64_t j = 0; j < m; ++j) {
     T* row = c.data + j * c.ld;
     for (int64_t i = 0; i < kPad; i += kLanes<T>) store<T>(row + i, Vec<T>{});
-    for (int64_t i = 0; i < n; ++i) {
-      row[i] = alpha * dot<Words>(a.data + j * a.ld, b.data + i * b.ld, words);
-    }
+    dots<Words, T, kRows>(a.data + j * a.ld, b, words, alpha, row);
   }
 }
 

@@ -251,8 +251,8 @@ class GradientWalk {
     const int64_t num_rows = rows.size(), row_of_lse = (b_ * a_.H + h) * a_.Lq + rows.begin;
     const auto q = left_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q_left);
     const auto dout = left_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout_left);
-    w_.q_t.set(kernels_, q, num_rows, a_.D);
-    w_.dout_t.set(kernels_, dout, num_rows, a_.Dv);
+    w_.q_t.set(kernels_, q, num_rows, a_.D, true);
+    w_.dout_t.set(kernels_, dout, num_rows, a_.Dv, true);
     right_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q);
     right_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout);
     for (int64_t i = 0; i < padded(num_rows); ++i) {

@@ -27,7 +27,7 @@ namespace usp::cpu {
 inline constexpr int64_t kPad = 16;
 
 // Up to this many rows of queries take less as rows than padded to kPad columns.
-inline constexpr int64_t kFew = 3;
+inline constexpr int64_t kFew = 4;
 
 // Rows of a register block of gemm that is as narrow as a vector.
 inline constexpr int64_t kHighestBlock = 12;

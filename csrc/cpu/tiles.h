@@ -131,16 +131,16 @@ struct TileIndex {
 // Rows of queries, or of their gradients, as the second operand of scores.
 template <typename T>
 struct QueryOperand {
-  Matrix<T> transposed;   // right operand (cols, padded rows); its room
-  Matrix<const T> few{};  // left operand instead, where the rows are few
+  Matrix<T> transposed;    // right operand (cols, padded rows); its room
+  Matrix<const T> rows{};  // left operand, for products with few of them; data null: not kept
 
-  // From left operand `rows`, which must outlive this where they are few.
-  void set(const Kernels<T>& kernels, Matrix<const T> rows, int64_t num_rows, int64_t cols) {
-    const bool are_few = num_rows <= kFew;
-    few = are_few ? rows : Matrix<const T>{};
-    if (are_few) return;
+  // From left operand `left`, which stays as it is where it is kept, as few rows are.
+  void set(const Kernels<T>& kernels, Matrix<const T> left, int64_t num_rows, int64_t cols,
+           bool keeps) {
+    rows = keeps ? left : Matrix<const T>{};
+    if (num_rows <= kFew) return;
     transposed.ld = padded(num_rows);
-    kernels.right_transpose(rows, num_rows, cols, transposed);
+    kernels.right_transpose(left, num_rows, cols, transposed);
   }
 
   // How often `multiply` asks ahead, about.
@@ -153,12 +153,14 @@ struct QueryOperand {
                 T* products, T scale, Lookahead& ahead) const {
     const int64_t ld = padded(at.rows.size());
     at.for_each_block([&](const Strip& block) {
-      const auto [columns, rows, keys] = block;
+      const auto [columns, seeing, keys] = block;
       const Matrix<const T> some{left.data + keys.begin * left.ld, left.ld};
       const Matrix<T> to{products + keys.begin * ld + columns.begin, ld};
-      if (few.data != nullptr) {
+      const int64_t count = seeing.end - columns.begin;
+      if (rows.data != nullptr && count <= kFew && columns.size() == kPad) {
         ahead.advance();
-        kernels.products_with_few(keys.size(), at.rows.size(), cols, some, few, to, scale);
+        kernels.products_with_few(keys.size(), count, cols, some, rows_from(rows, columns.begin),
+                                  to, scale);
       } else {
         const Matrix<const T> right{transposed.data + columns.begin, transposed.ld};
         kernels.gemm(keys.size(), columns.size(), cols, some, right, to,
