@@ -520,6 +520,12 @@ def test_one_rank_joins_something_else_and_all_hear_of_it(pool, name: str, devia
             assert any(value in message for value in values.split("|")), message
 
 
+def decoded(mesh: usp.SequenceMesh, layout: Any) -> None:
+    cache = usp.ShardedCache(mesh)
+    cache.append(zeros(1, 3, 1, 1), zeros(1, 3, 1, 1))
+    usp.decode_attention(zeros(1, 1, 1, 1), cache, mesh, layout=layout)
+
+
 # functions of a whole, and what one rank alone says wrong of it
 ASKS: dict[str, Callable[[usp.SequenceMesh, bool], Any]] = {
     "linear's layout": lambda mesh, wrong: usp.linear_attention(
@@ -531,6 +537,24 @@ ASKS: dict[str, Callable[[usp.SequenceMesh, bool], Any]] = {
     "linear's length": lambda mesh, wrong: usp.linear_attention(
         *[zeros(1, 2, 1, 1)] * 3, mesh=mesh, seq_len=4.0 if wrong else 4
     ),
+    "seed of chunks": lambda mesh, wrong: call(
+        mesh, chunks=2, dropout_p=0.5, dropout_seed="7" if wrong else 7
+    ),
+    "chunks without values": lambda mesh, wrong: usp.long_context_attention(
+        *[zeros(1, 2, 1, 1, device="meta" if wrong else "cpu")] * 3, mesh, chunks=2
+    ),
+    "q beside a mask": lambda mesh, wrong: call(
+        mesh, attn_mask=zeros(6, 12, dtype=torch.bool), **({"q": None} if wrong else {})
+    ),
+    "bias beside a mask": lambda mesh, wrong: call(
+        mesh,
+        attn_mask=zeros(6, 12, dtype=torch.bool),
+        attn_bias=zeros(*(1,) * (3 if wrong else 4)),
+    ),
+    "LSE beside sinks": lambda mesh, wrong: call(
+        mesh, sinks=zeros(4), return_lse="no" if wrong else False
+    ),
+    "layout of a decoded query": lambda mesh, wrong: decoded(mesh, 1 if wrong else None),
     "dynamic dims": lambda mesh, wrong: usp.dsp.DynamicShard.of(
         zeros(2, 2, 4), (1, 3 if wrong else 2), mesh
     ),

@@ -20,7 +20,7 @@ from usp.distributed.agreement import LENGTH_ADVICE, Advised, Facts
 from usp.distributed.mesh import SequenceMesh, degrees_and_place
 from usp.distributed.transport import check_transport
 from usp.kernels import architecture
-from usp.planning.kinds import device_type, flag, integer, real
+from usp.planning.kinds import device_type, integer, real
 from usp.planning.layout import Layout, both, replicated
 from usp.planning.problem import Scoring, Traits, state_dtype
 from usp.planning.samples import Masks
@@ -103,7 +103,6 @@ def check_alone(tensors: Tensors, options: Options) -> Alone:
     both(options.layout)
     check_name(options.backend)
     check_transport(options.transport)
-    flag("return_lse", options.return_lse)
     lengths = named_lengths(options.seq_len, options.layout)
     if options.latents is not None:
         check_latents(tensors.q, options.latents)

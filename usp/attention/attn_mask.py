@@ -28,12 +28,14 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
             have to be asked for.
     """
     mask, q, k = cast(Tensor, options.attn_mask), tensors.q, tensors.k
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 4):
+    if not all(isinstance(x, Tensor) for x in (mask, q, k)):
         return tensors, options  # refused later, on all ranks
+    if mask.dtype != torch.bool or mask.dim() not in (2, 4):
+        return tensors, options  # this, too
     mask = mask if mask.dim() == 4 else mask[None, None]
     # a graph and a fake tensor have no values to look at
     found, layout = None, options.layout
-    everywhere = isinstance(layout, tuple) and isinstance(layout[0], Replicated)
+    everywhere = isinstance(layout, tuple) and isinstance((*layout, None)[0], Replicated)
     if (alone or everywhere) and not (torch.compiler.is_compiling() or is_fake(mask)):
         found = _planned(mask, (q.shape[1], mask.shape[3] if everywhere else k.shape[1]))
     if found is not None and len(found) in (1, q.shape[0]):
@@ -51,7 +53,8 @@ def with_attn_mask(tensors: Tensors, options: Options, alone: bool) -> tuple[Ten
 
 
 def _fit(mask: torch.Size, bias: torch.Size) -> bool:
-    return all(m == b or 1 in (m, b) for m, b in zip(mask, bias, strict=False))
+    sizes = zip(mask, bias, strict=False)
+    return len(mask) == len(bias) and all(m == b or 1 in (m, b) for m, b in sizes)
 
 
 def _planned(mask: Tensor, shape: tuple[int, int]) -> list[Mask] | None:

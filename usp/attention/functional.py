@@ -26,6 +26,7 @@ from usp.distributed.comm import untraced
 from usp.distributed.mesh import SequenceMesh
 from usp.ops.derivatives import refuse_transforms
 from usp.ops.precision import in_autocast
+from usp.planning.kinds import flag
 from usp.planning.layout import Layouts
 from usp.planning.masks.mask import Mask
 
@@ -244,6 +245,7 @@ def prepared(
     try:
         if not torch.compiler.is_compiling():
             refuse_transforms(tensors)
+        flag("return_lse", options.return_lse)  # here, for sinks need it whatever it says
         tensors, options = with_learned_scale(tensors, options)
         options = with_placement(tensors, options)
         if options.attn_mask is None:
@@ -263,7 +265,11 @@ def _dispatched(
     kind: Hashable | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if in_chunks(options):
-        refuse_graphs(tensors)
+        try:
+            refuse_graphs(tensors)
+        except NotImplementedError as refusal:
+            refuse_together(mesh, "long_context_attention", validate, refusal)
+            raise
         return _attend_in_chunks(tensors, options, mesh, dropout_seed, validate, kind)
     found = seen_whole(op.attention, tensors, options, mesh, dropout_seed, validate)
     if found is not None:
@@ -281,7 +287,7 @@ def _attend_in_chunks(
     kind: Hashable | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """No graph holds it: it is many collectives, and its memory that of none of its results."""
-    seed = None if dropout_seed is None else int(dropout_seed)
+    seed = cast("int | None", dropout_seed)
     return _attend(tensors, options, mesh, seed, None if validate == "first" else validate, kind)
 
 

@@ -78,7 +78,7 @@ def _together(
 
     def said(found: tuple[Alone, Request | None]) -> Facts:
         needed = needs_gradients(tensors) if gradients is None else gradients
-        seed = dropout_seed if drawn is None else None
+        seed = None if dropout_seed is None else int(dropout_seed)  # a tensor of one number, too
         return facts(tensors, options, found[0], seed, needed)
 
     (alone, whole), told = check_on_all_ranks(

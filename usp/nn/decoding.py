@@ -9,7 +9,7 @@ from usp.distributed.agreement import refuse_together
 from usp.distributed.mesh import SequenceMesh
 from usp.nn.cache import ShardedCache
 from usp.planning.kinds import integer, tensor
-from usp.planning.layout import Layout, Layouts
+from usp.planning.layout import Layout, Layouts, check_layout
 
 
 def decode_attention(
@@ -90,9 +90,14 @@ def _placed(
         raise TypeError(f"cache must be a usp.ShardedCache, got a {type(cache).__name__}")
     if mesh is not cache.mesh:
         raise ValueError(f"mesh is {mesh}, but the cache was made with {cache.mesh}: pass that")
-    layouts: Layouts = ("contiguous" if layout is None else layout, cache.layout)
+    if tensor("q", q).dim() != 4:
+        raise ValueError(
+            f"q must be (batch, sequence, heads, head_dim), got shape {tuple(q.shape)}"
+        )
+    cut = "contiguous" if layout is None else check_layout(layout)
+    layouts: Layouts = (cut, cache.layout)
     if layout is None:
-        queries, whole = tensor("q", q).shape[1], None
+        queries, whole = q.shape[1], None
     else:
         queries = _all_queries(q, layout, seq_len, mesh)
         whole = queries, cache.length
