@@ -92,8 +92,8 @@ class Table:
     def __init__(self, key_len: int) -> None:
         self._parts = key_len // _TABLE_WIDTH + 1
         # what nobody writes takes no memory: there look-ups begin that go ahead
-        self._memory = uninitialised(2 * self._parts * _TABLE_WIDTH, dtype=torch.int32)
-        self._at = uninitialised(key_len, dtype=torch.int64)
+        self._memory = torch.empty(2 * self._parts * _TABLE_WIDTH, dtype=torch.int32, device="cpu")
+        self._at = torch.empty(key_len, dtype=torch.int64, device="cpu")
 
     def fill(self, keys: Positions) -> None:
         """Count these."""
