@@ -158,12 +158,14 @@ class ForwardWorker {
   // How often ahead_ is asked while the tiles take these keys, about.
   int64_t turns(const Pace& pace) const {
     int64_t turns = 0;
+    const Span span = a_.band(pace.band);
     for (int64_t t = 0; t < count_; ++t) {
-      const Span span = a_.band(pace.band);
-      const int64_t keys = intersect(visible_keys(span, w_.tiles[t].rows), pace.keys).size();
-      const int64_t rows = visible_queries(span, w_.tiles[t].rows, pace.keys).size();
-      if (keys == 0 || rows == 0) continue;
-      turns += QueryOperand<T>::turns(kernels_, rows, keys) + kernels_.blocks(rows, a_.Dv);
+      const Range rows = w_.tiles[t].rows;
+      const Range keys = intersect(visible_keys(span, rows), pace.keys);
+      if (keys.empty()) continue;
+      const bool all_see = unmasked_keys(span, rows).contains(keys);  // else it takes a search
+      const int64_t count = (all_see ? rows : visible_queries(span, rows, keys)).size();
+      turns += QueryOperand<T>::turns(kernels_, count, keys.size()) + kernels_.blocks(count, a_.Dv);
     }
     return turns;
   }
