@@ -8,8 +8,11 @@ backward; then usp with the mask, SDPA with the boolean matrix and FlexAttention
 block mask of the same function). These three by themselves: SDPA's scores, 4 bytes a pair, push out
 of the caches what the next call reads, which a short call feels and a long one does not. "of its
 share" is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1
-where a mask costs just what it opens. Nothing is timed whose rows differ from fp64, of the same
-inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention on CPUs has a forward alone.
+where a mask costs just what it opens. The mask's call is repeated until it has seen as many pairs
+as everything, so that both take about as long; "alone" is a single call, forward, in its turn with
+everything: what a call costs when the caches hold another's data. Nothing is timed whose rows
+differ from fp64, of the same inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention
+on CPUs has a forward alone.
 """
 
 from __future__ import annotations
@@ -97,9 +100,14 @@ def measure(
         return torch.autograd.grad(out, leaves, dout)
 
     check(name, usp(mask), q, k, v, dense)
+    repeats = max(1, round(1 / share))
     pairs: list[dict[str, Run]] = [
-        {"usp": lambda: usp(mask), "everything": lambda: usp(masks.everything())},
-        {"both": lambda: both(mask), "everything, both": lambda: both(masks.everything())},
+        {"usp": repeated(repeats, usp, mask), "everything": repeated(1, usp, masks.everything())},
+        {
+            "both": repeated(repeats, both, mask),
+            "everything, both": repeated(1, both, masks.everything()),
+        },
+        {"usp alone": repeated(1, usp, mask), "everything": repeated(1, usp, masks.everything())},
     ]
     candidates: dict[str, Run] = {
         "usp beside peers": lambda: usp(mask),
@@ -113,7 +121,7 @@ def measure(
             candidates["flex"] = flex
         except Exception as error:  # a peer that does not run here is no result
             reasons["flex"] = f"{type(error).__name__}: {error}"[:200]
-    forward, backward = (interleave(pair, args.rounds, args.seconds) for pair in pairs)
+    forward, backward, alone = (interleave(pair, args.rounds, args.seconds) for pair in pairs)
     times = interleave(candidates, args.rounds, args.seconds)
     peers = [peer for peer in ("sdpa", "flex") if peer in candidates]
     return {
@@ -122,12 +130,28 @@ def measure(
         "dtype": dtype,
         "bands": len(mask.bands(torch.arange(length), length).first),
         "share_of_pairs": share,
-        "of_its_share": forward.ratio("usp", "everything") / share,
-        "of_its_share_both": backward.ratio("both", "everything, both") / share,
+        "repeats": repeats,
+        "of_its_share": forward.ratio("usp", "everything") / share / repeats,
+        "of_its_share_both": backward.ratio("both", "everything, both") / share / repeats,
+        "of_its_share_alone": alone.ratio("usp alone", "everything") / share,
         "ratios": {peer: times.ratio(peer, "usp beside peers") for peer in peers},
         "not_measured": reasons,
-        "seconds": {**forward.seconds, **backward.seconds, **times.seconds},
+        "seconds": {
+            **forward.seconds,
+            **backward.seconds,
+            "usp alone": alone.seconds["usp alone"],
+            "everything beside it": alone.seconds["everything"],
+            **times.seconds,
+        },
     }
+
+
+def repeated(times: int, run: Callable[[Mask], object], mask: Mask) -> Run:
+    def call() -> None:
+        for _ in range(times):
+            run(mask)
+
+    return call
 
 
 def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> None:
@@ -158,7 +182,9 @@ def main() -> None:
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
     about = introduce("cpu_masks")
-    print("\nmask", " " * 27, "length dtype bands  share  of its share: forward, both   over:")
+    print(
+        "\nmask", " " * 27, "length dtype bands  share  of its share: forward, both, alone   over:"
+    )
     results = []
     for length, dtype in itertools.product(args.lengths, args.dtypes):
         for name, mask in all_masks(length).items():
@@ -169,7 +195,7 @@ def main() -> None:
             print(
                 f"{name:31} {length:6} {dtype:5} {found['bands']:5} "
                 f"{100 * found['share_of_pairs']:5.1f} % {found['of_its_share']:14.2f} "
-                f"{found['of_its_share_both']:8.2f}      {over}",
+                f"{found['of_its_share_both']:7.2f} {found['of_its_share_alone']:7.2f}      {over}",
                 flush=True,
             )
             results.append(found)

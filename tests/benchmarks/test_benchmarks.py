@@ -12,6 +12,7 @@ from programs import module, program
 
 from usp.backends import native
 from usp.bench.records import read
+from usp.bench.timing import Times
 
 needs_kernels = pytest.mark.skipif(
     native.unavailable() is not None, reason="the compiled extension was not built"
@@ -70,6 +71,10 @@ def test_cpu_masks() -> None:
         assert found["dtype"] == dtype
         assert found["bands"] == (3 if "window" in name else 25)
         assert found["share_of_pairs"] == mask.dense(256, 256).double().mean()
+        assert found["repeats"] == round(1 / found["share_of_pairs"]) > 1
+        pairs = found["repeats"] * found["share_of_pairs"]
+        forward = Times(found["seconds"]).ratio("usp", "everything")
+        assert found["of_its_share"] == pytest.approx(forward / pairs)
         assert set(found["ratios"]) == {"sdpa"} and len(found["seconds"]["usp"]) == 3
     wrong = torch.zeros(1, 256, 1, 16)
     for dtype, allowed in ((torch.float32, "1e-05"), (torch.bfloat16, "1e-02")):
