@@ -159,7 +159,7 @@ struct Kernels {
 
   // About how many register blocks gemm makes of c (m, n): of few columns higher ones.
   int64_t blocks(int64_t m, int64_t n) const {
-    const int64_t columns = std::clamp<int64_t>((n + kPad - 1) & -kPad, kPad, block_columns);
+    const int64_t columns = std::min(std::max(n + kPad - 1, kPad) & -kPad, block_columns);
     const int64_t high = std::min(block_rows * block_columns / columns, kHighestBlock);
     const int64_t rows = std::max(block_rows, high);
     return ((m + rows - 1) / rows) * ((n + columns - 1) / columns);
