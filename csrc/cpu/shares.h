@@ -18,6 +18,7 @@ inline constexpr int64_t kTilesHeld = 8;
 struct Share {
   int64_t b = 0, g = 0;
   Range tiles;
+  int weight = 0;  // of its heaviest tile: how many bits its number of keys has
 };
 
 template <typename T>
@@ -28,12 +29,18 @@ class Shares {
   Shares(const Attention<T>& a, int64_t threads)
       : held(tiles_held(a, threads)), a_(a), row_tiles_(row_tiles(a)) {
     const int64_t tiles = row_tiles_ * std::min(a.group_size, a.H);
+    const std::vector<int> weights = weights_of_tiles();
     for (int64_t b = 0; b < a.B; ++b) {
       for (int64_t g = 0; g < a.G; ++g) {
-        for (int64_t begin = 0; begin < tiles; begin += held) add({b, g, {begin, begin + held}});
+        for (int64_t begin = 0; begin < tiles; begin += held) {
+          add({b, g, {begin, begin + held}}, weights);
+        }
       }
     }
-    put_heaviest_first();
+    // Neighbours read the same keys: what is about as heavy stays in its order.
+    std::stable_sort(shares_.begin(), shares_.end(), [](const Share& one, const Share& other) {
+      return one.weight > other.weight;
+    });
     if (threads > 1) split_last(threads);
   }
 
@@ -63,30 +70,26 @@ class Shares {
     return {begin, std::min(begin + kQueryTile, a_.Lq)};
   }
 
-  // The last key head may serve fewer.
-  void add(Share share) {
-    share.tiles = intersect(share.tiles, {0, row_tiles_ * a_.query_heads(share.g).size()});
-    if (!share.tiles.empty()) shares_.push_back(share);
-  }
-
-  // Neighbours read the same keys: what is about as heavy stays in its order.
-  void put_heaviest_first() {
+  std::vector<int> weights_of_tiles() const {
     std::vector<int> weights(static_cast<size_t>(row_tiles_));
     for (int64_t t = 0; t < row_tiles_; ++t) {
       uint64_t keys = 0;
       for (int64_t band = 0; band < a_.num_bands; ++band) {
         keys += static_cast<uint64_t>(visible_keys(a_.band(band), rows(t)).size());
       }
-      weights[static_cast<size_t>(t)] = std::bit_width(keys);
+      weights[static_cast<size_t>(t)] = static_cast<int>(std::bit_width(keys));
     }
-    const auto weight = [&](const Share& share) {
-      const int64_t heads = a_.query_heads(share.g).size();
-      const auto begin = weights.begin() + share.tiles.begin / heads;
-      return *std::max_element(begin, weights.begin() + (share.tiles.end - 1) / heads + 1);
-    };
-    std::stable_sort(shares_.begin(), shares_.end(), [&](const Share& one, const Share& other) {
-      return weight(one) > weight(other);
-    });
+    return weights;
+  }
+
+  // The last key head may serve fewer.
+  void add(Share share, const std::vector<int>& weights) {
+    const int64_t heads = a_.query_heads(share.g).size();
+    share.tiles = intersect(share.tiles, {0, row_tiles_ * heads});
+    if (share.tiles.empty()) return;
+    const auto begin = weights.begin() + share.tiles.begin / heads;
+    share.weight = *std::max_element(begin, weights.begin() + (share.tiles.end - 1) / heads + 1);
+    shares_.push_back(share);
   }
 
   // So that all threads end at about the same time.
@@ -98,7 +101,8 @@ class Shares {
     for (const Share& share : last) {
       const int64_t size = (share.tiles.size() + kParts - 1) / kParts;
       for (int64_t begin = share.tiles.begin; begin < share.tiles.end; begin += size) {
-        shares_.push_back({share.b, share.g, intersect({begin, begin + size}, share.tiles)});
+        shares_.push_back(
+            {share.b, share.g, intersect({begin, begin + size}, share.tiles), share.weight});
       }
     }
   }
