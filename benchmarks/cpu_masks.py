@@ -181,6 +181,11 @@ def main() -> None:
     add("--no-flex", dest="flex", action="store_false", help="without FlexAttention")
     add("--json", type=Path, help="write every time taken there")
     args = parser.parse_args()
+    known = {name: None for length in args.lengths for name in all_masks(length)}
+    if unknown := [name for name in args.masks or () if name not in known]:
+        parser.error(
+            f"no mask {unknown[0]!r} at {args.lengths} tokens: there are {', '.join(known)}"
+        )
     about = introduce("cpu_masks")
     print(
         "\nmask", " " * 27, "length dtype bands  share  of its share: forward, both, alone   over:"

@@ -83,6 +83,18 @@ def test_cpu_masks() -> None:
             benchmark.check("wrong", wrong, *given, mask.dense(256, 256))
 
 
+def test_cpu_masks_knows_its_masks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["cpu_masks", "--lengths", "256", "--masks", "documents", "none"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        module("cpu_masks").main()
+    assert ended.value.code == 2
+    assert "no mask 'none' at [256] tokens: there are causal, " in capsys.readouterr().err
+
+
 @needs_kernels
 @pytest.mark.long
 def test_cpu_documents(tmp_path: Path) -> None:

@@ -346,6 +346,8 @@ def test_plan_without_any_pair_to_compute(capsys: pytest.CaptureFixture[str]) ->
         ("bench kernels --json /dev/null/x", "--json: .*/dev/null/x"),
         ("demo --json /dev/null/x", "--json: .*/dev/null/x"),
         ("doctor --json tests", "--json: .*Is a directory: 'tests'"),
+        ("bench cpu_masks --json /dev/null/x", "--json: .*/dev/null/x"),
+        ("bench comm --rounds 1 --json=/dev/null/x", "--json: .*/dev/null/x"),
         ("plan --seq-len 8 --png /dev/null/x", "--png: .*/dev/null/x"),
         ("trace --out /dev/null/x", "--out: .*/dev/null/x"),
         ("bench table setup.py", "setup.py"),

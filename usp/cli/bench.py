@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from usp.bench import PROGRAMS
 from usp.bench import run as run_program
 from usp.bench.options import BenchError
-from usp.cli.console import PACKAGE, UserError, table
+from usp.cli.console import PACKAGE, UserError, check_file, table
 
 if TYPE_CHECKING:
     from usp.cli.console import Commands
@@ -41,6 +41,9 @@ def source_programs() -> dict[str, Path]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Those of the package run here, those of the source tree in a process of their own."""
+    theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # an option of them all
+    theirs.add_argument("--json", nargs="?")
+    check_file("json", theirs.parse_known_args(arguments.rest)[0].json)
     if arguments.name in PROGRAMS:
         try:
             return run_program(arguments.name, arguments.rest)
