@@ -18,10 +18,13 @@ from usp import masks
 from usp.bench.machine import header
 from usp.bench.records import write_report
 from usp.planning.layout import DocumentZigzag, Layout, rows
+from usp.planning.masks.neighbourhood import lines_of
 from usp.planning.plan import make_plan
 from usp.planning.query_ring import make_query_ring
 from usp.planning.reach import needed_queries, needed_rows
 from usp.planning.samples import masks_of
+
+CACHES = rows, lines_of, needed_rows, needed_queries, make_plan, make_query_ring
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def main() -> None:
             first, later, backward = [], [], []
             what = masks_of(mask), (layout, layout), lengths, args.ring, args.ring // 2
             for _ in range(args.repeats):
-                for cache in (rows, needed_rows, needed_queries, make_plan, make_query_ring):
+                for cache in CACHES:
                     cache.cache_clear()
                 for times, run in (
                     (first, partial(make_plan, *what)),

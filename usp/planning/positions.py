@@ -15,6 +15,7 @@ from usp.planning.walk import along_runs, divided
 
 # So few runs are counted one by one: all in place, as fresh memory costs more than the arithmetic.
 FEW_RUNS = 4
+_MOST_RUNS = 64  # of a period
 
 
 @dataclass(eq=False)  # not frozen: torch 2.10 cannot trace cached properties of what is
@@ -65,11 +66,28 @@ class Positions:
     @cached_property
     def ends(self) -> Tensor:
         """(2,) first and last position; (0,) for an empty row."""
-        held = self.counts > 0
-        if not held.any():
+        held = self.counts.nonzero().flatten()
+        if not len(held):
             return self.start.new_empty(0)
-        start, last = self.start[held], (self.start + self.stride * (self.counts - 1))[held]
-        return torch.stack((start[0], last[-1]))
+        first, last = int(held[0]), int(held[-1])
+        end = self.start[last] + self.stride * (self.counts[last] - 1)
+        return torch.stack((self.start[first], end))
+
+    @cached_property
+    def period(self) -> tuple[int, int] | None:
+        """After how many positions, from 0 on, runs repeat to the end, and how many these are; None
+        where they do not, or are too many."""
+        start, counts = self.start, self.counts
+        apart, some = start.diff(), min(len(start) // 2, _MOST_RUNS)
+        first = [*zip(apart[: 2 * some].tolist(), counts[: 2 * some].tolist(), strict=False)]
+        for runs in range(1, some + 1):
+            if first[runs:] != first[: len(first) - runs]:
+                continue
+            length = int(start[runs] - start[0])
+            repeats = length > 0 and int(self.stop[runs - 1]) <= length
+            pairs = ((each[runs:], each[:-runs]) for each in (apart, counts))
+            return (length, runs) if repeats and all(torch.equal(*pair) for pair in pairs) else None
+        return None
 
     def cut(self, start: int, stop: int) -> Positions:
         """Those from the ``start``-th to before the ``stop``-th."""

@@ -66,19 +66,35 @@ def needed_queries(
     queries = rows(layouts[0], query_len, ring_degree)
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _by_stretches(mask, queries, key_len)
-    some = (seen.last > seen.first).flatten().nonzero().flatten()
-    ends = uninitialised(2, len(some), dtype=torch.int32)
-    for end, out in zip((seen.first, seen.last), ends, strict=True):
-        torch.index_select(end.flatten(), 0, some, out=out)
-    every = torch.arange(len(seen.row_of), dtype=torch.int32, device="cpu")
-    which = every.expand_as(seen.first).flatten().index_select(0, some)
     nothing, table = [no_rows(len(row)) for row in queries], []
-    for low, high in _counted(keys, ends, key_len):
-        found = which.index_select(0, (high > low).nonzero().flatten()).long()
-        held = torch.zeros_like(every, dtype=torch.bool).index_fill_(0, found, True)
-        runs = (seen.row_of, seen.start, seen.stop)
-        table.append(tuple(_rows_of(nothing, *(each[held] for each in runs))))
+    if not seen.ends.numel():
+        return (tuple(nothing),) * ring_degree
+    for held in _seeing(keys, seen.ends, key_len):
+        runs = (each.index_select(0, held) for each in (seen.row_of, seen.start, seen.stop))
+        table.append(tuple(_rows_of(nothing, *runs)))
     return tuple(table)
+
+
+def _seeing(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:
+    """Of each owner, which stretches see any of its keys.
+
+    Args:
+        ends: (2, bands, stretches) int32, between which positions they see of each band.
+    """
+    if _are_few(keys):
+        for low, high in _counted(keys, ends, key_len):
+            yield (high.sub_(low).amax(0) > 0).nonzero().flatten()
+        return
+    runs = _Runs(keys, key_len, ends.numel())
+    # from the run in which one end lies to that of the last key before the other
+    first, last = runs.at(ends[0]), runs.at(ends[1], -1).masked_fill_(ends[0] == ends[1], -1)
+    every = torch.arange(len(runs.owner), dtype=torch.int32, device="cpu")
+    out = uninitialised(*first.shape, dtype=torch.int32)
+    for rank in range(len(keys)):
+        own = every.masked_fill(runs.owner != rank, len(every))
+        following = own.flip(0).cummin(0).values.flip(0)  # from each run on
+        torch.index_select(following, 0, first.flatten(), out=out.view(-1))
+        yield (torch.sub(last, out, out=out).amax(0) >= 0).nonzero().flatten()
 
 
 def _rows_of(nothing: Sequence[Rows], block: Tensor, start: Tensor, stop: Tensor) -> list[Rows]:
@@ -102,40 +118,68 @@ def _rows_of(nothing: Sequence[Rows], block: Tensor, start: Tensor, stop: Tensor
     return found
 
 
+def _are_few(keys: Sequence[Positions]) -> bool:
+    """Whether each owner's keys are counted by a formula."""
+    return keys[0].stride > 1 or all(len(owned.start) <= FEW_RUNS for owned in keys)
+
+
 def _counted(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[Tensor]:
     """Of each owner, how many of all its keys lie below each of (2, n) int32; what is found stands
     until the next one is asked for."""
-    if keys[0].stride > 1 or all(len(owned.start) <= FEW_RUNS for owned in keys):
-        out = uninitialised(*ends.shape, dtype=torch.int32)
+    inside, whose, mine, out = uninitialised(4, *ends.shape, dtype=torch.int32)
+    if _are_few(keys):
         yield from (owned.count_below(ends, out) for owned in keys)
         return
-    owner = run_of_each(torch.tensor([len(owned.start) for owned in keys], device="cpu"))
-    counts = torch.cat([owned.counts for owned in keys])
-    held = counts.nonzero().flatten()
-    start, order = (
-        torch.cat([owned.start for owned in keys]).index_select(0, held).sort(stable=True)
-    )
-    counts, owner = (each.index_select(0, held[order]).int() for each in (counts, owner))
-    if not len(start) or start[0] > 0:  # a run of nobody's
-        start, counts, owner = (F.pad(each, (1, 0)) for each in (start, counts, owner))
     # the run of all owners in which an end lies is looked up once
-    begins, start = Positions(start[1:] - 1, start[1:], 1), start.int()
-    here = Here(begins, all_rows(len(begins)), key_len, ends.numel())
-    here.expect(1)
-    run, inside, whose, mine, out = uninitialised(5, *ends.shape, dtype=torch.int32)
-    run = here.count_below(ends, run).flatten()
+    runs = _Runs(keys, key_len, ends.numel())
+    run = runs.at(ends).flatten()
 
     def look_up(table: Tensor, into: Tensor) -> Tensor:
         torch.index_select(table, 0, run, out=into.flatten())
         return into
 
-    torch.sub(ends, look_up(start, mine), out=inside)
-    torch.minimum(inside, look_up(counts, mine), out=inside)
-    look_up(owner, whose)
+    torch.sub(ends, look_up(runs.start, mine), out=inside)
+    torch.minimum(inside, look_up(runs.counts, mine), out=inside)
+    look_up(runs.owner, whose)
     for rank in range(len(keys)):
-        own = counts * (owner == rank)
+        own = runs.counts * (runs.owner == rank)
         look_up(own.cumsum(0, dtype=torch.int32) - own, out)
         yield out.addcmul_(inside, torch.eq(whose, rank, out=mine))
+
+
+class _Runs:
+    """The runs of the keys of all owners, of stride 1, and between them runs of nobody's.
+
+    Attributes:
+        start, counts, owner: (runs,) int32; nobody's have no keys, and owner -1.
+    """
+
+    def __init__(self, keys: Sequence[Positions], key_len: int, look_ups: int) -> None:
+        counts = torch.cat([owned.counts for owned in keys])
+        held = counts.nonzero().flatten()
+        owner = run_of_each(torch.tensor([len(owned.start) for owned in keys], device="cpu"))
+        start = torch.cat([owned.start for owned in keys]).index_select(0, held)
+        counts, owner = (each.index_select(0, held) for each in (counts, owner))
+        start, order = start.sort(stable=True)
+        counts, owner = counts.index_select(0, order), owner.index_select(0, order)
+        begin = F.pad(start + counts, (1, 0))
+        gaps = begin < F.pad(start, (0, 1), value=max(key_len, 1))
+        if gaps.any():
+            start, order = torch.cat((start, begin[gaps])).sort(stable=True)
+            more = len(start) - len(counts)
+            counts = F.pad(counts, (0, more)).index_select(0, order)
+            owner = F.pad(owner, (0, more), value=-1).index_select(0, order)
+        self.start, self.counts, self.owner = start.int(), counts.int(), owner.int()
+        begins = Positions(start[1:] - 1, start[1:], 1)
+        self._begins = Here(begins, all_rows(len(begins)), key_len, look_ups)
+        self._begins.expect(1)
+
+    def at(self, positions: Tensor, ahead: int = 0) -> Tensor:
+        """Which runs lie so far ahead of positions, int32; any one ahead of position 0."""
+        found = uninitialised(1, positions.numel(), dtype=torch.int32)
+        return self._begins.count_below(positions.view(1, -1), found, ahead=ahead).view_as(
+            positions
+        )
 
 
 class _Stretches(NamedTuple):
@@ -144,14 +188,13 @@ class _Stretches(NamedTuple):
     Attributes:
         row_of: (stretches,) ascending.
         start, stop: (stretches,) which queries of their row they are.
-        first, last: (bands, stretches) int32, of each band between which positions they see.
+        ends: (2, bands, stretches) int32, of each band between which positions they see.
     """
 
     row_of: Tensor
     start: Tensor
     stop: Tensor
-    first: Tensor
-    last: Tensor
+    ends: Tensor
 
 
 @lru_cache(maxsize=1)  # what is needed of keys and of queries is asked one after the other
@@ -164,17 +207,21 @@ def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> _St
     seen = uninitialised(2, len(bands.first), len(low), dtype=torch.int32)
     for end, at, out in zip(bands, place.tensor_split(2), seen, strict=True):
         each_of(end, at, out)
-    return _Stretches(row_of, start, stop, *seen)
+    return _Stretches(row_of, start, stop, seen)
 
 
 def _seen_runs(seen: _Stretches, key_len: int) -> tuple[Tensor, Tensor, Tensor]:
     """Runs of keys that rows see: of each its row, and both ends; ascending in a row, with
     something between them."""
-    row, first, last = seen.row_of, seen.first, seen.last
+    row = seen.row_of
     # of each row behind those of the row before, in half the memory where that can be
     small = not len(row) or (int(row[-1]) + 1) * (key_len + 1) < 2**31
-    behind = (row * (key_len + 1)).to(torch.int32 if small else torch.int64)
-    start, stop = first + behind, last + behind
+    dtype = torch.int32 if small else torch.int64
+    start, stop = torch.add(
+        seen.ends,
+        (row * (key_len + 1)).to(dtype),
+        out=uninitialised(*seen.ends.shape, dtype=dtype),
+    )
     apart = start[:, 1:] > stop[:, :-1]
     if 2 * int(apart.sum()) < apart.numel():
         # along a band they mostly touch: few are left to sort

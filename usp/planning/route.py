@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from operator import lt
 
 from usp.planning.rows import Rows, all_rows, no_rows, union_of_rows
 
@@ -170,8 +169,9 @@ def choose_way(transport: str, needs: Needs) -> Way | str | None:
         return None
     if transport in ("direct", "allgather"):
         return transport
-    rows, way = _best(_ways(needs), direct)
-    return way if transport == "ring" or rows == direct else "direct"
+    if transport == "ring":
+        return _best(_ways(needs), direct)
+    return next(_ways(needs, nested=True), "direct")
 
 
 def route_along(
@@ -223,7 +223,7 @@ def rows_along(way: Way | str | None, needs: Needs, counts: Sequence[int]) -> tu
 Way = dict[int, list[list[Cargo]]]
 
 
-def _best(ways: Iterator[Way], direct: int) -> tuple[int, Way]:
+def _best(ways: Iterator[Way], direct: int) -> Way:
     """The first that sends no more rows than direct messages do, or that which sends least."""
     best: tuple[int, Way] | None = None
     for way in ways:
@@ -233,15 +233,19 @@ def _best(ways: Iterator[Way], direct: int) -> tuple[int, Way]:
         if rows == direct:
             break
     assert best is not None
-    return best
+    return best[1]
 
 
-def _ways(needs: Needs) -> Iterator[Way]:
+def _ways(needs: Needs, nested: bool = False) -> Iterator[Way]:
     """Ways round for rows to those who need them, those of few hops first.
 
     To each side so far: as evenly as blocks are needed at all, or nearly all to one side; or never
     across the ends of the ring. In a causal zigzag the ranks behind an owner need half of its
     block, those before it all, and a rank must not pass on more than those behind it need.
+
+    Args:
+        nested: Just those that send no row more than direct messages do: no rank gets what it does
+            not see.
     """
     degree = len(needs[0])
     needed = {
@@ -252,11 +256,20 @@ def _ways(needs: Needs) -> Iterator[Way]:
         if rank != owner and len(rows)
     }
     ends = zip([0, *sorted(needed)], [*sorted(needed), degree], strict=True)
-    sides = [(forwards, degree - after) for forwards, after in ends]
-    even = min(sides, key=lambda way: (sum(way), max(way), -way[0]))
-    for forwards in dict.fromkeys((even[0], 1, degree - 2, degree - 1, 0)):
-        yield _way(needs, partial(_is_near, degree, forwards))
-    yield _way(needs, lt)
+    both = [(forwards, degree - after) for forwards, after in ends]
+    even = min(both, key=lambda way: (sum(way), max(way), -way[0]))
+    each = dict.fromkeys((even[0], 1, degree - 2, degree - 1, 0))
+    sides: list[Callable[[int, int], bool]]
+    sides = [partial(_is_near, degree, forwards) for forwards in each]
+    for goes_forwards in (*sides, _never_across):
+        way = _way(needs, goes_forwards, nested)
+        if way is not None:
+            yield way
+
+
+def _never_across(owner: int, rank: int) -> bool:
+    """Whether a rank lies behind an owner in the order of all."""
+    return owner < rank
 
 
 def _is_near(degree: int, far: int, owner: int, rank: int) -> bool:
@@ -264,7 +277,7 @@ def _is_near(degree: int, far: int, owner: int, rank: int) -> bool:
     return (rank - owner) % degree <= far
 
 
-def _way(needs: Needs, goes_forwards: Callable[[int, int], bool]) -> Way:
+def _way(needs: Needs, goes_forwards: Callable[[int, int], bool], nested: bool) -> Way | None:
     degree = len(needs[0])
     way: Way = {}
     for by in (1, -1):
@@ -277,8 +290,12 @@ def _way(needs: Needs, goes_forwards: Callable[[int, int], bool]) -> Way:
                 here = nothing
                 if goes_forwards(owner, rank) == (by == 1):
                     here = _cargo(needs, rank, owner)
-                both = zip(here, carried[-1], strict=True)
+                both = [*zip(here, carried[-1], strict=True)]
+                if nested and any(len(far) > len(near) for near, far in both):
+                    return None
                 carried.append(tuple(union_of_rows(near, far) for near, far in both))
+                if nested and list(map(len, here)) != list(map(len, carried[-1])):
+                    return None
             each.append(carried[:0:-1])
         hops = zip(*each, strict=True)
         way[by] = [list(hop) for hop in hops if any(len(rows) for cargo in hop for rows in cargo)]

@@ -12,19 +12,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from usp.planning.masks.bands import Bands, joined
+from usp.planning.masks.bands import Bands, alike, joined
 from usp.planning.masks.mask import Band, Mask
-from usp.planning.memory import uninitialised
+from usp.planning.memory import uninitialised, zeros
 from usp.planning.positions import FEW_RUNS, Positions
 from usp.planning.rows import Rows
 from usp.planning.slides import Slides
+from usp.planning.table import Table
 from usp.planning.visit import Span, Visit, whole_visit
 from usp.planning.walk import pieces_of_each
 
 # A table pays from so many look-ups on: one for so many positions of its.
 _POSITIONS_A_LOOK_UP = 16
-_TABLE_WIDTH = 1 << 14
-_FEW_QUERIES = 256
 
 
 class Here:
@@ -86,30 +85,6 @@ class Here:
         return self.table
 
 
-class Table:
-    """Of each position how many keys are below, for whole sequences of so many keys."""
-
-    def __init__(self, key_len: int) -> None:
-        self._parts = key_len // _TABLE_WIDTH + 1
-        # what nobody writes takes no memory: there look-ups begin that go ahead
-        self._memory = torch.empty(2 * self._parts * _TABLE_WIDTH, dtype=torch.int32, device="cpu")
-        self._at = torch.empty(key_len, dtype=torch.int64, device="cpu")
-
-    def fill(self, keys: Positions) -> None:
-        """Count these."""
-        at, table = keys.written(self._at[: len(keys)]), self.counts(0)
-        table.zero_()[1:].index_fill_(0, at, 1)
-        parts = table.view(-1, _TABLE_WIDTH)
-        # threads share rows: each begins with the keys in front of it
-        starts = _TABLE_WIDTH * torch.arange(1, len(parts), device="cpu") - 1
-        parts[1:, 0] += torch.searchsorted(at, starts)
-        torch.cumsum(parts, 1, dtype=torch.int32, out=parts)
-
-    def counts(self, ahead: int) -> Tensor:
-        """int32, by positions that lie so far ahead of those that are asked for."""
-        return self._memory[self._parts * _TABLE_WIDTH + ahead :]
-
-
 def some_of(positions: Positions, rows: Rows) -> Positions:
     """The positions of some of the rows."""
     if rows.are_all:
@@ -160,7 +135,7 @@ def seen_of(
         found = [slides.visit(bands, each.keys) if each.rows.are_all else None for each in here]
     rest = {i: _Seen(here[i], num_queries, most) for i, visit in enumerate(found) if visit is None}
     for band in bands if rest else ():
-        ends = _Ends(band)
+        (ends,) = _ends_of([band])
         for seen in rest.values():
             seen.add(ends)
     return [visit or rest[i].visit for i, visit in enumerate(found)]
@@ -186,7 +161,9 @@ def _seen_in_tables(
     first, last = counts.cumsum(0) - counts, counts.cumsum(0) - 1
     of_runs, may_see = _of_runs(bands, first, last)
     of_runs.clamp_(0, key_len)
-    ends, table = [_Ends(band) for band in bands], None
+    ends, table = _ends_of(bands), None
+    # for all owners at once, in large pages: what nobody writes takes no memory
+    room = zeros(len(here) * len(bands) * 2 * len(queries), dtype=torch.int32)
     visits: list[Visit | None] = []
     for each in here:
         if any(end.are_whole(each, len(queries)) for end in ends):
@@ -196,8 +173,10 @@ def _seen_in_tables(
         if each.has_table and each.table is None:
             table = each.make_table(table)
         low, high = each.count_below(of_runs.flatten(1)).view_as(of_runs)
-        used = ((high > low) & may_see).any(1).nonzero().flatten().tolist()
-        seen = _Seen(each, len(queries), len(used))
+        sees = (high.sub_(low) > 0).logical_and_(may_see).view(torch.int8).amax(1)
+        used = sees.nonzero().flatten().tolist()
+        mine, room = room.tensor_split((2 * len(used) * len(queries),))
+        seen = _Seen(each, len(queries), len(used), mine.view(2, -1, len(queries)))
         for i in used:
             seen.add(ends[i])
         visits.append(seen.visit)
@@ -214,13 +193,15 @@ def _of_runs(bands: list[Band], first: Tensor, last: Tensor) -> tuple[Tensor, Te
         (2, bands, runs) int32 positions between which lies what they see, and (bands, runs) bool,
         whether they are among those that may see something.
     """
-    found = first.new_empty((2, len(bands), len(first)), dtype=torch.int32)
-    known: dict[int, Tensor] = {}
-    for band, out in zip(bands, found.unbind(1), strict=True):
-        if id(band.ends) not in known:
-            each = zip(band.ends, (first, last), strict=True)
-            known[id(band.ends)] = torch.stack([end.index_select(0, at) for end, at in each])
-        torch.add(known[id(band.ends)], band.ahead, out=out)
+    shapes = {id(band.ends): band.ends for band in bands}
+    each = [
+        torch.stack([ends[0].index_select(0, first), ends[1].index_select(0, last)])
+        for ends in shapes.values()
+    ]
+    place = {shape: i for i, shape in enumerate(shapes)}
+    which = first.new_tensor([place[id(band.ends)] for band in bands])
+    ahead = torch.tensor([band.ahead for band in bands], dtype=torch.int32, device="cpu")
+    found = torch.stack(each, 1).index_select(1, which).add_(ahead[:, None])
     rows = [(band.rows.start, band.rows.stop) for band in bands]
     start, stop = first.new_tensor(rows).view(-1, 2, 1).unbind(1)
     return found, (last >= start) & (first < stop)
@@ -234,11 +215,10 @@ class _Ends:
         first, stop: From the least to the largest, one behind it.
     """
 
-    def __init__(self, band: Band) -> None:
-        self.band, rows = band, band.rows
+    def __init__(self, band: Band, first: Sequence[int], stop: Sequence[int]) -> None:
+        self.band = band
         self.first, self.stop = (
-            range(int(end[rows.start]) + band.ahead, int(end[rows.stop - 1]) + band.ahead + 1)
-            for end in band.ends
+            range(low + band.ahead, high + band.ahead + 1) for low, high in (first, stop)
         )
 
     def are_whole(self, here: Here, num_queries: int) -> bool:
@@ -254,15 +234,32 @@ class _Ends:
         return rows.start + int(torch.searchsorted(some, position - self.band.ahead, right=True))
 
 
-class _Seen:
-    """What so many queries see of the keys of one owner, of at most so many bands."""
+def _ends_of(bands: Sequence[Band]) -> list[_Ends]:
+    """Of bands which some queries may see."""
+    picked = {}
+    for ends in {id(band.ends): band.ends for band in bands}.values():
+        rows = [band.rows for band in bands if band.ends is ends]
+        at = ends.new_tensor([(each.start, each.stop - 1) for each in rows]).flatten()
+        both = (end.index_select(0, at).view(-1, 2).tolist() for end in ends)
+        picked[id(ends)] = zip(*both, strict=True)
+    return [_Ends(band, *next(picked[id(band.ends)])) for band in bands]
 
-    def __init__(self, here: Here, num_queries: int, most: int) -> None:
-        self._here, self._num_queries, self._most = here, num_queries, most
+
+class _Seen:
+    """What so many queries see of the keys of one owner, of at most so many bands.
+
+    Args:
+        room: (2, most, num_queries) int32, zeros to write in.
+    """
+
+    def __init__(self, here: Here, num_queries: int, most: int, room: Tensor | None = None) -> None:
+        self._here, self._num_queries, self._most, self._room = here, num_queries, most, room
         self._is_whole, self._used = False, 0
 
     @cached_property
     def _ends(self) -> Tensor:
+        if self._room is not None:
+            return self._room
         return uninitialised(2, self._most, self._num_queries, dtype=torch.int32)
 
     def add(self, ends: _Ends) -> None:
@@ -286,14 +283,16 @@ class _Seen:
         if begin >= end:
             return
         counted, some = self._ends[:, self._used], slice(begin, end)
-        if begin:
+        if begin and self._room is None:
             counted[:, :begin] = 0
         if end < self._num_queries:
             counted[:, end:] = len(here.rows)
         between, band = (first[0], stop[-1]), ends.band
         here.count_below(band.ends[:, some], counted[:, some], between, band.ahead)
-        # what is empty for the last queries may be so for all: then the next one takes its place
-        self._used += not (torch.equal(*counted[:, -_FEW_QUERIES:]) and torch.equal(*counted))
+        if not alike(*counted):
+            self._used += 1
+        elif self._room is not None:  # the next one takes its place
+            counted.zero_()
 
     @property
     def visit(self) -> Visit | None:

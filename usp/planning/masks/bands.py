@@ -16,6 +16,8 @@ from torch import Tensor
 
 from usp.planning.memory import uninitialised
 
+_FEW = 256  # queries
+
 
 class Bands(NamedTuple):
     """Disjoint bands in ascending order.
@@ -49,11 +51,11 @@ def clipped(first: Tensor, stop: Tensor, key_len: int) -> Bands:
     """The band or the disjoint bands between ends that may lie outside the keys, or cross.
 
     Args:
-        first, stop: (n,) or (bands, n) int64, non-decreasing along n.
+        first, stop: (n,) or (bands, n) integers, non-decreasing along n; they are written to.
         key_len: Number of keys.
     """
     first, stop = torch.atleast_2d(first), torch.atleast_2d(stop)
-    first, stop = first.clamp(0, key_len), stop.clamp(0, key_len)
+    first, stop = first.clamp_(0, key_len), stop.clamp_(0, key_len)
     # The larger of two non-decreasing ends is non-decreasing: an empty band stays monotone.
     return Bands(first, torch.maximum(first, stop, out=stop))
 
@@ -62,8 +64,7 @@ def without_empty(bands: Bands, trim: bool = True) -> Bands:
     """Those that some query sees something of; not ``trim``: all of them, see ``Mask.bands``."""
     if not trim:
         return bands
-    # equal ends are told as soon as two differ, where a search among flags goes through them all
-    used = [not torch.equal(*ends) for ends in zip(*bands, strict=True)]
+    used = [not alike(*ends) for ends in zip(*bands, strict=True)]
     return bands if all(used) else Bands(bands.first[used], bands.stop[used])
 
 
@@ -75,7 +76,7 @@ def union(parts: Sequence[Bands], trim: bool = True) -> Bands:
     """
     ends = [ends for bands in parts for ends in zip(*bands, strict=True)]
     if trim:
-        ends = [each for each in ends if not torch.equal(*each)]
+        ends = [each for each in ends if not alike(*each)]
     if not ends:
         return Bands(*(end[:0] for end in parts[0]))
     first, stop = zip(*ends, strict=True)
@@ -101,10 +102,19 @@ def joined(bands: Bands) -> Bands:
     if len(bands.first) < 2:
         return bands
     neighbours = zip(bands.stop[:-1], bands.first[1:], strict=True)
-    apart = [not torch.equal(*ends) for ends in neighbours]
+    apart = [not alike(*ends) for ends in neighbours]
     if all(apart):
         return bands
     return Bands(bands.first[[True, *apart]], bands.stop[[*apart, True]])
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two ends are the same for all queries: mostly the last or those in the middle show
+    that they are not, where a search among flags would go through all."""
+    for start in (max(0, len(one) - _FEW), len(one) // 2):
+        if not torch.equal(one[start : start + _FEW], other[start : start + _FEW]):
+            return False
+    return torch.equal(one, other)
 
 
 def _sorted(rows: list[Tensor]) -> list[Tensor]:
@@ -124,10 +134,15 @@ def intersection(one: Bands, other: Bands, trim: bool = True) -> Bands:
     """What is in both."""
     first = torch.maximum(one.first[:, None], other.first[None]).flatten(0, 1)
     stop = torch.minimum(one.stop[:, None], other.stop[None]).flatten(0, 1)
-    found = without_empty(Bands(first, torch.maximum(first, stop)), trim)
-    if len(found.first) < 2 or not (found.stop[:-1] > found.first[1:]).any():
+    found = without_empty(Bands(first, torch.maximum(first, stop, out=stop)), trim)
+    if len(found.first) < 2 or not found.first.numel() or _are_apart(found):
         return joined(found) if trim else found
     return disjoint(*found, trim)
+
+
+def _are_apart(bands: Bands) -> bool:
+    """Whether each band ends before the next one begins, for all queries, one at least."""
+    return int((bands.stop[:-1] - bands.first[1:]).amax()) <= 0
 
 
 def complement(bands: Bands, key_len: int, trim: bool = True) -> Bands:

@@ -54,9 +54,8 @@ class Mask:
 
     def each_band(self, positions: Tensor, key_len: int) -> EachBand:
         """The same one by one, some of them empty, and how many these are."""
-        found, every = self.bands(positions, key_len), range(len(positions))
-        each = (Band(torch.stack(ends), 0, every) for ends in zip(*found, strict=True))
-        return len(found.first), each
+        ends = torch.stack(self.bands(positions, key_len))
+        return ends.shape[1], [Band(each, 0, range(len(positions))) for each in ends.unbind(1)]
 
     @property
     def seams(self) -> frozenset[tuple[int, int]]:

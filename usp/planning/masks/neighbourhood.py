@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from functools import lru_cache
+from itertools import pairwise, repeat
 from math import prod
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class Window:
 
     def interval(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys ``[first, stop)``, counted among those of the coordinate's residue; ``out`` is
-        (2, n) room for them."""
+        (2, n) room for them, of which ``x`` itself may be the second half."""
         first, stop = x.new_empty((2, len(x))) if out is None else out
         place, count = x, x.new_tensor(self.size)
         if self.dilation > 1:
@@ -62,30 +63,43 @@ class Window:
             torch.add(first, self.kernel, out=stop)
         return first.clamp_min_(0), torch.minimum(stop, count, out=stop)
 
-    def sees(self, x: Tensor) -> dict[int, Tensor]:
-        """Whether a coordinate sees the key so many steps away, of each offset."""
+    def sees(self, x: Tensor) -> Tensor:
+        """(offsets, n) bool, whether a coordinate sees the key so many steps away."""
         first, stop = self.interval(x)
         place = x if self.dilation == 1 else x // self.dilation
         offsets = torch.tensor(self.offsets, dtype=x.dtype, device=x.device)[:, None]
-        seen = (first - place <= offsets) & (stop - place > offsets)
-        return dict(zip(self.offsets, seen, strict=True))
+        return (first - place <= offsets) & (stop - place > offsets)
+
+
+class _Lines(NamedTuple):
+    """Lines of queries that see something of the keys so many lines away.
+
+    Attributes:
+        distance: In lines.
+        first, stop: From which line on, and up to which, counted from that of the first query.
+        seen: (all lines,) bool which ones; None for all of these.
+    """
+
+    distance: int
+    first: int
+    stop: int
+    seen: Tensor | None
 
 
 class _Placed(NamedTuple):
     """Where queries are on the grid.
 
     Attributes:
-        line, begin: (n,) the line of each, counted from that of the first, and where it begins.
+        first_line: That of the first query.
+        begin: (n,) where the line of each begins.
         parts: Keys that each would see of its own line, (2, n) first and stop, ascending.
-        distances: Of the lines of keys that are seen, in lines, ascending.
-        seen: Of each distance, (lines,) bool which lines of queries see something.
+        lines: Those of keys that are seen, by ascending distance.
     """
 
-    line: Tensor
+    first_line: int
     begin: Tensor
     parts: list[Tensor]
-    distances: list[int]
-    seen: list[Tensor]
+    lines: list[_Lines]
 
 
 @dataclass(frozen=True)
@@ -116,69 +130,57 @@ class Neighbourhood(Mask):
         if not len(positions) or not prod(self.grid):
             return nothing(positions)
         placed = self._placed(positions)
-        most = len(placed.distances) * len(placed.parts)
+        most = len(placed.lines) * len(placed.parts)
         ends = uninitialised(2, most, len(positions), dtype=positions.dtype)
-        for into, band in zip(ends.unbind(1), self._inside_lines(placed), strict=True):
-            into.copy_(band)
+        for _ in self._inside_lines(placed, ends.unbind(1)):
+            pass
         return without_empty(Bands(*ends), trim)
 
     def each_band(self, positions: Tensor, key_len: int) -> EachBand:
         if not len(positions) or not prod(self.grid):
             return 0, []
         placed = self._placed(positions)
-        parts, each = placed.parts, [_run_of(seen) for seen in placed.seen]
-        lines = [run for run in each if run is not None]
+        first_line, _, parts, lines = placed
+        most, width = len(lines) * len(parts), self.grid[-1]
         # further ahead fewer lines at the end see keys, and more at the beginning: those that see
         # none lie before all others or behind them; but whole lines may become one band
-        is_whole = self.grid[-1] <= self.kernel[-1]
-        back = any(a < b for two in pairwise(lines) for a, b in zip(*two, strict=True))
-        if is_whole or back or len(lines) < len(each):
-            every, ends = range(len(positions)), self._inside_lines(placed)
-            return len(each) * len(parts), (Band(end, 0, every) for end in ends)
-        bounds = torch.tensor(lines, dtype=positions.dtype, device=positions.device)
-        rows = torch.searchsorted(placed.line, bounds).tolist()
-        width, found = self.grid[-1], zip(placed.distances, rows, strict=True)
-        return len(each) * len(parts), [
-            Band(part, distance * width, range(*some)) for distance, some in found for part in parts
+        is_whole = width <= self.kernel[-1]
+        back = any(a.first < b.first or a.stop < b.stop for a, b in pairwise(lines))
+        if is_whole or back or any(each.seen is not None for each in lines):
+            every, room = range(len(positions)), torch.empty_like(parts[0])
+            ends = self._inside_lines(placed, repeat(room))
+            return most, (Band(end, 0, every) for end in ends)
+        rows = self._rows_of(positions, first_line, [each[1:3] for each in lines])
+        return most, [
+            Band(part, each.distance * width, some)
+            for each, some in zip(lines, rows, strict=True)
+            for part in parts
         ]
+
+    def _rows_of(
+        self, positions: Tensor, first_line: int, lines: list[tuple[int, int]]
+    ) -> list[range]:
+        """Which queries lie in lines from one on up to another, counted from the first one's."""
+        ends = torch.tensor(lines, dtype=positions.dtype, device=positions.device)
+        ends = (ends + first_line) * self.grid[-1] + self.start
+        return [range(*some) for some in torch.searchsorted(positions, ends).tolist()]
 
     def _placed(self, positions: Tensor) -> _Placed:
         """Where queries are, one at least."""
         width = self.grid[-1]
         # all at once: fresh memory takes longer than what is written there
-        room = uninitialised(5, len(positions), dtype=positions.dtype)
-        x, line, begin = torch.sub(positions, self.start, out=room[0]), room[1], room[2]
-        torch.mul(divided(line.copy_(x), width), width, out=begin)
-        first_line, x = int(line[0]), x.sub_(begin)
-        lines = torch.arange(first_line, int(line[-1]) + 1, dtype=line.dtype, device=line.device)
-        parts = self._parts(x, room[3:])
+        room = uninitialised(3, len(positions), dtype=positions.dtype)
+        begin, x = room[0], torch.sub(positions, self.start, out=room[2])
+        first_line, last_line = (int(x[i]) // width for i in (0, -1))
+        divided(begin.copy_(x), width).mul_(width)
+        parts = self._parts(x.sub_(begin), room[1:])
         for part in parts:
-            for end in part:
-                end.add_(begin).add_(self.start)
-        return _Placed(line.sub_(first_line), begin, parts, *self._lines(lines))
-
-    def _lines(self, lines: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Lines of keys that are seen whole or in part, by their distance from the query's own.
-
-        Returns:
-            Ascending distances in lines, and of each (lines,) bool where it is seen.
-        """
-        windows, rest = self.windows[:-1], lines
-        coordinates: list[Tensor] = []
-        for size in reversed(self.grid[:-1]):
-            coordinates.insert(0, rest % size)
-            rest = rest // size
-        there = (lines >= 0) & (lines < prod(self.grid[:-1]))
-        seen: dict[int, Tensor] = {}
-        each = [w.sees(c) for w, c in zip(windows, coordinates, strict=True)]
-        for steps in product(*(w.offsets for w in windows)):
-            distance, valid = 0, there
-            for window, by_step, a in zip(windows, each, steps, strict=True):
-                distance = distance * window.size + a * window.dilation
-                valid = valid & by_step[a]
-            seen[distance] = seen[distance] | valid if distance in seen else valid
-        used = sorted(distance for distance, valid in seen.items() if valid.any())
-        return used, [seen[distance] for distance in used]
+            part.add_(begin)
+            if self.start:
+                part.add_(self.start)
+        return _Placed(
+            first_line, begin, parts, lines_of(tuple(self.windows[:-1]), first_line, last_line)
+        )
 
     def _parts(self, x: Tensor, room: Tensor) -> list[Tensor]:
         """Of each query the keys that it sees of a line, counted in the line: (2, n) each, the
@@ -189,34 +191,35 @@ class Neighbourhood(Mask):
             return [room]
         # neighbours along the line are apart: a band for each
         at = ((x + a * window.dilation).clamp_(0, window.size) for a in window.offsets)
-        each = zip(at, window.sees(x).values(), strict=True)
+        each = zip(at, window.sees(x), strict=True)
         return [torch.stack((place, place + is_seen)) for place, is_seen in each]
 
-    def _inside_lines(self, placed: _Placed) -> Iterator[Tensor]:
-        """Both ends of each band. What is not seen is empty where its line begins."""
-        line, begin, parts, *each = placed
-        total, ends = prod(self.grid), torch.empty_like(parts[0])
+    def _inside_lines(self, placed: _Placed, rooms: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Both ends of each band, in the next one of ``rooms``. What is not seen is empty where its
+        line begins."""
+        first_line, begin, parts, lines = placed
+        total, rooms, width = prod(self.grid), iter(rooms), self.grid[-1]
 
         def empty(rows: slice, ahead: int) -> Tensor:
             return (begin[rows] + ahead).clamp_(0, total).add_(self.start)
 
-        for distance, seen in zip(*each, strict=True):
-            ahead, used = distance * self.grid[-1], seen.nonzero()
-            lines = int(used[0]), int(used[-1]) + 1
-            start = int(torch.searchsorted(line, lines[0])) if lines[0] else 0
-            end = int(torch.searchsorted(line, lines[1])) if lines[1] < len(seen) else len(line)
-            rows, outside = slice(start, end), [slice(0, start), slice(end, len(line))]
+        where = self._rows_of(begin + self.start, first_line, [each[1:3] for each in lines])
+        for (distance, _, _, seen), some in zip(lines, where, strict=True):
+            ahead, rows = distance * width, slice(some.start, some.stop)
+            outside = [slice(0, rows.start), slice(rows.stop, len(begin))]
             valid = None
-            if len(used) < lines[1] - lines[0]:
-                valid = seen.to(line.dtype).index_select(0, line[rows])
+            if seen is not None:
+                line = divided(begin[rows].clone(), width) - first_line
+                valid = seen.to(line.dtype).index_select(0, line)
             for part in parts:
+                ends = next(rooms)
                 torch.add(part[:, rows], ahead, out=ends[:, rows])
                 if valid is not None:
                     inside = ends[:, rows] - (begin[rows] + (ahead + self.start))
                     ends[:, rows] = empty(rows, ahead) + inside * valid
-                for some in outside:
-                    if some.start < some.stop:
-                        ends[:, some] = empty(some, ahead)
+                for rest in outside:
+                    if rest.start < rest.stop:
+                        ends[:, rest] = empty(rest, ahead)
                 yield ends
 
     def refuse_lengths(self, query_len: int, key_len: int) -> None:
@@ -233,11 +236,36 @@ class Neighbourhood(Mask):
         )
 
 
-def _run_of(seen: Tensor) -> tuple[int, int] | None:
-    """First and stop of what is true, once at least; None for more than one run."""
-    places = seen.nonzero()
-    first, stop = int(places[0]), int(places[-1]) + 1
-    return (first, stop) if len(places) == stop - first else None
+@lru_cache(maxsize=2)  # ranks ask for the queries of all of them
+def lines_of(windows: tuple[Window, ...], first_line: int, last_line: int) -> list[_Lines]:
+    """Lines of keys that queries see whole or in part, by their distance from the query's own.
+
+    Args:
+        windows: Of all dims but the last.
+        first_line, last_line: Of the queries.
+    """
+    lines = torch.arange(first_line, last_line + 1, dtype=torch.int32, device="cpu")
+    inner = prod(window.size for window in windows)
+    seen = ((lines >= 0) & (lines < inner))[None]
+    distances = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for window in windows:
+        inner //= window.size
+        each = window.sees(lines // inner % window.size)
+        steps = torch.tensor(window.offsets, device="cpu") * window.dilation
+        distances = (distances[:, None] * window.size + steps).flatten()
+        seen = (seen[:, None] & each).flatten(0, 1)
+    if (distances.diff() <= 0).any():  # several ways to a line, or not in order
+        distances, way = distances.unique(return_inverse=True)
+        ways = torch.zeros(len(distances), len(lines), dtype=torch.int32, device="cpu")
+        seen = ways.index_add_(0, way, seen.int()) > 0
+    flags = seen.view(torch.int8)
+    first, stop = flags.argmax(1), len(lines) - flags.flip(1).argmax(1)
+    each_way = (x.tolist() for x in (distances, first, stop, flags.sum(1)))
+    return [
+        _Lines(distance, start, end, which if count < end - start else None)
+        for distance, start, end, count, which in zip(*each_way, seen, strict=True)
+        if count
+    ]
 
 
 def neighbourhood(
