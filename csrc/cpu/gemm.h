@@ -137,13 +137,14 @@ USP_SIMD void dots(const T* __restrict a, Matrix<const T> b, int64_t words, T al
 
 template <typename Words, typename T, int kRows = kFew>
 void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
-                       Matrix<T> c, T alpha) {
+                       Matrix<T> c, T alpha, Lookahead& ahead) {
   if constexpr (kRows > 1) {
-    if (n < kRows) return products_with_few<Words, T, kRows - 1>(m, n, k, a, b, c, alpha);
+    if (n < kRows) return products_with_few<Words, T, kRows - 1>(m, n, k, a, b, c, alpha, ahead);
   }
   const int64_t words = (k + Words::kElements - 1) / Words::kElements;
   for (int64_t j = 0; j < m; ++j) {
     T* row = c.data + j * c.ld;
+    ahead.advance();
     for (int64_t i = 0; i < kPad; i += kLanes<T>) store<T>(row + i, Vec<T>{});
     dots<Words, T, kRows>(a.data + j * a.ld, b, words, alpha, row);
   }

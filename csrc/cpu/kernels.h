@@ -170,9 +170,9 @@ struct Kernels {
   void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
                Update<T> update);
   // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in
-  // the padding columns.
+  // the padding columns. Asks ahead once for each row of a.
   void (*products_with_few)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
-                            Matrix<T> c, T alpha);
+                            Matrix<T> c, T alpha, Lookahead& ahead);
 
   // Rows (rows, cols) of a tensor as left operand, in words along a row: in place, or copied to
   // `room`.

@@ -145,7 +145,7 @@ struct QueryOperand {
 
   // How often `multiply` asks ahead, about.
   static int64_t turns(const Kernels<T>& kernels, int64_t num_rows, int64_t keys) {
-    return num_rows <= kFew ? 1 : kernels.blocks(keys, num_rows);
+    return num_rows <= kFew ? keys : kernels.blocks(keys, num_rows);
   }
 
   // products (keys, padded rows) = scale * left (keys, cols) times this, where the cut has numbers.
@@ -158,9 +158,8 @@ struct QueryOperand {
       const Matrix<T> to{products + keys.begin * ld + columns.begin, ld};
       const int64_t count = seeing.end - columns.begin;
       if (rows.data != nullptr && count <= kFew && columns.size() == kPad) {
-        ahead.advance();
         kernels.products_with_few(keys.size(), count, cols, some, rows_from(rows, columns.begin),
-                                  to, scale);
+                                  to, scale, ahead);
       } else {
         const Matrix<const T> right{transposed.data + columns.begin, transposed.ld};
         kernels.gemm(keys.size(), columns.size(), cols, some, right, to,

@@ -106,8 +106,9 @@ TYPED_TEST(TileKernels, ProductsWithFew) {
         const int64_t m = 5, lda = k + 1, ldb = k + 3, ldc = kPad + 1;
         const auto a = this->randoms((m - 1) * lda + k), b = this->randoms((few - 1) * ldb + k);
         std::vector<T> c(static_cast<size_t>(m * ldc), T(7));
+        Lookahead ahead;
         table.products_with_few(m, few, k, {a.data(), lda}, {b.data(), ldb}, {c.data(), ldc},
-                                T(0.5));
+                                T(0.5), ahead);
         for (int64_t j = 0; j < m; ++j) {
           for (int64_t i = 0; i < ldc; ++i) {
             T expected = i < kPad ? T(0) : T(7);
@@ -340,8 +341,10 @@ TEST_P(Bf16Products, OfRowsWithFewRows) {
         const int64_t keys = 7;
         const Bf16Rows q(random_, queries, dim), k(random_, keys, dim);
         auto s = room(keys * kPad);
+        Lookahead ahead;
         table().products_with_few(keys, queries, dim, left(k, keys, k_memory, bytes),
-                                  left(q, queries, q_memory, bytes), {s.data(), kPad}, 0.25f);
+                                  left(q, queries, q_memory, bytes), {s.data(), kPad}, 0.25f,
+                                  ahead);
         for (int64_t j = 0; j < keys; ++j) {
           for (int64_t i = 0; i < kPad; ++i) {
             float expected = 0;
