@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/shares.h"
+#include "cpu/riders.h"
 
 namespace usp::cpu {
 namespace {
@@ -23,6 +23,7 @@ namespace {
 template <typename T>
 struct RowTile {
   int64_t h;
+  bool rides;
   bool started;  // out holds something
   Range rows;
   Matrix<T> q_room;   // (few rows, D)
@@ -46,16 +47,17 @@ struct RowTile {
 template <typename T>
 struct Workspace {
   int64_t held;
-  RowTile<T> tiles[kTilesHeld];
-  Matrix<T> q;    // (rows, D)
-  Matrix<T> k;    // (keys, D)
-  Matrix<T> v;    // (keys, Dv), or its transpose
-  T* scores;      // (keys, rows)
-  T* weights;     // the same as left operand
-  T* multiplier;  // (keys, rows), dropout only
+  RowTile<T> tiles[kTilesHeld + 1];  // and riders
+  Matrix<T> q;                       // (rows, D)
+  Matrix<T> k;                       // (keys, D)
+  Matrix<T> v;                       // (keys, Dv), or its transpose
+  T* scores;                         // (keys, rows)
+  T* weights;                        // the same as left operand
+  T* multiplier;                     // (keys, rows), dropout only
 
-  Workspace(const Attention<T>& a, const Kernels<T>& kernels, int64_t tiles_held, Carver& carver)
-      : held(tiles_held) {
+  Workspace(const Attention<T>& a, const Kernels<T>& kernels, const Shares<T>& shares,
+            Carver& carver)
+      : held(shares.held + (shares.riders() > 0)) {
     for (int64_t t = 0; t < held; ++t) tiles[t] = RowTile<T>(a, kernels, carver);
     q = {carver.take<T>(kQueryTile * padded(a.D)), padded(a.D)};
     k = {carver.take<T>(kKeyTile * padded(a.D)), padded(a.D)};
@@ -72,16 +74,18 @@ template <typename T>
 class ForwardWorker {
  public:
   ForwardWorker(const Attention<T>& a, const AttentionState<T>& state, const Shares<T>& shares,
-                Carver& carver)
+                const RiderParts<T>& parts, Carver& carver)
       : a_(a),
         state_(state),
         shares_(shares),
+        parts_(parts),
         kernels_(kernels<T>(a.q.dtype)),
         headroom_sum_(std::exp(kernels_.headroom)),
-        w_(a, kernels_, shares.held, carver) {}
+        w_(a, kernels_, shares, carver) {}
 
   void run(int64_t task, int64_t probably_next) {
     const Share& share = shares_[task];
+    task_ = task;
     next_ = probably_next < shares_.count() ? &shares_[probably_next] : nullptr;
     b_ = share.b;
     g_ = share.g;
@@ -89,7 +93,25 @@ class ForwardWorker {
     for (int64_t number = 0; number < share.tiles.size(); ++number) {
       shares_.with_tile(share, number, [&](int64_t h, Range rows) { hold(h, rows); });
     }
+    if (shares_.riders() > 0) {
+      const Range rows = count_ > 0 ? hull(w_.tiles[0].rows, w_.tiles[count_ - 1].rows) : Range{};
+      ride_.set(a_, shares_.keys_of_riders(share), rows);
+      take(g_, {0, shares_.riders()}, true, shares_.begins_head(share));
+    }
     if (count_ > 0) walk();
+  }
+
+  // Of all shares, when they are done.
+  void store_riders() {
+    parts_.merge([&](int64_t b, int64_t h, int64_t task) {
+      RowTile<T>& tile = w_.tiles[0];
+      b_ = b;
+      tile.h = h;
+      tile.rows = {0, shares_.riders()};
+      std::copy_n(parts_.max(task), shares_.riders(), tile.softmax.max);
+      std::copy_n(parts_.sum(task), shares_.riders(), tile.softmax.sum);
+      store_state(tile, {parts_.out(task), a_.Dv});
+    });
   }
 
  private:
@@ -97,18 +119,34 @@ class ForwardWorker {
 
   // Takes a tile of query rows in. Those that see nothing only matter to a result.
   void hold(int64_t h, Range rows) {
-    if (first_keys(rows).empty() && state_.result == nullptr) return;
+    if (!first_keys(rows).empty() || state_.result != nullptr) take(h, rows, false, true);
+  }
+
+  void take(int64_t h, Range rows, bool rides, bool carries) {
     RowTile<T>& tile = w_.tiles[count_];
     tile.h = h;
     tile.rows = rows;
+    tile.rides = rides;
     load_queries(tile);
-    load_state(tile);
+    load_state(tile, carries);
     ++count_;
   }
 
   void walk() {
     walk_keys();
-    for (RowTile<T>& tile : held()) store_state(tile);
+    for (RowTile<T>& tile : held()) {
+      start(tile);
+      const auto out = as_rows(kernels_, tile.out, tile.rows.size(), a_.Dv, w_.v.data);
+      if (tile.rides) {
+        store_part(tile, out);
+      } else {
+        store_state(tile, out);
+      }
+    }
+  }
+
+  Span span(const RowTile<T>& tile, int64_t band) const {
+    return tile.rides ? ride_.span(a_, shares_.riders(), band) : a_.band(band);
   }
 
   void walk_keys() {
@@ -122,7 +160,7 @@ class ForwardWorker {
       look_ahead(next.keys);
       expect_tiles(expected_tiles() * std::max<int64_t>(last_paces - left + 1, 0) / last_paces);
       ahead_.spread(turns(pace));
-      add_keys(a_.band(pace.band), pace.keys);
+      add_keys(pace.band, pace.keys);
       pace = next;
     }
   }
@@ -144,7 +182,7 @@ class ForwardWorker {
     for (; band < a_.num_bands; ++band) {
       Range visible;
       for (int64_t t = 0; t < count_; ++t) {
-        visible = hull(visible, visible_keys(a_.band(band), w_.tiles[t].rows));
+        visible = hull(visible, visible_keys(span(w_.tiles[t], band), w_.tiles[t].rows));
       }
       if (!visible.empty()) return {band, first_tile(visible), visible};
     }
@@ -158,9 +196,9 @@ class ForwardWorker {
   // How often ahead_ is asked while the tiles take these keys, about.
   int64_t turns(const Pace& pace) const {
     int64_t turns = 0;
-    const Span span = a_.band(pace.band);
     for (int64_t t = 0; t < count_; ++t) {
       const Range rows = w_.tiles[t].rows;
+      const Span span = this->span(w_.tiles[t], pace.band);
       const Range keys = intersect(visible_keys(span, rows), pace.keys);
       if (keys.empty()) continue;
       const bool all_see = unmasked_keys(span, rows).contains(keys);  // else it takes a search
@@ -223,11 +261,12 @@ class ForwardWorker {
     return RunningSoftmax<T>::from_lse(lse, kernels_.headroom, headroom_sum_);
   }
 
-  void load_state(RowTile<T>& tile) {
+  // What is carried, or what has seen nothing.
+  void load_state(RowTile<T>& tile, bool carries) {
     const T* lse = lse_of(tile);
     bool fresh = true;  // no row has seen a key
     for (int64_t i = 0; i < padded(tile.rows.size()); ++i) {
-      const T carried_lse = i < tile.rows.size() ? lse[i] : minus_infinity<T>();
+      const T carried_lse = carries && i < tile.rows.size() ? lse[i] : minus_infinity<T>();
       const auto row = carried(carried_lse);
       tile.softmax.max[i] = row.max;
       tile.softmax.sum[i] = row.sum;
@@ -250,10 +289,11 @@ class ForwardWorker {
     tile.started = true;
   }
 
-  void add_keys(const Span& span, Range keys) {
+  void add_keys(int64_t band, Range keys) {
     bool loaded = false;
     Matrix<const T> k;
     for (RowTile<T>& tile : held()) {
+      const Span span = this->span(tile, band);
       with_seen(span, {b_, tile.h, tile.rows}, keys, kernels_.word, kernels_.word, cut_,
                 [&](const TileIndex& at) {
                   if (!loaded) {
@@ -285,9 +325,14 @@ class ForwardWorker {
     tile.started = true;
   }
 
-  void store_state(RowTile<T>& tile) {
-    start(tile);
-    const auto out = as_rows(kernels_, tile.out, tile.rows.size(), a_.Dv, w_.v.data);
+  void store_part(const RowTile<T>& tile, Matrix<const T> out) {
+    std::copy_n(tile.softmax.max, tile.rows.size(), parts_.max(task_));
+    std::copy_n(tile.softmax.sum, tile.rows.size(), parts_.sum(task_));
+    kernels_.store_rows(out, tile.rows.size(), a_.Dv, T(1), nullptr, kDType<T>, parts_.out(task_),
+                        a_.Dv);
+  }
+
+  void store_state(RowTile<T>& tile, Matrix<const T> out) {
     T *lse = lse_of(tile), *factor = tile.softmax.factor;
     Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
@@ -330,11 +375,13 @@ class ForwardWorker {
   const Attention<T>& a_;
   const AttentionState<T>& state_;
   const Shares<T>& shares_;
+  const RiderParts<T>& parts_;
   const Kernels<T>& kernels_;
   const T headroom_sum_;  // exp(headroom)
   Workspace<T> w_;
+  Ride<T> ride_;
   Cut cut_;
-  int64_t b_ = 0, g_ = 0, count_ = 0;
+  int64_t task_ = 0, b_ = 0, g_ = 0, count_ = 0;
   const Share* next_ = nullptr;
   int64_t tiles_expected_ = 0;  // of expected_tiles()
   Lookahead ahead_;
@@ -346,21 +393,23 @@ template <typename T>
 void attention_forward(const Attention<T>& a, const AttentionState<T>& state,
                        const ParallelFor& parallel) {
   if (a.H == 0 || a.Lq == 0) return;
-  const Shares<T> shares(a, parallel.num_threads);
+  const Shares<T> shares(a, parallel);
+  const RiderParts<T> parts(a, shares);
   Carver measure(nullptr);
-  Workspace<T>(a, kernels<T>(a.q.dtype), shares.held, measure);
+  Workspace<T>(a, kernels<T>(a.q.dtype), shares, measure);
   const int64_t count = parallel.workers_for(shares.count());
   Scratch scratch(count, measure.used());
   std::vector<ForwardWorker<T>> workers;
   workers.reserve(static_cast<size_t>(count));
   for (int64_t worker = 0; worker < count; ++worker) {
     Carver carver(scratch.of(worker));
-    workers.emplace_back(a, state, shares, carver);
+    workers.emplace_back(a, state, shares, parts, carver);
   }
   parallel.for_each_task(shares.count(), [&](int64_t worker, int64_t task) {
     const int64_t next = parallel.probably_after(task, shares.count());
     workers[static_cast<size_t>(worker)].run(task, next);
   });
+  if (shares.riders() > 0) workers[0].store_riders();
 }
 
 template void attention_forward(const Attention<float>&, const AttentionState<float>&,

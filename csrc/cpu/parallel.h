@@ -19,6 +19,12 @@ struct ParallelFor {
     return std::max<int64_t>(1, std::min(num_threads, tasks));
   }
 
+  // Tasks. One, but many small ones would spend their time on taking turns.
+  int64_t taken_at_once(int64_t tasks) const {
+    constexpr int64_t kTurnsPerWorker = 64, kMost = 16;
+    return std::clamp<int64_t>(tasks / (kTurnsPerWorker * num_threads), 1, kMost);
+  }
+
   // Calls body(worker, task) for each task. Whoever is free takes the next ones, so tasks of
   // unequal cost balance when the heavy ones come first; tasks write disjoint memory, so who takes
   // which does not show in the result.
@@ -41,13 +47,6 @@ struct ParallelFor {
     const int64_t run_length = taken_at_once(tasks);
     const bool ends_run = (task + 1) % run_length == 0;
     return task + 1 + (ends_run ? (workers_for(tasks) - 1) * run_length : 0);
-  }
-
- private:
-  // One, but many small tasks would spend their time on taking turns.
-  int64_t taken_at_once(int64_t tasks) const {
-    constexpr int64_t kTurnsPerWorker = 64, kMost = 16;
-    return std::clamp<int64_t>(tasks / (kTurnsPerWorker * num_threads), 1, kMost);
   }
 };
 

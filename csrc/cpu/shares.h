@@ -6,12 +6,15 @@
 #include <bit>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/tiles.h"
 
 namespace usp::cpu {
 
 // The tiles of query rows that a task holds: keys and values that it loads serve all of them.
 inline constexpr int64_t kTilesHeld = 8;
+
+inline constexpr int64_t kMostRiders = 16;
 
 // Some tiles of query rows that read one key head, counted from the last rows, and for the same
 // rows head by head.
@@ -26,18 +29,28 @@ class Shares {
  public:
   const int64_t held;  // tiles of one share, at most
 
-  Shares(const Attention<T>& a, int64_t threads)
-      : held(tiles_held(a, threads)), a_(a), row_tiles_(row_tiles(a)) {
+  Shares(const Attention<T>& a, const ParallelFor& parallel)
+      : held(tiles_held(a, parallel.num_threads)), a_(a), row_tiles_(row_tiles(a)) {
+    const int64_t threads = parallel.num_threads;
     const int64_t tiles = row_tiles_ * std::min(a.group_size, a.H);
+    const int64_t of_head = (tiles + held - 1) / held, of_heads = a.B * of_head;
+    const int64_t stretch = (of_heads + threads - 1) / threads;
+    const int64_t at_once = std::min(parallel.taken_at_once(of_heads * a.G), a.G);
+    if (a.group_size == 1 && of_head > 1 && !a.span.sees_all()) riders_ = count_riders();
     const std::vector<int> weights = weights_of_tiles();
-    for (int64_t b = 0; b < a.B; ++b) {
-      for (int64_t g = 0; g < a.G; ++g) {
-        for (int64_t begin = 0; begin < tiles; begin += held) {
-          add({b, g, {begin, begin + held}}, weights);
+    // Each thread has its own stretch of rows, which it takes head by head: heads lie beside each
+    // other, so it stays on few pages of memory, and far from those that others write.
+    for (int64_t i = 0; i < stretch; ++i) {
+      for (int64_t begin = 0; begin < a.G; begin += at_once) {
+        for (int64_t at = i; at < of_heads; at += stretch) {
+          for (int64_t g = begin; g < std::min(begin + at_once, a.G); ++g) {
+            const int64_t tile = at % of_head * held;
+            add({at / of_head, g, {tile, tile + held}}, weights);
+          }
         }
       }
     }
-    // Neighbours read the same keys: what is about as heavy stays in its order.
+    // What is about as heavy stays in its order.
     std::stable_sort(shares_.begin(), shares_.end(), [](const Share& one, const Share& other) {
       return one.weight > other.weight;
     });
@@ -46,6 +59,18 @@ class Shares {
 
   int64_t count() const { return static_cast<int64_t>(shares_.size()); }
   const Share& operator[](int64_t task) const { return shares_[static_cast<size_t>(task)]; }
+
+  // How many of the first rows are in no tile, but ride along with each share (riders.h).
+  int64_t riders() const { return riders_; }
+
+  // The keys that they see with it: each key with one share of a head.
+  Range keys_of_riders(const Share& share) const {
+    return {a_.Lk * (row_tiles_ - share.tiles.end) / row_tiles_,
+            a_.Lk * (row_tiles_ - share.tiles.begin) / row_tiles_};
+  }
+
+  // Whether the tile of the first rows is in it.
+  bool begins_head(const Share& share) const { return share.tiles.end == row_tiles_; }
 
   // Calls visit(h, rows) for one of its tiles.
   template <typename Visit>
@@ -67,16 +92,32 @@ class Shares {
 
   Range rows(int64_t from_last) const {
     const int64_t begin = (row_tiles_ - 1 - from_last) * kQueryTile;
-    return {begin, std::min(begin + kQueryTile, a_.Lq)};
+    return {std::max(begin, riders_), std::min(begin + kQueryTile, a_.Lq)};
+  }
+
+  // The first rows that see all keys, where no tile behind theirs sees many.
+  int64_t count_riders() const {
+    constexpr int64_t kFewer = 4;
+    for (int64_t t = 0; t + 1 < row_tiles_; ++t) {
+      if (kFewer * keys_seen(rows(t)) > a_.Lk) return 0;
+    }
+    int64_t count = 0;
+    while (count <= kMostRiders && keys_seen({count, count + 1}) == a_.Lk) ++count;
+    return count <= kMostRiders ? count : 0;
+  }
+
+  int64_t keys_seen(Range rows) const {
+    int64_t keys = 0;
+    for (int64_t band = 0; band < a_.num_bands; ++band) {
+      keys += visible_keys(a_.band(band), rows).size();
+    }
+    return keys;
   }
 
   std::vector<int> weights_of_tiles() const {
     std::vector<int> weights(static_cast<size_t>(row_tiles_));
     for (int64_t t = 0; t < row_tiles_; ++t) {
-      uint64_t keys = 0;
-      for (int64_t band = 0; band < a_.num_bands; ++band) {
-        keys += static_cast<uint64_t>(visible_keys(a_.band(band), rows(t)).size());
-      }
+      const auto keys = static_cast<uint64_t>(keys_seen(rows(t)));
       weights[static_cast<size_t>(t)] = static_cast<int>(std::bit_width(keys));
     }
     return weights;
@@ -109,6 +150,7 @@ class Shares {
 
   const Attention<T>& a_;
   const int64_t row_tiles_;
+  int64_t riders_ = 0;
   std::vector<Share> shares_;
 };
 

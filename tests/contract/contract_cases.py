@@ -107,6 +107,7 @@ RESULTS: dict[str, Changes] = {
     # of the CPU's kernels alone
     "terraces": {"batch": 1, "lq": 67, "lk": 401, "heads": (1, 0, 1)},
     "bands_at_once": {"lq": 199},
+    "sinks_and_registers": {"lq": 601, "lk": 907, "heads": (3, 1, 1)},
 }
 
 # Gradients that are written over and not added to.

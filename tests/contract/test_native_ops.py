@@ -43,6 +43,30 @@ def test_more_keys_than_are_held(
     subject.assert_right(case, subject.run(request, answers, case))
 
 
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+@pytest.mark.parametrize("prior_keys", [0, 13])
+def test_rows_that_see_all_ride_along(
+    prior_keys: int, subject: Native, request: pytest.FixtureRequest
+) -> None:
+    dtype = torch.bfloat16 if subject.capability in BF16_ONLY else torch.float32
+    case = replace(
+        subject.base,
+        lq=401,
+        lk=733,
+        heads=(3, 1, 1),
+        span="sinks_and_registers",
+        bias="B1QK",
+        bias_holes=True,
+        alibi="1H",
+        softcap=2.0,
+        dropout_p=0.15,
+        dtype=dtype,
+        prior_keys=prior_keys,
+        value_head_dim=37,
+    )
+    subject.assert_right(case, replace(subject, threads=3).run(request, answers, case))
+
+
 # Powers of two step through every exponent of a half, numbers around them round both ways.
 def test_results_round_as_torch_does() -> None:
     steps = torch.arange(-40, 20, dtype=torch.float32)

@@ -41,7 +41,7 @@ class Subject:
     # Calls of its own, where interpreting is too slow for a call a row.
     mixtures: ClassVar[Mapping[str, Changes]] = {}
     # Spans with which results of their own are looked at, and calls that write gradients over.
-    result_spans: ClassVar[Sequence[str]] = tuple(RESULTS)[:-2]
+    result_spans: ClassVar[Sequence[str]] = tuple(RESULTS)[:-3]
     overwritten: ClassVar[Mapping[str, Changes]] = {}
 
     @property
