@@ -14,7 +14,7 @@ from mask_cases import any_mask, table_of
 
 from usp import masks
 from usp.masks import Mask
-from usp.planning import reach, seen
+from usp.planning import here, reach
 from usp.planning import table as tables_of_positions
 from usp.planning.layout import DocumentZigzag, Held, Layout, Layouts, both, rows
 from usp.planning.masks.options import make_mask
@@ -78,7 +78,7 @@ def test_every_visible_pair_is_visited_once(transport: str, problem: Problem, ta
     _, expected, *_ = problem
     counted = torch.zeros(expected.shape, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(seen, "_POSITIONS_A_LOOK_UP", 16 if tables else 0)
+        patched.setattr(here, "_POSITIONS_A_LOOK_UP", 16 if tables else 0)
         patched.setattr(tables_of_positions, "_WIDTH", 8)
         make_plan.cache_clear(), needed_rows.cache_clear()
         found = visits(problem, transport)

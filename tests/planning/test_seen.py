@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usp import masks
-from usp.planning import seen
+from usp.planning import here
+from usp.planning.here import some_of
 from usp.planning.layout import DocumentZigzag, Layout, rows
 from usp.planning.plan import make_plan
 from usp.planning.positions import Positions
 from usp.planning.query_ring import make_query_ring
 from usp.planning.rows import Rows, joined_runs
 from usp.planning.samples import masks_of
-from usp.planning.seen import some_of
 
 RING = 4
 TABLES = DocumentZigzag((0, 20, 61, 96))
@@ -51,7 +51,7 @@ def test_neighbourhoods_are_those_of_their_definition(
     layout: Layout, edges: str, grid: tuple[int, ...], kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward, where lines are moved at edges, and grids end with the sequence."""
-    monkeypatch.setattr(seen, "_POSITIONS_A_LOOK_UP", 1000)
+    monkeypatch.setattr(here, "_POSITIONS_A_LOOK_UP", 1000)
     mask = masks.neighbourhood(grid, kernel, edges=edges)
     expected, table = mask.dense(96, 96), rows(layout, 96, RING)
     what = masks_of(mask), (layout, layout), (96, 96), RING

@@ -18,11 +18,11 @@ from itertools import accumulate
 import torch
 
 from usp.planning.double_ring import DoubleRing
+from usp.planning.here import some_of
 from usp.planning.plan import Load, Plan, Step, steps_of
 from usp.planning.route import Arrival, Cargo, Direction, Exchange, Hop, Ring, Route
 from usp.planning.rows import Rows, all_rows, no_rows, rows_between
 from usp.planning.samples import Masks
-from usp.planning.seen import some_of
 from usp.planning.shares import pieces
 
 AnyRoute = Route | DoubleRing

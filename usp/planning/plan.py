@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from usp.planning.double_ring import DoubleRing, make_double_ring
+from usp.planning.here import Here
 from usp.planning.layout import Layout, Layouts, both, rows
 from usp.planning.positions import Positions
 from usp.planning.reach import needed_rows
 from usp.planning.route import Arrival, Needs, Route, make_route
 from usp.planning.rows import Rows, all_rows
 from usp.planning.samples import Masks, Samples
-from usp.planning.seen import Here, seen_of
+from usp.planning.seen import seen_of
 from usp.planning.shares import local_row
 from usp.planning.visit import Visit
 

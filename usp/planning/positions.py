@@ -89,6 +89,16 @@ class Positions:
             return (length, runs) if repeats and all(torch.equal(*pair) for pair in pairs) else None
         return None
 
+    @cached_property
+    def counts_of_period(self) -> Tensor:
+        """(its length + 1,) int32, how many tokens lie below each position of the first one."""
+        assert self.period is not None
+        length, runs = self.period
+        first = Positions(self.start[:runs], self.stop[:runs], self.stride)
+        counts = self.start.new_zeros(length + 1, dtype=torch.int32)
+        counts[1:].index_fill_(0, first.tensor, 1)
+        return counts.cumsum_(0)
+
     def cut(self, start: int, stop: int) -> Positions:
         """Those from the ``start``-th to before the ``stop``-th."""
         before = self.counts.cumsum(0) - self.counts

@@ -12,12 +12,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 from usp.planning.grid import Grid
+from usp.planning.here import Here, some_of
 from usp.planning.layout import Layout, rows
 from usp.planning.plan import Load, Plan, Step, make_any_route, own_step
 from usp.planning.reach import needed_queries
 from usp.planning.rows import all_rows
 from usp.planning.samples import Masks
-from usp.planning.seen import Here, seen_of, some_of
+from usp.planning.seen import seen_of
 from usp.planning.slides import Slides
 
 Layouts = tuple[Layout, Layout]

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usp.planning.here import Here
 from usp.planning.layout import Layout, rows
 from usp.planning.masks.mask import Mask
 from usp.planning.memory import uninitialised
 from usp.planning.positions import FEW_RUNS, Positions
 from usp.planning.rows import Rows, all_rows, merged, no_rows
-from usp.planning.seen import Here
-from usp.planning.walk import each_of, pieces_of_each, run_of_each
+from usp.planning.walk import divided, each_of, pieces_of_each, run_of_each
 
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
+# Ends of theirs that are looked at together.
+_WORTH = 1 << 15
+# Up to so many owners, and runs of theirs, are told by bits.
+_FEW_OWNERS = 31
+_FEW_SPANS = 32
 
 
 @lru_cache(maxsize=32)
@@ -43,7 +49,9 @@ def needed_rows(
     query_len, key_len = lengths
     keys = rows(layouts[1], key_len, ring_degree)
     seen = _by_stretches(mask, rows(layouts[0], query_len, ring_degree), key_len)
-    rank_of, *runs = _seen_runs(seen, key_len)
+    # a few rows at a time, in the cache
+    parts = [_seen_runs(seen.row_of[a:b], seen.ends[..., a:b], key_len) for a, b in _cuts(seen)]
+    rank_of, *runs = map(torch.cat, zip(*parts, strict=True))
     table, nothing = [], [[no_rows(len(owned))] * ring_degree for owned in keys]
     for none, counted in zip(
         nothing, _counted(keys, torch.stack(runs).int(), key_len), strict=True
@@ -86,15 +94,27 @@ def _seeing(keys: Sequence[Positions], ends: Tensor, key_len: int) -> Iterator[T
             yield (high.sub_(low).amax(0) > 0).nonzero().flatten()
         return
     runs = _Runs(keys, key_len, ends.numel())
-    # from the run in which one end lies to that of the last key before the other
-    first, last = runs.at(ends[0]), runs.at(ends[1], -1).masked_fill_(ends[0] == ends[1], -1)
-    every = torch.arange(len(runs.owner), dtype=torch.int32, device="cpu")
-    out = uninitialised(*first.shape, dtype=torch.int32)
+    # the run in which one end lies, and how many there are up to that of the last key before the
+    # other: none where nothing is between them
+    first, some = runs.at(ends[0]), (ends[1] - ends[0]).clamp_max_(1)
+    spans = runs.at(ends[1], -1).sub_(first).add_(1).mul_(some)
+    total, most = len(runs.owner), int(spans.amax())
+    if len(keys) <= _FEW_OWNERS and most <= _FEW_SPANS:
+        # bits of the owners of so many runs, from each one on
+        bits, each = (runs.owner >= 0) << runs.owner.clamp_min(0), [torch.zeros_like(runs.owner)]
+        for i in range(most):
+            each.append(each[-1] | F.pad(bits[i:], (0, min(i, total))))
+        table, seen = torch.cat(each), bits.new_zeros(ends.shape[2])
+        for band in spans.mul_(total).add_(first):
+            seen |= table.index_select(0, band)
+        yield from ((seen >> rank & 1).nonzero().flatten() for rank in range(len(keys)))
+        return
+    every = torch.arange(total, dtype=torch.int32, device="cpu")
     for rank in range(len(keys)):
-        own = every.masked_fill(runs.owner != rank, len(every))
-        following = own.flip(0).cummin(0).values.flip(0)  # from each run on
-        torch.index_select(following, 0, first.flatten(), out=out.view(-1))
-        yield (torch.sub(last, out, out=out).amax(0) >= 0).nonzero().flatten()
+        own = every.masked_fill(runs.owner != rank, 2 * total)
+        away = own.flip(0).cummin(0).values.flip(0).sub_(every)  # the next one, from each run on
+        torch.index_select(away, 0, first.flatten(), out=some.view(-1))
+        yield (torch.sub(spans, some, out=some).amax(0) > 0).nonzero().flatten()
 
 
 def _rows_of(nothing: Sequence[Rows], block: Tensor, start: Tensor, stop: Tensor) -> list[Rows]:
@@ -202,7 +222,7 @@ def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> _St
     row_of, start, stop, low, high = _stretches(table, mask.seams)
     # the mask is asked once for all rows: many small questions take longer
     ends, order = torch.cat((low, high)).sort(stable=True)
-    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device="cpu"))
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device="cpu"))
     bands = mask.bands(ends.int(), key_len, trim=False)
     seen = uninitialised(2, len(bands.first), len(low), dtype=torch.int32)
     for end, at, out in zip(bands, place.tensor_split(2), seen, strict=True):
@@ -210,18 +230,27 @@ def _by_stretches(mask: Mask, table: tuple[Positions, ...], key_len: int) -> _St
     return _Stretches(row_of, start, stop, seen)
 
 
-def _seen_runs(seen: _Stretches, key_len: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cuts(seen: _Stretches) -> list[tuple[int, int]]:
+    """Stretches of some whole rows at a time: so many that each part is worth its calls."""
+    ends, cuts = torch.bincount(seen.row_of).cumsum(0).tolist(), [0]
+    for end in ends:
+        if (end - cuts[-1]) * seen.ends.shape[1] >= _WORTH or end == ends[-1]:
+            cuts.append(end)
+    return [*pairwise(cuts)] or [(0, 0)]
+
+
+def _seen_runs(row: Tensor, ends: Tensor, key_len: int) -> tuple[Tensor, Tensor, Tensor]:
     """Runs of keys that rows see: of each its row, and both ends; ascending in a row, with
-    something between them."""
-    row = seen.row_of
+    something between them.
+
+    Args:
+        row: (stretches,) ascending.
+        ends: (2, bands, stretches) int32, between which positions they see.
+    """
     # of each row behind those of the row before, in half the memory where that can be
     small = not len(row) or (int(row[-1]) + 1) * (key_len + 1) < 2**31
     dtype = torch.int32 if small else torch.int64
-    start, stop = torch.add(
-        seen.ends,
-        (row * (key_len + 1)).to(dtype),
-        out=uninitialised(*seen.ends.shape, dtype=dtype),
-    )
+    start, stop = ends + (row * (key_len + 1)).to(dtype)
     apart = start[:, 1:] > stop[:, :-1]
     if 2 * int(apart.sum()) < apart.numel():
         # along a band they mostly touch: few are left to sort
@@ -259,9 +288,12 @@ def _stretches(
     low = start[run] + stride * (piece * length)
     high = start[run] + stride * (torch.minimum(piece * length + length, counts[run]) - 1)
     for seam, width in seams:
+        if torch.equal(divided(low - seam, width), divided(high - seam, width)):
+            continue
         which, low, high = _cut(low, high, seam, width)
         run = run[which]
-    places = (before[run] + (end - start[run] + (stride - 1)) // stride for end in (low, high))
+    start, before = start[run] - (stride - 1), before[run]
+    places = (divided(end - start, stride).add_(before) for end in (low, high))
     first, last = places
     return row_of[run], first, last + 1, low, high
 
@@ -269,8 +301,8 @@ def _stretches(
 def _cut(low: Tensor, high: Tensor, start: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stretches that cross no seam, and of which ones they are pieces; seams lie at ``start`` and
     every ``width`` positions."""
-    line = torch.div(low - start, width, rounding_mode="floor")
-    pieces = torch.div(high - start, width, rounding_mode="floor") - line + 1
+    line = divided(low - start, width)
+    pieces = divided(high - start, width) - line + 1
     which, piece = pieces_of_each(pieces)
     begin = start + (line[which] + piece) * width
     low, high = torch.maximum(low[which], begin), torch.minimum(high[which], begin + (width - 1))

@@ -84,6 +84,25 @@ class Rows:
         inside = torch.minimum(places - start.index_select(0, run), counts.index_select(0, run))
         return before.index_select(0, run).add_(inside)
 
+    @cached_property
+    def longest(self) -> tuple[int, int, int]:
+        """Of the longest run the first row, how many of these rows are before it, and its length;
+        of one at least."""
+        counts = self.stop - self.start
+        i = int(counts.argmax())
+        return int(self.start[i]), int(counts[:i].sum()), int(counts[i])
+
+    def count_below_(self, places: Tensor) -> None:
+        """``count_below`` in place, quick where most of the places lie in the longest run."""
+        if self.are_all:
+            return
+        start, before, count = self.longest
+        ends = places.new_tensor((start, start + count + 1))
+        low, high = torch.searchsorted(places, ends).tolist()
+        for some in (slice(0, low), slice(high, None)):
+            places[some] = self.count_below(places[some])
+        places[low:high] -= start - before
+
     def within(self, others: Rows) -> Rows:
         """These rows by their places among ``others``, which hold them all."""
         ends = (others.count_below(end.int()).long() for end in (self.start, self.stop))

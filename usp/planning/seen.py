@@ -6,100 +6,19 @@ so a band is counted against the keys of all owners while it is in the cache, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from usp.planning.here import Here, Repeat
 from usp.planning.masks.bands import Bands, alike, joined
 from usp.planning.masks.mask import Band, Mask
 from usp.planning.memory import uninitialised, zeros
-from usp.planning.positions import FEW_RUNS, Positions
-from usp.planning.rows import Rows
+from usp.planning.positions import Positions
 from usp.planning.slides import Slides
-from usp.planning.table import Table
 from usp.planning.visit import Span, Visit, whole_visit
-from usp.planning.walk import pieces_of_each
-
-# A table pays from so many look-ups on: one for so many positions of its.
-_POSITIONS_A_LOOK_UP = 16
-
-
-class Here:
-    """The keys of one owner that are here, to be counted below many positions.
-
-    A few arithmetic runs are counted by a formula. Where there are more, a table of all positions
-    holds the counts, or the run of each position is searched for.
-
-    Args:
-        keys: Of the owner.
-        rows: Which of them are here.
-        key_len: Keys of the whole sequence.
-        look_ups: About how many positions will be asked for, of each band.
-    """
-
-    def __init__(self, keys: Positions, rows: Rows, key_len: int, look_ups: int) -> None:
-        self.keys, self.rows = keys, rows
-        self._key_len, self._look_ups = key_len, look_ups
-        self.table: Table | None = None
-        self.has_table = False
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Position of the owner's first key and of its last."""
-        ends: list[int] = self.keys.ends.tolist()
-        return ends
-
-    @cached_property
-    def _runs(self) -> Positions:
-        """The keys that are here."""
-        return some_of(self.keys, self.rows)
-
-    def expect(self, bands: int) -> None:
-        """Decide on a table for so many bands."""
-        pays = self._look_ups * bands * _POSITIONS_A_LOOK_UP >= self._key_len
-        self.has_table = pays and len(self.rows) > 0 and len(self._runs.start) > FEW_RUNS
-
-    def count_below(
-        self,
-        positions: Tensor,
-        out: Tensor | None = None,
-        between: tuple[int, int] | None = None,
-        ahead: int = 0,
-    ) -> Tensor:
-        """``Positions.count_below`` of the keys that are here, of (2, n) int32; from a table no
-        sum may be below 0 or above the keys."""
-        if not self.has_table:
-            return self._runs.count_below(positions, out, between, ahead)
-        table = (self.make_table() if self.table is None else self.table).counts(ahead)
-        out = torch.empty_like(positions) if out is None else out
-        for row, each in zip(positions, out, strict=True):
-            torch.index_select(table, 0, row, out=each)
-        return out
-
-    def make_table(self, room: Table | None = None) -> Table:
-        """The table, in the room of one that nobody needs any more."""
-        self.table = Table(self._key_len) if room is None else room
-        self.table.fill(self._runs)
-        return self.table
-
-
-def some_of(positions: Positions, rows: Rows) -> Positions:
-    """The positions of some of the rows."""
-    if rows.are_all:
-        return positions
-    held = positions.counts > 0
-    start, counts = positions.start[held], positions.counts[held]
-    end = counts.cumsum(0)
-    # rows that lie side by side may go through several runs of positions
-    first, last = (torch.searchsorted(end, at, right=True) for at in (rows.start, rows.stop - 1))
-    row, run = pieces_of_each(last - first + 1)
-    run += first[row]
-    end, before = end[run], (end - counts)[run]
-    begin, end = torch.maximum(rows.start[row], before), torch.minimum(rows.stop[row], end)
-    at = start[run] + positions.stride * (begin - before)
-    return Positions(at, at + positions.stride * (end - begin), positions.stride)
 
 
 def seen_of(
@@ -157,10 +76,7 @@ def _seen_in_tables(
     bands = [band for band in bands if len(band.rows)]
     if not bands:
         return [None for _ in here]
-    counts = queries.counts[queries.counts > 0]
-    first, last = counts.cumsum(0) - counts, counts.cumsum(0) - 1
-    of_runs, may_see = _of_runs(bands, first, last)
-    of_runs.clamp_(0, key_len)
+    runs, every = _RunsOf(queries, bands, key_len), {band.every for band in bands}
     ends, table = _ends_of(bands), None
     # for all owners at once, in large pages: what nobody writes takes no memory
     room = zeros(len(here) * len(bands) * 2 * len(queries), dtype=torch.int32)
@@ -169,42 +85,65 @@ def _seen_in_tables(
         if any(end.are_whole(each, len(queries)) for end in ends):
             visits.append(whole_visit(len(queries), len(each.rows)))
             continue
-        # one table at a time: together they would take more memory than the bands do
-        if each.has_table and each.table is None:
-            table = each.make_table(table)
-        low, high = each.count_below(of_runs.flatten(1)).view_as(of_runs)
-        sees = (high.sub_(low) > 0).logical_and_(may_see).view(torch.int8).amax(1)
-        used = sees.nonzero().flatten().tolist()
+        repeat = each.repeat(queries, max(every)) if len(every) == 1 else None
+        if repeat is not None:
+            used = runs.which_see(each.count_of_all, repeat.runs + 1)
+        else:
+            # one table at a time: together they would take more memory than the bands do
+            if each.has_table and each.table is None:
+                table = each.make_table(table)
+            used = runs.which_see(each.count_below, None)
         mine, room = room.tensor_split((2 * len(used) * len(queries),))
-        seen = _Seen(each, len(queries), len(used), mine.view(2, -1, len(queries)))
+        seen = _Seen(each, len(queries), len(used), mine.view(2, -1, len(queries)), repeat)
         for i in used:
             seen.add(ends[i])
         visits.append(seen.visit)
     return visits
 
 
-def _of_runs(bands: list[Band], first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bands what runs of queries may see.
+class _RunsOf:
+    """What runs of queries may see of bands: what lies between the first end of the first query
+    and the second end of the last."""
 
-    Args:
-        first, last: (runs,) queries of each, by their places.
+    def __init__(self, queries: Positions, bands: list[Band], key_len: int) -> None:
+        counts = queries.counts[queries.counts > 0]
+        self._first, self._last = counts.cumsum(0) - counts, counts.cumsum(0) - 1
+        self._bands, self._key_len = bands, key_len
+        self._known: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    Returns:
-        (2, bands, runs) int32 positions between which lies what they see, and (bands, runs) bool,
-        whether they are among those that may see something.
-    """
-    shapes = {id(band.ends): band.ends for band in bands}
-    each = [
-        torch.stack([ends[0].index_select(0, first), ends[1].index_select(0, last)])
-        for ends in shapes.values()
-    ]
-    place = {shape: i for i, shape in enumerate(shapes)}
-    which = first.new_tensor([place[id(band.ends)] for band in bands])
-    ahead = torch.tensor([band.ahead for band in bands], dtype=torch.int32, device="cpu")
-    found = torch.stack(each, 1).index_select(1, which).add_(ahead[:, None])
-    rows = [(band.rows.start, band.rows.stop) for band in bands]
-    start, stop = first.new_tensor(rows).view(-1, 2, 1).unbind(1)
-    return found, (last >= start) & (first < stop)
+    def which_see(self, count: Callable[[Tensor], Tensor], most: int | None) -> list[int]:
+        """Bands of which some run sees something, as told by a count of keys below positions;
+        looking at so many runs of each that may, or at all."""
+        if most not in self._known:
+            self._known[most] = self._ends(most)
+        ends, may_see = self._known[most]
+        low, high = count(ends.flatten(1)).view_as(ends)
+        sees = (high.sub_(low) > 0).logical_and_(may_see).view(torch.int8).amax(1)
+        found: list[int] = sees.nonzero().flatten().tolist()
+        return found
+
+    def _ends(self, most: int | None) -> tuple[Tensor, Tensor]:
+        """(2, bands, runs) int32 positions between which lies what they see, and (bands, runs)
+        bool, whether they are among those that may see something."""
+        first, last, bands = self._first, self._last, self._bands
+        rows = first.new_tensor([(band.rows.start, band.rows.stop) for band in bands])
+        start, stop = rows.view(-1, 2, 1).unbind(1)
+        if most is None or most >= len(first):
+            first, last = (at.expand(len(bands), -1) for at in (first, last))
+            may_see = (last >= start) & (first < stop)
+        else:
+            run = torch.searchsorted(last, start.contiguous()) + torch.arange(most, device="cpu")
+            may_see = run < len(first)
+            first, last = (at[run.clamp_max_(len(at) - 1)] for at in (first, last))
+            may_see &= first < stop
+        found = torch.empty((2, *first.shape), dtype=torch.int32, device="cpu")
+        for ends in {id(band.ends): band.ends for band in bands}.values():
+            which = first.new_tensor([i for i, band in enumerate(bands) if band.ends is ends])
+            for end, at, out in zip(ends, (first, last), found, strict=True):
+                at = at.index_select(0, which)
+                out[which] = end.index_select(0, at.flatten()).view_as(at)
+        ahead = torch.tensor([band.ahead for band in bands], dtype=torch.int32, device="cpu")
+        return found.add_(ahead[:, None]).clamp_(0, self._key_len), may_see
 
 
 class _Ends:
@@ -250,11 +189,19 @@ class _Seen:
 
     Args:
         room: (2, most, num_queries) int32, zeros to write in.
+        repeat: How it repeats.
     """
 
-    def __init__(self, here: Here, num_queries: int, most: int, room: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        here: Here,
+        num_queries: int,
+        most: int,
+        room: Tensor | None = None,
+        repeat: Repeat | None = None,
+    ) -> None:
         self._here, self._num_queries, self._most, self._room = here, num_queries, most, room
-        self._is_whole, self._used = False, 0
+        self._repeat, self._is_whole, self._used = repeat, False, 0
 
     @cached_property
     def _ends(self) -> Tensor:
@@ -288,7 +235,10 @@ class _Seen:
         if end < self._num_queries:
             counted[:, end:] = len(here.rows)
         between, band = (first[0], stop[-1]), ends.band
-        here.count_below(band.ends[:, some], counted[:, some], between, band.ahead)
+        if self._repeat is not None:
+            _count_repeating(here, self._repeat, band, some, counted[:, some])
+        else:
+            here.count_below(band.ends[:, some], counted[:, some], between, band.ahead)
         if not alike(*counted):
             self._used += 1
         elif self._room is not None:  # the next one takes its place
@@ -305,3 +255,17 @@ class _Seen:
         first, stop = joined(Bands(*self._ends[:, : self._used]))
         span = Span(first, stop) if len(first) > 1 else Span(first[0], stop[0])
         return Visit(num_queries, num_keys, span)
+
+
+def _count_repeating(here: Here, repeat: Repeat, band: Band, some: slice, out: Tensor) -> None:
+    """How many keys that are here lie below both ends of some queries: those of the first ones are
+    counted, and so many more are below those further on."""
+    each, num_queries = repeat.queries, out.shape[1]
+    counted = here.count_of_all(band.ends[:, some][:, :each] + band.ahead)
+    times, rest = divmod(num_queries, each)
+    more = repeat.keys * torch.arange(times, dtype=out.dtype, device="cpu")[:, None]
+    for first, into in zip(counted, out, strict=True):
+        if times:
+            torch.add(first, more, out=into[: num_queries - rest].view(times, each))
+        torch.add(first[:rest], repeat.keys * times, out=into[num_queries - rest :])
+        here.rows.count_below_(into)

@@ -20,7 +20,7 @@ class Table:
     def fill(self, keys: Positions) -> None:
         """Count these."""
         if keys.period is not None and keys.period[0] <= _WIDTH:
-            self._repeat(keys, *keys.period)
+            self._repeat(keys, keys.period[0])
             return
         at, table = keys.written(keys.start.new_empty(len(keys))), self.counts(0)
         parts = table[: self._parts * _WIDTH].zero_().view(-1, _WIDTH)
@@ -30,16 +30,13 @@ class Table:
         parts[1:, 0] += torch.searchsorted(at, starts)
         torch.cumsum(parts, 1, dtype=torch.int32, out=parts)
 
-    def _repeat(self, keys: Positions, length: int, runs: int) -> None:
-        """The same of keys that lie alike every so many positions, each time in so many runs."""
-        first = Positions(keys.start[:runs], keys.stop[:runs], keys.stride)
-        one = torch.zeros(length + 1, dtype=torch.int32, device="cpu")
-        one[1:].index_fill_(0, first.tensor, 1).cumsum_(0)
-        times = self._key_len // length + 1
-        before = len(first) * torch.arange(times, dtype=torch.int32, device="cpu")[:, None]
+    def _repeat(self, keys: Positions, length: int) -> None:
+        """The same of keys that lie alike every so many positions."""
+        one, times = keys.counts_of_period, self._key_len // length + 1
+        before = one[-1] * torch.arange(times, dtype=torch.int32, device="cpu")[:, None]
         table = self.counts(0)[: times * length].view(times, length)
         torch.add(one[:-1], before, out=table)
-        if table.flatten()[self._key_len] > len(keys):  # the last time is cut off
+        if table.view(-1)[self._key_len] > len(keys):  # the last time is cut off
             table.clamp_max_(len(keys))
 
     def counts(self, ahead: int) -> torch.Tensor:

@@ -22,11 +22,13 @@ class Band(NamedTuple):
         ends: (2, n) first and stop of each query.
         ahead: How much further they lie.
         rows: The queries that may see something; what stands for the others means nothing.
+        every: Of queries that are any multiple of so far apart all ends are; 0 where they may not.
     """
 
     ends: Tensor
     ahead: int
     rows: range
+    every: int = 0
 
 
 # A list where all of them stand at once, else each until the next one is asked for.

@@ -152,7 +152,7 @@ class Neighbourhood(Mask):
             return most, (Band(end, 0, every) for end in ends)
         rows = self._rows_of(positions, first_line, [each[1:3] for each in lines])
         return most, [
-            Band(part, each.distance * width, some)
+            Band(part, each.distance * width, some, width)
             for each, some in zip(lines, rows, strict=True)
             for part in parts
         ]
