@@ -18,7 +18,7 @@ from usp import masks
 from usp.bench.machine import header
 from usp.bench.records import write_report
 from usp.planning.layout import DocumentZigzag, Layout, rows
-from usp.planning.masks.neighbourhood import lines_of
+from usp.planning.masks.window import lines_of
 from usp.planning.plan import make_plan
 from usp.planning.query_ring import make_query_ring
 from usp.planning.reach import needed_queries, needed_rows

@@ -19,6 +19,7 @@ from usp.planning.samples import masks_of
 
 RING = 4
 TABLES = DocumentZigzag((0, 20, 61, 96))
+REPEATED = DocumentZigzag(tuple(range(0, 97, 8)))  # every four documents
 
 
 @given(
@@ -43,7 +44,7 @@ def test_some_rows_are_at_their_positions(runs, data, stride) -> None:
     assert written.dtype == torch.int32 and torch.equal(written.long(), some.tensor)
 
 
-@pytest.mark.parametrize("layout", ["striped", "zigzag", TABLES], ids=str)
+@pytest.mark.parametrize("layout", ["striped", "zigzag", TABLES, REPEATED], ids=str)
 @pytest.mark.parametrize("edges", ["clip", "shift"])
 @pytest.mark.parametrize("grid", [(12, 8), (4, 3, 8), (3, 32)], ids=str)
 @pytest.mark.parametrize("kernel", [4, 7])
@@ -78,6 +79,20 @@ def _count(queries: torch.Tensor, keys: torch.Tensor, load, counted: torch.Tenso
             assert (first.diff(dim=0) >= 0).all() and (stop.diff(dim=0) >= 0).all()
             open_ = (place >= first) & (place < stop)
         counted[queries[:, None], keys] += open_
+
+
+def test_bands_repeat_where_keys_and_queries_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 32 positions, for all owners; lines of another width do not."""
+    monkeypatch.setattr(here, "_POSITIONS_A_LOOK_UP", 1000)
+    found, repeat = [], here.Here.repeat
+    monkeypatch.setattr(
+        here.Here, "repeat", lambda *given: found.append(repeat(*given)) or found[-1]
+    )
+    for width, expected in ((8, here.Repeat(8, 8, 8)), (12, None)):
+        found.clear()
+        mask = masks.neighbourhood((96 // width, width), 5, edges="shift")
+        make_plan(masks_of(mask), (REPEATED, REPEATED), (96, 96), RING, 1, "direct")
+        assert found == [expected] * RING
 
 
 def test_owners_of_stripes_share_the_tables_of_their_ends() -> None:
