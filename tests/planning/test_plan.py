@@ -16,9 +16,9 @@ from usp import masks
 from usp.masks import Mask
 from usp.planning import here, reach
 from usp.planning import table as tables_of_positions
-from usp.planning.layout import DocumentZigzag, Held, Layout, Layouts, both, rows
+from usp.planning.layout import DocumentZigzag, Held, Layout, Layouts, Replicated, both, rows
 from usp.planning.masks.options import make_mask
-from usp.planning.plan import Load, Plan, make_plan
+from usp.planning.plan import Load, Plan, make_local_plan, make_plan
 from usp.planning.reach import needed_rows
 from usp.planning.route import Ring
 from usp.planning.samples import Samples, masks_of
@@ -86,6 +86,22 @@ def test_every_visible_pair_is_visited_once(transport: str, problem: Problem, ta
         keys = plan.keys[owner].tensor[load.rows.index]
         assert visit.pairs == int(seen_in(visit).sum()) > 0
         counted[plan.queries.tensor[:, None], keys] += seen_in(visit)
+    assert torch.equal(counted, expected.long())
+
+
+@pytest.mark.parametrize("replicated", [0, 1], ids=["queries", "keys"])
+@given(problem=problems())
+def test_a_side_on_every_rank_sees_every_pair_once(replicated: int, problem: Problem) -> None:
+    """Also where a rank holds nothing of the other side."""
+    mask, expected, layout, ring = problem
+    layouts, lengths = [*both(layout)], (expected.shape[0], expected.shape[1])
+    layouts[replicated] = Replicated(lengths[replicated])
+    counted = torch.zeros(expected.shape, dtype=torch.int64)
+    for rank in range(ring):
+        what = masks_of(mask), (layouts[0], layouts[1]), lengths, (ring, 1), (rank, 0)
+        plan = make_local_plan(*what)
+        for visit in plan.steps[0].loads[0].visits:
+            counted[plan.queries.tensor[:, None], plan.keys[0].tensor] += seen_in(visit)
     assert torch.equal(counted, expected.long())
 
 

@@ -30,7 +30,7 @@ class Slides:
     def visit(self, bands: Sequence[Band], keys: Positions) -> Visit | None:
         """What queries see of an owner's keys; None where this is no way to find it."""
         stride, count = keys.stride, len(keys)
-        if len(bands) < 2 or len(keys.start) > 1 or not 0 <= int(keys.start) < stride:
+        if len(bands) < 2 or len(keys.start) != 1 or not 0 <= int(keys.start) < stride:
             return None
         if int(keys.stop) != self._key_len or any(band.ahead % stride for band in bands):
             return None
