@@ -12,7 +12,7 @@ from torch import Tensor
 from usp.planning.positions import FEW_RUNS, Positions
 from usp.planning.rows import Rows
 from usp.planning.table import Table
-from usp.planning.walk import pieces_of_each
+from usp.planning.walk import divided, pieces_of_each
 
 # A table pays from so many look-ups on: one for so many positions of its.
 _POSITIONS_A_LOOK_UP = 16
@@ -24,11 +24,13 @@ class Repeat(NamedTuple):
     Attributes:
         runs, queries: After so many queries, and runs of them.
         keys: So many keys further on.
+        again: (times, 1) int32, how many keys further on each time.
     """
 
     runs: int
     queries: int
     keys: int
+    again: Tensor
 
 
 class Here:
@@ -93,19 +95,25 @@ class Here:
         apart = lcm(every, keys.period[0], queries.period[0])
         if rest or times * keys.period[0] < self._key_len or 2 * apart > self._key_len:
             return None
-        if 2 * (len(rows) - rows.longest[2]) > int(keys.counts_of_period[-1]):
+        if 2 * (len(rows) - rows.longest[2]) > keys.tokens_of_period:
             return None
-        of_queries = int(queries.counts_of_period[-1]) * (apart // queries.period[0])
-        of_keys = int(keys.counts_of_period[-1]) * (apart // keys.period[0])
-        return Repeat(queries.period[1] * (apart // queries.period[0]), of_queries, of_keys)
+        of_queries = queries.tokens_of_period * (apart // queries.period[0])
+        of_keys = keys.tokens_of_period * (apart // keys.period[0])
+        each = torch.arange(len(queries) // of_queries, dtype=torch.int32, device="cpu")
+        runs = queries.period[1] * (apart // queries.period[0])
+        return Repeat(runs, of_queries, of_keys, of_keys * each[:, None])
 
     def count_of_all(self, positions: Tensor) -> Tensor:
         """How many of all keys of the owner, that repeat, lie below a few positions, int32."""
         assert self.keys.period is not None
-        counts, length = self.keys.counts_of_period, self.keys.period[0]
-        times = positions // length
-        inside = counts.index_select(0, (positions - times * length).flatten())
-        return inside.view_as(positions).add_(times * int(counts[-1]))
+        counts, length, places = (
+            self.keys.counts_of_period,
+            self.keys.period[0],
+            positions.flatten(),
+        )
+        times = divided(places.clone(), length)
+        found = counts.index_select(0, torch.sub(places, times, alpha=length))
+        return found.add_(times, alpha=self.keys.tokens_of_period).view_as(positions)
 
     def make_table(self, room: Table | None = None) -> Table:
         """The table, in the room of one that nobody needs any more."""

@@ -99,6 +99,11 @@ class Positions:
         counts[1:].index_fill_(0, first.tensor, 1)
         return counts.cumsum_(0)
 
+    @cached_property
+    def tokens_of_period(self) -> int:
+        """How many."""
+        return int(self.counts_of_period[-1])
+
     def cut(self, start: int, stop: int) -> Positions:
         """Those from the ``start``-th to before the ``stop``-th."""
         before = self.counts.cumsum(0) - self.counts

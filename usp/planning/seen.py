@@ -78,11 +78,12 @@ def _seen_in_tables(
         return [None for _ in here]
     runs, every = _RunsOf(queries, bands, key_len), {band.every for band in bands}
     ends, table = _ends_of(bands), None
+    widest = [end for end in ends if len(end.band.rows) == len(queries)]
     # for all owners at once, in large pages: what nobody writes takes no memory
     room = zeros(len(here) * len(bands) * 2 * len(queries), dtype=torch.int32)
     visits: list[Visit | None] = []
     for each in here:
-        if any(end.are_whole(each, len(queries)) for end in ends):
+        if any(end.are_whole(each, len(queries)) for end in widest):
             visits.append(whole_visit(len(queries), len(each.rows)))
             continue
         repeat = each.repeat(queries, max(every)) if len(every) == 1 else None
@@ -261,11 +262,14 @@ def _count_repeating(here: Here, repeat: Repeat, band: Band, some: slice, out: T
     """How many keys that are here lie below both ends of some queries: those of the first ones are
     counted, and so many more are below those further on."""
     each, num_queries = repeat.queries, out.shape[1]
-    counted = here.count_of_all(band.ends[:, some][:, :each] + band.ahead)
+    counted = here.count_of_all(
+        band.ends[:, some.start : min(some.stop, some.start + each)] + band.ahead
+    )
     times, rest = divmod(num_queries, each)
-    more = repeat.keys * torch.arange(times, dtype=out.dtype, device="cpu")[:, None]
-    for first, into in zip(counted, out, strict=True):
+    for first, into in zip(counted.unbind(), out.unbind(), strict=True):
         if times:
-            torch.add(first, more, out=into[: num_queries - rest].view(times, each))
-        torch.add(first[:rest], repeat.keys * times, out=into[num_queries - rest :])
+            again = repeat.again[:times]
+            torch.add(first, again, out=into[: num_queries - rest].view(times, each))
+        if rest:
+            torch.add(first[:rest], repeat.keys * times, out=into[num_queries - rest :])
         here.rows.count_below_(into)
