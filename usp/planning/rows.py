@@ -92,16 +92,21 @@ class Rows:
         i = int(counts.argmax())
         return int(self.start[i]), int(counts[:i].sum()), int(counts[i])
 
-    def count_below_(self, places: Tensor) -> None:
-        """``count_below`` in place, quick where most of the places lie in the longest run."""
-        if self.are_all:
-            return
-        start, before, count = self.longest
-        ends = places.new_tensor((start, start + count + 1))
+    @property
+    def skipped(self) -> int:
+        """How many rows are left out before the longest run."""
+        start, before, _ = self.longest
+        return start - before
+
+    def recount_(self, places: Tensor) -> None:
+        """``count_below`` in place, of (n,) places that stand as if only what is ``skipped`` were
+        left out: those in the longest run are right, and the others few."""
+        _, before, count = self.longest
+        ends = places.new_tensor((before, before + count + 1))
         low, high = torch.searchsorted(places, ends).tolist()
-        for some in (slice(0, low), slice(high, None)):
-            places[some] = self.count_below(places[some])
-        places[low:high] -= start - before
+        for some in (places[:low], places[high:]):
+            if len(some):
+                some.copy_(self.count_below(some + self.skipped))
 
     def within(self, others: Rows) -> Rows:
         """These rows by their places among ``others``, which hold them all."""

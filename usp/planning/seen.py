@@ -265,11 +265,15 @@ def _count_repeating(here: Here, repeat: Repeat, band: Band, some: slice, out: T
     counted = here.count_of_all(
         band.ends[:, some.start : min(some.stop, some.start + each)] + band.ahead
     )
+    if not here.rows.are_all:
+        counted -= here.rows.skipped
     times, rest = divmod(num_queries, each)
-    for first, into in zip(counted.unbind(), out.unbind(), strict=True):
-        if times:
-            again = repeat.again[:times]
-            torch.add(first, again, out=into[: num_queries - rest].view(times, each))
-        if rest:
-            torch.add(first[:rest], repeat.keys * times, out=into[num_queries - rest :])
-        here.rows.count_below_(into)
+    whole = num_queries - rest
+    if times:
+        into = out[:, :whole].unflatten(1, (times, each))
+        torch.add(counted[:, None], repeat.again[:times], out=into)
+    if rest:
+        torch.add(counted[:, :rest], repeat.keys * times, out=out[:, whole:])
+    if not here.rows.are_all:
+        for places in out:
+            here.rows.recount_(places)
