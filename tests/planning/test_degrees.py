@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usp.planning.degrees import Degrees, Shared, choose_degrees, nested_degrees
+from usp.planning.degrees import _NEAR, Degrees, Shared, choose_degrees, nested_degrees
 from usp.planning.document_cost import DocumentCost
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 6)).map(lambda shape: nested_degrees(*shape))
@@ -50,7 +50,7 @@ def test_all_documents_have_places_and_loads_are_theirs(sizes, lengths, cost, at
     assert found.makespan * (degrees[0] - len(shared.ranks) + at_once) >= at_least * (1 - 1e-9)
     spread = sum(cost.of_document(n, *sizes[0]) for n in lengths if n) + cost.of_group(*sizes[0])
     at_most = spread * max(1.0, len(shared.ranks) / at_once)  # all on all ranks
-    assert found.makespan <= at_most * (1 + 1e-9)
+    assert found.makespan <= at_most * _NEAR
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=20), st.integers(50, 2000))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import usp
@@ -100,7 +99,7 @@ class ChunkedAttention(RingAttention):
     def _prepared(self, name: str) -> tuple[Attend, list[Any]]:
         attend, shard = super()._prepared(name)
         if isinstance(attend, usp.LongContextAttention):
-            attend.options = replace(attend.options, **self.ways[name])
+            attend.options |= self.ways[name]
         return attend, shard
 
 

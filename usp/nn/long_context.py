@@ -74,7 +74,7 @@ class LongContextAttention(nn.Module):
         refuse_gradient("softcap", softcap)
         self.mesh = check_mesh(mesh)
         self.validate = validate
-        self.options = Options(
+        options = Options(
             causal=causal,
             window_size=window_size,
             prefix_len=prefix_len,
@@ -90,6 +90,7 @@ class LongContextAttention(nn.Module):
             queries=queries,
             keys=keys,
         )
+        self.options = vars(options)  # what every call is told
         # what forward may be given instead, what training changes, and what may be a parameter
         self.seq_len = seq_len
         self.cu_seqlens = cu_seqlens
@@ -144,7 +145,7 @@ class LongContextAttention(nn.Module):
             TypeError, ValueError: ``spread`` is none, or there is one of ``seq_len`` and
                 ``cu_seqlens``, too; beside what the function refuses.
         """
-        told = vars(self.options) | {
+        told = self.options | {
             "softmax_scale": self.softmax_scale,
             "sinks": self.sinks,
             "cu_seqlens": self.cu_seqlens if cu_seqlens is None else cu_seqlens,
@@ -173,7 +174,8 @@ class LongContextAttention(nn.Module):
     def extra_repr(self) -> str:
         shown = [f"mesh={self.mesh}"]
         for field in fields(Options):
-            value = getattr(self if hasattr(self, field.name) else self.options, field.name)
+            name = field.name
+            value = getattr(self, name) if hasattr(self, name) else self.options[name]
             if value is not field.default and value != field.default:
-                shown.append(f"{field.name}={value!r}")
+                shown.append(f"{name}={value!r}")
         return ", ".join(shown)

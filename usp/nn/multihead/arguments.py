@@ -5,7 +5,7 @@ Shape letters: N batch, L local queries, S local keys, H heads, E embedding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class ArgumentError(ValueError, AssertionError):
     """A ``ValueError``, as everywhere here, and what torch's module raises in its place."""
 
 
-class Arguments(NamedTuple):
+@dataclass
+class Arguments:
     """The arguments of ``MultiheadAttention.forward``; see there.
 
     Attributes:
@@ -158,7 +159,7 @@ class Arguments(NamedTuple):
             )
         if mask.device != self.query.device:
             raise ArgumentError(f"{name} is on {mask.device}, query on {self.query.device}")
-        if tuple(mask.shape) not in shapes:
+        if not any(mask.shape == shape for shape in shapes):
             wanted = " or ".join(map(str, shapes))
             raise ArgumentError(
                 f"{name} must be {wanted}, got {tuple(mask.shape)} "

@@ -5,7 +5,8 @@ Shape letters: N batch, L local queries, S local keys, H heads, D head dim, E ex
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from usp.planning.problem import state_dtype
 from usp.sharding.sequence import positions
 
 
-class Projected(NamedTuple):
+@dataclass
+class Projected:
     """One call, ready to attend.
 
     Attributes:
@@ -62,7 +64,7 @@ def with_columns(call: Projected, placement: Placement, validate: bool) -> Proje
     """The call with its float padding, if it has any, added to the bias; a collective then."""
     if call.padding is None or call.padding.dtype == torch.bool:
         return call
-    return call._replace(padding=None, bias=_padded_bias(call, placement, validate))
+    return replace(call, padding=None, bias=_padded_bias(call, placement, validate))
 
 
 def attend(
