@@ -28,7 +28,7 @@ from usp.planning.walk import divided, each_of, pieces_of_each, run_of_each
 # Stretches into which a rank's queries are cut; up to so many queries every one is looked at.
 _STRETCHES = 1024
 # Ends of theirs that are looked at together.
-_WORTH = 1 << 15
+_WORTH = 1 << 17
 
 
 @lru_cache(maxsize=32)
