@@ -10,10 +10,6 @@ from torch import Tensor
 
 _LARGE_PAGE = 2 * 2**20
 
-# Once so large a block was freed, glibc keeps what is freed later: else it hands tables back to the
-# system, and takes the next one's pages anew (M_MMAP_THRESHOLD, which adapts up to 32 MiB).
-torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
 
 def uninitialised(*shape: int, dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the host. The system hands out fresh memory page by page as it is first
