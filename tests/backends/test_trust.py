@@ -213,7 +213,7 @@ def test_a_right_family_is_taken(family: Family) -> None:
 def test_what_takes_its_process_with_it_is_left_out(
     name: str, family: Family, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts, "PATIENCE", 3.0 if name == "hangs" else 100.0)
+    monkeypatch.setattr(verdicts, "PATIENCE", 12.0 if name == "hangs" else 100.0)
     changes, seen = families.FATAL[name]
     family(name, changes)
     found, (message,) = chosen()
