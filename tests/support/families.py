@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[str, str]] = {
 # Such as take their process with them.
 FATAL = {
     "dies": ("def seen(block): os.abort()", "exit code -6"),
-    "hangs": ("def seen(block): time.sleep(600)", "still running after 3 s"),
+    "hangs": ("def seen(block): time.sleep(600)", "still running after 12 s"),
     "leaves": ("def seen(block): sys.exit('bad kernel')", "exit code 1: bad kernel"),
 }
 # Has other kernels for some calls, which "{}" spoils.
