@@ -128,13 +128,15 @@ struct Division {
 template <typename T>
 class Team {
  public:
-  Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers, Places places)
-      : scratch_(workers, workspace_size(a, grads, places)) {
+  Team(const Attention<T>& a, const AttentionGradients<T>& grads, int64_t workers, Places places,
+       bool with_wide = false)
+      : scratch_(workers, workspace_size(a, grads, places, with_wide)) {
     workspaces_.reserve(static_cast<size_t>(workers));
     for (int64_t worker = 0; worker < workers; ++worker) {
       Carver carver(scratch_.of(worker));
       const Kernels<T>& table = kernels<T>(a.q.dtype);
-      workspaces_.emplace_back(a, table, places.count, grads.dbias.data != nullptr, carver);
+      workspaces_.emplace_back(a, table, places.count, grads.dbias.data != nullptr, with_wide,
+                               carver);
       walks_.emplace_back(a, grads, table, workspaces_.back(), places);
     }
   }
@@ -143,10 +145,10 @@ class Team {
 
  private:
   static int64_t workspace_size(const Attention<T>& a, const AttentionGradients<T>& grads,
-                                Places places) {
+                                Places places, bool with_wide) {
     Carver measure(nullptr);
     GradientWorkspace<T>(a, kernels<T>(a.q.dtype), places.count, grads.dbias.data != nullptr,
-                         measure);
+                         with_wide, measure);
     return measure.used();
   }
 
@@ -192,7 +194,8 @@ void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const
   const int64_t workers = parallel.workers_for(tasks);
   const bool overwrite = grads.results.dq != nullptr, slides = slide.moving > 0;
   Team<T> team(a, grads, workers,
-               slides ? Places{slide.pinned, slide.pinned + slide.moving} : kHoldPlaces);
+               slides ? Places{slide.pinned, slide.pinned + slide.moving} : kHoldPlaces,
+               slide.wide >= 0);
   const auto expect = [&](GradientWalk<T>& walk, const Hold& next) {
     walk.expect_keys(next.b, next.g, next.keys);
     const Passage after(a, next.g, next.keys, overwrite);
@@ -283,7 +286,7 @@ template <typename T>
 bool rows_pass_once(const Attention<T>& a, const AttentionGradients<T>& grads,
                     const ParallelFor& parallel) {
   const Slide slide = slide_in(a, Division(a, grads.dbias, parallel.num_threads));
-  return slide.moving > 0 ? slide.wide < 0 : a.Lk <= kKeysHeld;
+  return slide.moving > 0 || a.Lk <= kKeysHeld;
 }
 
 // dq is summed over passes in its own memory. Where that is too narrow for sums, they are

@@ -61,7 +61,7 @@ struct Workspace {
     for (int64_t t = 0; t < held; ++t) tiles[t] = RowTile<T>(a, kernels, carver);
     q = {carver.take<T>(kQueryTile * padded(a.D)), padded(a.D)};
     k = {carver.take<T>(kKeyTile * padded(a.D)), padded(a.D)};
-    v = by_query_sums(kernels, carver.take<T>(kKeyTile * padded(a.Dv)), kKeyTile / kernels.word,
+    v = by_query_sums(kernels, carver.take<T>(kKeyTile * padded(a.Dv)), kernels.in_words(kKeyTile),
                       padded(a.Dv));
     scores = carver.take<T>(kKeyTile * kQueryTile);
     weights = carver.take<T>(kKeyTile * kQueryTile);
@@ -303,7 +303,7 @@ class ForwardWorker {
                   }
                   const int64_t skipped = at.keys.begin - keys.begin;
                   add_seen(tile, at, rows_from(k, skipped),
-                           as_const(rows_from(w_.v, skipped / kernels_.word)));
+                           as_const(rows_from(w_.v, kernels_.in_words(skipped))));
                 });
     }
   }
@@ -317,10 +317,13 @@ class ForwardWorker {
     const auto weights = kernels_.softmax_update(s, tile.softmax, w_.multiplier, w_.weights);
     if (at.mask != nullptr && !at.cut->covers(at.rows.size())) start(tile);
     at.for_each_run(kernels_, [&](Range rows, Range seen) {
-      kernels_.gemm(rows.size(), padded(a_.Dv), seen.size(),
-                    at.by_query(kernels_, weights, rows, seen),
-                    rows_from(v, seen.begin / kernels_.word), rows_from(tile.out, rows.begin),
-                    {T(1), tile.started, tile.softmax.factor + rows.begin, &ahead_});
+      kernels_.gemm({rows.size(),
+                     padded(a_.Dv),
+                     seen.size(),
+                     at.by_query(kernels_, weights, rows, seen),
+                     rows_from(v, kernels_.in_words(seen.begin)),
+                     rows_from(tile.out, rows.begin),
+                     {T(1), tile.started, tile.softmax.factor + rows.begin, &ahead_}});
     });
     tile.started = true;
   }

@@ -37,20 +37,25 @@ class Tiles {
     const Products<float> products(table_);
     const auto bf16 = DType::kBFloat16;
     const auto k = table_.left_rows(bf16, k_in_.data(), kDim, kKeys, kDim, {k_.data(), kDim});
-    const auto v = by_query_sums(table_, v_.data(), kKeys / table_.word, kDim);
+    const auto v = by_query_sums(table_, v_.data(), table_.in_words(kKeys), kDim);
     table_.weighted_rows(bf16, v_in_.data(), kDim, kKeys, kDim, v);
     const auto q = table_.left_rows(bf16, q_in_.data(), kDim, kQueries, kDim, {q_.data(), kDim});
     table_.right_transpose(q, kQueries, kDim, {q_t_.data(), kQueries});
     for (int64_t tile = 0; tile < kTiles; ++tile) {
       std::fill(max_.begin(), max_.end(), -INFINITY);
       std::fill(sum_.begin(), sum_.end(), 0.0f);
-      table_.gemm(kKeys, kQueries, kDim, k, {q_t_.data(), kQueries}, {s_.data(), kQueries},
-                  {table_.scales_late ? 1.0f : kScale, false});
+      table_.gemm({kKeys,
+                   kQueries,
+                   kDim,
+                   k,
+                   {q_t_.data(), kQueries},
+                   {s_.data(), kQueries},
+                   {table_.scales_late ? 1.0f : kScale, false}});
       const auto weights =
           table_.softmax_update({s_.data(), kKeys, kQueries, table_.scales_late ? kScale : 1.0f},
                                 {max_.data(), sum_.data(), factor_.data()}, nullptr, p_.data());
       const auto sums = by_query_sums(table_, out_.data(), kQueries, kDim);
-      table_.gemm(kQueries, kDim, kKeys, weights, as_const(v), sums, {1.0f, false});
+      table_.gemm({kQueries, kDim, kKeys, weights, as_const(v), sums, {1.0f, false}});
       const auto rows = as_rows(table_, sums, kQueries, kDim, rows_.data());
       std::copy_n(rows.data, kQueries * kDim, out.data());
     }

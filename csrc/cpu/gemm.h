@@ -14,14 +14,14 @@ namespace {
 
 template <bool kAdds, bool kScales, typename T, int kRows, int kVectors>
 USP_SIMD void store_block(const Vec<T> (&sum)[kRows][kVectors], T* __restrict c, int64_t ldc,
-                          Update<T> update) {
+                          T alpha, const T* factor) {
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       T* at = c + r * ldc + v * kLanes<T>;
-      Vec<T> result = update.alpha * sum[r][v];
-      if constexpr (kAdds) result += kScales ? update.factor[r] * load(at) : load(at);
+      Vec<T> result = alpha * sum[r][v];
+      if constexpr (kAdds) result += kScales ? factor[r] * load(at) : load(at);
       store(at, result);
     }
   }
@@ -29,7 +29,8 @@ USP_SIMD void store_block(const Vec<T> (&sum)[kRows][kVectors], T* __restrict c,
 
 template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
 void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __restrict b,
-                int64_t ldb, T* __restrict c, int64_t ldc, Update<T> update) {
+                int64_t ldb, T* __restrict c, int64_t ldc, const Update<T>& update,
+                const T* factor) {
   Vec<T> sum[kRows][kVectors] = {};
   for (int64_t p = 0; p < words; ++p) {
     Vec<T> right[kVectors];
@@ -45,22 +46,23 @@ void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __re
     }
   }
   if (!update.adds) {
-    store_block<false, false, T>(sum, c, ldc, update);
-  } else if (update.factor == nullptr) {
-    store_block<true, false, T>(sum, c, ldc, update);
+    store_block<false, false, T>(sum, c, ldc, update.alpha, factor);
+  } else if (factor == nullptr) {
+    store_block<true, false, T>(sum, c, ldc, update.alpha, factor);
   } else {
-    store_block<true, true, T>(sum, c, ldc, update);
+    store_block<true, true, T>(sum, c, ldc, update.alpha, factor);
   }
 }
 
-// All rows of one panel of kVectors vectors; the remainder of m takes the smaller blocks.
+// All rows of one panel of kVectors vectors; the remainder of m takes the smaller blocks. `factor`
+// is update.factor of its first row.
 template <typename Words, typename T, int kRows, int kVectors, bool kTransposed>
 void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                int64_t ldc, Update<T> update) {
+                int64_t ldc, const Update<T>& update, const T* factor) {
   const auto pass = [&](int64_t rows) {
     a += rows * (kTransposed ? 1 : lda);
     c += rows * ldc;
-    update = update.from(rows);
+    if (factor != nullptr) factor += rows;
     m -= rows;
   };
   while (m >= kRows) {
@@ -68,18 +70,19 @@ void gemm_panel(int64_t m, int64_t words, const T* a, int64_t lda, const T* b, i
       // Few sums wait for their own last products: the last two blocks are about as high.
       const int64_t half = (m + 1) / 2;
       gemm_panel<Words, T, kRows, kVectors, kTransposed>(half, words, a, lda, b, ldb, c, ldc,
-                                                         update);
+                                                         update, factor);
       pass(half);
     } else {
       update.look_ahead();
-      gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, update);
+      gemm_block<Words, T, kRows, kVectors, kTransposed>(words, a, lda, b, ldb, c, ldc, update,
+                                                         factor);
       pass(kRows);
     }
   }
   if constexpr (kRows > 1) {
     if (m > 0) {
       gemm_panel<Words, T, kRows - 1, kVectors, kTransposed>(m, words, a, lda, b, ldb, c, ldc,
-                                                             update);
+                                                             update, factor);
     }
   }
 }
@@ -89,24 +92,21 @@ template <int kVectors>
 inline constexpr int kGemmRows =
     std::min<int>(USP_GEMM_ROWS * USP_GEMM_VECTORS / kVectors, kHighestBlock);
 
-// Panels of at most kVectors vectors, about equally wide.
+// Panels of at most kVectors vectors, about equally wide: the columns from `column` on.
 template <typename Words, typename T, int kVectors, bool kTransposed>
-void gemm_columns(int64_t m, int64_t n, int64_t words, Matrix<const T> a, Matrix<const T> b,
-                  Matrix<T> c, Update<T> update) {
+void gemm_columns(const Product<T>& p, int64_t column) {
   constexpr int64_t kWidth = kVectors * kLanes<T>;
-  while (n > 0) {
+  const int64_t words = (p.k + Words::kElements - 1) / Words::kElements;
+  for (; column < p.n; column += kWidth) {
+    const int64_t n = p.n - column;
     const int64_t panels = (n + kWidth - 1) / kWidth;
     if (n <= panels * (kWidth - kLanes<T>)) break;  // narrower ones suffice
-    gemm_panel<Words, T, kGemmRows<kVectors>, kVectors, kTransposed>(m, words, a.data, a.ld, b.data,
-                                                                     b.ld, c.data, c.ld, update);
-    b.data += kWidth;
-    c.data += kWidth;
-    n -= kWidth;
+    gemm_panel<Words, T, kGemmRows<kVectors>, kVectors, kTransposed>(
+        p.m, words, p.a.data, p.a.ld, p.b.data + column, p.b.ld, p.c.data + column, p.c.ld,
+        p.update, p.update.factor);
   }
   if constexpr (kVectors > 1) {
-    if (n > 0) {
-      gemm_columns<Words, T, kVectors - 1, kTransposed>(m, n, words, a, b, c, update);
-    }
+    if (column < p.n) gemm_columns<Words, T, kVectors - 1, kTransposed>(p, column);
   }
 }
 
@@ -151,13 +151,11 @@ void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matri
 }
 
 template <typename Words, typename T>
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-          Update<T> update) {
-  const int64_t words = (k + Words::kElements - 1) / Words::kElements;
-  if (a.transposed) {
-    gemm_columns<Words, T, USP_GEMM_VECTORS, true>(m, n, words, a, b, c, update);
+void gemm(const Product<T>& p) {
+  if (p.a.transposed) {
+    gemm_columns<Words, T, USP_GEMM_VECTORS, true>(p, 0);
   } else {
-    gemm_columns<Words, T, USP_GEMM_VECTORS, false>(m, n, words, a, b, c, update);
+    gemm_columns<Words, T, USP_GEMM_VECTORS, false>(p, 0);
   }
 }
 

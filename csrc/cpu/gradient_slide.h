@@ -6,7 +6,8 @@
 // once, and its gradient is written once, rounded.
 //
 // Two exceptions are as common as the rule. The first keys may be seen by all (sinks): they stay.
-// One tile of rows may see everything (registers, a class token): it passes the keys that leave.
+// One tile of rows may see everything (registers, a class token): it passes the keys that leave,
+// and its gradient is written when all have.
 
 #include "cpu/gradient_walk.h"
 
@@ -77,8 +78,8 @@ class SlidingKeys {
     g_ = g;
     heads_ = a_.query_heads(g);
     held_ = {slide_.pinned, slide_.pinned};
-    wide_passed_ = false;
     walk_.enter(b, g);
+    if (slide_.wide >= 0) walk_.begin_wide();
     walk_.hold(keys({0, slide_.pinned}));
     for (int64_t tile = after(-1); tile < tiles_of_rows(a_.Lq); tile = after(tile)) {
       slide_to(moving_tiles(a_, slide_.pinned, tile));
@@ -88,6 +89,7 @@ class SlidingKeys {
     if (all_) slide_to({end, end});
     put(held_);
     put({0, slide_.pinned});
+    if (slide_.wide >= 0) walk_.put_wide(rows_of_tile(a_, slide_.wide));
   }
 
  private:
@@ -139,26 +141,19 @@ class SlidingKeys {
 
   void put(Range tiles) {
     if (tiles.empty()) return;
-    if (slide_.wide >= 0) {
-      const Range rows = wide_rows(keys(tiles));
-      for (int64_t h = heads_.begin; h < heads_.end; ++h) {
-        walk_.pass(h, rows, {0, 0}, keys(tiles), !wide_passed_);
-      }
-      wide_passed_ = true;
-    }
+    if (slide_.wide >= 0) walk_.pass_wide(wide_rows(keys(tiles)), keys(tiles));
     walk_.put_key_gradients(keys(tiles));
     held_.begin = std::max(held_.begin, tiles.end);
   }
 
-  // All of the tile at first, for all are to be written, and then those that see some of the keys.
+  // From the first of the tile up to the last that sees some of the keys.
   Range wide_rows(Range keys) const {
     const Range tile = rows_of_tile(a_, slide_.wide);
-    if (!wide_passed_) return tile;
     Range rows;
     for (int64_t band = 0; band < a_.num_bands; ++band) {
       rows = hull(rows, visible_queries(a_.band(band), tile, keys));
     }
-    return rows;
+    return {tile.begin, std::max(tile.begin, rows.end)};
   }
 
   const Attention<T>& a_;
@@ -167,7 +162,6 @@ class SlidingKeys {
   GradientWalk<T>& walk_;
   int64_t b_ = 0, g_ = 0;
   Range heads_, held_;  // tiles
-  bool wide_passed_ = false;
 };
 
 }  // namespace usp::cpu

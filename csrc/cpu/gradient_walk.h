@@ -2,6 +2,7 @@
 
 // Tiles of keys of one key head, and the tiles of query rows that pass them: all their gradients.
 
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -66,20 +67,36 @@ class GradientWalk {
   void pass(int64_t h, Range rows, Range pinned, Range keys, bool first) {
     first &= overwrite_;
     const int64_t tiles = tiles_seen(rows, pinned) + tiles_seen(rows, keys);
-    const bool sees = tiles > 0;
-    if (sees || first) {
+    if (tiles > 0 || first) {
       set_zero(w_.dq, rows.size(), padded(a_.D));
-      if (sees) {
-        const Products<T> products(kernels_);
+      if (tiles > 0) {
         ahead_.spread(tiles * turns(rows.size(), kKeyTile));
-        load_queries(h, rows);
-        add_tiles(h, rows, pinned);
-        add_tiles(h, rows, keys);
+        add_tiles(h, rows, {pinned, keys}, w_.dq);
       }
-      const auto dq = as_rows(kernels_, w_.dq, rows.size(), a_.D, w_.q_left.data);
-      put(dq, rows, a_.D, scale(), !first, of_queries(b_, h, rows));
+      put_queries(h, rows, w_.dq, !first);
     }
     ahead_.forget();
+  }
+
+  // The wide tile, which passes some keys after the other: its dq, of all its heads, is summed in
+  // memory of its own.
+  void begin_wide() {
+    for (int64_t h = 0; h < heads().size(); ++h) set_zero(wide_dq(h), kQueryTile, padded(a_.D));
+  }
+
+  void pass_wide(Range rows, Range keys) {
+    if (rows.empty() || tiles_seen(rows, keys) == 0) return;
+    const Range heads = this->heads();
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      add_tiles(h, rows, {keys}, wide_dq(h - heads.begin));
+    }
+  }
+
+  void put_wide(Range rows) {
+    const Range heads = this->heads();
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      put_queries(h, rows, wide_dq(h - heads.begin), !overwrite_);
+    }
   }
 
   void take_key_gradients_of(const GradientWalk& other, Range keys) {
@@ -101,6 +118,13 @@ class GradientWalk {
   }
 
  private:
+  Range heads() const { return a_.query_heads(g_); }
+
+  Matrix<T> wide_dq(int64_t head) const {
+    return by_query_sums(kernels_, w_.wide_dq + head * kQueryTile * padded(a_.D), kQueryTile,
+                         padded(a_.D));
+  }
+
   // Rows of a gradient: in the result where there is one, else in the sum.
   struct Place {
     void* data;
@@ -140,6 +164,11 @@ class GradientWalk {
     ahead_.add(at.data, at.stride * size, rows.size(), cols * size);
   }
 
+  void put_queries(int64_t h, Range rows, Matrix<T> sums, bool add) {
+    const auto dq = as_rows(kernels_, sums, rows.size(), a_.D, w_.q_left.data);
+    put(dq, rows, a_.D, scale(), add, of_queries(b_, h, rows));
+  }
+
   void put(Matrix<const T> sum, Range rows, int64_t cols, T scale, bool add, Place to) {
     if (add) {
       kernels_.add_rows(sum, rows.size(), cols, scale, static_cast<T*>(to.data), to.stride);
@@ -150,8 +179,8 @@ class GradientWalk {
 
   // The keys of a tile, held from row `tile` on, as the product for dq takes them.
   Matrix<T> weighted_keys(int64_t tile) const {
-    return by_query_sums(kernels_, w_.k.data + tile / kernels_.word * w_.k.ld,
-                         kKeyTile / kernels_.word, w_.k.ld);
+    return by_query_sums(kernels_, w_.k.data + kernels_.in_words(tile) * w_.k.ld,
+                         kernels_.in_words(kKeyTile), w_.k.ld);
   }
 
   // Calls visit(tile, row) for each tile of keys, with the row of its first in the memory.
@@ -170,6 +199,14 @@ class GradientWalk {
       if (!seen.empty()) tiles += (seen.end - 1) / kKeyTile - seen.begin / kKeyTile + 1;
     }
     return tiles;
+  }
+
+  // A tile of query rows past keys held, with its gradient added to `dq`.
+  void add_tiles(int64_t h, Range rows, std::initializer_list<Range> runs, Matrix<T> dq) {
+    const Products<T> products(kernels_);
+    load_queries(h, rows);
+    dq_ = dq;
+    for (Range keys : runs) add_tiles(h, rows, keys);
   }
 
   void add_tiles(int64_t h, Range rows, Range keys) {
@@ -192,12 +229,11 @@ class GradientWalk {
 
   // Keys that lie `skipped` behind the first of a tile held.
   void add_seen(const TileIndex& at, int64_t tile, int64_t skipped) {
-    const int64_t word = kernels_.word;
     const auto& [k, v] = operands_[static_cast<size_t>(tile / kKeyTile)];
     const auto gradients = compute_gradients(at, rows_from(k, skipped), rows_from(v, skipped));
     at.for_each_block([&](const Strip& block) {
       const auto [columns, rows, keys] = block;
-      const int64_t key = tile + skipped + keys.begin, row = columns.begin / word;
+      const int64_t key = tile + skipped + keys.begin, row = kernels_.in_words(columns.begin);
       const auto add = [&](Matrix<const T> left, int64_t cols, Matrix<T> right, Matrix<T> sum) {
         left.data += keys.begin * left.ld + row;
         add_product(keys.size(), cols, rows.end - columns.begin, left, rows_from(right, row),
@@ -209,14 +245,14 @@ class GradientWalk {
     at.for_each_run(kernels_, [&](Range rows, Range keys) {
       add_product(rows.size(), a_.D, keys.size(),
                   at.by_query(kernels_, gradients.scores_by_query, rows, keys),
-                  rows_from(weighted_keys(tile), (skipped + keys.begin) / word),
-                  rows_from(w_.dq, rows.begin));
+                  rows_from(weighted_keys(tile), kernels_.in_words(skipped + keys.begin)),
+                  rows_from(dq_, rows.begin));
     });
   }
 
   void add_product(int64_t m, int64_t n, int64_t k, Matrix<const T> left, Matrix<T> right,
                    Matrix<T> sum) {
-    kernels_.gemm(m, padded(n), k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_});
+    kernels_.gemm({m, padded(n), k, left, as_const(right), sum, {T(1), true, nullptr, &ahead_}});
   }
 
   GradientOperands<T> compute_gradients(const TileIndex& at, Matrix<const T> k, Matrix<const T> v) {
@@ -273,6 +309,7 @@ class GradientWalk {
   std::vector<std::pair<Matrix<const T>, Matrix<const T>>> operands_;  // keys and values, left
   const bool overwrite_;
   Cut cut_;
+  Matrix<T> dq_{};  // of the rows that pass
   int64_t b_ = 0, g_ = 0;
   Lookahead ahead_;
 };

@@ -24,6 +24,7 @@ struct GradientWorkspace {
   Matrix<T> k_left, v_left;     // (keys held, D) (keys held, Dv)
   Matrix<T> k;                  // (keys held, D), or a transpose for each tile
   Matrix<T> dq;                 // (rows, D), or its transpose
+  T* wide_dq;                   // (heads of a group, rows, D), with a wide tile only
   Matrix<T> dk, dv;             // (keys held, D) (keys held, Dv)
   T *s, *dp;                    // (keys, rows)
   T* operands[3];               // (keys, rows), see GradientOperands
@@ -34,7 +35,7 @@ struct GradientWorkspace {
   QueryPositions positions;
 
   GradientWorkspace(const Attention<T>& a, const Kernels<T>& kernels, int64_t tiles_held,
-                    bool with_dbias, Carver& carver) {
+                    bool with_dbias, bool with_wide, Carver& carver) {
     const auto matrix = [&](int64_t rows, int64_t ld) {
       return Matrix<T>{carver.take<T>(rows * ld), ld};
     };
@@ -50,6 +51,8 @@ struct GradientWorkspace {
     v_left = matrix(keys_held, padded(a.Dv));
     k = matrix(keys_held, padded(a.D));
     dq = by_query_sums(kernels, carver.take<T>(kQueryTile * padded(a.D)), kQueryTile, padded(a.D));
+    wide_dq = with_wide ? carver.take<T>(std::min(a.group_size, a.H) * kQueryTile * padded(a.D))
+                        : nullptr;
     dk = matrix(keys_held, padded(a.D));
     dv = matrix(keys_held, padded(a.Dv));
     s = carver.take<T>(kTile);

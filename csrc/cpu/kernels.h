@@ -88,13 +88,19 @@ struct Update {
   // Asked for the next few rows once a register block; null: nothing will be read soon.
   Lookahead* ahead = nullptr;
 
-  Update from(int64_t row) const {
-    return {alpha, adds, factor == nullptr ? nullptr : factor + row, ahead};
-  }
-
   void look_ahead() const {
     if (ahead != nullptr) ahead->advance();
   }
+};
+
+// c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other
+// two are any number. A left operand is transposed only where it is by query.
+template <typename T>
+struct Product {
+  int64_t m, n, k;
+  Matrix<const T> a, b;
+  Matrix<T> c;
+  Update<T> update;
 };
 
 struct TileDropout {
@@ -141,7 +147,7 @@ struct ChannelGradients {
 
 template <typename T>
 struct Kernels {
-  int64_t word;                       // elements in one
+  int64_t word;                       // elements in one: 1 or 2
   int64_t block_rows, block_columns;  // of c that gemm holds in registers at once
   // How far below its lse the maximum of a carried row starts. Where weights are rounded for their
   // product, the largest of a tile is exp(0), exact, on a carried row as on a new one.
@@ -157,6 +163,9 @@ struct Kernels {
   void (*begin)() = nullptr;
   void (*end)() = nullptr;
 
+  // A shift, for a division takes as long as many products.
+  int64_t in_words(int64_t elements) const { return elements >> (word - 1); }
+
   // About how many register blocks gemm makes of c (m, n): of few columns higher ones.
   int64_t blocks(int64_t m, int64_t n) const {
     const int64_t columns = std::min(std::max(n + kPad - 1, kPad) & -kPad, block_columns);
@@ -165,10 +174,8 @@ struct Kernels {
     return ((m + rows - 1) / rows) * ((n + columns - 1) / columns);
   }
 
-  // c (m, n) takes a (m, k) b (k, n), a and b in words along k. n is a multiple of kPad, the other
-  // two are any number. A left operand is transposed only where it is by query.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> c,
-               Update<T> update);
+  // By reference: a copy of operands that were made just before would wait for them.
+  void (*gemm)(const Product<T>& product);
   // c (m, kPad) = alpha a (m, k) b^T, b (n, k) of at most kFew rows, both left operands; zero in
   // the padding columns. Asks ahead once for each row of a.
   void (*products_with_few)(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,

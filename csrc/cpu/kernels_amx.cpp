@@ -81,7 +81,6 @@ constexpr Kernels<float> make_tile_kernels() {
   table.begin = Tiles::configure;
   table.end = end_products<Tiles>;
   table.gemm = gemm_on_tiles<Tiles>;
-  table.right_rows = right_rows_by_column;
   table.weighted_rows = weighted_columns<Tiles>;
   table.softmax_update = softmax_update_late<Tiles>;
   table.gradients = gradients_late<Tiles>;

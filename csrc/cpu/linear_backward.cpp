@@ -82,7 +82,7 @@ class BackwardWalk {
       const Matrix<T> next = state(i + 1);
       std::copy_n(state(i).data, a_.Dv * next.ld, next.data);
       w_.decays.decay_transposed(table_, kChunk, next);
-      table_.gemm(a_.Dv, next.ld, kChunk, transposed(v), update, next, {T(1), true});
+      table_.gemm({a_.Dv, next.ld, kChunk, transposed(v), update, next, {T(1), true}});
     }
   }
 
@@ -98,8 +98,13 @@ class BackwardWalk {
     if (wants_inputs()) inputs(tokens, q, dout, state(i));
     const auto update = w_.decays.since_start(table_, rows, q, w_.decayed);
     w_.decays.decay_state(table_, rows, w_.gradient);
-    table_.gemm(a_.D, w_.gradient.ld, rows, transposed(update), dout, w_.gradient,
-                {T(1), true, nullptr, &ahead_});
+    table_.gemm({a_.D,
+                 w_.gradient.ld,
+                 rows,
+                 transposed(update),
+                 dout,
+                 w_.gradient,
+                 {T(1), true, nullptr, &ahead_}});
   }
 
   // The chunk that ends there comes next.
@@ -144,19 +149,29 @@ class BackwardWalk {
 
   // What queries read of the state before the chunk, and keys write into the one behind it.
   void of_states(int64_t rows, Matrix<const T> v, Matrix<const T> dout, Matrix<T> state) {
-    table_.gemm(rows, w_.dq.ld, a_.Dv, dout, as_const(state), w_.dq,
-                {T(1), false, nullptr, &ahead_});
+    table_.gemm(
+        {rows, w_.dq.ld, a_.Dv, dout, as_const(state), w_.dq, {T(1), false, nullptr, &ahead_}});
     w_.decays.scale_since_start(table_, rows, w_.dq);
-    table_.gemm(rows, w_.dk.ld, a_.Dv, v, as_const(w_.gradient_transposed), w_.dk,
-                {T(1), false, nullptr, &ahead_});
+    table_.gemm({rows,
+                 w_.dk.ld,
+                 a_.Dv,
+                 v,
+                 as_const(w_.gradient_transposed),
+                 w_.dk,
+                 {T(1), false, nullptr, &ahead_}});
     w_.decays.scale_to_end(table_, rows, w_.dk);
   }
 
   void of_values(Range tokens, Matrix<const T> k, Matrix<const T> dout) {
     const int64_t rows = tokens.size();
     const auto written = w_.decays.to_end(table_, rows, k, w_.decayed);
-    table_.gemm(rows, w_.dv.ld, a_.D, written, as_const(w_.gradient), w_.dv,
-                {T(1), false, nullptr, &ahead_});
+    table_.gemm({rows,
+                 w_.dv.ld,
+                 a_.D,
+                 written,
+                 as_const(w_.gradient),
+                 w_.dv,
+                 {T(1), false, nullptr, &ahead_}});
     add_upper_times(table_, rows, w_.dv.ld, w_.scores, dout, w_.dv);
     store_result(table_, a_, at_, tokens, w_.dv, a_.Dv, g_.dv);
   }

@@ -30,7 +30,7 @@ void lower_product(const Kernels<T>& table, int64_t rows, int64_t k, Matrix<cons
                    Matrix<const T> b, Matrix<T> lower) {
   for (int64_t i = 0; i < rows; i += kPad) {
     const int64_t end = std::min(i + kPad, rows);
-    table.gemm(end - i, padded(end), k, from_row(a, i), b, from_row(lower, i), {T(1), false});
+    table.gemm({end - i, padded(end), k, from_row(a, i), b, from_row(lower, i), {T(1), false}});
   }
 }
 
@@ -40,7 +40,7 @@ void add_lower_times(const Kernels<T>& table, int64_t rows, int64_t n, Matrix<T>
                      Matrix<const T> b, Matrix<T> c) {
   for (int64_t i = 0; i < rows; i += kPad) {
     const int64_t end = std::min(i + kPad, rows);
-    table.gemm(end - i, n, end, from_row(as_const(lower), i), b, from_row(c, i), {T(1), true});
+    table.gemm({end - i, n, end, from_row(as_const(lower), i), b, from_row(c, i), {T(1), true}});
   }
 }
 
@@ -51,7 +51,7 @@ void add_upper_times(const Kernels<T>& table, int64_t rows, int64_t n, Matrix<T>
   for (int64_t j = 0; j < rows; j += kPad) {
     const int64_t end = std::min(j + kPad, rows);
     const Matrix<const T> columns{lower.data + j * lower.ld + j, lower.ld, true};
-    table.gemm(end - j, n, rows - j, columns, from_row(b, j), from_row(c, j), {T(1), true});
+    table.gemm({end - j, n, rows - j, columns, from_row(b, j), from_row(c, j), {T(1), true}});
   }
 }
 

@@ -211,8 +211,13 @@ class ChannelDecays {
     const auto [later, earlier] = across(table, rows, q, k);
     k_transposed.ld = kPad;
     table.right_transpose(earlier, kPad, channels_, k_transposed);
-    table.gemm(rows - kPad, kPad, channels_, later, as_const(k_transposed), block(scores, kPad, 0),
-               {T(1), false});
+    table.gemm({rows - kPad,
+                kPad,
+                channels_,
+                later,
+                as_const(k_transposed),
+                block(scores, kPad, 0),
+                {T(1), false}});
   }
 
   // Of a channel the sums are those of HeadDecays.
@@ -275,9 +280,14 @@ class ChannelDecays {
     const int64_t rows = at.rows - kPad;
     const auto [later, earlier] = across(table, at.rows, at.q, at.k);
     const Matrix<T> dscores = block(at.dscores, kPad, 0);
-    table.gemm(rows, cols_, kPad, as_const(dscores), earlier, later_gradient_, {T(1), false});
-    table.gemm(kPad, cols_, rows, transposed(as_const(dscores)), later, earlier_gradient_,
-               {T(1), false});
+    table.gemm({rows, cols_, kPad, as_const(dscores), earlier, later_gradient_, {T(1), false}});
+    table.gemm({kPad,
+                cols_,
+                rows,
+                transposed(as_const(dscores)),
+                later,
+                earlier_gradient_,
+                {T(1), false}});
     product(table, rows, as_const(later_gradient_), factors_.since_middle, later_gradient_);
     product(table, kPad, as_const(earlier_gradient_), factors_.to_middle, earlier_gradient_);
     const Matrix<T> dq = from_row(at.dq, kPad);

@@ -62,8 +62,8 @@ class ForwardWalk {
     if (out.data != nullptr) see(tokens, k, v, out);
     const auto update = w_.decays.to_end(table_, rows, k, w_.decayed);
     w_.decays.decay_state(table_, rows, w_.state);
-    table_.gemm(a_.D, w_.state.ld, rows, transposed(update), v, w_.state,
-                {T(1), true, nullptr, &ahead_});
+    table_.gemm(
+        {a_.D, w_.state.ld, rows, transposed(update), v, w_.state, {T(1), true, nullptr, &ahead_}});
   }
 
   // What the tokens see of the state before them, and of each other.
@@ -71,8 +71,13 @@ class ForwardWalk {
     const int64_t rows = tokens.size();
     const auto q = rows_of(table_, a_.q, at_, a_.H, tokens, a_.D, w_.q);
     const auto decayed = w_.decays.since_start(table_, rows, q, w_.decayed);
-    table_.gemm(rows, w_.out.ld, a_.D, decayed, as_const(w_.state), w_.out,
-                {T(1), false, nullptr, &ahead_});
+    table_.gemm({rows,
+                 w_.out.ld,
+                 a_.D,
+                 decayed,
+                 as_const(w_.state),
+                 w_.out,
+                 {T(1), false, nullptr, &ahead_}});
     w_.decays.scores(table_, rows, q, k, w_.k_transposed, w_.scores);
     add_lower_times(table_, rows, w_.out.ld, w_.scores, v, w_.out);
     store_result(table_, a_, at_, tokens, w_.out, a_.Dv, out);

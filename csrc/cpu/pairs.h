@@ -71,16 +71,19 @@ Matrix<const float> left_row_pairs(DType, const void* src, int64_t src_stride, i
   return {room.data, room.ld};
 }
 
+// A row in place of the one behind an odd last one.
+alignas(64) inline constexpr uint16_t kNoRow[kColumnsAtOnce] = {};
+
+// Some columns of all rows after the others, so that what is there of a row is found once.
 void right_row_pairs(DType, const void* src, int64_t src_stride, int64_t rows, int64_t cols,
                      Matrix<float> dst) {
-  for (int64_t i = 0; i < rows; i += 2) {
-    const uint16_t* low = static_cast<const uint16_t*>(src) + i * src_stride;
-    const uint16_t* high = low + src_stride;
-    float* to = dst.data + i / 2 * dst.ld;
-    for (int64_t d = 0; d < dst.ld; d += kLanes<float>) {
-      const int64_t there = cols - d;
-      store<float>(to + d, interleaved(load_halves(low + d, there),
-                                       load_halves(high + d, i + 1 < rows ? there : 0)));
+  for (int64_t d = 0; d < dst.ld; d += kColumnsAtOnce) {
+    const auto* halves = static_cast<const uint16_t*>(src) + d;
+    const int64_t there = std::max<int64_t>(cols - d, 0), room = dst.ld - d;
+    for (int64_t i = 0; i < rows; i += 2) {
+      const uint16_t* low = halves + i * src_stride;
+      store_interleaved(low, i + 1 < rows ? low + src_stride : kNoRow, there, room,
+                        dst.data + i / 2 * dst.ld + d);
     }
   }
 }

@@ -29,16 +29,20 @@ USP_SIMD Vec<float> rounded_pairs(Vec<float> first, Vec<float> second) {
   return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)halves);
 }
 
-// 16 words, each of one bf16 of `low` and one of `high`.
-USP_SIMD Vec<float> interleaved(Halves low, Halves high) {
-  return (Vec<float>)(__builtin_convertvector(low, Mask<float>) |
-                      (__builtin_convertvector(high, Mask<float>) << 16));
-}
+inline constexpr int64_t kColumnsAtOnce = 32;
 
-// As many as are `there`, and zeros.
-USP_SIMD Halves load_halves(const uint16_t* p, int64_t there) {
-  const __mmask16 some = there >= kLanes<float> ? 0xFFFF : there <= 0 ? 0 : (1 << there) - 1;
-  return (Halves)_mm256_maskz_loadu_epi16(some, p);
+// `room` words, each of one bf16 of `low` and one of `high`, as many as are `there`, and zeros.
+// Both are in one vector, and two shuffles mix them.
+USP_SIMD void store_interleaved(const uint16_t* low, const uint16_t* high, int64_t there,
+                                int64_t room, float* to) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  const auto some = static_cast<__mmask32>(there >= kColumnsAtOnce ? -1 : (1 << there) - 1);
+  const __m512i x = _mm512_maskz_loadu_epi16(some, low), y = _mm512_maskz_loadu_epi16(some, high);
+  store<float>(to, (Vec<float>)_mm512_permutex2var_epi16(x, first, y));
+  if (room <= kLanes<float>) return;
+  store<float>(to + kLanes<float>, (Vec<float>)_mm512_permutex2var_epi16(x, second, y));
 }
 
 }  // namespace

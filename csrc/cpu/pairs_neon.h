@@ -30,12 +30,6 @@ USP_SIMD Vec<float> rounded_pairs(Vec<float> first, Vec<float> second) {
   return (Vec<float>)vzip1q_u16(low, high);
 }
 
-// 4 words, each of one bf16 of `low` and one of `high`.
-USP_SIMD Vec<float> interleaved(Halves low, Halves high) {
-  const auto halves = vzip_u16((uint16x4_t)low, (uint16x4_t)high);
-  return (Vec<float>)vcombine_u16(halves.val[0], halves.val[1]);
-}
-
 // As many as are `there`, and zeros.
 USP_SIMD Halves load_halves(const uint16_t* p, int64_t there) {
   Halves halves = {};
@@ -45,6 +39,17 @@ USP_SIMD Halves load_halves(const uint16_t* p, int64_t there) {
     for (int64_t i = 0; i < there; ++i) halves[i] = p[i];
   }
   return halves;
+}
+
+inline constexpr int64_t kColumnsAtOnce = kLanes<float>;
+
+// A vector of words, each of one bf16 of `low` and one of `high`, as many as are `there`, and
+// zeros.
+USP_SIMD void store_interleaved(const uint16_t* low, const uint16_t* high, int64_t there, int64_t,
+                                float* to) {
+  const auto halves =
+      vzip_u16((uint16x4_t)load_halves(low, there), (uint16x4_t)load_halves(high, there));
+  store<float>(to, (Vec<float>)vcombine_u16(halves.val[0], halves.val[1]));
 }
 
 }  // namespace

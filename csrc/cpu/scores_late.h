@@ -220,26 +220,6 @@ GradientOperands<float> gradients_late(GradientTile<float> t) {
           PairWords::by_query(t.dp, t.rooms[2])};
 }
 
-alignas(64) inline constexpr uint16_t kNoRow[2 * kLanes<float>] = {};
-
-// As right_row_pairs (pairs.h), a vector of columns after the other.
-inline void right_rows_by_column(DType, const void* src, int64_t src_stride, int64_t rows,
-                                 int64_t cols, Matrix<float> dst) {
-  for (int64_t d = 0; d < dst.ld; d += kLanes<float>) {
-    const auto* halves = static_cast<const uint16_t*>(src) + d;
-    const int64_t there = cols - d;
-    const auto some = static_cast<__mmask16>(there >= kLanes<float> ? -1 : (1 << there) - 1);
-    const auto widened = [&](const uint16_t* from) {
-      return (Mask<float>)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(some, from));
-    };
-    for (int64_t i = 0; i < rows; i += 2) {
-      const uint16_t* low = halves + i * src_stride;
-      const uint16_t* high = i + 1 < rows ? low + src_stride : kNoRow;
-      store<float>(dst.data + i / 2 * dst.ld + d, words_of(widened(low), widened(high) << 16));
-    }
-  }
-}
-
 // 16 vectors of every second row from row i, 32 columns each: lane by lane two columns, zeros where
 // nothing is there. Then each vector is two columns, lane by lane a row.
 USP_SIMD void load_columns(const uint16_t* src, int64_t src_stride, int64_t i, int64_t rows,

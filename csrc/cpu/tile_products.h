@@ -14,13 +14,8 @@
 namespace usp::cpu {
 namespace {
 
-// The arguments of gemm, with c as it lies.
-struct Operands {
-  int64_t m, n, k;
-  Matrix<const float> a, b;
-  Matrix<float> c;
-  Update<float> update;
-
+// A product with c as it lies.
+struct TiledProduct : Product<float> {
   int64_t words() const { return (k + 1) / 2; }
   int64_t tiles() const { return whole_tiles(words()) / kTileWords; }
   int64_t steps() const {
@@ -33,7 +28,7 @@ struct Operands {
 template <typename Tiles>
 class TileProduct {
  public:
-  explicit TileProduct(const Operands& of)
+  explicit TileProduct(const TiledProduct& of)
       : of_(of),
         room_(tile_room(LeftTiles::room(of.m, of.words()) + RightTiles::room(of.n))),
         left_(of.m, of.words(), of.a, room_),
@@ -67,7 +62,7 @@ class TileProduct {
   }
 
  private:
-  Operands of_;
+  TiledProduct of_;
   float* room_;
   LeftTiles left_;
   RightTiles right_;
@@ -85,7 +80,7 @@ class Later {
     return mine;
   }
 
-  void add(const Operands& product) {
+  void add(const TiledProduct& product) {
     if (end_ == kMost) finish();
     waiting_[end_++] = product;
   }
@@ -119,7 +114,7 @@ class Later {
 
  private:
   static constexpr int64_t kMost = 3;  // of a tile of gradients
-  Operands waiting_[kMost];
+  TiledProduct waiting_[kMost];
   std::optional<TileProduct<Tiles>> begun_;
   int64_t next_ = 0, end_ = 0, half_ = 0;
 };
@@ -144,17 +139,18 @@ class Spread {
 };
 
 template <typename Tiles>
-void gemm_on_tiles(int64_t m, int64_t n, int64_t k, Matrix<const float> a, Matrix<const float> b,
-                   Matrix<float> c, Update<float> update) {
+void gemm_on_tiles(const Product<float>& p) {
   Later<Tiles>& later = Later<Tiles>::of_thread();
+  const Update<float>& update = p.update;
   if (update.adds && update.factor != nullptr) {
     later.finish();
     // Columns up to a whole tile: they are padding, as those of a are.
-    c.transposed ? scale_columns(c, n, whole_tiles(m), update.factor)
-                 : scale_rows(c, m, n, update.factor);
+    p.c.transposed ? scale_columns(p.c, p.n, whole_tiles(p.m), update.factor)
+                   : scale_rows(p.c, p.m, p.n, update.factor);
   }
-  const Operands product = c.transposed ? Operands{n, whole_tiles(m), k, b, a, c, update}
-                                        : Operands{m, n, k, a, b, c, update};
+  const TiledProduct product =
+      p.c.transposed ? TiledProduct{{p.n, whole_tiles(p.m), p.k, p.b, p.a, p.c, update}}
+                     : TiledProduct{p};
   if (update.adds) return later.add(product);
   later.finish_begun();
   TileProduct<Tiles>(product).finish();

@@ -124,7 +124,7 @@ struct TileIndex {
   template <typename T>
   static Matrix<const T> by_query(const Kernels<T>& kernels, Matrix<const T> all, Range some,
                                   Range seen) {
-    return {all.data + seen.begin / kernels.word * all.ld + some.begin, all.ld, all.transposed};
+    return {all.data + kernels.in_words(seen.begin) * all.ld + some.begin, all.ld, all.transposed};
   }
 };
 
@@ -162,8 +162,8 @@ struct QueryOperand {
                                   to, scale, ahead);
       } else {
         const Matrix<const T> right{transposed.data + columns.begin, transposed.ld};
-        kernels.gemm(keys.size(), columns.size(), cols, some, right, to,
-                     {scale, false, nullptr, &ahead});
+        kernels.gemm(
+            {keys.size(), columns.size(), cols, some, right, to, {scale, false, nullptr, &ahead}});
       }
     });
   }
@@ -179,7 +179,7 @@ void with_seen(const Span& span, TileIndex at, Range keys, int64_t word, int64_t
                const Visit& visit) {
   at.keys = intersect(keys, visible_keys(span, at.rows));
   if (at.keys.empty()) return;
-  at.keys.begin -= (at.keys.begin - keys.begin) % word;
+  at.keys.begin -= (at.keys.begin - keys.begin) & (word - 1);
   if (!unmasked_keys(span, at.rows).contains(at.keys)) {
     at.mask = &span;
     at.cut = &cut;

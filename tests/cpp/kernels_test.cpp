@@ -58,8 +58,13 @@ TYPED_TEST(TileKernels, Gemm) {
             const std::vector<T> ones(factor.size(), T(1)), none(factor.size(), T(0));
             for (const auto& kept : {none, ones, factor}) {
               auto c = before;
-              table.gemm(m, n, k, {a.data(), lda, transposed}, {b.data(), ldb}, {c.data(), ldc},
-                         {T(0.5), kept != none, kept == factor ? factor.data() : nullptr});
+              table.gemm({m,
+                          n,
+                          k,
+                          {a.data(), lda, transposed},
+                          {b.data(), ldb},
+                          {c.data(), ldc},
+                          {T(0.5), kept != none, kept == factor ? factor.data() : nullptr}});
               for (int64_t i = 0; i < m; ++i) {
                 for (int64_t j = 0; j < ldc; ++j) {
                   T expected = before[i * ldc + j] * (j < n ? kept[i] : T(1));
@@ -286,7 +291,7 @@ class Bf16Products : public testing::TestWithParam<Capability> {
     const auto right = by_query_sums(table(), memory.data(), words, ld);
     const auto sum = by_query_sums(table(), sums.data(), up_to_pad(m), ld);
     table().weighted_rows(DType::kBFloat16, x.halves.data(), x.dim, rows, x.dim, right);
-    table().gemm(m, ld, rows, tile, {right.data, right.ld, right.transposed}, sum, {1.0f, false});
+    table().gemm({m, ld, rows, tile, {right.data, right.ld, right.transposed}, sum, {1.0f, false}});
     if (!sum.transposed) return sums;
     auto result = room(m * ld);
     for (int64_t i = 0; i < m * ld; ++i) result[i] = sums[i % ld * sum.ld + i / ld];
@@ -318,8 +323,13 @@ TEST_P(Bf16Products, OfRowsWithRows) {
           auto q_t = room(up_to_pad(dim) * columns), s = room(keys * columns);
           table().right_transpose(left(q, queries, q_memory, bytes), queries, dim,
                                   {q_t.data(), columns});
-          table().gemm(keys, columns, dim, left(k, keys, k_memory, bytes), {q_t.data(), columns},
-                       {s.data(), columns}, {0.25f, false});
+          table().gemm({keys,
+                        columns,
+                        dim,
+                        left(k, keys, k_memory, bytes),
+                        {q_t.data(), columns},
+                        {s.data(), columns},
+                        {0.25f, false}});
           for (int64_t j = 0; j < keys; ++j) {
             for (int64_t i = 0; i < columns; ++i) {
               float expected = 0;
@@ -385,8 +395,8 @@ TEST_P(Bf16Products, OfTilesWithRows) {
         const auto product = [&](const Bf16Rows& x, int64_t rows, int64_t m,
                                  Matrix<const float> tile) {
           std::vector<float> sum(m * ld);
-          table().gemm(m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld},
-                       {1.0f, true});
+          table().gemm(
+              {m, ld, rows, tile, right(x, rows, right_memory), {sum.data(), ld}, {1.0f, true}});
           end_products();
           return sum;
         };
@@ -460,8 +470,13 @@ TEST_P(Bf16Products, AddToWhatIsThere) {
       for (const float alpha : {1.0f, 0.25f}) {
         for (const bool adds : {false, true}) {
           auto c = before;
-          table().gemm(m, 80, k, left(a, m, a_memory), right(b, k, b_memory), {c.data(), 80},
-                       {alpha, adds, adds ? factor.data() : nullptr});
+          table().gemm({m,
+                        80,
+                        k,
+                        left(a, m, a_memory),
+                        right(b, k, b_memory),
+                        {c.data(), 80},
+                        {alpha, adds, adds ? factor.data() : nullptr}});
           end_products();
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t j = 0; j < 80; ++j) {
@@ -497,8 +512,13 @@ TEST_P(Bf16Products, OfARunningSoftmax) {
                                {max.data(), sum.data(), factor.data()}, nullptr, memory.data());
     table().weighted_rows(DType::kBFloat16, v.halves.data() + t * keys * dim, dim, keys, dim,
                           right);
-    table().gemm(columns, ld, keys, weights, {right.data, right.ld, right.transposed}, sums,
-                 {1.0f, t > 0, factor.data()});
+    table().gemm({columns,
+                  ld,
+                  keys,
+                  weights,
+                  {right.data, right.ld, right.transposed},
+                  sums,
+                  {1.0f, t > 0, factor.data()}});
   }
   end_products();
   for (int64_t i = 0; i < columns; ++i) {
