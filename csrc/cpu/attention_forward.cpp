@@ -336,13 +336,12 @@ class ForwardWorker {
   }
 
   void store_state(RowTile<T>& tile, Matrix<const T> out) {
-    T *lse = lse_of(tile), *factor = tile.softmax.factor;
+    T *lse = lse_of(tile), finished[kQueryTile];
+    kernels_.finish_rows(tile.softmax, padded(tile.rows.size()), finished);
     Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
-      const RunningSoftmax<T> row{tile.softmax.max[i], tile.softmax.sum[i]};
-      factor[i] = row.normaliser();
-      if (row != carried(lse[i])) {
-        lse[i] = row.lse();
+      if (RunningSoftmax<T>{tile.softmax.max[i], tile.softmax.sum[i]} != carried(lse[i])) {
+        lse[i] = finished[i];
         moved.end = i + 1;
       } else {  // saw nothing: what it has stays, to the bit
         if (state_.result == nullptr && !moved.empty()) store_rows(tile, out, moved);

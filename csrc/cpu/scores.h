@@ -208,6 +208,15 @@ Matrix<const T> softmax_update(Tile<T> s, SoftmaxRows<T> rows, const T* multipli
   return Words::by_query(s, room);
 }
 
+template <typename T>
+void finish_rows(SoftmaxRows<T> rows, int64_t num_rows, T* lse) {
+  for (int64_t i = 0; i < num_rows; i += kLanes<T>) {
+    const Vec<T> sum = load(rows.sum + i), none = broadcast<T>(minus_infinity<T>());
+    store<T>(lse + i, sum == Vec<T>{} ? none : load(rows.max + i) + log<T>(sum));
+    store<T>(rows.factor + i, sum == Vec<T>{} ? Vec<T>{} : T(1) / sum);
+  }
+}
+
 template <typename Words, typename T>
 void strip_gradients(const GradientTile<T> t, const Strip strip) {
   const auto [p_room, by_key, by_query] = t.rooms;

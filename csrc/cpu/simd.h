@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <utility>
 
 #include "cpu/capability.h"
@@ -32,6 +33,8 @@ struct VectorTraits<float> {
   static constexpr float kLowest = -87.7f;         // n is -127 there: its bits are 0
   static constexpr float kLn2High = 0x1.62e4p-1f;  // few bits: n * kLn2High is exact
   static constexpr float kLn2Low = 0x1.7f7d1c00p-20f;
+  static constexpr int32_t kHalfRoot = 0x3F3504F3;  // the bits of sqrt(1 / 2)
+  static constexpr int kLogTerms = 4;               // the next is below 2^-28 of the whole
   // exp(r) for |r| <= ln(2) / 2, minimax of the relative error: 2^-29.
   static constexpr float kExp[] = {1.0f,         1.00000003f,    0.499999942f,  0.166664313f,
                                    0.041668002f, 0.00837415531f, 0.00138436536f};
@@ -50,6 +53,8 @@ struct VectorTraits<double> {
   static constexpr double kLowest = -709.4;
   static constexpr double kLn2High = 0x1.62e42p-1;
   static constexpr double kLn2Low = 0x1.fdf473de6af28p-22;
+  static constexpr int64_t kHalfRoot = 0x3FE6A09E667F3BCD;
+  static constexpr int kLogTerms = 10;  // 2^-59
   // 1 / k!: the remainder is below 2^-57.
   static constexpr double kExp[] = {
       1.0,
@@ -198,6 +203,24 @@ USP_SIMD Vec<T> exp(Vec<T> x) {
 #pragma GCC unroll 16
   for (int k = kDegree - 1; k >= 0; --k) poly = poly * r + kCoefficients[k];
   return poly * (Vec<T>)((Mask<T>)shifted << Traits::kMantissaBits);
+}
+
+// log(x) for normal x > 0; x where it is infinite or NaN. Error below 2 ulp: x = 2^n m with m from
+// sqrt(1/2) on, log(m) = 2 artanh(s) with s = (m - 1) / (m + 1) and its series in s^2 <= 0.0295.
+template <typename T>
+USP_SIMD Vec<T> log(Vec<T> x) {
+  using Traits = VectorTraits<T>;
+  const Mask<T> bits = (Mask<T>)x - Traits::kHalfRoot;
+  const Mask<T> exponent = bits >> Traits::kMantissaBits;
+  const Vec<T> m = (Vec<T>)((bits ^ exponent << Traits::kMantissaBits) + Traits::kHalfRoot);
+  const Vec<T> n = __builtin_convertvector(exponent, Vec<T>);
+  const Vec<T> s = (m - T(1)) / (m + T(1)), s2 = s * s;
+  Vec<T> series = broadcast<T>(T(1) / T(2 * Traits::kLogTerms + 1));
+#pragma GCC unroll 16
+  for (int k = Traits::kLogTerms - 1; k > 0; --k) series = series * s2 + T(1) / T(2 * k + 1);
+  const Vec<T> rest = T(2) * s * s2 * series + n * Traits::kLn2Low;
+  const Vec<T> result = n * Traits::kLn2High + (T(2) * s + rest);
+  return x < broadcast<T>(std::numeric_limits<T>::infinity()) ? result : x;
 }
 
 // tanh: a Pade approximant near 0, where 1 - 2 / (exp(2|x|) + 1) would cancel.

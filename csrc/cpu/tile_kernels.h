@@ -36,6 +36,7 @@ constexpr Kernels<T> make_kernels() {
       .mask = mask<T>,
       .dropout = dropout<T>,
       .softmax_update = softmax_update<Words, T>,
+      .finish_rows = finish_rows<T>,
       .gradients = gradients<Words, T>,
       .add_bias_gradient = add_bias_gradient<T>,
       .decays_between = decays_between<T>,

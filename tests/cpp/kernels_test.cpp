@@ -218,6 +218,58 @@ TYPED_TEST(TileKernels, ExpAtTheEnds) {
   }
 }
 
+// Of columns of kPad rows: the lse of a row, with its factor.
+template <typename T>
+std::vector<T> lses(const Kernels<T>& table, std::vector<T> max, std::vector<T> sum) {
+  std::vector<T> factor(sum.size(), T(7)), lse(sum.size(), T(7));
+  const auto rows = static_cast<int64_t>(sum.size());
+  table.finish_rows({max.data(), sum.data(), factor.data()}, rows, lse.data());
+  for (size_t i = 0; i < sum.size(); ++i) {
+    const T expected = RunningSoftmax<T>{max[i], sum[i]}.normaliser();
+    EXPECT_TRUE(factor[i] == expected || (std::isnan(expected) && std::isnan(factor[i])));
+  }
+  return lse;
+}
+
+TYPED_TEST(TileKernels, LogIsAccurateToTwoUlp) {
+  using T = TypeParam;
+  this->on_each_capability([&](const Kernels<T>& table) {
+    for (const double width : {0.01, 1.0, 80.0}) {
+      auto sum = this->randoms(1 << 12, -width, width);
+      for (T& x : sum) x = std::exp(x);
+      const auto lse = lses(table, std::vector<T>(sum.size(), T(0)), sum);
+      for (size_t i = 0; i < sum.size(); ++i) {
+        const long double expected = std::log(static_cast<long double>(sum[i]));
+        const T rounded = std::abs(static_cast<T>(expected));
+        const T ulp = std::nextafter(rounded, std::numeric_limits<T>::infinity()) - rounded;
+        ASSERT_LE(std::abs(lse[i] - expected), 2 * ulp) << "log(" << sum[i] << ")";
+      }
+    }
+  });
+}
+
+TYPED_TEST(TileKernels, RowsAtTheEnds) {
+  using T = TypeParam;
+  this->on_each_capability([](const Kernels<T>& table) {
+    constexpr T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+    constexpr T least = std::numeric_limits<T>::min(), most = std::numeric_limits<T>::max();
+    const T max[] = {-inf, T(3), T(3), nan, T(3), inf, T(0), T(0)};
+    const T sum[] = {T(0), T(1), nan, T(1), inf, nan, least, most};
+    std::vector<T> maxes(kPad, T(0)), sums(kPad, T(1));
+    std::copy(std::begin(max), std::end(max), maxes.begin());
+    std::copy(std::begin(sum), std::end(sum), sums.begin());
+    const auto lse = lses(table, maxes, sums);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const T expected = RunningSoftmax<T>{maxes[i], sums[i]}.lse();
+      if (std::isfinite(expected)) {
+        EXPECT_NEAR(lse[i], expected, 2 * std::numeric_limits<T>::epsilon() * std::abs(expected));
+      } else {
+        EXPECT_TRUE(lse[i] == expected || (std::isnan(expected) && std::isnan(lse[i]))) << i;
+      }
+    }
+  });
+}
+
 TYPED_TEST(TileKernels, SoftcapIsAccurateNearAndFarFromZero) {
   using T = TypeParam;
   this->on_each_capability([&](const Kernels<T>& table) {
