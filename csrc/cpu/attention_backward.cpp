@@ -202,8 +202,10 @@ void walk_apart(const Attention<T>& a, const AttentionGradients<T>& grads, const
     if (after.count() > 0) walk.expect_queries(next.b, after.head(0), after.rows(0));
   };
   const auto slide_past = [&](GradientWalk<T>& walk, int64_t b, int64_t g) {
-    SlidingKeys<T>(a, slide, overwrite, walk).let_pass(b, g, [&] {
-      expect(walk, next_hold(a, {b, g, {0, a.Lk}}, workers));
+    SlidingKeys<T>(a, slide, overwrite, walk, b, g).let_pass([&] {
+      const Hold next = next_hold(a, {b, g, {0, a.Lk}}, workers);
+      if (next.keys.empty()) return;
+      SlidingKeys<T>(a, slide, overwrite, walk, next.b, next.g).expect();
     });
   };
   const auto visit = [&](GradientWalk<T>& walk, const Hold& hold, const Passage& passage) {
