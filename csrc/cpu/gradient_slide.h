@@ -98,8 +98,8 @@ Slide slide_of(const Attention<T>& a) {
   return slide;
 }
 
-// All keys of one key head past a walk. Neighbouring heads go opposite ways where they can: they lie
-// on the same pages, and threads that read and write there at the same time hold each other up.
+// All keys of one key head past a walk. Neighbouring heads go opposite ways where they can: they
+// lie on the same pages, and threads that read and write there at the same time hold each other up.
 template <typename T>
 class SlidingKeys {
  public:

@@ -33,9 +33,9 @@ class GradientWalk {
   void hold(Range keys) {
     for_each_tile(keys, [&](Range tile, int64_t row) {
       auto& [k, v] = operands_[static_cast<size_t>(row / kKeyTile)];
-      k = left_rows(kernels_, a_.k, b_, g_, tile, a_.D, rows_from(w_.k_left, row));
-      v = left_rows(kernels_, a_.v, b_, g_, tile, a_.Dv, rows_from(w_.v_left, row));
       weighted_rows(kernels_, a_.k, b_, g_, tile, a_.D, weighted_keys(row));
+      k = left_of(weighted_keys(row), a_.k, g_, tile, a_.D, rows_from(w_.k_left, row));
+      v = left_rows(kernels_, a_.v, b_, g_, tile, a_.Dv, rows_from(w_.v_left, row));
       set_zero(rows_from(w_.dk, row), tile.size(), w_.dk.ld);
       set_zero(rows_from(w_.dv, row), tile.size(), w_.dv.ld);
     });
@@ -285,18 +285,25 @@ class GradientWalk {
 
   void load_queries(int64_t h, Range rows) {
     const int64_t num_rows = rows.size(), row_of_lse = (b_ * a_.H + h) * a_.Lq + rows.begin;
-    const auto q = left_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q_left);
-    const auto dout = left_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout_left);
-    w_.q_t.set(kernels_, q, num_rows, a_.D, true);
-    w_.dout_t.set(kernels_, dout, num_rows, a_.Dv, true);
     right_rows(kernels_, a_.q, b_, h, rows, a_.D, w_.q);
     right_rows(kernels_, grads_.dout, b_, h, rows, a_.Dv, w_.dout);
+    const auto q = left_of(w_.q, a_.q, h, rows, a_.D, w_.q_left);
+    const auto dout = left_of(w_.dout, grads_.dout, h, rows, a_.Dv, w_.dout_left);
+    w_.q_t.set(kernels_, q, num_rows, a_.D, true);
+    w_.dout_t.set(kernels_, dout, num_rows, a_.Dv, true);
     for (int64_t i = 0; i < padded(num_rows); ++i) {
       const bool exists = i < num_rows;
       w_.lse[i] = backward_lse(exists ? grads_.lse[row_of_lse + i] : minus_infinity<T>());
       w_.delta[i] = exists ? grads_.delta[row_of_lse + i] : T(0);
     }
     w_.positions.load(a_, rows);
+  }
+
+  // Rows as left operand that were loaded as right one: that one, where words are elements. Both
+  // are read often, and caches should hold but one of them.
+  Matrix<const T> left_of(Matrix<T> right, const TensorView& x, int64_t h, Range rows, int64_t cols,
+                          Matrix<T> room) const {
+    return kernels_.word == 1 ? as_const(right) : left_rows(kernels_, x, b_, h, rows, cols, room);
   }
 
   T scale() const { return static_cast<T>(a_.softmax_scale); }
