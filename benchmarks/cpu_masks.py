@@ -12,7 +12,8 @@ where a mask costs just what it opens. The mask's call is repeated until it has 
 as everything, so that both take about as long; "alone" is a single call, forward, in its turn with
 everything: what a call costs when the caches hold another's data. Nothing is timed whose rows
 differ from fp64, of the same inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention
-on CPUs has a forward alone.
+on CPUs has a forward alone. Where glibc is, freed memory stays with the process: whether results are
+fresh pages is by chance else, and a short call feels it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from usp import long_context_attention, masks
 from usp.bench.device import DTYPES
-from usp.bench.machine import introduce
+from usp.bench.machine import introduce, keep_freed_memory
 from usp.bench.records import write_report
 from usp.bench.timing import interleave
 from usp.masks import Mask
@@ -186,7 +187,7 @@ def main() -> None:
         parser.error(
             f"no mask {unknown[0]!r} at {args.lengths} tokens: there are {', '.join(known)}"
         )
-    about = introduce("cpu_masks")
+    about = introduce("cpu_masks", freed_memory_kept=keep_freed_memory())
     print(
         "\nmask", " " * 27, "length dtype bands  share  of its share: forward, both, alone   over:"
     )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +170,31 @@ def test_quick_gives_way_to_what_was_asked_for(capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as end:
             parse(made, argv)
         assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+KEEPS = """
+import resource, torch
+from usp.bench.machine import keep_freed_memory
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def results():
+    return [torch.ones(1 << 22) for _ in range(2)]
+kept = keep_freed_memory()
+results(), results()
+before = faults()
+for _ in range(10):
+    results()
+print(kept, faults() - before)
+"""
+
+
+def test_freed_memory_that_is_kept_costs_no_fresh_pages(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("counts the page faults of Linux")
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    pages = 10 * 2 * (4 << 22) // resource.getpagesize()
+    assert kept == "False" or int(faults) < pages / 10, (faults, pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -114,6 +115,20 @@ def introduce(program: str, **more: Any) -> dict[str, Any]:
     found = {**header(program, "cpu", {}, more.pop("clock", "wall")), **more}
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
     return found
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep pieces of up to 32 MiB that are freed, for the next calls; whether it does.
+
+    glibc gives large ones back to the system at some calls and not at others, by what else lies in
+    the heap, and a short call whose results are fresh pages waits for them. Only glibc can be told.
+    Source: mallopt(3); the threshold from which pieces are mapped ends at 32 MiB.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(trim_threshold, 1 << 30)) and bool(mallopt(mmap_threshold, 32 << 20))
 
 
 def in_words(header: dict[str, Any]) -> str:
