@@ -12,8 +12,8 @@ where a mask costs just what it opens. The mask's call is repeated until it has 
 as everything, so that both take about as long; "alone" is a single call, forward, in its turn with
 everything: what a call costs when the caches hold another's data. Nothing is timed whose rows
 differ from fp64, of the same inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention
-on CPUs has a forward alone. Where glibc is, freed memory stays with the process: whether results are
-fresh pages is by chance else, and a short call feels it.
+on CPUs has a forward alone. Where glibc is, freed memory stays with the process: else it is by
+chance whether results are fresh pages, and a short call feels it.
 """
 
 from __future__ import annotations
