@@ -84,7 +84,7 @@ class Ours {
   void run(int64_t repeats) {
     const Matrix<float> c{c_.data(), n_};
     const Matrix<const float> b{b_.data, b_.ld};
-    for (int64_t i = 0; i < repeats; ++i) kernels_.gemm(m_, n_, k_, a_, b, c, {1.0f, adds_});
+    for (int64_t i = 0; i < repeats; ++i) kernels_.gemm({m_, n_, k_, a_, b, c, {1.0f, adds_}});
   }
 
   void clear() { std::memset(c_.data(), 0, static_cast<size_t>(m_ * n_) * sizeof(float)); }

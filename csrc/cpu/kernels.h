@@ -224,8 +224,7 @@ struct Kernels {
   // was accumulated before must shrink. Returns the transpose of exp(s - max), times `multiplier`
   // where not null, as left operand: in place, or written to `room`, for a whole tile.
   Matrix<const T> (*softmax_update)(Tile<T> s, SoftmaxRows<T> rows, const T* multiplier, T* room);
-  // lse = max + log(sum), and factor = 1 / sum, of whole vectors of rows; -inf and 0 where sum is
-  // 0.
+  // lse = max + log(sum), factor = 1 / sum, of whole vectors of rows; where sum is 0, -inf and 0.
   void (*finish_rows)(SoftmaxRows<T> rows, int64_t num_rows, T* lse);
   // Weights and gradients of a tile of scores, as left operands: in place, or written to `rooms`.
   GradientOperands<T> (*gradients)(GradientTile<T> tile);
