@@ -92,8 +92,9 @@ template <typename T>
 Slide slide_of(const Attention<T>& a) {
   Slide slide = slide_with(a, 0, false);
   if (slide.moving == 0 && a.Lk > kKeyTile) slide = slide_with(a, 1, false);
+  if (slide.moving == 0) return slide;
   const Slide back = slide_with(a, slide.pinned, true);
-  slide.turns = slide.moving > 0 && back.moving > 0;
+  slide.turns = back.moving > 0;
   if (slide.turns) slide.moving = std::max(slide.moving, back.moving);
   return slide;
 }

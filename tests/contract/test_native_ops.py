@@ -33,12 +33,13 @@ def test_any_number_of_threads(
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 @pytest.mark.parametrize("span", ["all", "sinks_and_registers"])
+@pytest.mark.parametrize("prior_keys", [0, 13])
 def test_more_keys_than_are_held(
-    span: str, subject: Native, request: pytest.FixtureRequest
+    prior_keys: int, span: str, subject: Native, request: pytest.FixtureRequest
 ) -> None:
     """They are held in turn, or move along with the rows, but for some seen by all or by few."""
     dtype = torch.bfloat16 if subject.capability in BF16_ONLY else torch.float32
-    shape = {"batch": 1, "lq": 197, "lk": 1500, "heads": (3, 1, 2)}
+    shape = {"batch": 1, "lq": 197, "lk": 1500, "heads": (3, 1, 2), "prior_keys": prior_keys}
     case = replace(subject.base, span=span, dtype=dtype, **shape)
     subject.assert_right(case, subject.run(request, answers, case))
 
