@@ -8,7 +8,9 @@ backward; then usp with the mask, SDPA with the boolean matrix and FlexAttention
 block mask of the same function). These three by themselves: SDPA's scores, 4 bytes a pair, push out
 of the caches what the next call reads, which a short call feels and a long one does not. "of its
 share" is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1
-where a mask costs just what it opens. The mask's call is repeated until it has seen as many pairs
+where a mask costs just what it opens; of the time in the kernels, and of whole calls: what Python
+and torch read for a call is out of the caches behind a kernel's data, and takes a tenth of a
+millisecond or two whatever the mask is. The mask's call is repeated until it has seen as many pairs
 as everything, so that both take about as long; "alone" is a single call, forward, in its turn with
 everything: what a call costs when the caches hold another's data. Nothing is timed whose rows
 differ from fp64, of the same inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention
@@ -22,22 +24,33 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from usp import long_context_attention, masks
+from usp.backends import native
 from usp.bench.device import DTYPES
 from usp.bench.machine import introduce, keep_freed_memory
 from usp.bench.records import write_report
-from usp.bench.timing import interleave
+from usp.bench.timing import Times, interleave, take_turns
 from usp.masks import Mask
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+KERNELS = (
+    "attention_once",
+    "attention_once_backward",
+    "attention_forward",
+    "attention_backward",
+    "delta",
+)
 Run = Callable[[], object]
 
 
@@ -122,7 +135,9 @@ def measure(
             candidates["flex"] = flex
         except Exception as error:  # a peer that does not run here is no result
             reasons["flex"] = f"{type(error).__name__}: {error}"[:200]
-    forward, backward, alone = (interleave(pair, args.rounds, args.seconds) for pair in pairs)
+    (forward, in_forward), (backward, in_backward), (alone, _) = (
+        calls_and_kernels(pair, args.rounds, args.seconds) for pair in pairs
+    )
     times = interleave(candidates, args.rounds, args.seconds)
     peers = [peer for peer in ("sdpa", "flex") if peer in candidates]
     return {
@@ -134,6 +149,10 @@ def measure(
         "repeats": repeats,
         "of_its_share": forward.ratio("usp", "everything") / share / repeats,
         "of_its_share_both": backward.ratio("both", "everything, both") / share / repeats,
+        "of_its_share_in_kernels": in_forward.ratio("usp", "everything") / share / repeats,
+        "of_its_share_in_kernels_both": in_backward.ratio("both", "everything, both")
+        / share
+        / repeats,
         "of_its_share_alone": alone.ratio("usp alone", "everything") / share,
         "ratios": {peer: times.ratio(peer, "usp beside peers") for peer in peers},
         "not_measured": reasons,
@@ -144,6 +163,7 @@ def measure(
             "everything beside it": alone.seconds["everything"],
             **times.seconds,
         },
+        "seconds_in_kernels": {**in_forward.seconds, **in_backward.seconds},
     }
 
 
@@ -153,6 +173,46 @@ def repeated(times: int, run: Callable[[Mask], object], mask: Mask) -> Run:
             run(mask)
 
     return call
+
+
+def calls_and_kernels(
+    candidates: dict[str, Run], rounds: int, budget: float
+) -> tuple[Times, Times]:
+    """``interleave``, and the seconds of the same calls in kernels."""
+    spent: dict[Run, list[float]] = {run: [] for run in candidates.values()}
+
+    def seconds(run: Run) -> float:
+        with kernels_timed() as taken:
+            start = time.perf_counter()
+            run()
+            whole = time.perf_counter() - start
+        if not taken:
+            sys.exit("a call went past usp's own kernels: not timed")
+        spent[run].append(sum(taken))
+        return whole
+
+    calls = take_turns(candidates, rounds, budget, seconds)
+    return calls, Times({name: spent[run] for name, run in candidates.items()})
+
+
+@contextmanager
+def kernels_timed() -> Iterator[list[float]]:
+    """The seconds of each call of an op of the native backend, as they come."""
+    taken: list[float] = []
+
+    def timed(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            start = time.perf_counter()
+            found = kernel(*given)
+            taken.append(time.perf_counter() - start)
+            return found
+
+        return call
+
+    with ExitStack() as stack:
+        for name in KERNELS:
+            stack.enter_context(mock.patch.object(native, name, timed(getattr(native, name))))
+        yield taken
 
 
 def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> None:
@@ -189,7 +249,10 @@ def main() -> None:
         )
     about = introduce("cpu_masks", freed_memory_kept=keep_freed_memory())
     print(
-        "\nmask", " " * 27, "length dtype bands  share  of its share: forward, both, alone   over:"
+        "\nmask",
+        " " * 27,
+        "length dtype bands  share  of its share in kernels: forward, both;",
+        "calls: forward, both, alone   over:",
     )
     results = []
     for length, dtype in itertools.product(args.lengths, args.dtypes):
@@ -200,7 +263,8 @@ def main() -> None:
             over = "  ".join(f"{peer} {ratio:.2f}" for peer, ratio in found["ratios"].items())
             print(
                 f"{name:31} {length:6} {dtype:5} {found['bands']:5} "
-                f"{100 * found['share_of_pairs']:5.1f} % {found['of_its_share']:14.2f} "
+                f"{100 * found['share_of_pairs']:5.1f} % {found['of_its_share_in_kernels']:24.2f} "
+                f"{found['of_its_share_in_kernels_both']:12.2f} {found['of_its_share']:14.2f} "
                 f"{found['of_its_share_both']:7.2f} {found['of_its_share_alone']:7.2f}      {over}",
                 flush=True,
             )

@@ -24,6 +24,7 @@ template <typename T>
 struct RowTile {
   int64_t h;
   bool rides;
+  bool fresh;    // no row had seen a key
   bool started;  // out holds something
   Range rows;
   Matrix<T> q_room;   // (few rows, D)
@@ -107,6 +108,7 @@ class ForwardWorker {
       RowTile<T>& tile = w_.tiles[0];
       b_ = b;
       tile.h = h;
+      tile.fresh = false;
       tile.rows = {0, shares_.riders()};
       std::copy_n(parts_.max(task), shares_.riders(), tile.softmax.max);
       std::copy_n(parts_.sum(task), shares_.riders(), tile.softmax.sum);
@@ -263,17 +265,21 @@ class ForwardWorker {
 
   // What is carried, or what has seen nothing.
   void load_state(RowTile<T>& tile, bool carries) {
-    const T* lse = lse_of(tile);
-    bool fresh = true;  // no row has seen a key
-    for (int64_t i = 0; i < padded(tile.rows.size()); ++i) {
-      const T carried_lse = carries && i < tile.rows.size() ? lse[i] : minus_infinity<T>();
-      const auto row = carried(carried_lse);
+    const int64_t count = padded(tile.rows.size());
+    const T *lse = lse_of(tile), *end = carries ? lse + tile.rows.size() : lse;
+    tile.started = false;
+    tile.fresh = std::count(lse, end, minus_infinity<T>()) == end - lse;
+    if (tile.fresh) {
+      std::fill_n(tile.softmax.max, count, minus_infinity<T>());
+      std::fill_n(tile.softmax.sum, count, T(0));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const auto row = carried(i < tile.rows.size() ? lse[i] : minus_infinity<T>());
       tile.softmax.max[i] = row.max;
       tile.softmax.sum[i] = row.sum;
-      fresh &= carried_lse == minus_infinity<T>();
     }
-    tile.started = false;
-    if (state_.out == nullptr || fresh) return;
+    if (state_.out == nullptr) return;
     start(tile);
     const Matrix<T> to = tile.out.transposed ? Matrix<T>{w_.v.data, padded(a_.Dv)} : tile.out;
     kernels_.store_rows({state_.out + row_offset(tile), a_.H * a_.Dv}, tile.rows.size(), a_.Dv,
@@ -338,6 +344,10 @@ class ForwardWorker {
   void store_state(RowTile<T>& tile, Matrix<const T> out) {
     T *lse = lse_of(tile), finished[kQueryTile];
     kernels_.finish_rows(tile.softmax, padded(tile.rows.size()), finished);
+    if (tile.fresh && state_.result != nullptr) {
+      std::copy_n(finished, tile.rows.size(), lse);
+      return store_rows(tile, out, {0, tile.rows.size()});
+    }
     Range moved{0, 0};  // rows that saw something, one behind the other
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       if (RunningSoftmax<T>{tile.softmax.max[i], tile.softmax.sum[i]} != carried(lse[i])) {

@@ -38,7 +38,7 @@ void gemm_block(int64_t words, const T* __restrict a, int64_t lda, const T* __re
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + p * ldb + v * kLanes<T>);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const T left = kTransposed ? a[p * lda + r] : a[r * lda + p];
+      const T& left = kTransposed ? a[p * lda + r] : a[r * lda + p];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         sum[r][v] = Words::multiply_add(left, right[v], sum[r][v]);
@@ -110,7 +110,7 @@ void gemm_columns(const Product<T>& p, int64_t column) {
   }
 }
 
-// row[i] = alpha <a, row i of b>.
+// row[i] = alpha <a, row i of b>; zeros behind them, up to kPad.
 template <typename Words, typename T, int kRows>
 USP_SIMD void dots(const T* __restrict a, Matrix<const T> b, int64_t words, T alpha,
                    T* __restrict row) {
@@ -131,8 +131,13 @@ USP_SIMD void dots(const T* __restrict a, Matrix<const T> b, int64_t words, T al
       sum[i] = Words::template multiply_add_lanes<T>(left, right, sum[i]);
     }
   }
+  for (int64_t i = 0; i < kPad; i += kLanes<T>) store<T>(row + i, Vec<T>{});
+  if constexpr (kRows > 1 && kRows <= kLanes<T>) {
+    store<T>(row, first_lanes<T, kRows>(alpha * sums_of_lanes<T>(sum)));
+  } else {
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) row[i] = alpha * sum_of_lanes<T>(sum[i])[0];
+    for (int i = 0; i < kRows; ++i) row[i] = alpha * sum_of_lanes<T>(sum[i])[0];
+  }
 }
 
 template <typename Words, typename T, int kRows = kFew>
@@ -143,10 +148,8 @@ void products_with_few(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matri
   }
   const int64_t words = (k + Words::kElements - 1) / Words::kElements;
   for (int64_t j = 0; j < m; ++j) {
-    T* row = c.data + j * c.ld;
     ahead.advance();
-    for (int64_t i = 0; i < kPad; i += kLanes<T>) store<T>(row + i, Vec<T>{});
-    dots<Words, T, kRows>(a.data + j * a.ld, b, words, alpha, row);
+    dots<Words, T, kRows>(a.data + j * a.ld, b, words, alpha, c.data + j * c.ld);
   }
 }
 

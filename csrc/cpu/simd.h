@@ -151,15 +151,41 @@ USP_SIMD void transpose(Vec<T>* rows) {
   }
 }
 
-// The sum over the lanes, in the first one.
-template <typename T, int kStep = kLanes<T> / 2>
+// Each of the first kFirst lanes is the sum of those that lie a multiple of kFirst from it.
+template <typename T, int kFirst = 1, int kStep = kLanes<T> / 2>
 USP_SIMD Vec<T> sum_of_lanes(Vec<T> v) {
-  if constexpr (kStep == 0) {
+  if constexpr (kStep < kFirst) {
     return v;
   } else {
     const Vec<T> upper = half_groups<kStep, true, T>(v, v);
-    return sum_of_lanes<T, kStep / 2>(v + upper);
+    return sum_of_lanes<T, kFirst, kStep / 2>(v + upper);
   }
+}
+
+// Lane i is the sum over the lanes of v[i], of at most as many as there are lanes; those behind the
+// last of them hold anything.
+template <typename T, int kCount, int kStep = 1>
+USP_SIMD Vec<T> sums_of_lanes(const Vec<T> (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return sum_of_lanes<T, kStep>(v[0]);
+  } else {
+    Vec<T> pairs[(kCount + 1) / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; i += 2) {
+      const Vec<T> a = v[i], b = i + 1 < kCount ? v[i + 1] : Vec<T>{};
+      pairs[i / 2] = half_groups<kStep, false, T>(a, b) + half_groups<kStep, true, T>(a, b);
+    }
+    return sums_of_lanes<T, (kCount + 1) / 2, 2 * kStep>(pairs);
+  }
+}
+
+// The first kCount lanes, and zeros.
+template <typename T, int kCount>
+USP_SIMD Vec<T> first_lanes(Vec<T> v) {
+  Mask<T> kept{};
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; ++i) kept[i] = -1;
+  return kept ? v : Vec<T>{};
 }
 
 // `count` elements, less than there are lanes, and zeros.

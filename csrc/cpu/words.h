@@ -16,7 +16,7 @@ struct SingleWords {
   static constexpr bool kInPlace = true;
 
   template <typename T>
-  static USP_SIMD_MEMBER Vec<T> multiply_add(T left, Vec<T> right, Vec<T> sum) {
+  static USP_SIMD_MEMBER Vec<T> multiply_add(const T& left, Vec<T> right, Vec<T> sum) {
     return sum + left * right;
   }
 

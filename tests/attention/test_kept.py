@@ -226,8 +226,19 @@ def test_an_order_that_was_measured_anew_counts_at_once(
         _local.drop(torch.device("cpu"), packages())
 
 
+def test_the_same_objects_are_not_read_again() -> None:
+    """But for those that may change in place."""
+    scale, bounds = 0.3, [0, 3, 5]
+    for options, reads in (({"softmax_scale": scale}, 1), ({"cu_seqlens": bounds}, 3)):
+        kept._TOLD.clear()
+        with mock.patch.object(kept.pickle, "dumps", wraps=kept.pickle.dumps) as dumps:
+            for _ in range(3):
+                usp.long_context_attention(*qkv(), **options)
+        assert dumps.call_count == reads
+
+
 def test_few_are_kept() -> None:
     kept._KEPT.clear()
     for length in range(kept._MOST + 9):
         usp.long_context_attention(*qkv(length % 40 + 1), softmax_scale=1.0 + length)
-    assert len(kept._KEPT) == kept._MOST
+    assert len(kept._KEPT) == kept._MOST and len(kept._TOLD) == kept._MOST_TOLD

@@ -65,6 +65,7 @@ def test_cpu_masks() -> None:
     benchmark = module("cpu_masks")
     args = argparse.Namespace(heads=1, head_dim=16, rounds=3, seconds=0.1, flex=False)
     cases = {"window of 32, 4 registers": "bf16", "neighbourhood 13 x 13, shifted": "fp32"}
+    ends = {"": ("usp", "everything"), "_both": ("both", "everything, both")}
     for name, dtype in cases.items():
         mask = benchmark.all_masks(256)[name]
         found = benchmark.measure(name, mask, 256, dtype, args)
@@ -73,8 +74,14 @@ def test_cpu_masks() -> None:
         assert found["share_of_pairs"] == mask.dense(256, 256).double().mean()
         assert found["repeats"] == round(1 / found["share_of_pairs"]) > 1
         pairs = found["repeats"] * found["share_of_pairs"]
-        forward = Times(found["seconds"]).ratio("usp", "everything")
-        assert found["of_its_share"] == pytest.approx(forward / pairs)
+        calls, kernels = Times(found["seconds"]), Times(found["seconds_in_kernels"])
+        for end, (over, under) in ends.items():
+            assert found[f"of_its_share{end}"] == pytest.approx(calls.ratio(over, under) / pairs)
+            share = found[f"of_its_share_in_kernels{end}"]
+            assert share == pytest.approx(kernels.ratio(over, under) / pairs)
+            for name in (over, under):
+                inside = zip(kernels.seconds[name], calls.seconds[name], strict=True)
+                assert all(0 < part < whole for part, whole in inside)
         assert set(found["ratios"]) == {"sdpa"} and len(found["seconds"]["usp"]) == 3
     wrong = torch.zeros(1, 256, 1, 16)
     for dtype, allowed in ((torch.float32, "1e-05"), (torch.bfloat16, "1e-02")):

@@ -21,9 +21,11 @@ from usp.attention.given import Options, Tensors
 from usp.attention.hybrid import Call
 from usp.backends import Selected
 
-_MOST = 256
+_MOST, _MOST_TOLD = 256, 32
 _DEFAULTS = vars(Options())
 _KEPT: OrderedDict[Hashable, tuple[Call, Selected]] = OrderedDict()
+# by the names and identities of options: these, for they stay who they are, and what they say
+_TOLD: OrderedDict[Hashable, tuple[tuple[Any, ...], Hashable]] = OrderedDict()
 
 
 def kind_of(tensors: Tensors, told: dict[str, Any], validate: object) -> Hashable | None:
@@ -35,16 +37,43 @@ def kind_of(tensors: Tensors, told: dict[str, Any], validate: object) -> Hashabl
     Args:
         told: Options by name.
     """
+    values = *told.values(), validate
+    # A model tells the same objects again and again. What they hold is not read then: behind the
+    # data of a kernel all that a call reads comes from memory anew.
+    identity = *told, *map(id, values)
+    seen = _TOLD.get(identity)
+    said = _said(told, validate) if seen is None else seen[1]
+    if said is None:
+        return None
+    try:
+        kind = said, *map(_what, tensors)
+    except (RuntimeError, AttributeError):  # a nested tensor; none at all
+        return None
+    if seen is None and _is_hashable(values):  # what can change is read each time
+        _TOLD[identity] = values, said
+        _forget_oldest(_TOLD, _MOST_TOLD)
+    return kind
+
+
+def _said(told: dict[str, Any], validate: object) -> Hashable | None:
     given = _DEFAULTS | told
-    layout, mask, dropout_p = given.pop("layout"), given.pop("mask"), given["dropout_p"]
+    layout, mask = given.pop("layout"), given.pop("mask")
     values = *given.values(), validate
     try:
         marshal.dumps(values, 2)  # raises for tensors and for what is no number, word or list
-        kind = pickle.dumps(values), mask, layout, *map(_what, tensors)
-        hash((mask, layout))
-    except (ValueError, TypeError, RuntimeError, AttributeError):  # a nested tensor; none at all
+        said = pickle.dumps(values), mask, layout
+        hash(said)
+    except (ValueError, TypeError, RuntimeError, AttributeError):
         return None
-    return None if drops(dropout_p) else kind
+    return None if drops(given["dropout_p"]) else said
+
+
+def _is_hashable(x: object) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _what(x: Tensor | None) -> Hashable:
@@ -72,5 +101,9 @@ def keep(kind: Hashable | None, tensors: Tensors, options: Options, call: Call) 
         return
     traits = traits_of(tensors, call.request.scoring, options.return_lse)
     _KEPT[kind] = call, Selected.now(call.ring.backend, traits)
-    while len(_KEPT) > _MOST:
-        _KEPT.popitem(last=False)
+    _forget_oldest(_KEPT, _MOST)
+
+
+def _forget_oldest(table: OrderedDict[Any, Any], most: int) -> None:
+    while len(table) > most:
+        table.popitem(last=False)

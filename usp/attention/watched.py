@@ -21,13 +21,17 @@ Attention = Callable[
 
 def is_eager() -> bool:
     """Whether nobody but autograd sees what is done."""
-    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or is_watched())
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or _is_seen())
 
 
 def is_watched() -> bool:
     """Whether somebody keeps, replaces or repeats the operations that he sees."""
     if torch._C._is_tracing():
         raise NotImplementedError("torch.jit.trace cannot follow attention: use torch.export")
+    return _is_seen()
+
+
+def _is_seen() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
