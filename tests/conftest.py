@@ -22,6 +22,8 @@ from triton_interpreter import kernels_unavailable, start_interpreter
 
 # Inductor would start a pool of compilers in every worker of a mesh, for a kernel or two each.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# And try, in each of them, whether what it compiles for each kind of vector can be loaded.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Tests replace kernels and ask for wrong ones by name; whether these are checked by usp itself, and
 # what is kept of it for the user, is backends/test_trust.py's.
 os.environ.setdefault("USP_SELF_CHECK", "0")
@@ -31,8 +33,8 @@ _COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("default", max_examples=40, **_COMMON)
-settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
+settings.register_profile("default", max_examples=30, **_COMMON)
+settings.register_profile("ci", max_examples=30, derandomize=True, **_COMMON)
 settings.register_profile("long", max_examples=2000, **_COMMON)
 settings.load_profile("default")
 

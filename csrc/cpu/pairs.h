@@ -24,7 +24,8 @@ struct PairWords {
   static constexpr bool kRounds = true;
   static constexpr bool kInPlace = false;
 
-  static USP_SIMD_MEMBER Vec<float> multiply_add(const float& left, Vec<float> right, Vec<float> sum) {
+  static USP_SIMD_MEMBER Vec<float> multiply_add(const float& left, Vec<float> right,
+                                                 Vec<float> sum) {
     return add_products(left, right, sum);
   }
 

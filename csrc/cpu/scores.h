@@ -2,6 +2,7 @@
 
 // Element-wise work on score tiles (keys, queries), and the softmax along their columns.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/words.h"
@@ -57,10 +58,16 @@ void add_alibi(Tile<T> s, T slope, const int32_t* q_pos, const int32_t* k_pos) {
 // One end of what kLanes rows see, from row i; rows past the last take its end.
 template <typename T>
 USP_SIMD Mask<T> ends_of(const int32_t* ends, int64_t num_rows, int64_t i) {
-  Mask<T> result{};
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-    result[lane] = ends[i + lane < num_rows ? i + lane : num_rows - 1];
+  int32_t lanes[kLanes<T>];
+  const int64_t count = std::min(num_rows - i, kLanes<T>);
+  if (count == kLanes<T>) {
+    __builtin_memcpy(lanes, ends + i, sizeof(lanes));
+  } else {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+      lanes[lane] = ends[i + std::min(lane, count - 1)];
   }
+  Mask<T> result{};
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result[lane] = lanes[lane];
   return result;
 }
 

@@ -181,8 +181,17 @@ SCHEDULES = [
     *((plain, 2, place) for place in PLACES),
     *(
         pytest.param(run, 1 + (first + i) % 3, place, marks=pytest.mark.long)
-        for first, run in enumerate((under_ddp, under_fsdp, scaled, offloaded, mixed))
-        for i, place in enumerate(PLACES)
+        for first, (run, places) in enumerate(
+            (
+                (under_ddp, PLACES),
+                (under_fsdp, PLACES),
+                (scaled, PLACES),
+                # FSDP too, whose mesh is of no matter to them
+                (offloaded, PLACES[1::2]),
+                (mixed, PLACES[1::2]),
+            )
+        )
+        for i, place in enumerate(places)
     ),
     *(
         pytest.param(plain, batches, place, marks=pytest.mark.long)
