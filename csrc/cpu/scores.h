@@ -63,8 +63,9 @@ USP_SIMD Mask<T> ends_of(const int32_t* ends, int64_t num_rows, int64_t i) {
   if (count == kLanes<T>) {
     __builtin_memcpy(lanes, ends + i, sizeof(lanes));
   } else {
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
       lanes[lane] = ends[i + std::min(lane, count - 1)];
+    }
   }
   Mask<T> result{};
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) result[lane] = lanes[lane];
