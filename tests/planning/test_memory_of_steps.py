@@ -55,9 +55,7 @@ def test_alone(case: StepCase) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("ulysses", "ring", "cases"), [(2, 1, 0), (1, 2, 1), (2, 2, 2), (1, 4, 3)]
-)
+@pytest.mark.parametrize(("ulysses", "ring", "cases"), [(2, 1, 0), (1, 2, 1), (2, 2, 2), (1, 4, 3)])
 def test_sharded(pool: Pool, ulysses: int, ring: int, cases: int) -> None:
     for case in CASES[cases::4]:
         told = predicted(case, Spread(1, ulysses, ring), "cpu")
