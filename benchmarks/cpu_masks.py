@@ -9,8 +9,8 @@ block mask of the same function). These three by themselves: SDPA's scores, 4 by
 of the caches what the next call reads, which a short call feels and a long one does not. "of its
 share" is time(usp, mask) / time(usp, everything) over the share of pairs that the mask opens: 1
 where a mask costs just what it opens; of the time in the kernels, and of whole calls: what Python
-and torch read for a call is out of the caches behind a kernel's data, and takes a tenth of a
-millisecond or two whatever the mask is. The mask's call is repeated until it has seen as many pairs
+and torch read for a call is out of the caches behind a kernel's data, and takes tenths of a
+millisecond whatever the mask is. The mask's call is repeated until it has seen as many pairs
 as everything, so that both take about as long; "alone" is a single call, forward, in its turn with
 everything: what a call costs when the caches hold another's data. Nothing is timed whose rows
 differ from fp64, of the same inputs, by more than 1e-5 of the largest, in bf16 1e-2. FlexAttention
