@@ -186,7 +186,7 @@ SCHEDULES = [
                 (under_ddp, PLACES),
                 (under_fsdp, PLACES),
                 (scaled, PLACES),
-                # FSDP too, whose mesh is of no matter to them
+                # policies of FSDP, which every place has seen
                 (offloaded, PLACES[1::2]),
                 (mixed, PLACES[1::2]),
             )
